@@ -1,0 +1,93 @@
+"""Every error that a user can cause.
+
+Each carries what was expected, what was found, where, and a `hint` that says what to do next.
+The command line prints the two lines and leaves with `exit_code`; it never shows a traceback
+for one of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlmportError(Exception):
+    """The base of all errors that a user can cause.
+
+    Attributes:
+        hint: one sentence that says what to do next, or None.
+        exit_code: the exit status of the command line (2: bad input).
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
+
+
+class SourceError(VlmportError):
+    """A model source (built-in name, folder, Hub id) that can't be found or read."""
+
+
+class ConfigError(VlmportError):
+    """A config.json with a missing key or with a value that changes the maths unsupported."""
+
+
+class WeightError(VlmportError):
+    """Weights missing, surplus, misshapen or unreadable; all of them are named."""
+
+
+class AdapterError(WeightError):
+    """A LoRA adapter that does not fit its base model."""
+
+
+class TokenizerError(VlmportError):
+    """Tokenizer files missing or unreadable."""
+
+
+class ExportError(VlmportError):
+    """An export that can't be written: target exists, disk full, unknown precision."""
+
+
+class BundleError(VlmportError):
+    """A bundle that is incomplete, corrupt or of a newer version."""
+
+
+class ImageError(VlmportError):
+    """A picture that can't be opened, or is too large to be meant."""
+
+
+class PromptError(VlmportError):
+    """Messages, template or image placeholders that don't fit together."""
+
+
+class DeviceError(VlmportError):
+    """A device that the installed ONNX Runtime does not offer."""
+
+
+class OptionError(VlmportError):
+    """A generation option out of its range, or two that contradict each other."""
+
+
+class DependencyError(VlmportError):
+    """An optional extra that is needed here and not installed."""
+
+
+class VerificationFailed(VlmportError):
+    """`verify` ran, and a rung of the ladder broke."""
+
+    exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """" (did you mean 'x'?)" for the nearest known name, else an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def some_names(names: Iterable[str], limit: int = 8) -> str:
+    """The names, quoted and sorted; past `limit` the rest is counted."""
+    ordered = sorted(names)
+    shown = ", ".join(repr(name) for name in ordered[:limit])
+    return shown + (f", … and {len(ordered) - limit} more" if len(ordered) > limit else "")

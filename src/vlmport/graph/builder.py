@@ -1,0 +1,51 @@
+"""The one place that touches onnxscript's private graph builder.
+
+Graphs are written, not traced: modules of `onnxscript.nn` are called with `op`, the operator
+dispatcher of a `GraphBuilder`. Legend of dimensions, used in every comment on a shape:
+B batch, S new tokens, P past tokens, T image tokens, D hidden, H heads, K key-value heads,
+N patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnxscript._internal.builder import GraphBuilder, OpBuilder
+
+__all__ = ["MICROSOFT", "OPSET", "GraphBuilder", "OpBuilder", "add_output", "new_graph", "to_model"]
+
+OPSET = 23  # RotaryEmbedding and RMSNormalization; WebGPU keeps every operator we use at 23
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+
+Dims = Sequence[int | str]
+
+
+def new_graph(name: str) -> GraphBuilder:
+    """An empty graph that may use the standard operators and ONNX Runtime's own."""
+    imports = {"": OPSET, MICROSOFT: 1}
+    return GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=imports, name=name))
+
+
+def add_output(
+    builder: GraphBuilder, value: ir.Value, name: str, dtype: ir.DataType, dims: Dims
+) -> None:
+    """Declare an output. Contrib operators infer no type, so type and dims are always stated."""
+    if value.is_graph_input() or value.is_graph_output():
+        value = builder.op.Identity(value)
+    builder.add_output(value, name)
+    value.type = ir.TensorType(dtype)
+    value.shape = ir.Shape(dims)
+
+
+def to_model(builder: GraphBuilder, version: str = "") -> ir.Model:
+    """The finished model, without the builder's notes on every node (they are half the file)."""
+    for node in builder.graph.all_nodes():
+        node.metadata_props.clear()
+    return ir.Model(
+        builder.graph,
+        ir_version=IR_VERSION,
+        producer_name="vlmport",
+        producer_version=version,
+    )
