@@ -74,14 +74,14 @@ class DependencyError(VlmportError):
     """An optional extra that is needed here and not installed."""
 
 
-class VerificationFailed(VlmportError):
+class VerificationError(VlmportError):
     """`verify` ran, and a rung of the ladder broke."""
 
     exit_code = 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" (did you mean 'x'?)" for the nearest known name, else an empty string."""
+    """ " (did you mean 'x'?)" for the nearest known name, else an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

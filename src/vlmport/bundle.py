@@ -1,0 +1,396 @@
+"""The bundle: a folder of ONNX graphs and the manifest that says how to run them.
+
+`vlmport.json` is read, written and validated here and nowhere else. Its schema is
+`vlmport.schema.json` beside this file. Everything that a runtime has to know of a model stands
+in the manifest or in the graphs' own inputs and outputs; `family` is for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import fastjsonschema
+
+from vlmport.errors import BundleError, did_you_mean
+
+MANIFEST = "vlmport.json"
+VERSION = 1
+CHUNK_BYTES = 8 * 1024 * 1024
+ANY = "any"  # the precision of a component that has only one form
+AUTO = "auto"
+
+# Precision → the Hub's file suffix.
+SUFFIXES = {"fp32": "", "q4": "_q4"}
+
+# What people write in a mixed precision such as 'vision=q4,decoder=fp32'.
+SHORT_NAMES = {
+    "vision": "vision_encoder",
+    "embed": "embed_tokens",
+    "decoder": "decoder_model_merged",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One component at one precision: its graph and the graph's external data files."""
+
+    model: str
+    data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes, SHA-256 of the whole and of each 8 MiB."""
+
+    size: int
+    sha256: str
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the decoder that a runtime needs before it has run anything."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the cache tensors are named and laid out: `past + rest` becomes `present + rest`."""
+
+    past: str = "past_key_values."
+    present: str = "present."
+    axes: tuple[str, ...] = ("batch_size", "num_key_value_heads", "sequence_length", "head_dim")
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How pictures stand in a prompt."""
+
+    image_placeholder: str
+    placeholder_token_id: int
+    image_token_id: int
+    caption: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """When to stop, and the defaults of generation_config.json."""
+
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    max_new_tokens: int
+    processors_see_prompt: bool
+    defaults: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """Which filter the image processor resizes with, and whose pixels it gives."""
+
+    resample: str
+    equals: str
+
+
+@dataclass(frozen=True)
+class GoldenImage:
+    """A small RGB picture: base64 of height × width × 3 bytes."""
+
+    width: int
+    height: int
+    rgb: str
+
+
+@dataclass(frozen=True)
+class GoldenExpectation:
+    """Greedy tokens, and the first logits at some ids (float32), within `tolerance`."""
+
+    tokens: tuple[int, ...]
+    logit_ids: tuple[int, ...]
+    logits: tuple[float, ...]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A fixed input of at least 64 tokens of prefill, and what each precision gives for it.
+
+    A shorter prefill would not see the known fault of WebGPU attention (it starts at 32 rows).
+    """
+
+    image: GoldenImage
+    copies: int
+    prefill_tokens: int
+    expected: Mapping[str, GoldenExpectation]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of vlmport.json, version 1."""
+
+    producer: str
+    name: str
+    family: str
+    components: Mapping[str, Mapping[str, Variant]]
+    auto: Mapping[str, Mapping[str, str]]
+    files: Mapping[str, FileEntry]
+    dims: Dims
+    cache: CacheLayout
+    prompt: PromptSpec
+    generation: GenerationSpec
+    pixels: PixelSpec
+    golden: Golden
+    parity: Mapping[str, Any] | None = None
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions in which every component exists, in the order of SUFFIXES."""
+        complete = [
+            name
+            for name in SUFFIXES
+            if all(name in forms or ANY in forms for forms in self.components.values())
+        ]
+        return tuple(complete)
+
+    def choose(self, precision: str, device: str = "cpu") -> dict[str, str]:
+        """Component → precision for a request: 'auto', 'fp32', or 'vision_encoder=q4,…'.
+
+        Raises BundleError for a precision that the bundle does not hold.
+        """
+        if "=" in precision:
+            chosen = self._default(device) | self._parse_mix(precision)
+        elif precision == AUTO:
+            chosen = self._default(device)
+        else:
+            chosen = dict.fromkeys(self.components, precision)
+        return {name: self._check(name, chosen[name]) for name in self.components}
+
+    def _default(self, device: str) -> dict[str, str]:
+        return dict.fromkeys(self.components, ANY) | dict(self.auto.get(device, self.auto["cpu"]))
+
+    def _parse_mix(self, text: str) -> dict[str, str]:
+        mix = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
+        mix = {SHORT_NAMES.get(name, name): value for name, value in mix.items()}
+        for name in mix:
+            if name not in self.components:
+                raise BundleError(
+                    f"precision {text!r}: no component {name!r}"
+                    f"{did_you_mean(name, self.components)}",
+                    hint=f"components of this bundle: {', '.join(self.components)}",
+                )
+        return mix
+
+    def _check(self, name: str, precision: str) -> str:
+        forms = self.components[name]
+        if precision in forms:
+            return precision
+        if ANY in forms:
+            return ANY
+        raise BundleError(
+            f"precision {precision!r} is not in this bundle (component {name})"
+            f"{did_you_mean(precision, forms)}",
+            hint=f"it holds {', '.join(forms)}; `vlmport export --precision {precision}` adds it",
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check_hashes: bool = False) -> Bundle:
+        """Read a bundle; sizes of all files are compared, with `check_hashes` the bytes too.
+
+        Raises BundleError for a missing, malformed, newer, incomplete or altered bundle.
+        """
+        folder = Path(folder)
+        bundle = cls(folder, read_manifest(folder / MANIFEST))
+        bundle.check(hashes=check_hashes)
+        return bundle
+
+    def check(self, *, hashes: bool = False) -> None:
+        """Compare the folder with the manifest. Raises BundleError naming every bad file."""
+        problems = []
+        for name, entry in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                problems.append(f"{name}: missing")
+            elif (size := path.stat().st_size) != entry.size:
+                problems.append(f"{name}: {size} bytes, expected {entry.size}")
+            elif hashes and hash_file(path) != entry:
+                problems.append(f"{name}: its SHA-256 is not the manifest's")
+        if problems:
+            raise BundleError(
+                f"{self.folder}: {len(problems)} of {len(self.manifest.files)} files are not as "
+                f"{MANIFEST} says: {'; '.join(problems[:6])}",
+                hint="download or export the bundle again",
+            )
+
+    def path(self, name: str) -> Path:
+        """The path of a file named in the manifest."""
+        return self.folder / name
+
+    def variant(self, component: str, precision: str) -> Variant:
+        """The files of a component at a precision (or its only form)."""
+        forms = self.manifest.components[component]
+        return forms[precision if precision in forms else ANY]
+
+    def with_parity(self, parity: Mapping[str, Any]) -> Bundle:
+        """Write a verify result into the manifest; README.md's entry is renewed too."""
+        files = dict(self.manifest.files)
+        if (self.folder / "README.md").is_file():
+            files["README.md"] = hash_file(self.folder / "README.md")
+        manifest = dataclasses.replace(self.manifest, parity=parity, files=files)
+        write_manifest(self.folder, manifest)
+        return Bundle(self.folder, manifest)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder holds a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size, SHA-256 and chunk hashes of a file, read once."""
+    whole, chunks, size = hashlib.sha256(), [], 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            whole.update(block)
+            chunks.append(hashlib.sha256(block).hexdigest())
+            size += len(block)
+    return FileEntry(size, whole.hexdigest(), tuple(chunks))
+
+
+def hash_folder(folder: Path) -> dict[str, FileEntry]:
+    """The entries of all files below a folder but the manifest, sorted by path."""
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    return {name: hash_file(folder / name) for name in names if name != MANIFEST}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and validate vlmport.json. Raises BundleError."""
+    if not path.is_file():
+        raise BundleError(
+            f"{path.parent}: no {MANIFEST}, so this is not a vlmport bundle",
+            hint="`vlmport export SRC OUT` writes one",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON: {error}", hint="download or export again") from error
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise BundleError(
+            f"{path}: manifest version {version}; this vlmport reads up to {VERSION}",
+            hint="pip install --upgrade vlmport",
+        )
+    try:
+        _validator()(raw)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise BundleError(
+            f"{path}: {error.message.replace('data', 'manifest', 1)}",
+            hint="the schema is docs/vlmport.schema.json; download or export again",
+        ) from error
+    return _check_references(_from_json(raw), path)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Validate and write vlmport.json; a reader sees the old file or the new, never half."""
+    raw = {"format": "vlmport", "version": VERSION} | _plain(dataclasses.asdict(manifest))
+    _validator()(raw)
+    _check_references(manifest, folder / MANIFEST)
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, folder / MANIFEST)
+
+
+@functools.cache
+def _validator() -> Any:
+    text = resources.files("vlmport").joinpath("vlmport.schema.json").read_text("utf-8")
+    return fastjsonschema.compile(json.loads(text))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that what is validated is what JSON holds."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _from_json(raw: dict[str, Any]) -> Manifest:
+    """The dataclasses from a validated document."""
+    golden = raw["golden"]
+    expected = {
+        precision: GoldenExpectation(
+            tuple(one["tokens"]), tuple(one["logit_ids"]), tuple(one["logits"]), one["tolerance"]
+        )
+        for precision, one in golden["expected"].items()
+    }
+    prompt, generation, cache = raw["prompt"], raw["generation"], raw["cache"]
+    return Manifest(
+        producer=raw["producer"],
+        name=raw["name"],
+        family=raw["family"],
+        components={
+            component: {
+                precision: Variant(one["model"], tuple(one["data"]))
+                for precision, one in forms.items()
+            }
+            for component, forms in raw["components"].items()
+        },
+        auto=raw["auto"],
+        files={
+            name: FileEntry(one["size"], one["sha256"], tuple(one["chunks"]))
+            for name, one in raw["files"].items()
+        },
+        dims=Dims(**{field.name: raw["dims"][field.name] for field in dataclasses.fields(Dims)}),
+        cache=CacheLayout(cache["past"], cache["present"], tuple(cache["axes"])),
+        prompt=PromptSpec(**prompt | {"caption": tuple(prompt["caption"])}),
+        generation=GenerationSpec(
+            **generation | {"stop_token_ids": tuple(generation["stop_token_ids"])}
+        ),
+        pixels=PixelSpec(**raw["pixels"]),
+        golden=Golden(
+            GoldenImage(**golden["image"]), golden["copies"], golden["prefill_tokens"], expected
+        ),
+        parity=raw["parity"],
+    )
+
+
+def _check_references(manifest: Manifest, path: Path) -> Manifest:
+    """What a schema can't say: each named file is listed, each auto choice exists."""
+    problems = []
+    for component, forms in manifest.components.items():
+        for variant in forms.values():
+            named = [variant.model, *variant.data]
+            unlisted = [name for name in named if name not in manifest.files]
+            problems += [f"{component}: {name} is not in files" for name in unlisted]
+    for device, choice in manifest.auto.items():
+        for component, precision in choice.items():
+            forms = manifest.components.get(component, {})
+            if precision not in forms and ANY not in forms:
+                problems.append(f"auto.{device}: no {component} in {precision}")
+    if problems:
+        raise BundleError(f"{path}: {'; '.join(problems)}", hint="export the bundle again")
+    return manifest
