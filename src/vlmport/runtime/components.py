@@ -1,0 +1,334 @@
+"""The graphs of a bundle as functions on numpy arrays.
+
+The runtime, `verify` and the probe all go through these. Sessions are created at first use, so
+text alone needs no vision session. What a graph is called with follows its own inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from vlmport.bundle import ANY, Bundle, CacheLayout, Manifest
+from vlmport.errors import BundleError, ImageError, OptionError, PromptError, did_you_mean
+from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Int64, UInt8
+
+IMAGE = "image_processor"
+VISION = "vision_encoder"
+EMBED = "embed_tokens"
+POSITIONS = "position_ids"
+DECODER = "decoder_model_merged"
+
+
+@dataclass(frozen=True)
+class ProcessedImage:
+    """What the image processor makes of one picture.
+
+    Attributes:
+        inputs: the vision encoder's inputs by name.
+        prompt_ids: the token ids that stand for the picture in a prompt.
+    """
+
+    inputs: dict[str, np.ndarray]
+    prompt_ids: Int64[np.ndarray, " T"]
+
+
+@dataclass(frozen=True)
+class CachePort:
+    """One cache tensor: its input, its output, and the sizes that never change."""
+
+    past: str
+    present: str
+    heads: int
+    head_dim: int
+    dtype: np.dtype
+
+    def empty(self, rows: int, capacity: int = 0) -> np.ndarray:
+        """Zeros [rows, K, capacity, head_dim]."""
+        return np.zeros((rows, self.heads, capacity, self.head_dim), self.dtype)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder's session and what its inputs and outputs are."""
+
+    session: ort.InferenceSession
+    ports: tuple[CachePort, ...]
+    inputs: frozenset[str]
+    vocab_size: int
+    logits_dtype: np.dtype
+    positions_rank: int  # 2: [B, S]; 3: [3, B, S], positions in time, height and width
+
+    @classmethod
+    def of(cls, session: ort.InferenceSession, layout: CacheLayout, where: str) -> Decoder:
+        """Pair cache inputs and outputs by name. Raises BundleError where one has no partner."""
+        inputs = {one.name: one for one in session.get_inputs()}
+        outputs = {one.name: one for one in session.get_outputs()}
+        unknown = [name for name in ("inputs_embeds", "attention_mask") if name not in inputs]
+        if unknown or "logits" not in outputs:
+            raise BundleError(
+                f"{where}: no {unknown[0] if unknown else 'logits'}; it has "
+                f"{', '.join(inputs)} → {', '.join(outputs)}",
+                hint="export the bundle again",
+            )
+        logits = outputs["logits"]
+        positions = inputs.get("position_ids")
+        return cls(
+            session,
+            _pair_cache(inputs, outputs, layout, where),
+            frozenset(inputs),
+            int(logits.shape[-1]),
+            DTYPES[logits.type],
+            len(positions.shape) if positions else 2,
+        )
+
+
+class Components:
+    """The graphs of a bundle at chosen precisions on one device.
+
+    Attributes:
+        precision: what was chosen: one name, or 'component=precision,…' for a mix.
+        choice: component → precision.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        *,
+        precision: str = "auto",
+        device: str | Device = "cpu",
+        threads: int | None = None,
+    ):
+        """Raises BundleError or DeviceError; sessions themselves open at first use."""
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.device = device if isinstance(device, Device) else Device.parse(device)
+        self.choice = self.manifest.choose(precision, self.device.name)
+        self.threads = threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._decoder: Decoder | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def precision(self) -> str:
+        """One name where all components share it, else 'component=precision,…'."""
+        chosen = {name: value for name, value in self.choice.items() if value != ANY}
+        if len(set(chosen.values())) == 1:
+            return next(iter(chosen.values()))
+        return ",".join(f"{name}={value}" for name, value in chosen.items())
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """The components whose sessions exist by now."""
+        return tuple(self._sessions)
+
+    def session(self, component: str) -> ort.InferenceSession:
+        """The session of a component, created at first use; preprocessing is always on the CPU."""
+        if component not in self._sessions:
+            variant = self.bundle.variant(component, self.choice[component])
+            device = HOST if component in (IMAGE, POSITIONS) else self.device
+            path = self.bundle.path(variant.model)
+            self._sessions[component] = open_session(path, device, threads=self.threads)
+        return self._sessions[component]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder's session with its cache names paired."""
+        if self._decoder is None:
+            session = self.session(DECODER)
+            self._decoder = Decoder.of(session, self.manifest.cache, DECODER)
+        return self._decoder
+
+    def close(self) -> None:
+        """Release all sessions. A later call opens them again."""
+        self._decoder = None
+        self._sessions.clear()
+
+    def process_image(
+        self,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        options: Mapping[str, Any] | None = None,
+    ) -> ProcessedImage:
+        """Resize, normalise and lay out one picture; `options` are further inputs of the graph.
+
+        Raises OptionError for an option that the graph does not have, ImageError where the graph
+        refuses the picture.
+        """
+        session = self.session(IMAGE)
+        feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, options or {})}
+        try:
+            values = session.run(None, feeds)
+        except ORT_ERRORS as error:
+            raise ImageError(
+                f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: "
+                f"{first_line(error)}",
+                hint="is it extremely narrow?",
+            ) from error
+        outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
+        prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
+        return ProcessedImage(
+            {name: np.asarray(value) for name, value in outputs.items()}, prompt_ids
+        )
+
+    def encode_image(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
+        """Image features of the processor's output; outputs that the encoder lacks are left out.
+
+        Raises BundleError where an input of the encoder is not among them.
+        """
+        session = self.session(VISION)
+        names = [one.name for one in session.get_inputs()]
+        if missing := [name for name in names if name not in inputs]:
+            raise BundleError(
+                f"{VISION}: input {missing[0]!r} is not made by the image processor, which gives "
+                f"{', '.join(inputs)}",
+                hint="export the bundle again",
+            )
+        (features,) = session.run(["image_features"], {name: inputs[name] for name in names})
+        return np.asarray(features).reshape(-1, features.shape[-1])
+
+    def embed(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S D"]:
+        """Rows of the embedding table. Raises PromptError for an id outside it."""
+        feeds = {"input_ids": np.ascontiguousarray(ids, np.int64)}
+        try:
+            return np.asarray(self.session(EMBED).run(["inputs_embeds"], feeds)[0])
+        except ORT_ERRORS as error:
+            raise PromptError(
+                f"token ids {ids.min()} to {ids.max()} are not all in the embedding: "
+                f"{first_line(error)}",
+                hint="does the tokenizer belong to this bundle?",
+            ) from error
+
+    def position_ids(self, ids: Int[np.ndarray, " S"], past: int = 0) -> Int64[np.ndarray, "... S"]:
+        """Positions of a prompt's tokens that follow `past` others: past, past + 1, …
+
+        A bundle with a graph of its own for this (pictures with positions in height and width)
+        is refused here for now. Raises BundleError.
+        """
+        if POSITIONS in self.manifest.components:
+            raise BundleError(
+                f"this bundle computes its positions by {POSITIONS}.onnx",
+                hint="this version of vlmport can't run it",
+            )
+        return np.arange(past, past + len(ids), dtype=np.int64)
+
+    def decode(
+        self,
+        embeds: Float[np.ndarray, "B S D"],
+        attention_mask: Int[np.ndarray, "B P+S"],
+        position_ids: Int[np.ndarray, "... B S"],
+        past: Mapping[str, np.ndarray] | None = None,
+        num_logits_to_keep: int = 0,
+    ) -> tuple[Float[np.ndarray, "B n V"], dict[str, np.ndarray]]:
+        """One pass in the plain form, with a cache that grows: for `verify`, not for speed.
+
+        Args:
+            past: what the pass before gave back as presents (under the cache's input names);
+                None for none.
+            num_logits_to_keep: logits of so many last positions; 0 for all.
+
+        Returns:
+            float32 logits, and the cache under the names under which it is fed back.
+
+        Raises BundleError where the cache did not grow by exactly S.
+        """
+        decoder = self.decoder
+        B, S = embeds.shape[:2]
+        past = past or {port.past: port.empty(B) for port in decoder.ports}
+        feeds = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.asarray(attention_mask, np.int64),
+            "position_ids": np.asarray(position_ids, np.int64),
+            "num_logits_to_keep": np.array(num_logits_to_keep, np.int64),
+            **past,
+        }
+        names = ["logits", *(port.present for port in decoder.ports)]
+        feeds = {name: value for name, value in feeds.items() if name in decoder.inputs}
+        logits, *presents = (np.asarray(value) for value in decoder.session.run(names, feeds))
+        grown = dict(zip((port.past for port in decoder.ports), presents, strict=True))
+        for name, present in grown.items():
+            if present.shape[2] != past[name].shape[2] + S:
+                raise BundleError(
+                    f"{DECODER}: {name} grew from {past[name].shape[2]} to {present.shape[2]} "
+                    f"after {S} tokens",
+                    hint="export the bundle again",
+                )
+        return logits.astype(np.float32, copy=False), grown
+
+
+def merge_image_features(
+    embeds: Float[np.ndarray, "S D"],
+    ids: Int[np.ndarray, " S"],
+    features: Float[np.ndarray, "T D"],
+    image_token_id: int,
+) -> Float[np.ndarray, "S D"]:
+    """A copy of embeds with features, in order, over the rows where ids == image_token_id.
+
+    Source: transformers 5.23, the masked_scatter of LlavaModel.forward.
+    Raises PromptError unless exactly T such rows exist, or where the widths differ.
+    """
+    at = np.flatnonzero(ids == image_token_id)
+    if len(at) != len(features):
+        raise PromptError(
+            f"{len(at)} image tokens in the prompt, {len(features)} features",
+            hint="is every picture's placeholder in the prompt, and no image token by hand?",
+        )
+    if len(at) and features.shape[1] != embeds.shape[1]:
+        raise PromptError(
+            f"features are {features.shape[1]} wide, embeddings {embeds.shape[1]}",
+            hint="do all files belong to one bundle?",
+        )
+    merged = embeds.copy()
+    merged[at] = features
+    return merged
+
+
+def _pair_cache(
+    inputs: Mapping[str, Any], outputs: Mapping[str, Any], layout: CacheLayout, where: str
+) -> tuple[CachePort, ...]:
+    pasts = [name for name in inputs if name.startswith(layout.past)]
+    presents = {name for name in outputs if name.startswith(layout.present)}
+    partner = {name: layout.present + name.removeprefix(layout.past) for name in pasts}
+    lonely = [name for name in pasts if partner[name] not in presents]
+    lonely += sorted(presents - set(partner.values()))
+    if lonely or not pasts:
+        named = ", ".join(lonely[:4]) or f"nothing begins with {layout.past!r}"
+        raise BundleError(
+            f"{where}: cache tensors without a partner: {named}", hint="export the bundle again"
+        )
+    ports = []
+    for name in pasts:
+        _, heads, _, head_dim = inputs[name].shape
+        if not isinstance(heads, int) or not isinstance(head_dim, int):
+            raise BundleError(
+                f"{where}: {name} has shape {inputs[name].shape}, expected fixed sizes at 1 and 3",
+                hint="export the bundle again",
+            )
+        ports.append(CachePort(name, partner[name], heads, head_dim, DTYPES[inputs[name].type]))
+    return tuple(ports)
+
+
+def _option_feeds(
+    session: ort.InferenceSession, options: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Options as arrays. A graph's options are its overridable initializers and further inputs."""
+    declared: Sequence[Any] = [*session.get_inputs(), *session.get_overridable_initializers()]
+    known = {one.name: one for one in declared if one.name != "image"}
+    feeds = {}
+    for name, value in options.items():
+        if name not in known:
+            raise OptionError(
+                f"image option {name!r} is unknown{did_you_mean(name, known)}",
+                hint=f"this bundle has: {', '.join(known) or 'none'}",
+            )
+        feeds[name] = np.asarray(value, DTYPES[known[name].type])
+    return feeds

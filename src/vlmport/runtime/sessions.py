@@ -1,0 +1,172 @@
+"""Open ONNX Runtime sessions on a named device, or say plainly why not.
+
+Traps:
+- ONNX Runtime falls back to the CPU without a word when a device's libraries do not load: the
+  providers of the finished session are compared with what was asked for.
+- A graph is always opened by its path: from bytes, external data in the Hub's cache (symlinks)
+  is refused.
+- Memory patterns are off: ONNX Runtime would plan one for each length of the attention mask,
+  that is one for each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from vlmport.errors import BundleError, DeviceError, OptionError, did_you_mean
+
+CPU = "CPUExecutionProvider"
+
+# Device → (its provider in ONNX Runtime, the package that brings it).
+PROVIDERS = {
+    "cpu": (CPU, "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
+    "coreml": ("CoreMLExecutionProvider", "onnxruntime (on macOS)"),
+    "directml": ("DmlExecutionProvider", "onnxruntime-directml"),
+    "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
+    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
+    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
+    "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
+}
+ALIASES = {"dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
+
+# ONNX Runtime's element types that a bundle may use.
+DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+# Its exceptions share no base class of their own; file system errors come as RuntimeError.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(
+        value
+        for value in vars(native).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by vlmport's name, with its index (`cuda:1`)."""
+
+    name: str
+    index: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """From 'cpu', 'cuda', 'cuda:1', …
+
+        Raises DeviceError for an unknown name or one that this ONNX Runtime does not offer.
+        """
+        name, _, index = text.strip().lower().partition(":")
+        name = ALIASES.get(name, name)
+        if name not in PROVIDERS or not (index.isdecimal() or not index):
+            raise DeviceError(
+                f"device {text!r} is unknown{did_you_mean(name, PROVIDERS)}",
+                hint=f"known: {', '.join(PROVIDERS)}; here: {', '.join(available_devices())}",
+            )
+        provider, package = PROVIDERS[name]
+        if provider not in ort.get_available_providers():
+            raise DeviceError(
+                f"device {text!r} needs {provider}; this ONNX Runtime {ort.__version__} has "
+                f"{', '.join(ort.get_available_providers())}",
+                hint=f"pip install {package}, instead of the ONNX Runtime that is installed",
+            )
+        return cls(name, int(index or 0))
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name for it."""
+        return PROVIDERS[self.name][0]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.index}" if self.index else self.name
+
+
+HOST = Device("cpu")
+
+
+def available_devices() -> list[str]:
+    """The devices that the installed ONNX Runtime offers, by vlmport's names."""
+    offered = ort.get_available_providers()
+    return [name for name, (provider, _) in PROVIDERS.items() if provider in offered]
+
+
+def open_session(
+    path: Path, device: Device = HOST, *, threads: int | None = None
+) -> ort.InferenceSession:
+    """Open a graph by its path; `threads` bounds the threads within an operator (None: all cores).
+
+    Raises BundleError for a missing or corrupt graph or its data, DeviceError when the device
+    did not come up, OptionError for a thread count below 1.
+    """
+    if threads is not None and (isinstance(threads, bool) or threads < 1):
+        raise OptionError(f"threads={threads!r}, expected a positive number", hint="or leave it")
+    if not path.is_file():
+        raise BundleError(f"{path}: missing", hint="download or export the bundle again")
+    try:
+        session = ort.InferenceSession(
+            path, _session_options(threads), providers=_providers(device), enable_fallback=0
+        )
+    except ORT_ERRORS as error:
+        raise _open_error(path, device, error) from error
+    if session.get_providers()[0] != device.provider:
+        raise DeviceError(
+            f"{path.name}: asked for {device}, ONNX Runtime took {session.get_providers()[0]}",
+            hint="its libraries did not load (CUDA and cuDNN versions?); --device cpu works",
+        )
+    return session
+
+
+def _session_options(threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions; no second copy on stderr
+    options.enable_mem_pattern = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return options
+
+
+def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
+    """The device's provider, and the CPU for the few nodes (shapes) that belong there."""
+    if device.provider == CPU:
+        return [CPU]
+    if device.name in ("cuda", "tensorrt", "directml", "migraphx"):
+        return [(device.provider, {"device_id": str(device.index)}), CPU]
+    return [device.provider, CPU]
+
+
+def _open_error(path: Path, device: Device, error: Exception) -> BundleError | DeviceError:
+    detail = first_line(error)
+    if device.provider != CPU and device.provider.removesuffix("ExecutionProvider") in detail:
+        return DeviceError(f"{path.name} on {device}: {detail}", hint="--device cpu works")
+    if "external data" in detail.lower() or "external initializer" in detail.lower():
+        return BundleError(
+            f"{path}: its external data is missing or does not fit: {detail}",
+            hint="download or export the bundle again",
+        )
+    return BundleError(
+        f"{path}: ONNX Runtime can't open it: {detail}", hint="download or export the bundle again"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, without its error code and its later lines."""
+    text = str(error).strip().split("\n")[0]
+    return text.removeprefix("[ONNXRuntimeError] : ")[:400]
