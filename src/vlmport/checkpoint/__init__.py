@@ -1,0 +1,112 @@
+"""A checkpoint: config.json and lazy weights, wherever they come from.
+
+    checkpoint = Checkpoint.open("org/name")
+    tensors = merged(checkpoint.weights, rename=family.rename, lora=LoraScale(r=16, alpha=16))
+    tensors["language_model.model.norm.weight"].numpy()  # read now, float32
+
+Nothing but headers is read until `numpy()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmport.checkpoint.adapter import Adapter, merge_adapter
+from vlmport.checkpoint.config import Signed, Size, load_json, read_config
+from vlmport.checkpoint.lora import LoraScale, merge_stored
+from vlmport.checkpoint.source import locate, locate_adapter
+from vlmport.checkpoint.weights import LazyTensor, Weights
+from vlmport.errors import ConfigError, WeightError, some_names
+
+__all__ = [
+    "Checkpoint",
+    "LazyTensor",
+    "LoraScale",
+    "Signed",
+    "Size",
+    "Weights",
+    "load_json",
+    "locate",
+    "locate_adapter",
+    "merged",
+    "read_config",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors, opened.
+
+    Attributes:
+        config: config.json as it stands.
+        weights: by plain name; LoRA pairs stored inside are apart, in `weights.pairs`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    weights: Weights
+
+    @classmethod
+    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """Open a folder or a Hub id. Raises SourceError, ConfigError, WeightError."""
+        folder = locate(source, revision)
+        return cls(folder, load_json(folder / "config.json"), Weights.open(folder))
+
+    @property
+    def model_type(self) -> str:
+        """What config.json calls the architecture. Raises ConfigError when it does not."""
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str):
+            raise ConfigError(
+                f"{self.folder / 'config.json'}: model_type: expected a string, got {model_type!r}",
+                hint="is it the config.json of a transformers model?",
+            )
+        return model_type
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A side file such as generation_config.json; None when there is none."""
+        file = self.folder / name
+        return load_json(file) if file.exists() else None
+
+
+def merged(
+    weights: Weights,
+    *,
+    rename: Callable[[str], str] = str,
+    lora: LoraScale | None = None,
+    adapter: Path | None = None,
+    prefixes: Sequence[str] = ("",),
+) -> dict[str, LazyTensor]:
+    """Every weight by the family's name for it, with all LoRA merged in when it is read.
+
+    Args:
+        rename: the family's name for a plain name: takes off what versions of transformers added.
+        lora: rank and strength of the pairs inside the checkpoint.
+        adapter: the folder of a PEFT adapter to merge on top.
+        prefixes: what may stand before that adapter's names, see `merge_adapter`.
+
+    Raises WeightError when two weights get one name, AdapterError when LoRA does not fit.
+    """
+    tensors = _renamed(merge_stored(weights, lora), rename, weights.where)
+    if adapter is None:
+        return tensors
+    return merge_adapter(tensors, Adapter.open(adapter), prefixes, rename)
+
+
+def _renamed(
+    tensors: Mapping[str, LazyTensor], rename: Callable[[str], str], where: str
+) -> dict[str, LazyTensor]:
+    names: dict[str, list[str]] = {}
+    for name in tensors:
+        names.setdefault(rename(name), []).append(name)
+    doubles = {new: old for new, old in names.items() if len(old) > 1}
+    if doubles:
+        shown = "; ".join(f"{new!r} is {some_names(doubles[new])}" for new in sorted(doubles)[:4])
+        raise WeightError(
+            f"{where}: {len(doubles)} names stand for two weights each: {shown}",
+            hint="the folder mixes two saves of the model; save it again",
+        )
+    return {new: tensors[old[0]] for new, old in names.items()}

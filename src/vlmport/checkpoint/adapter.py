@@ -1,0 +1,242 @@
+"""A LoRA adapter in its own folder, as PEFT saves it, onto a base checkpoint.
+
+Source of the semantics: peft 0.21, tuners/lora/model.py (`_create_and_replace`) and
+utils/other.py (`get_pattern_key`): the first pattern that matches the end of a module's name
+gives its rank or its alpha. A setting that changes the maths in any other way is refused by name,
+and so is one that this version does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlmport.checkpoint.config import Size, load_json, read_config
+from vlmport.checkpoint.lora import LoraScale, Pair, merge_pairs
+from vlmport.checkpoint.names import MERGE_FIRST, canonical_names
+from vlmport.checkpoint.weights import LazyTensor, open_safetensors
+from vlmport.errors import AdapterError, ConfigError, WeightError, did_you_mean, some_names
+
+__all__ = ["Adapter", "AdapterConfig", "merge_adapter"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Initialisations that change the base weights too; without that change the adapter is wrong.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+HARMLESS = frozenset(
+    (
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config", "lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+        *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora: nothing
+    )
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of adapter_config.json that say how to merge; defaults are LoraConfig's."""
+
+    must_be: ClassVar[Mapping[str, Sequence[Any]]] = {"peft_type": ("LORA",), "bias": ("none",)}
+
+    peft_type: str
+    r: Size = 8
+    lora_alpha: float = 8.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Mapping[str, Any] | None = None
+    alpha_pattern: Mapping[str, Any] | None = None
+
+    def scale(self, module: str) -> LoraScale:
+        """The scale of a module, by its name in the model that was trained."""
+        r = _by_pattern(self.rank_pattern or {}, module, self.r)
+        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
+        return LoraScale(r, float(alpha), self.use_rslora, self.fan_in_fan_out)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT folder, opened.
+
+    Attributes:
+        pairs: name of the weight in the model that was trained → A [r, in], B [out, r].
+        scales: the same names → rank and strength.
+        everywhere: target_modules is a list that holds for all layers, so that a layer without a
+            pair means that the file is incomplete.
+    """
+
+    folder: Path
+    pairs: Mapping[str, Pair]
+    scales: Mapping[str, LoraScale]
+    everywhere: bool = False
+
+    @classmethod
+    def open(cls, folder: Path) -> Adapter:
+        """Read a PEFT folder. Raises AdapterError for what can't be merged, by name."""
+        raw = load_json(folder / CONFIG, error=AdapterError, hint="give the folder of an adapter")
+        config = _read_settings(raw, folder / CONFIG)
+        stored = _open_weights(folder)
+        names = canonical_names(stored, str(folder / WEIGHTS), pairs_only=True)
+        if names.plain:
+            what = f"{len(names.plain)} tensors that are not LoRA: {some_names(names.plain)}"
+            raise AdapterError(f"{folder / WEIGHTS}: {what}", hint=MERGE_FIRST)
+        if not names.pairs:
+            raise AdapterError(f"{folder / WEIGHTS}: no LoRA pairs", hint="save the adapter again")
+        pairs = {name: (stored[a], stored[b]) for name, (a, b) in names.pairs.items()}
+        scales = {name: config.scale(name.removesuffix(".weight")) for name in pairs}
+        return cls(folder, pairs, scales, _holds_everywhere(raw))
+
+
+def merge_adapter(
+    tensors: Mapping[str, LazyTensor],
+    adapter: Adapter,
+    prefixes: Sequence[str] = ("",),
+    rename: Callable[[str], str] = str,
+) -> dict[str, LazyTensor]:
+    """`tensors` with the adapter merged in.
+
+    Args:
+        tensors: the base weights, by the names that `rename` gives.
+        prefixes: what may stand before the adapter's names, since it may have been trained on a
+            part of the model: ("", "language_model."). One of them has to fit all pairs.
+
+    Raises AdapterError when none or several prefixes fit, and for pairs of another shape.
+    """
+    names = _resolve(tensors, adapter, prefixes, rename)
+    pairs = {names[name]: pair for name, pair in adapter.pairs.items()}
+    scales = {names[name]: scale for name, scale in adapter.scales.items()}
+    if adapter.everywhere:
+        _check_layers(tensors, pairs, adapter.folder)
+    return merge_pairs(tensors, pairs, scales, str(adapter.folder))
+
+
+def _resolve(
+    tensors: Mapping[str, LazyTensor],
+    adapter: Adapter,
+    prefixes: Sequence[str],
+    rename: Callable[[str], str],
+) -> dict[str, str]:
+    """Name in the adapter → name in `tensors`."""
+    trials = [{name: rename(prefix + name) for name in adapter.pairs} for prefix in prefixes]
+    fits = [trial for trial in trials if all(name in tensors for name in trial.values())]
+    distinct = [trial for i, trial in enumerate(fits) if trial not in fits[:i]]
+    if len(distinct) > 1:
+        first = min(adapter.pairs)
+        what = f"{first!r} may be {' or '.join(repr(trial[first]) for trial in distinct)}"
+        raise AdapterError(
+            f"{adapter.folder}: fits {len(distinct)} parts of the model: {what}",
+            hint="train or save the adapter on the whole model, so that its names are whole",
+        )
+    if not distinct:
+        # The prefix that comes nearest explains most.
+        best = max(trials, key=lambda trial: sum(name in tensors for name in trial.values()))
+        lost = sorted(name for name in best if best[name] not in tensors)
+        near = did_you_mean(best[lost[0]], tensors)
+        what = f"{len(lost)} of {len(best)} targets are not in the model: {some_names(lost)}{near}"
+        raise AdapterError(
+            f"{adapter.folder}: {what}", hint="is this the base model that the adapter names?"
+        )
+    names = distinct[0]
+    if len(set(names.values())) < len(names):
+        doubles = {name for name in names if list(names.values()).count(names[name]) > 1}
+        raise AdapterError(
+            f"{adapter.folder}: several pairs for one weight: {some_names(doubles)}",
+            hint="save the adapter again",
+        )
+    return names
+
+
+def _check_layers(
+    tensors: Mapping[str, LazyTensor], pairs: Mapping[str, Pair], folder: Path
+) -> None:
+    """No layer lacks the pair that its like in the other layers has."""
+    kinds = {_kind(name) for name in pairs}
+    bare = [name for name in tensors if name not in pairs and _kind(name) in kinds]
+    if bare:
+        what = f"no LoRA pair for {len(bare)} weights that target_modules names"
+        raise AdapterError(
+            f"{folder}: {what}: {some_names(bare)}",
+            hint="the adapter's file is incomplete, or of a model with fewer layers",
+        )
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _holds_everywhere(raw: Mapping[str, Any]) -> bool:
+    targets = raw.get("target_modules")
+    if not isinstance(targets, list) or any(char.isdigit() for char in "".join(map(str, targets))):
+        return False
+    return raw.get("exclude_modules") is None and raw.get("layers_to_transform") is None
+
+
+def _read_settings(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
+    """Raises AdapterError naming every setting that plain LoRA does not have."""
+    try:
+        config = read_config(AdapterConfig, raw, str(file))
+    except ConfigError as cause:
+        raise AdapterError(str(cause), hint=MERGE_FIRST) from cause
+    known = HARMLESS | {field.name for field in dataclasses.fields(config)} | {"bias"}
+    odd = [key for key, value in raw.items() if key not in known and value]
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"{file}: init_lora_weights={init!r} changed the base weights in training",
+            hint="save it with path_initial_model_for_weight_conversion, or merge it with peft",
+        )
+    if init not in KEEPS_BASE:
+        odd.append("init_lora_weights")
+    if odd:
+        shown = ", ".join(f"{key}={raw[key]!r}"[:80] for key in sorted(odd))
+        raise AdapterError(f"{file}: not plain LoRA: {shown}", hint=MERGE_FIRST)
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(raw.get(key) or {}, key, file)
+    return config
+
+
+def _check_patterns(patterns: Mapping[str, Any], key: str, file: Path) -> None:
+    """Every pattern compiles and gives a number (a rank of at least 1)."""
+    for pattern, value in patterns.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "rank_pattern":
+            number = number and isinstance(value, int) and value >= 1
+        try:
+            re.compile(pattern)
+        except re.error as cause:
+            problem = f"{pattern!r} is not a regular expression: {cause}"
+        else:
+            problem = f"{pattern!r}: expected a number, got {value!r}"
+            if number:
+                continue
+        raise AdapterError(f"{file}: {key}: {problem}", hint="repair adapter_config.json")
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the module's name from a dot to its end."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _open_weights(folder: Path) -> dict[str, LazyTensor]:
+    file = folder / WEIGHTS
+    if file.exists():
+        try:
+            return open_safetensors(file)
+        except AdapterError:
+            raise
+        except WeightError as cause:
+            raise AdapterError(str(cause), hint=cause.hint) from cause
+    if (folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{folder}: only adapter_model.bin (pickled), expected {WEIGHTS}",
+            hint="convert it: save_pretrained(folder, safe_serialization=True) in peft",
+        )
+    raise AdapterError(f"{folder}: expected {WEIGHTS}, found none", hint="is the copy complete?")

@@ -1,0 +1,231 @@
+"""config.json → frozen dataclasses.
+
+A family states the facts it needs as a frozen dataclass; `read_config` fills it and raises once,
+naming everything that is wrong. Field defaults are those of the Hugging Face config class, so an
+absent key means here what it means there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from vlmport.errors import ConfigError, VlmportError, did_you_mean, some_names
+
+__all__ = ["AtLeast", "Signed", "Size", "load_json", "read_config"]
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """The bound of an `Annotated[int, AtLeast(n)]` field; None lifts the usual bound of 0."""
+
+    value: int | None
+
+
+Size = Annotated[int, AtLeast(1)]
+Signed = Annotated[int, AtLeast(None)]
+
+
+def read_config(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
+    """Fill the dataclass `cls` from a section of config.json.
+
+    Plain `int` fields take 0 and more, `Size` 1 and more, `Signed` any. Nested dataclasses, tuples,
+    Literal and `X | None` are understood. Keys that `cls` does not know are ignored, unless its
+    ClassVar `must_be` (key → accepted values) says that they change the maths.
+
+    Args:
+        where: what to call the section in errors, such as "config.json: text_config".
+
+    Raises ConfigError with all missing keys, all mistyped ones and all unsupported values.
+    """
+    problems: list[str] = []
+    values = _read_fields(cls, raw, where, problems)
+    if problems:
+        hint = f"vlmport reads {cls.__name__} with these keys; is the file of another model?"
+        raise ConfigError(f"{where}: " + "; ".join(problems), hint=hint)
+    return cls(**values)
+
+
+def load_json(
+    path: Path, *, error: type[VlmportError] = ConfigError, hint: str | None = None
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises `error` when the file is missing, unreadable, not JSON (with line and column; NaN and
+    Infinity are not JSON), nested too deep, or not an object.
+    """
+    hint = hint or "is the download complete?"
+    try:
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file", hint=hint) from None
+    except OSError as cause:
+        raise error(f"{path}: {cause.strerror or cause}", hint=hint) from cause
+    except json.JSONDecodeError as cause:
+        place = f"line {cause.lineno} column {cause.colno}"
+        raise error(f"{path}: not JSON at {place}: {cause.msg}", hint=hint) from cause
+    except RecursionError:
+        raise error(f"{path}: not JSON that can be read: nested too deep", hint=hint) from None
+    except ValueError as cause:  # not text, NaN, or a number of thousands of digits
+        raise error(f"{path}: not JSON: {cause}", hint=hint) from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, got {_kind(value)}", hint=hint)
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _read_fields(
+    cls: type[Any], raw: Mapping[str, Any], where: str, problems: list[str]
+) -> dict[str, Any]:
+    """The keyword arguments of `cls`; what is wrong with them is appended to `problems`."""
+    hints = get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    missing: list[str] = []
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        if field.name in raw:
+            values[field.name] = _read(hints[field.name], raw[field.name], field.name, problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            missing.append(field.name)
+    if missing:
+        near = "".join(did_you_mean(name, raw) for name in missing[:1] if len(missing) == 1)
+        problems.insert(0, f"missing {some_names(missing, limit=99)}{near}")
+    problems.extend(_unsupported(getattr(cls, "must_be", {}), raw))
+    return values
+
+
+def _unsupported(must_be: Mapping[str, Sequence[Any]], raw: Mapping[str, Any]) -> list[str]:
+    """Every key whose value is none of the accepted ones: true is not 1 here."""
+    problems = []
+    for key, accepted in must_be.items():
+        if key in raw and not any(_same(raw[key], value) for value in accepted):
+            supported = ", ".join(_show(value) for value in accepted)
+            problems.append(f"{key}={_show(raw[key])} (supported: {supported})")
+    return problems
+
+
+def _same(left: Any, right: Any) -> bool:
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+def _read(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
+    """`value` as the type `hint`, or None and an entry in `problems`."""
+    read, ok = _convert(hint, value, key, problems)
+    if not ok:
+        problems.append(f"{key}: expected {_describe(hint)}, got {_show(value)}")
+    return read
+
+
+def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any, bool]:
+    """(converted, whether it could be)."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value, True
+    if origin in (Union, types.UnionType):
+        trials = (_convert(arg, value, key, []) for arg in args)
+        found = next((trial for trial in trials if trial[1]), (None, False))
+        # A nested dataclass explains itself better than "expected X or null".
+        nested = next((arg for arg in args if dataclasses.is_dataclass(arg)), None)
+        if not found[1] and nested and isinstance(value, dict):
+            return _convert(nested, value, key, problems)
+        return found
+    if origin is Annotated:
+        bound = next((arg for arg in args[1:] if isinstance(arg, AtLeast)), AtLeast(0))
+        return (value, _is_int(value, bound)) if args[0] is int else (value, False)
+    if origin is Literal:
+        return value, any(_same(value, arg) for arg in args)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _nested(hint, value, key, problems)
+    if origin in (tuple, list, Sequence):
+        return _sequence(origin, args, value, key)
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return value, isinstance(value, dict)
+    if hint is float:
+        return _float(value)
+    if hint is int:
+        return value, _is_int(value, AtLeast(0))
+    if hint is None or hint is types.NoneType:
+        return None, value is None
+    return value, isinstance(hint, type) and type(value) is hint
+
+
+def _nested(cls: type[Any], value: Any, key: str, problems: list[str]) -> tuple[Any, bool]:
+    if not isinstance(value, dict):
+        return None, False
+    inner: list[str] = []
+    values = _read_fields(cls, value, key, inner)
+    problems.extend(f"{key}: {problem}" for problem in inner)
+    return (None if inner else cls(**values)), True
+
+
+def _sequence(origin: Any, args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, bool]:
+    if not isinstance(value, list):
+        return None, False
+    if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
+        if len(args) != len(value):
+            return None, False
+        kinds: Sequence[Any] = args
+    else:
+        kinds = [args[0]] * len(value)
+    read = [_convert(kind, item, key, []) for kind, item in zip(kinds, value, strict=True)]
+    items = (item for item, _ in read)
+    return (list(items) if origin is list else tuple(items)), all(ok for _, ok in read)
+
+
+def _float(value: Any) -> tuple[float | None, bool]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None, False
+    try:
+        number = float(value)
+    except OverflowError:
+        return None, False
+    return number, math.isfinite(number)
+
+
+def _is_int(value: Any, bound: AtLeast) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return bound.value is None or value >= bound.value
+
+
+def _describe(hint: Any) -> str:
+    """A type in the words of JSON."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is Annotated:
+        bound = next((arg.value for arg in args[1:] if isinstance(arg, AtLeast)), 0)
+        return "an int" if bound is None else f"an int of at least {bound}"
+    if origin is Literal:
+        return " or ".join(_show(arg) for arg in args)
+    if origin in (tuple, list, Sequence):
+        kinds = " and ".join(dict.fromkeys(_describe(arg) for arg in args if arg is not Ellipsis))
+        fixed = origin is tuple and Ellipsis not in args
+        return f"a list of {len(args)}, each {kinds}" if fixed else f"a list, each {kinds}"
+    if origin in (dict, Mapping) or hint in (dict, Mapping) or dataclasses.is_dataclass(hint):
+        return "an object"
+    names = {float: "a finite number", int: "an int of at least 0", bool: "true or false"}
+    names |= {str: "a string", types.NoneType: "null", None: "null"}
+    return names.get(hint, str(hint))
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+def _show(value: Any) -> str:
+    """A value as JSON writes it, cut to a line."""
+    text = json.dumps(value, ensure_ascii=True, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."

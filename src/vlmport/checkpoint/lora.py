@@ -1,0 +1,137 @@
+"""LoRA, merged while reading: W + (α/r)·B·A, one tensor at a time.
+
+Two sources have the same maths: pairs inside a checkpoint, whose r and α the family knows, and a
+folder saved by PEFT. The semantics are those of peft 0.21: tuners/lora/layer.py (`update_layer`,
+`get_delta_weight`) and utils/other.py (`get_pattern_key`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vlmport.checkpoint.weights import LazyTensor, Weights
+from vlmport.errors import AdapterError
+
+__all__ = ["LoraScale", "MergedTensor", "merge_pairs", "merge_stored"]
+
+BLOCK = 1 << 22  # elements of W that one product covers, so that B·A is never whole in memory
+
+Pair = tuple[LazyTensor, LazyTensor]
+
+
+@dataclass(frozen=True)
+class LoraScale:
+    """The rank and the strength of an adapter.
+
+    Attributes:
+        r, alpha: the update is (alpha / r)·B·A.
+        rslora: divide by √r instead of r.
+        fan_in_fan_out: the base weight is stored [in, out], as GPT-2's Conv1D does.
+    """
+
+    r: int
+    alpha: float
+    rslora: bool = False
+    fan_in_fan_out: bool = False
+
+    @property
+    def factor(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A base weight [out, in] with A [r, in] and B [out, r] added to it when it is read."""
+
+    base: LazyTensor
+    a: LazyTensor
+    b: LazyTensor
+    scale: LoraScale
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """W + (α/r)·B·A in float32, in blocks of rows."""
+        merged = self.base.numpy()
+        a, b = self.a.numpy(), self.b.numpy()
+        factor = np.float32(self.scale.factor)
+        step = max(1, BLOCK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            if self.scale.fan_in_fan_out:
+                merged[rows] += (b @ a[:, rows]).T * factor
+            else:
+                merged[rows] += (b[rows] @ a) * factor
+        return merged
+
+
+def merge_stored(weights: Weights, scale: LoraScale | None) -> dict[str, LazyTensor]:
+    """All weights by plain name, with the pairs inside the checkpoint merged.
+
+    Raises AdapterError when there are pairs and no scale, or when their shapes don't fit.
+    """
+    if weights.pairs and scale is None:
+        raise AdapterError(
+            f"{weights.where}: {len(weights.pairs)} LoRA pairs, and config.json gives no r and alpha",
+            hint="merge them first: peft's merge_and_unload(), then save_pretrained()",
+        )
+    if scale is None:
+        return dict(weights)
+    scales = dict.fromkeys(weights.pairs, scale)
+    return merge_pairs(weights, weights.pairs, scales, weights.where)
+
+
+def merge_pairs(
+    tensors: Mapping[str, LazyTensor],
+    pairs: Mapping[str, Pair],
+    scales: Mapping[str, LoraScale],
+    where: str,
+) -> dict[str, LazyTensor]:
+    """`tensors` with each pair merged into the weight of its name.
+
+    Raises AdapterError naming every pair whose shapes don't fit its weight and its r.
+    """
+    problems = [
+        problem
+        for name in sorted(pairs)
+        if (problem := _misfit(name, tensors[name], pairs[name], scales[name]))
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
+        raise AdapterError(
+            f"{where}: {len(problems)} of {len(pairs)} LoRA pairs don't fit: {shown}",
+            hint="was the adapter trained on another model, or with another r?",
+        )
+    merged = {name: MergedTensor(tensors[name], *pairs[name], scales[name]) for name in pairs}
+    return {**tensors, **merged}
+
+
+def _misfit(name: str, base: LazyTensor, pair: Pair, scale: LoraScale) -> str | None:
+    """What is wrong with the shapes of a pair, or None."""
+    a, b = pair
+    if len(base.shape) != 2:
+        return f"{name!r} is {list(base.shape)}, expected a matrix"
+    out, features = base.shape[::-1] if scale.fan_in_fan_out else base.shape
+    if a.shape == (scale.r, features) and b.shape == (out, scale.r):
+        return None
+    expected = f"A {[scale.r, features]} and B {[out, scale.r]}"
+    return f"{name!r}: expected {expected}, got A {list(a.shape)} and B {list(b.shape)}"

@@ -1,0 +1,192 @@
+"""Where a model comes from: a folder, or a repository of the Hugging Face Hub.
+
+Everything that the Hub client reads from the environment holds: HF_HOME, HF_HUB_CACHE,
+HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlmport.errors import SourceError, did_you_mean, some_names
+
+__all__ = ["find_folder", "locate", "locate_adapter"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+SUBFOLDERS = ["*/*"]  # fnmatch's star crosses slashes: "onnx/…", "checkpoint-500/…"
+TIMEOUT = 10.0  # seconds for the first answer; the client itself would wait for ever
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `source` itself, or the snapshot of a Hub id.
+
+    Raises SourceError when it can't be found or fetched, and when it is no checkpoint.
+    """
+    folder = find_folder(source, revision)
+    if (folder / "vlmport.json").exists():
+        raise SourceError(
+            f"{folder}: it has vlmport.json: this is a bundle already",
+            hint="run it as it is; to export again, give the checkpoint that it was made from",
+        )
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "adapter_config.json").exists():
+        raise SourceError(
+            f"{folder}: it has adapter_config.json: this is a LoRA adapter",
+            hint="give the base model, and this folder as --adapter",
+        )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        raise SourceError(
+            f"{folder}: no config.json here, but in {some_names(inner)}",
+            hint=f"give {folder / inner[-1]}",
+        )
+    raise SourceError(f"{folder}: no config.json; {_found(folder)}", hint="is it a checkpoint?")
+
+
+def locate_adapter(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a LoRA adapter, found as `locate` finds a checkpoint."""
+    folder = find_folder(source, revision)
+    if (folder / "adapter_config.json").exists():
+        return folder
+    raise SourceError(
+        f"{folder}: no adapter_config.json; {_found(folder)}",
+        hint="an adapter is the folder that PEFT's save_pretrained() writes",
+    )
+
+
+def find_folder(source: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is, or the snapshot of a Hub id. Raises SourceError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            hint = "leave --revision out; it chooses among the versions of a Hub repository"
+            raise SourceError(f"{path}: a local folder has no revision {revision!r}", hint=hint)
+        return path
+    if path.exists():
+        raise SourceError(f"{path}: a file, expected a folder", hint=f"give {path.parent}")
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and ".." not in source:
+        return _fetch(source, revision)
+    looks_local = isinstance(source, Path) or source.startswith((".", "~")) or path.is_absolute()
+    if looks_local or len(path.parts) > 1:
+        raise SourceError(f"{path}: no such folder{_near(path)}", hint="check the path")
+    raise SourceError(
+        f"{source!r}: neither a folder nor a Hub id{_near(path)}",
+        hint="give a folder, or a Hub id such as 'org/name'",
+    )
+
+
+def _near(path: Path) -> str:
+    """A folder beside it of nearly that name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return f" ({path.parent} does not exist either)" if path.parent != path else ""
+    return did_you_mean(path.name, names)
+
+
+def _found(folder: Path) -> str:
+    names = [entry.name for entry in folder.iterdir()]
+    return f"it has {some_names(names)}" if names else "it is empty"
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    """The snapshot of a Hub repository: the newest when the Hub answers, else the cached one."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    problem: Exception | None = None
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
+        except RevisionNotFoundError as error:
+            raise _explain(error, repo, revision) from error
+        except Exception as error:
+            problem = error
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=PATTERNS,
+                ignore_patterns=SUBFOLDERS,
+                local_files_only=constants.HF_HUB_OFFLINE or problem is not None,
+            )
+        )
+    except Exception as error:
+        raise _explain(problem or error, repo, revision) from error
+
+
+def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
+    """One line and a hint for what the Hub client raised."""
+    from huggingface_hub import constants, errors
+
+    endpoint = constants.ENDPOINT
+    if _disk_is_full(error):
+        return SourceError(
+            f"{repo}: the disk is full: {constants.HF_HUB_CACHE}",
+            hint="free some space, or set HF_HUB_CACHE to a folder on another disk; run it again",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        hint = f"see the branches and tags at {endpoint}/{repo}"
+        return SourceError(f"{repo}: no revision {revision!r}", hint=hint)
+    if isinstance(error, errors.GatedRepoError):
+        hint = f"accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
+        return SourceError(f"{repo}: access is gated", hint=hint)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "check the spelling; if it is private, set HF_TOKEN or run `hf auth login`"
+        return SourceError(f"{repo}: no such folder, and no such model at {endpoint}", hint=hint)
+    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        at = f" at revision {revision!r}" if revision else ""
+        return SourceError(
+            f"{repo}: not (or not whole) in the cache{at}, and HF_HUB_OFFLINE is set",
+            hint=f"unset HF_HUB_OFFLINE to fetch it; the cache is {constants.HF_HUB_CACHE}",
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        return _explain_status(error, repo, endpoint)
+    if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
+        what = f"{endpoint} gives no answer"
+    else:
+        what = f"can't be fetched from {endpoint}: {_line(error)}"
+    return SourceError(
+        f"{repo}: {what}",
+        hint="check the network (and HF_ENDPOINT, proxies) and run it again; downloads resume",
+    )
+
+
+def _explain_status(error: Exception, repo: str, endpoint: str) -> SourceError:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status in (401, 403):
+        return SourceError(
+            f"{repo}: {endpoint} refuses access ({status})",
+            hint="is HF_TOKEN right, and may it read this repository? `hf auth login` makes one",
+        )
+    hint = "wait a little and run it again; downloads resume"
+    return SourceError(f"{repo}: {endpoint} answers with an error: {_line(error)}", hint=hint)
+
+
+def _line(error: Exception) -> str:
+    """The type and the first line of the text of a foreign exception."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    # hf_xet, the Rust downloader, raises a RuntimeError that only its text explains.
+    return any(
+        getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause)
+        for cause in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

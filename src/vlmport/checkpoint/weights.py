@@ -1,0 +1,236 @@
+"""safetensors files → lazy tensors.
+
+Opening a checkpoint reads headers only; `numpy()` reads one tensor. Tensors are read with a plain
+read rather than through a memory map: a mapped file that shrinks, or whose disk fails, kills the
+process, while a short read is an error with a name. No file stays open.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from vlmport.checkpoint.config import load_json
+from vlmport.checkpoint.names import canonical_names
+from vlmport.errors import WeightError, some_names
+
+__all__ = ["LazyTensor", "StoredTensor", "Weights", "open_safetensors"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+READABLE = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+DOWNLOAD_AGAIN = "the file is incomplete or damaged; download it again"
+CONVERT = "convert it: save_pretrained(folder, safe_serialization=True) in transformers"
+LFS_POINTER = b"version https://git-lfs"
+
+
+class LazyTensor(Protocol):
+    """A weight that is read when it is asked for.
+
+    Attributes:
+        name: its name in the file, for messages.
+        shape, dtype, nbytes: as stored ("F32", "F16", "BF16", …).
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """Its values in a fresh float32 array that the caller owns. Raises WeightError."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, `offset` bytes from its start."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    offset: int
+    nbytes: int
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """Read it; float32 holds every value of the readable types exactly.
+
+        Raises WeightError for another type, and when the file is gone or has become shorter.
+        """
+        dtype = READABLE.get(self.dtype)
+        if dtype is None:
+            raise WeightError(
+                f"{self.file}: {self.name!r} is {self.dtype}, expected {', '.join(READABLE)}",
+                hint="quantized checkpoints can't be exported; use the model they were made from",
+            )
+        count = self.nbytes // dtype.itemsize
+        try:
+            values = np.fromfile(self.file, dtype, count, offset=self.offset)
+        except OSError as cause:
+            raise WeightError(
+                f"{self.file}: {self.name!r}: {cause}", hint=DOWNLOAD_AGAIN
+            ) from cause
+        if values.size != count:
+            got = f"expected {self.nbytes} bytes, got {values.nbytes}"
+            raise WeightError(f"{self.file}: {self.name!r}: {got}", hint=DOWNLOAD_AGAIN)
+        return values.astype(np.float32, copy=False).reshape(self.shape)
+
+
+class Weights(Mapping[str, LazyTensor]):
+    """The weights of a checkpoint by plain name, LoRA pairs apart.
+
+    Attributes:
+        pairs: plain name of an adapted weight → its lora_A [r, in] and lora_B [out, r]. The
+            weight of that name in the mapping itself is the base, without the adapter.
+        where: what to call them in errors.
+    """
+
+    def __init__(self, stored: Mapping[str, LazyTensor], where: str = "weights"):
+        """Sort stored tensors. Raises WeightError and AdapterError as `canonical_names` does."""
+        names = canonical_names(stored, where)
+        self.where = where
+        self._tensors = {plain: stored[name] for plain, name in names.plain.items()}
+        self.pairs: dict[str, tuple[LazyTensor, LazyTensor]] = {
+            plain: (stored[a], stored[b]) for plain, (a, b) in names.pairs.items()
+        }
+
+    @classmethod
+    def open(cls, folder: Path) -> Weights:
+        """Read the headers of model.safetensors, or of the shards in its index.
+
+        Raises WeightError when files are missing, damaged, pickled, or disagree with the index.
+        """
+        if (folder / SINGLE).exists():
+            return cls(open_safetensors(folder / SINGLE), str(folder))
+        if (folder / INDEX).exists():
+            return cls(_open_shards(folder / INDEX), str(folder))
+        raise _no_weights(folder)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def open_safetensors(file: Path) -> dict[str, LazyTensor]:
+    """Every tensor of one file, by its stored name; the data stays where it is.
+
+    Raises WeightError when the file is missing, no safetensors, or cut short.
+    """
+    try:
+        with safe_open(file, framework="np"):
+            pass  # the library checks the header: offsets, sizes, overlaps, the file's length
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header: dict[str, Any] = json.loads(opened.read(length))
+    except FileNotFoundError:
+        raise WeightError(f"{file}: no such file", hint=DOWNLOAD_AGAIN) from None
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise _unreadable(file, cause) from cause
+    header.pop("__metadata__", None)
+    tensors: dict[str, LazyTensor] = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        tensors[name] = StoredTensor(name, shape, dtype, file, 8 + length + start, end - start)
+    return tensors
+
+
+def _unreadable(file: Path, cause: Exception) -> WeightError:
+    """Say what is there instead of a safetensors file."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_POINTER))
+        size = file.stat().st_size
+    except OSError as error:
+        return WeightError(f"{file}: {error.strerror or error}", hint=DOWNLOAD_AGAIN)
+    if start == LFS_POINTER:
+        return WeightError(
+            f"{file}: a Git LFS pointer ({size} bytes), not the weights themselves",
+            hint="run `git lfs pull` in the folder, or download the file again",
+        )
+    if not size:
+        return WeightError(f"{file}: empty (0 bytes)", hint=DOWNLOAD_AGAIN)
+    return WeightError(f"{file}: not readable as safetensors: {cause}", hint=DOWNLOAD_AGAIN)
+
+
+def _open_shards(index: Path) -> dict[str, LazyTensor]:
+    """The tensors of all shards, after the index and the shards were found to agree."""
+    weight_map = load_json(index, error=WeightError, hint=DOWNLOAD_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightError(f"{index}: no weight_map", hint=DOWNLOAD_AGAIN)
+    odd = {str(file) for file in weight_map.values() if not _is_plain_file(file)}
+    if odd:
+        hint = "shards lie beside their index; don't use a checkpoint that says otherwise"
+        raise WeightError(f"{index}: not file names of shards: {some_names(odd)}", hint=hint)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (index.parent / file).exists()]
+    if missing:
+        what = f"{len(missing)} of {len(files)} shards missing: {some_names(missing)}"
+        raise WeightError(f"{index.parent}: {what}", hint="download them again")
+    shards = {file: open_safetensors(index.parent / file) for file in files}
+    _check_index(index, weight_map, shards)
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def _is_plain_file(file: object) -> bool:
+    if not isinstance(file, str) or not file.endswith(".safetensors"):
+        return False
+    return not any(char in file for char in "/\\:\0") and not file.startswith(".")
+
+
+def _check_index(
+    index: Path, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, LazyTensor]]
+) -> None:
+    lost = [f"{name} in {file}" for name, file in weight_map.items() if name not in shards[file]]
+    extra = [
+        f"{name} in {file}"
+        for file, tensors in shards.items()
+        for name in tensors
+        if weight_map.get(name) != file
+    ]
+    problems = []
+    if lost:
+        problems.append(f"not where the index says: {some_names(lost)}")
+    if extra:
+        problems.append(f"not in the index: {some_names(extra)}")
+    if problems:
+        hint = "index and shards are of different saves; download all of them again"
+        raise WeightError(
+            f"{index}: {len(lost) + len(extra)} tensors " + "; ".join(problems), hint=hint
+        )
+
+
+def _no_weights(folder: Path) -> WeightError:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+    other = [n for n in names if n.endswith((".safetensors", ".gguf", ".onnx", ".msgpack", ".h5"))]
+    if pickled:
+        return WeightError(
+            f"{folder}: only pickled weights ({some_names(pickled)}), expected {SINGLE}",
+            hint=CONVERT,
+        )
+    found = f"found {some_names(other)}" if other else "found no weights"
+    return WeightError(
+        f"{folder}: expected {SINGLE} or {INDEX}, {found}",
+        hint="is the download complete? a checkpoint in another format: " + CONVERT,
+    )
