@@ -1,0 +1,64 @@
+"""Export small vision-language models to ONNX, prove the export right, run it anywhere.
+
+    import vlmport
+
+    model = vlmport.load("shapes")
+    print(model.caption("examples/red_square.png"))
+
+    bundle = vlmport.export("my-finetune", "my-bundle")
+    report = vlmport.verify(bundle, "my-finetune")
+
+Everything below is imported when it is first used: `import vlmport` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vlmport.bundle import Bundle
+    from vlmport.errors import VlmportError
+    from vlmport.export import export
+    from vlmport.runtime.model import VLM, Caption
+    from vlmport.source import builtin_models, load
+    from vlmport.verify import Report, verify
+
+__all__ = [
+    "VLM",
+    "Bundle",
+    "Caption",
+    "Report",
+    "VlmportError",
+    "__version__",
+    "builtin_models",
+    "export",
+    "load",
+    "verify",
+]
+
+_HOMES = {
+    "VLM": "vlmport.runtime.model",
+    "Bundle": "vlmport.bundle",
+    "Caption": "vlmport.runtime.model",
+    "Report": "vlmport.verify",
+    "VlmportError": "vlmport.errors",
+    "builtin_models": "vlmport.source",
+    "export": "vlmport.export",
+    "load": "vlmport.source",
+    "verify": "vlmport.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlmport' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

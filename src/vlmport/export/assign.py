@@ -1,0 +1,108 @@
+"""Give every weight of the graphs its tensor of the checkpoint, all of them or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from vlmport.checkpoint import LazyTensor
+from vlmport.errors import WeightError, did_you_mean, some_names
+from vlmport.graph.weights import Weight
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass
+class Assignment:
+    """Collects what fits and what doesn't, over all graphs of an export.
+
+    Attributes:
+        tensors: the checkpoint, by name.
+        used: names that some graph reads.
+        missing, misshapen: messages, each naming a tensor.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    used: set[str] = field(default_factory=set)
+    missing: dict[str, str] = field(default_factory=dict)
+    misshapen: dict[str, str] = field(default_factory=dict)
+    wanted: set[str] = field(default_factory=set)
+
+    def assign(self, graph: ir.Graph, on_bytes: OnBytes) -> None:
+        """Point each Weight of a graph at its tensor; nothing is read until the graph is saved."""
+        for value in graph.initializers.values():
+            if not isinstance(value, Weight):
+                continue
+            key = value.key
+            self.wanted.add(key)
+            tensor = self.tensors.get(key)
+            if tensor is None:
+                self.missing[key] = f"{key!r}{did_you_mean(key, self._spare())}"
+            elif tuple(tensor.shape) != value.source_shape:
+                self.misshapen[key] = (
+                    f"{key!r} {list(tensor.shape)}, expected {list(value.source_shape)}"
+                )
+            else:
+                self.used.add(key)
+                value.const_value = _lazy(value, tensor, on_bytes)
+
+    def finish(self, is_unused: Callable[[str], bool]) -> None:
+        """Raise WeightError unless every weight was found, fits, and every tensor was used."""
+        surplus = [key for key in self.tensors if key not in self.wanted and not is_unused(key)]
+        parts = []
+        if self.missing:
+            parts.append(
+                f"{len(self.missing)} of {len(self.wanted)} weights unset: "
+                f"{_listed(self.missing.values())}"
+            )
+        if self.misshapen:
+            parts.append(
+                f"{len(self.misshapen)} of another shape: {_listed(self.misshapen.values())}"
+            )
+        if surplus:
+            parts.append(f"{len(surplus)} tensors have no place: {some_names(surplus)}")
+        if parts:
+            raise WeightError("; ".join(parts), hint=self._hint(surplus))
+
+    def _spare(self) -> list[str]:
+        return [key for key in self.tensors if key not in self.used]
+
+    def _hint(self, surplus: list[str]) -> str:
+        if any(key.endswith("lm_head.weight") for key in self.missing):
+            return "a tied head? set tie_word_embeddings in config.json"
+        if surplus and not self.missing and not self.misshapen:
+            return "does config.json belong to these weights? nothing is dropped silently"
+        return "does config.json belong to these weights?"
+
+
+def _listed(messages: Iterable[str], limit: int = 8) -> str:
+    ordered = sorted(messages)
+    rest = f", … and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + rest
+
+
+def _lazy(weight: Weight, tensor: LazyTensor, on_bytes: OnBytes) -> ir.LazyTensor:
+    """The initializer's data, made when it is written and not kept."""
+
+    def load() -> np.ndarray:
+        array = tensor.numpy()
+        if not np.isfinite(array).all():
+            raise WeightError(
+                f"{tensor.name!r} holds infinite or undefined values",
+                hint="the training diverged or the file is damaged; nothing was exported",
+            )
+        return array
+
+    def make() -> ir.Tensor:
+        array = np.ascontiguousarray(weight.convert(load))
+        assert weight.shape is not None
+        assert array.shape == tuple(weight.shape), (weight.name, array.shape)
+        on_bytes(array.nbytes)
+        return ir.Tensor(array, name=weight.name)
+
+    assert weight.dtype is not None
+    assert weight.shape is not None
+    return ir.LazyTensor(make, dtype=weight.dtype, shape=ir.Shape(weight.shape), name=weight.name)

@@ -1,0 +1,240 @@
+"""checkpoint → family → component graphs → bundle, all at once or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from vlmport import __version__
+from vlmport.bundle import ANY, Bundle, Manifest, Variant, hash_folder, write_manifest
+from vlmport.checkpoint import Checkpoint
+from vlmport.errors import ExportError
+from vlmport.export.assign import Assignment
+from vlmport.export.files import write_card, write_hub_files
+from vlmport.export.folder import atomic_folder, check_space, check_target
+from vlmport.export.golden import golden_input, record
+from vlmport.families import family_of
+from vlmport.families.base import Family
+from vlmport.graph.builder import GraphBuilder, to_model
+from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
+
+DEFAULT_PRECISIONS = tuple(PRECISIONS)
+
+# A graph with more weights than this keeps them in a file beside it.
+INLINE_BYTES = 16 * 1024 * 1024
+# Shape constants must stay in the graph: ONNX Runtime refuses them in external files.
+EXTERNAL_THRESHOLD = 1024
+
+# Device → precisions in the order in which 'auto' prefers them. WASM unpacks 4-bit matrices
+# anew in every call; a CPU and WebGPU read them as they are.
+PREFERRED = {
+    "cpu": ("q4", "fp32"),
+    "cuda": ("fp32", "q4"),
+    "webgpu": ("q4", "fp32"),
+    "wasm": ("fp32", "q4"),
+}
+
+# done bytes, total bytes, what is being written
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One ONNX file to write."""
+
+    component: str
+    precision: str
+    file: str
+    model: ir.Model
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(_nbytes(value) for value in self.model.graph.initializers.values())
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    precisions: str | Sequence[str] = DEFAULT_PRECISIONS,
+    adapter: str | Path | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a checkpoint folder or Hub id to a bundle in `out`.
+
+    Args:
+        precisions: names, or one string with commas: fp32, q4.
+        adapter: a PEFT folder whose LoRA is merged into the weights.
+        force: overwrite a bundle that is there.
+        revision: branch, tag or commit of a Hub id.
+        name: the bundle's name, by default that of the checkpoint.
+        progress: called with (done bytes, total bytes, file being written).
+
+    Raises:
+        SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
+        ExportError: `out` exists, an unknown precision, a full disk.
+        In each case `out` is left as it was.
+    """
+    chosen = parse_precisions(list(precisions) if not isinstance(precisions, str) else precisions)
+    out = Path(out)
+    check_target(out, force=force)
+    checkpoint = Checkpoint.open(source, revision=revision)
+    family = family_of(checkpoint)
+    adapter_folder = Path(adapter) if adapter is not None else None
+    with atomic_folder(out, force=force) as folder:
+        meter = Meter(progress)
+        jobs = _plan(family, checkpoint, adapter_folder, chosen, meter)
+        check_space(out, meter.total)
+        for job in jobs:
+            meter.what = job.file
+            _write_model(job, folder)
+        label = name or _default_name(source, checkpoint)
+        _write_manifest(family, checkpoint, jobs, folder, label)
+    return Bundle.open(out)
+
+
+class Meter:
+    """Counts bytes as weights are converted."""
+
+    def __init__(self, progress: Progress | None):
+        self.progress, self.done, self.total, self.what = progress, 0, 0, ""
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total, self.what)
+
+
+def _plan(
+    family: Family,
+    checkpoint: Checkpoint,
+    adapter: Path | None,
+    precisions: tuple[Precision, ...],
+    meter: Meter,
+) -> list[Job]:
+    """All graphs, each weight with its tensor; nothing is written before every one has."""
+    assignment = Assignment(family.weights(checkpoint, adapter))
+
+    def job(component: str, precision: str, suffix: str, builder: GraphBuilder) -> Job:
+        assignment.assign(builder.graph, meter.add)
+        file = f"onnx/{component}{suffix}.onnx"
+        return Job(component, precision, file, to_model(builder, __version__))
+
+    jobs = [job(name, ANY, "", graph) for name, graph in family.fixed_graphs().items()]
+    for precision in precisions:
+        for name, graph in family.graphs(precision).items():
+            jobs.append(job(name, precision.name, precision.suffix, graph))
+    assignment.finish(family.is_unused)
+    meter.total = sum(job.weight_bytes for job in jobs)
+    return jobs
+
+
+def _nbytes(value: ir.Value) -> int:
+    assert value.const_value is not None, value.name
+    return value.const_value.nbytes
+
+
+def _write_model(job: Job, folder: Path) -> None:
+    """Save and check one graph; weights past INLINE_BYTES go to `<file>_data`."""
+    path = folder / job.file
+    path.parent.mkdir(exist_ok=True)
+    if job.weight_bytes > INLINE_BYTES:
+        data = f"{path.name}_data"
+        ir.save(job.model, path, external_data=data, size_threshold_bytes=EXTERNAL_THRESHOLD)
+    else:
+        ir.save(job.model, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{job.file}: not a valid ONNX graph: {error}") from error
+
+
+def _write_manifest(
+    family: Family, checkpoint: Checkpoint, jobs: list[Job], folder: Path, name: str
+) -> None:
+    """The files around the graphs, the golden probe (which runs every graph), the manifest."""
+    components: dict[str, dict[str, Variant]] = {}
+    for job in jobs:
+        data = f"{job.file}_data"
+        external = (data,) if (folder / data).is_file() else ()
+        components.setdefault(job.component, {})[job.precision] = Variant(job.file, external)
+    precisions = [p for p in PRECISIONS if any(job.precision == p for job in jobs)]
+    auto = _auto(components, precisions)
+    hub = family.hub_files()
+    write_hub_files(checkpoint, hub, folder, _transformers_js(components, auto))
+    forms = {p: _describe(p, folder, components) for p in precisions}
+    write_card(checkpoint, hub, folder, name=name, forms=forms)
+    manifest = Manifest(
+        producer=f"vlmport {__version__}",
+        name=name,
+        family=family.name,
+        components=components,
+        auto=auto,
+        files=hash_folder(folder),
+        dims=family.dims,
+        cache=family.cache,
+        prompt=family.prompt,
+        generation=family.generation,
+        pixels=family.pixels,
+        golden=golden_input(family.image_tokens),
+    )
+    write_manifest(folder, manifest)
+    write_manifest(folder, record(Bundle.open(folder), precisions))
+
+
+def _auto(
+    components: Mapping[str, Mapping[str, Variant]], precisions: list[str]
+) -> dict[str, dict[str, str]]:
+    """Device → component → precision, of those that were exported."""
+    return {
+        device: {
+            component: ANY if ANY in forms else next(p for p in order if p in precisions)
+            for component, forms in components.items()
+        }
+        for device, order in PREFERRED.items()
+    }
+
+
+def _transformers_js(
+    components: Mapping[str, Mapping[str, Variant]], auto: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """What that client reads of config.json: external data files, and dtypes by device."""
+    variants = [variant for forms in components.values() for variant in forms.values()]
+    external = {Path(v.model).name: len(v.data) for v in variants if v.data}
+    settings: dict[str, Any] = {"use_external_data_format": external} if external else {}
+    dtypes = {
+        device: {name: p for name, p in auto[device].items() if p != ANY}
+        for device in ("wasm", "webgpu")
+    }
+    settings["device_config"] = {device: {"dtype": dtype} for device, dtype in dtypes.items()}
+    return settings
+
+
+def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str, Variant]]) -> str:
+    """One line of the model card: what the precision is, and how many megabytes to fetch."""
+    meaning = {
+        "fp32": "float32 throughout",
+        "q4": "4-bit decoder, embedding and head; 8-bit vision tower",
+    }
+    files = [
+        file
+        for forms in components.values()
+        for one, variant in forms.items()
+        if one in (precision, ANY)
+        for file in (variant.model, *variant.data)
+    ]
+    size = sum((folder / file).stat().st_size for file in files)
+    return f"{meaning[precision]}; {size / 1e6:.1f} MB"
+
+
+def _default_name(source: str | Path, checkpoint: Checkpoint) -> str:
+    """The Hub id as it was given, or the folder's name."""
+    return checkpoint.folder.name if Path(source).exists() else str(source)

@@ -1,0 +1,87 @@
+"""Write a folder all at once: it appears complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlmport.bundle import MANIFEST
+from vlmport.errors import ExportError
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends without error.
+
+    On any error, Ctrl-C included, the temporary folder is removed and `out` is as it was.
+    Raises ExportError if `out` exists (without `force`), is not a bundle (with it), or the disk
+    is full.
+    """
+    check_target(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out}: {error.strerror}", hint="choose another folder") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes private folders
+        _replace(partial, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(
+                f"{out}: the disk is full; nothing was left there",
+                hint="free some space or export to another disk",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Refuse early what would fail late. Raises ExportError."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ExportError(f"{out}: is a file, expected a folder", hint="choose another name")
+    if not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise ExportError(
+            f"{out}: not empty and not a bundle; nothing in it is touched",
+            hint="choose a new folder",
+        )
+    if not force:
+        raise ExportError(f"{out}: there is a bundle already", hint="--force overwrites it")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise ExportError if fewer than `needed` bytes are free where `out` will be."""
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise ExportError(
+            f"{out}: the disk is full: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
+            hint="free some space or export to another disk",
+        )
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put `partial` in the place of `out`; the old folder goes only when the new one is there."""
+    old = None
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        os.rename(out, old / "bundle")
+    try:
+        os.rename(partial, out)
+    except OSError:
+        if old is not None:
+            os.rename(old / "bundle", out)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,43 @@
+"""The golden probe: a fixed picture, and what the exported graphs give for it on this CPU."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+
+import numpy as np
+
+from vlmport.bundle import Bundle, Golden, GoldenImage, Manifest
+
+WIDTH, HEIGHT = 48, 36
+MIN_PREFILL = 64
+
+
+def golden_input(image_tokens: int) -> Golden:
+    """A picture with edges, a gradient and all three channels apart; no expectations yet.
+
+    It stands so often in the prompt that at least MIN_PREFILL tokens are prefilled.
+    """
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    rgb = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), (x + y) % 16 * 16], axis=-1)
+    rgb[8:24, 12:30] = (200, 30, 40)
+    image = GoldenImage(
+        WIDTH, HEIGHT, base64.b64encode(rgb.astype(np.uint8).tobytes()).decode("ascii")
+    )
+    copies = -(-MIN_PREFILL // image_tokens)
+    return Golden(image, copies, copies * image_tokens, {})
+
+
+def record(bundle: Bundle, precisions: list[str]) -> Manifest:
+    """The manifest with the expectations of each precision, from running it."""
+    from vlmport.runtime.components import Components
+    from vlmport.runtime.probe import record_golden
+
+    golden = bundle.manifest.golden
+    expected = {}
+    for precision in precisions:
+        components = Components.open(bundle, precision=precision)
+        expected[precision] = record_golden(components, golden)
+    return dataclasses.replace(
+        bundle.manifest, golden=dataclasses.replace(golden, expected=expected)
+    )

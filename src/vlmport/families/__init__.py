@@ -1,0 +1,22 @@
+"""The registry of model families: one line each."""
+
+from __future__ import annotations
+
+from vlmport.checkpoint import Checkpoint
+from vlmport.errors import ConfigError, did_you_mean
+from vlmport.families.base import Family
+from vlmport.families.prefix import PrefixCaptioner
+
+FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner,)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that a checkpoint's model_type names, read from it. Raises ConfigError."""
+    by_type = {model_type: family for family in FAMILIES for model_type in family.model_types}
+    if (family := by_type.get(checkpoint.model_type)) is None:
+        raise ConfigError(
+            f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is not supported"
+            f"{did_you_mean(checkpoint.model_type, by_type)}",
+            hint=f"supported: {', '.join(by_type)}",
+        )
+    return family.read(checkpoint)

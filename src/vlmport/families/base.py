@@ -1,0 +1,94 @@
+"""What a family answers. Generic code asks these questions and never which family it has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.checkpoint import Checkpoint, LazyTensor
+from vlmport.graph.builder import GraphBuilder
+from vlmport.graph.precision import Precision
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """The small files that make a bundle a Hub repository.
+
+    Attributes:
+        config, preprocessor_config, processor_config: the JSON files of those names.
+        generation_config: likewise.
+        chat_template: Jinja; written beside the tokenizer and into tokenizer_config.json.
+        new_tokens: special tokens to add to the tokenizer, in the order of their ids.
+        pipeline_tag: the Hub's name of the task.
+    """
+
+    config: Mapping[str, Any]
+    preprocessor_config: Mapping[str, Any]
+    processor_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    chat_template: str
+    new_tokens: tuple[str, ...]
+    pipeline_tag: str
+
+
+class Family(ABC):
+    """A model family, read from one checkpoint: its config, graphs, weight names and prompt."""
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abstractmethod
+    def read(cls, checkpoint: Checkpoint) -> Self:
+        """Read and check the configuration. Raises ConfigError, TokenizerError."""
+
+    @abstractmethod
+    def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
+        """All tensors under the names of the graphs' modules, adapters merged. Reads no data.
+
+        Raises WeightError, AdapterError.
+        """
+
+    @abstractmethod
+    def is_unused(self, key: str) -> bool:
+        """Whether no graph is meant to need this tensor (a head that nobody reads)."""
+
+    @abstractmethod
+    def fixed_graphs(self) -> dict[str, GraphBuilder]:
+        """Component → graph, for the components that have one form for every precision."""
+
+    @abstractmethod
+    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
+        """Component → graph at a precision."""
+
+    @property
+    @abstractmethod
+    def dims(self) -> Dims: ...
+
+    @property
+    @abstractmethod
+    def prompt(self) -> PromptSpec: ...
+
+    @property
+    @abstractmethod
+    def generation(self) -> GenerationSpec: ...
+
+    @property
+    @abstractmethod
+    def pixels(self) -> PixelSpec: ...
+
+    @property
+    def cache(self) -> CacheLayout:
+        return CacheLayout()
+
+    @property
+    @abstractmethod
+    def image_tokens(self) -> int:
+        """The fewest tokens that one small picture takes; sizes the golden probe."""
+
+    @abstractmethod
+    def hub_files(self) -> HubFiles: ...

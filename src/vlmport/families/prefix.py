@@ -1,0 +1,341 @@
+"""distilvit2's prefix captioner: SigLIP, a projection, and a Llama-type decoder with LoRA.
+
+Source: the checkpoint format of tarekziade/distilvit2 (`PrefixConditioningVLM`), computed as
+transformers 5.23 computes its parts.
+
+Traps:
+- The projected patches are the whole prompt: no BOS, no text. The first token of the caption
+  comes from the logits at the last patch.
+- The checkpoint has no image token. One is added as a new row of the embedding, which image
+  features always overwrite; the head keeps the real vocabulary, so it can't be generated.
+- LoRA lies inside model.safetensors under PEFT's names; r and alpha stand in config.json only.
+- The stop token is the padding token of training (both are `<|endoftext|>`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import nn
+
+from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.checkpoint import Checkpoint, LazyTensor, LoraScale, Size, merged, read_config
+from vlmport.checkpoint.tokenizer import new_token_id, read_tokenizer
+from vlmport.errors import ConfigError
+from vlmport.families.base import Family, HubFiles
+from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
+from vlmport.graph.image import image_input, rescale_and_normalize
+from vlmport.graph.layers import ACTIVATIONS, Linear
+from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
+from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample, resize
+from vlmport.graph.precision import Precision
+from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
+from vlmport.graph.weights import Format
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+IMAGE_TOKEN = "<image>"
+LANGUAGE_MODEL = "language_model"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{{- raise_exception('this captioner takes pictures and no text') -}}
+{%- endif -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{- '<image>' -}}
+{%- else -%}
+{{- raise_exception('this captioner takes pictures and no text') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The keys of config.json beside its two sub-configs, with distilvit2's defaults."""
+
+    projection_type: str = "linear"
+    mlp_hidden_dim: Size = 2048
+    lora_r: Size = 16
+    lora_alpha: float = 16
+    max_length: Size = 30
+
+    must_be: ClassVar[Mapping[str, tuple[Any, ...]]] = {"projection_type": ("linear", "mlp")}
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """preprocessor_config.json, where there is one; else what SigLIP's processor does."""
+
+    resample: int = 3  # Pillow's code of bicubic
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    must_be: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "do_resize": (True,),
+        "do_rescale": (True,),
+        "do_normalize": (True,),
+        "resample": (1, 2, 3),
+    }
+
+
+class Projection(nn.Module):
+    """linear: one matrix. mlp: two with an exact GELU between, numbered as in nn.Sequential."""
+
+    def __init__(self, config: PrefixConfig, vision: int, text: int, form: Format):
+        super().__init__("projection")
+        if config.projection_type == "linear":
+            self.projection = Linear(vision, text, bias=True, form=form)
+        else:
+            self.projection = Mlp(vision, config.mlp_hidden_dim, text, form)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return self.projection(op, x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, vision: int, inner: int, text: int, form: Format):
+        super().__init__()
+        first, last = (
+            Linear(vision, inner, bias=True, form=form),
+            Linear(inner, text, bias=True, form=form),
+        )
+        setattr(self, "0", first)
+        setattr(self, "3", last)  # 1 is the GELU, 2 a dropout
+        self.stages = (first, last)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        first, last = self.stages
+        return last(op, ACTIVATIONS["gelu"](op, first(op, x)))
+
+
+@dataclass(frozen=True)
+class PrefixCaptioner(Family):
+    """A prefix captioner, read from its checkpoint."""
+
+    name: ClassVar[str] = "prefix"
+    model_types: ClassVar[tuple[str, ...]] = ("prefix_conditioning_vlm",)
+
+    config: PrefixConfig
+    vision: SiglipVisionConfig
+    text: LlamaConfig
+    pixel_config: PixelConfig
+    image_token_id: int
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    raw_vision: Mapping[str, Any]
+    raw_text: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Self:
+        raw = checkpoint.config
+        vision, text = dict(raw.get("vision_config") or {}), dict(raw.get("text_config") or {})
+        vision = vision.get("vision_config", vision)  # a whole SigLIP config holds both towers'
+        _check_types(vision, text)
+        tokenizer = read_tokenizer(checkpoint.folder)
+        stops = _stop_ids(checkpoint, text)
+        return cls(
+            config=read_config(PrefixConfig, raw, "config.json"),
+            vision=SiglipVisionConfig.read(vision, "config.json: vision_config"),
+            text=LlamaConfig.read(text, "config.json: text_config"),
+            pixel_config=_pixel_config(checkpoint, vision),
+            image_token_id=new_token_id(tokenizer, IMAGE_TOKEN),
+            stop_token_ids=stops,
+            pad_token_id=text.get("pad_token_id") or stops[0],
+            raw_vision=vision,
+            raw_text=text,
+        )
+
+    # Weights
+
+    def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
+        tensors = merged(
+            checkpoint.weights,
+            rename=lambda key: key.replace("vision_encoder.vision_model.", "vision_encoder.", 1),
+            lora=LoraScale(self.config.lora_r, self.config.lora_alpha),
+            adapter=adapter,
+            prefixes=("", f"{LANGUAGE_MODEL}."),
+        )
+        return tied_head(tensors, self.text, LANGUAGE_MODEL)
+
+    def is_unused(self, key: str) -> bool:
+        return key.startswith("vision_encoder.head.")  # the pooling head: captions read patches
+
+    # Graphs
+
+    def fixed_graphs(self) -> dict[str, GraphBuilder]:
+        return {"image_processor": self._image_processor()}
+
+    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
+        rows = self.image_token_id + 1
+        extra = max(0, rows - self.text.vocab_size)
+        return {
+            "vision_encoder": self._vision_encoder(precision.vision),
+            "embed_tokens": embed_graph(self.text, LANGUAGE_MODEL, precision.embed, extra),
+            "decoder_model_merged": decoder_graph(
+                self.text, LANGUAGE_MODEL, precision.decoder, precision.head
+            ),
+        }
+
+    def _image_processor(self) -> GraphBuilder:
+        """image u8[H, W, 3] → pixel_values f32[1, 3, size, size], prompt_ids i64[T]."""
+        builder = new_graph("image_processor")
+        op, size, pixels = builder.op, self.vision.image_size, self.pixel_config
+        image = image_input(builder)
+        resized = resize(op, image, size, size, Resample(pixels.resample))
+        values = rescale_and_normalize(
+            op, resized, pixels.rescale_factor, pixels.image_mean, pixels.image_std
+        )
+        ids = np.full(self.image_tokens, self.image_token_id, np.int64)
+        add_output(builder, values, "pixel_values", FLOAT, [1, 3, size, size])
+        prompt_ids = op.Identity(op.initializer(ir.tensor(ids, name="image_token_ids")))
+        add_output(builder, prompt_ids, "prompt_ids", INT64, [self.image_tokens])
+        return builder
+
+    def _vision_encoder(self, form: Format) -> GraphBuilder:
+        """pixel_values f32[B, 3, size, size] → image_features f32[B·N, D]."""
+        builder = new_graph("vision_encoder")
+        op, size, width = builder.op, self.vision.image_size, self.text.hidden_size
+        pixels = builder.input("pixel_values", FLOAT, ["batch_size", 3, size, size])
+        patches = SiglipVisionTower(self.vision, form, "vision_encoder")(op, pixels)
+        projection = Projection(self.config, self.vision.hidden_size, width, form)
+        features = op.Reshape(projection(op, patches), [-1, width])
+        add_output(builder, features, "image_features", FLOAT, ["num_features", width])
+        return builder
+
+    # What runtimes need to know
+
+    @property
+    def dims(self) -> Dims:
+        text = self.text
+        return Dims(
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_key_value_heads=text.kv_heads,
+            head_dim=text.head_size,
+            vocab_size=text.vocab_size,
+            context_length=text.max_position_embeddings,
+        )
+
+    @property
+    def prompt(self) -> PromptSpec:
+        caption = {"role": "user", "content": [{"type": "image"}]}
+        return PromptSpec(IMAGE_TOKEN, self.image_token_id, self.image_token_id, (caption,))
+
+    @property
+    def generation(self) -> GenerationSpec:
+        return GenerationSpec(
+            stop_token_ids=self.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            max_new_tokens=self.config.max_length,
+            processors_see_prompt=False,  # generate(inputs_embeds=…) shows them new tokens only
+            defaults={},
+        )
+
+    @property
+    def pixels(self) -> PixelSpec:
+        resample = Resample(self.pixel_config.resample)
+        return PixelSpec(resample.name.lower(), f"Pillow {PILLOW_VERSION}")
+
+    @property
+    def image_tokens(self) -> int:
+        return self.vision.num_patches
+
+    def hub_files(self) -> HubFiles:
+        """The layout of transformers.js' llava, whose graphs and prompt ours are."""
+        size, pixels = self.vision.image_size, self.pixel_config
+        stop = list(self.stop_token_ids)
+        return HubFiles(
+            config={
+                "architectures": ["LlavaForConditionalGeneration"],
+                "model_type": "llava",
+                "image_token_index": self.image_token_id,
+                "image_seq_length": self.image_tokens,
+                "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "full",
+                "projector_hidden_act": "gelu",
+                "tie_word_embeddings": False,
+                "eos_token_id": stop,
+                "pad_token_id": self.pad_token_id,
+                "vision_config": dict(self.raw_vision),
+                "text_config": {**self.raw_text, "head_dim": self.text.head_size}
+                | {"num_key_value_heads": self.text.kv_heads},
+            },
+            preprocessor_config={
+                "image_processor_type": "SiglipImageProcessor",
+                "processor_class": "LlavaProcessor",
+                "do_resize": True,
+                "size": {"height": size, "width": size},
+                "resample": pixels.resample,
+                "do_rescale": True,
+                "rescale_factor": pixels.rescale_factor,
+                "do_normalize": True,
+                "image_mean": list(pixels.image_mean),
+                "image_std": list(pixels.image_std),
+            },
+            processor_config={
+                "processor_class": "LlavaProcessor",
+                "image_token": IMAGE_TOKEN,
+                "patch_size": self.vision.patch_size,
+                "num_additional_image_tokens": 0,
+                "vision_feature_select_strategy": "full",
+            },
+            generation_config={
+                "do_sample": False,
+                "eos_token_id": stop,
+                "pad_token_id": self.pad_token_id,
+                "max_new_tokens": self.config.max_length,
+            },
+            chat_template=CHAT_TEMPLATE,
+            new_tokens=(IMAGE_TOKEN,),
+            pipeline_tag="image-to-text",
+        )
+
+
+def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Which encoder and decoder the checkpoint joins. Raises ConfigError."""
+    expected = {"vision_config": (vision, "siglip_vision_model"), "text_config": (text, "llama")}
+    wrong = [
+        f"{section}.model_type={raw.get('model_type')!r} (supported: {kind!r})"
+        for section, (raw, kind) in expected.items()
+        if raw.get("model_type") != kind
+    ]
+    if wrong:
+        raise ConfigError(
+            f"config.json: {'; '.join(wrong)}",
+            hint="vlmport exports prefix captioners of a SigLIP encoder and a Llama-type decoder",
+        )
+
+
+def _stop_ids(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[int, ...]:
+    """generation_config.json's eos ids, else the decoder's. Raises ConfigError without any."""
+    generation = checkpoint.json("generation_config.json") or {}
+    eos = generation.get("eos_token_id", text.get("eos_token_id"))
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise ConfigError(
+            f"config.json: text_config: eos_token_id is {eos!r}, expected an id or a list of ids",
+            hint="without a stop token no caption would end",
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _pixel_config(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> PixelConfig:
+    """preprocessor_config.json where it lies in the folder. Raises ConfigError."""
+    where = "preprocessor_config.json"
+    raw = checkpoint.json(where) or {}
+    size, expected = raw.get("size"), vision.get("image_size", SiglipVisionConfig.image_size)
+    if size is not None and size != {"height": expected, "width": expected}:
+        raise ConfigError(
+            f"{where}: size {size}, expected {expected} x {expected}, the encoder's image_size",
+            hint="make the two files agree",
+        )
+    return read_config(PixelConfig, raw, where)

@@ -1,0 +1,46 @@
+"""What each precision means for each part of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmport.bundle import SUFFIXES
+from vlmport.errors import ExportError, did_you_mean
+from vlmport.graph.weights import FLOAT32, INT4, INT8, Format
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The form of each part's matrices. Norms, biases and convolutions stay float32."""
+
+    name: str
+    vision: Format
+    embed: Format
+    decoder: Format
+    head: Format
+
+    @property
+    def suffix(self) -> str:
+        """The Hub's file suffix."""
+        return SUFFIXES[self.name]
+
+
+# A 4-bit tower is slower than an 8-bit one and much less exact, so q4 keeps its tower at 8 bits.
+PRECISIONS = {
+    "fp32": Precision("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
+    "q4": Precision("q4", vision=INT8, embed=INT4, decoder=INT4, head=INT4),
+}
+
+
+def parse_precisions(names: str | tuple[str, ...] | list[str]) -> tuple[Precision, ...]:
+    """'fp32,q4' or a sequence of names → precisions, each once. Raises ExportError."""
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PRECISIONS]
+    if unknown or not names:
+        what = ", ".join(repr(name) + did_you_mean(name, PRECISIONS) for name in unknown)
+        raise ExportError(
+            f"unknown precision {what}" if unknown else "no precision named",
+            hint=f"choose from {', '.join(PRECISIONS)}",
+        )
+    return tuple(PRECISIONS[name] for name in dict.fromkeys(names))

@@ -1,0 +1,161 @@
+"""The SigLIP vision tower: patches of a square picture → hidden states after the last norm.
+
+Source: transformers 5.23, modeling_siglip.py. The pooling head is not part of the graph: no
+vision-language model here reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from vlmport.checkpoint import Size, read_config
+from vlmport.graph.builder import MICROSOFT, OpBuilder
+from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
+from vlmport.graph.weights import Format, Weight
+
+
+@dataclass(frozen=True)
+class SiglipVisionConfig:
+    """What the graph needs of a config, with Hugging Face's defaults (transformers 5.23)."""
+
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Size = 12
+    num_attention_heads: Size = 12
+    num_channels: Size = 3
+    image_size: Size = 224
+    patch_size: Size = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    vision_use_head: bool = True
+
+    must_be: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+        "num_channels": (3,),
+    }
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], where: str) -> SiglipVisionConfig:
+        """From a config.json section. Raises ConfigError."""
+        return read_config(cls, raw, where)
+
+    @property
+    def side(self) -> int:
+        """Patches along one side; a remainder of the picture is not seen, as in the original."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.side**2
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose kernel and stride are the patch."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.size = config.patch_size
+        kernel = (config.hidden_size, config.num_channels, self.size, self.size)
+        self.weight, self.bias = Weight(kernel), Weight((config.hidden_size,))
+
+    def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
+        square = [self.size, self.size]
+        return op.Conv(pixels, self.weight, self.bias, kernel_shape=square, strides=square)
+
+
+class PositionEmbedding(nn.Module):
+    """The table [N, D], added as it is: the picture always has the trained size."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.weight = Weight((config.num_patches, config.hidden_size))
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return op.Add(x, self.weight)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = PositionEmbedding(config)
+
+    def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
+        """pixels f32[B, 3, H, W] → f32[B, N, D]."""
+        patches = self.patch_embedding(op, pixels)  # [B, D, side, side]
+        patches = op.Reshape(patches, [0, self.config.hidden_size, self.config.num_patches])
+        return self.position_embedding(op, op.Transpose(patches, perm=[0, 2, 1]))
+
+
+class Attention(nn.Module):
+    """Full attention; no mask, every patch is real."""
+
+    def __init__(self, config: SiglipVisionConfig, form: Format):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        width = config.hidden_size
+        self.q_proj = Linear(width, width, bias=True, form=form)
+        self.k_proj = Linear(width, width, bias=True, form=form)
+        self.v_proj = Linear(width, width, bias=True, form=form)
+        self.out_proj = Linear(width, width, bias=True, form=form)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
+        y = op.MultiHeadAttention(q, k, v, num_heads=self.heads, _domain=MICROSOFT)
+        return self.out_proj(op, y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: SiglipVisionConfig, form: Format):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, form=form)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, form=form)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return self.fc2(op, self.activation(op, self.fc1(op, x)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: SiglipVisionConfig, form: Format):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config, form)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config, form)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x)))
+        return op.Add(x, self.mlp(op, self.layer_norm2(op, x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: SiglipVisionConfig, form: Format):
+        super().__init__()
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList([EncoderLayer(config, form) for _ in layers])
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        for layer in self.layers:
+            x = layer(op, x)
+        return x
+
+
+class SiglipVisionTower(nn.Module):
+    """pixel_values f32[B, 3, H, W] → last_hidden_state f32[B, N, D], after post_layernorm."""
+
+    def __init__(self, config: SiglipVisionConfig, form: Format, name: str | None = None):
+        super().__init__(name)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, form)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
+        x = self.encoder(op, self.embeddings(op, pixels))
+        return self.post_layernorm(op, x)

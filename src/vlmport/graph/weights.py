@@ -1,0 +1,141 @@
+"""Parameters that know which tensor of the checkpoint they are made from, and how.
+
+A module's attributes mirror the checkpoint's names, so a weight finds its tensor by its own
+qualified name. A quantized matrix is two initializers made from one tensor:
+`q_proj.weight_quantized` and `q_proj.weight_scales` both come from `q_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+
+Load = Callable[[], np.ndarray]
+Convert = Callable[[Load], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored: float32 (`bits` None), or blocks of 4- or 8-bit integers."""
+
+    bits: int | None = None
+    block_size: int = 32
+
+
+FLOAT32 = Format()
+INT8 = Format(bits=8)
+INT4 = Format(bits=4)
+
+
+class Weight(nn.Parameter):
+    """An initializer of `shape`, made by `convert` from a checkpoint tensor of `source_shape`.
+
+    Args:
+        alias: the checkpoint's name for it in this module, if that is not the attribute's.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        source_shape: Sequence[int] | None = None,
+        convert: Convert | None = None,
+        alias: str | None = None,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+    ):
+        super().__init__(shape, dtype=dtype)
+        self.source_shape = tuple(source_shape if source_shape is not None else shape)
+        self.convert = convert or (lambda load: load())
+        self.alias = alias
+
+    @property
+    def key(self) -> str:
+        """The checkpoint's full name of the tensor; valid once the graph is built."""
+        assert self.name is not None
+        module, _, own = self.name.rpartition(".")
+        return f"{module}.{self.alias or own}" if module else (self.alias or own)
+
+
+class BlockQuantizer:
+    """Quantizes one matrix when the first of its two initializers is asked for.
+
+    The other half is kept until it is asked for in turn, so each matrix is read and rounded once
+    and never two matrices are held.
+    """
+
+    def __init__(self, form: Format, extra_rows: int = 0):
+        assert form.bits is not None
+        self.form, self.extra_rows = form, extra_rows
+        self._pending: dict[str, np.ndarray] = {}
+
+    def quantized(self, load: Load) -> UInt8[np.ndarray, "N blocks bytes"]:
+        return self._take("quantized", load)
+
+    def scales(self, load: Load) -> Float[np.ndarray, "N blocks"]:
+        return self._take("scales", load)
+
+    def _take(self, half: str, load: Load) -> np.ndarray:
+        if half not in self._pending:
+            matrix = append_rows(load(), self.extra_rows)
+            quantized, scales = quantize_blocks(matrix, self.form)
+            self._pending = {"quantized": quantized, "scales": scales}
+        return self._pending.pop(half)
+
+
+def append_rows(matrix: Float[np.ndarray, "N K"], extra_rows: int) -> Float[np.ndarray, "M K"]:
+    """The matrix with rows of zeros below."""
+    return np.pad(matrix, ((0, extra_rows), (0, 0))) if extra_rows else matrix
+
+
+def quantize_blocks(
+    matrix: Float[np.ndarray, "N K"], form: Format
+) -> tuple[UInt8[np.ndarray, "N blocks bytes"], Float[np.ndarray, "N blocks"]]:
+    """Round to the nearest of 2^bits levels, symmetric, a scale for each block of a row.
+
+    The layout is MatMulNBits': unsigned with the default zero point 2^(bits-1), two 4-bit values
+    a byte with the lower index in the low nibble; a last block past K is filled with zeros. The
+    scale maps the value farthest from zero, with its sign, onto the level -2^(bits-1), which has
+    no positive twin: all levels are used (the scheme of GGML's q4_0).
+    """
+    assert form.bits in (4, 8)
+    rows, columns = matrix.shape
+    blocks = -(-columns // form.block_size)
+    padded = np.zeros((rows, blocks * form.block_size), np.float32)
+    padded[:, :columns] = matrix
+    padded = padded.reshape(rows, blocks, form.block_size)
+    zero = 1 << (form.bits - 1)
+
+    high, low = padded.max(axis=2), padded.min(axis=2)
+    farthest = np.where(high > -low, high, low)  # [N, blocks], signed
+    scales = (farthest / -zero).astype(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    padded *= inverse[:, :, None]
+    levels = np.rint(padded, out=padded)
+    np.clip(levels, -zero, zero - 1, out=levels)
+    unsigned = (levels + zero).astype(np.uint8)
+    if form.bits == 4:
+        unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
+    return unsigned, scales
+
+
+def dequantize_blocks(
+    quantized: UInt8[np.ndarray, "N blocks bytes"],
+    scales: Float[np.ndarray, "N blocks"],
+    form: Format,
+    columns: int,
+) -> Float[np.ndarray, "N K"]:
+    """The matrix that the kernels see; the inverse of `quantize_blocks` up to rounding."""
+    assert form.bits in (4, 8)
+    if form.bits == 4:
+        quantized = np.stack([quantized & 15, quantized >> 4], axis=-1)
+    levels = quantized.reshape(*scales.shape, form.block_size).astype(np.float32)
+    matrix = (levels - (1 << (form.bits - 1))) * scales[:, :, None]
+    return matrix.reshape(len(scales), -1)[:, :columns]
