@@ -1,0 +1,1 @@
+"""Compare a bundle with Hugging Face transformers on PyTorch, rung by rung."""

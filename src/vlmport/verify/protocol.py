@@ -1,0 +1,70 @@
+"""What the ladder asks of a reference. No torch here: `reference.py` fulfils it.
+
+S sequence, T image tokens, D hidden, V vocabulary, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Greedy tokens, a stop token included, and the logits that each was chosen from."""
+
+    tokens: Int[np.ndarray, " N"]
+    logits: Float[np.ndarray, "N V"]
+
+
+class Reference(Protocol):
+    """One checkpoint in float32. Every method takes and gives numpy arrays, without a batch.
+
+    Attributes:
+        versions: the programs that the numbers come from, for the report.
+        dims: the checkpoint's sizes under the names of `vlmport.bundle.Dims`.
+        stop_token_ids: the ids at which the model's own `generate` stops.
+    """
+
+    versions: str
+    dims: Mapping[str, int]
+    stop_token_ids: tuple[int, ...]
+
+    def prompt_ids(self, image: Image.Image) -> Int[np.ndarray, " T"]:
+        """The ids that stand in the prompt for this picture."""
+        ...
+
+    def pixels(self, image: Image.Image) -> dict[str, np.ndarray]:
+        """The vision encoder's inputs by name, with a leading batch of 1 where the model has it."""
+        ...
+
+    def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
+        """What replaces the image tokens' embeddings."""
+        ...
+
+    def embeds(
+        self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T D"]
+    ) -> Float[np.ndarray, "S D"]:
+        """Embeddings of the ids, the features written over the image tokens' rows."""
+        ...
+
+    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+        """The decoder's positions of a sequence from its start."""
+        ...
+
+    def logits(
+        self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, " S"]
+    ) -> Float[np.ndarray, "S V"]:
+        """One pass over the whole sequence, without a cache."""
+        ...
+
+    def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
+        """Greedy decoding by Hugging Face's `generate`, with its cache."""
+        ...
