@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -95,25 +95,33 @@ class Components:
     """The graphs of a bundle at chosen precisions on one device.
 
     Attributes:
-        precision: what was chosen: one name, or 'component=precision,…' for a mix.
         choice: component → precision.
     """
 
     def __init__(
-        self,
+        self, bundle: Bundle, choice: Mapping[str, str], device: Device, threads: int | None = None
+    ):
+        self.bundle, self.choice, self.device, self.threads = bundle, choice, device, threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._decoder: Decoder | None = None
+
+    @classmethod
+    def open(
+        cls,
         bundle: Bundle | str | Path,
         *,
         precision: str = "auto",
-        device: str | Device = "cpu",
+        device: str = "cpu",
         threads: int | None = None,
-    ):
-        """Raises BundleError or DeviceError; sessions themselves open at first use."""
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self.device = device if isinstance(device, Device) else Device.parse(device)
-        self.choice = self.manifest.choose(precision, self.device.name)
-        self.threads = threads
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        self._decoder: Decoder | None = None
+    ) -> Self:
+        """Choose the graphs; sessions open at first use, each with up to `threads` threads.
+
+        Raises BundleError for a bad bundle or a precision that it lacks, DeviceError for a device
+        that this ONNX Runtime lacks.
+        """
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        place = Device.parse(device)
+        return cls(bundle, bundle.manifest.choose(precision, place.name), place, threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -193,8 +201,9 @@ class Components:
                 f"{', '.join(inputs)}",
                 hint="export the bundle again",
             )
-        (features,) = session.run(["image_features"], {name: inputs[name] for name in names})
-        return np.asarray(features).reshape(-1, features.shape[-1])
+        values = session.run(["image_features"], {name: inputs[name] for name in names})
+        features = np.asarray(values[0])
+        return features.reshape(-1, features.shape[-1])
 
     def embed(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S D"]:
         """Rows of the embedding table. Raises PromptError for an id outside it."""

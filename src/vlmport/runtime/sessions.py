@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as native
+from onnxruntime.capi import (
+    onnxruntime_pybind11_state as native,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from vlmport.errors import BundleError, DeviceError, OptionError, did_you_mean
 

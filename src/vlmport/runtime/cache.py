@@ -1,0 +1,198 @@
+"""The key-value cache: rows of preallocated buffers that the decoder writes in place.
+
+Past and present are the same memory, bound once for each number of rows. A prompt is run one row
+at a time through views of its row (GroupQueryAttention takes several new tokens after a past only
+at one row); then all rows step together, each at its own length.
+
+Traps:
+- ONNX Runtime's `get_outputs()` is in binding order: outputs are written into buffers of our own
+  and read there.
+- A row's length is what counts, not the buffer's contents: what lies past it is never read, so a
+  step may be run again, and a row may be cut back by setting its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from vlmport.errors import BundleError, PromptError
+from vlmport.runtime.components import Decoder
+from vlmport.runtime.sessions import ORT_ERRORS, first_line
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int64
+
+to_ort = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
+
+
+@dataclass(frozen=True)
+class _BoundStep:
+    """One token for each of `rows` rows: its binding, and the arrays that it reads and writes."""
+
+    binding: ort.IOBinding
+    embeds: Float32[np.ndarray, "B 1 D"]
+    positions: Int64[np.ndarray, "... B 1"]
+    mask: Int64[np.ndarray, " B*capacity"]
+    logits: Float[np.ndarray, "B 1 V"]
+
+
+class KeyValueCache:
+    """`rows` sequences of up to `limit` tokens; buffers start at `capacity` and grow.
+
+    Attributes:
+        lengths: i64[rows], how many tokens of each row are valid. May be set to cut rows back.
+        offsets: i64[rows], what a row's next position is beyond its length (0 but for models
+            whose pictures take fewer positions than tokens).
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, capacity: int, limit: int):
+        self.decoder = decoder
+        self.limit = limit
+        self.capacity = min(capacity, limit)
+        self.lengths = np.zeros(rows, np.int64)
+        self.offsets = np.zeros(rows, np.int64)
+        self.buffers = [port.empty(rows, self.capacity) for port in decoder.ports]
+        self._steps: dict[int, _BoundStep] = {}
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers; the system gives memory only to what has been written."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens. Raises PromptError beyond `limit`."""
+        if length > self.limit:
+            raise PromptError(
+                f"{length} tokens, the model's context is {self.limit}",
+                hint="fewer or smaller pictures, or a shorter prompt",
+            )
+        if length <= self.capacity:
+            return
+        capacity = min(self.limit, max(length, 2 * self.capacity))
+        used = int(self.lengths.max())
+        self._steps.clear()
+        for i, port in enumerate(self.decoder.ports):
+            grown = port.empty(self.rows, capacity)
+            grown[:, :, :used] = self.buffers[i][:, :, :used]
+            self.buffers[i] = grown
+        self.capacity = capacity
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` a copy of row `source`."""
+        used = int(self.lengths[source])
+        for buffer in self.buffers:
+            buffer[target, :, :used] = buffer[source, :, :used]
+        self.offsets[target] = self.offsets[source]
+        self.lengths[target] = used
+
+    def prefill(
+        self,
+        row: int,
+        embeds: Float[np.ndarray, "S D"],
+        positions: Int64[np.ndarray, "... S"] | None = None,
+        *,
+        keep: int = 1,
+    ) -> Float32[np.ndarray, "n V"]:
+        """Append S tokens to one row and return the logits of the last `keep` (0: of all).
+
+        Args:
+            positions: of the tokens; None counts on from the row's length and offset.
+
+        Raises PromptError beyond the context, before anything runs.
+        """
+        S, past = len(embeds), int(self.lengths[row])
+        self.reserve(past + S)
+        if positions is None:
+            positions = np.arange(past, past + S) + self.offsets[row]
+        assert positions is not None
+        keeps = "num_logits_to_keep" in self.decoder.inputs
+        kept = keep if keep and keeps else S
+        logits = np.empty((1, kept, self.decoder.vocab_size), self.decoder.logits_dtype)
+        feeds = {
+            "inputs_embeds": embeds[None],
+            "attention_mask": np.ones((1, past + S), np.int64),
+            "position_ids": self._with_batch(positions, (1, S)),
+            "num_logits_to_keep": np.array(kept, np.int64),
+        }
+        views = [buffer[row : row + 1] for buffer in self.buffers]
+        self._run(self._bind(feeds, views, logits))
+        self.lengths[row] = past + S
+        return logits[0, -keep:].astype(np.float32, copy=False)
+
+    def step(self, embeds: Float[np.ndarray, "B 1 D"]) -> Float32[np.ndarray, "B V"]:
+        """Append one token to each of the first B rows and return their logits.
+
+        The logits are a view that the next step overwrites. Rows past B are left alone.
+        Raises PromptError where a row is at the end of the context, before anything runs.
+        """
+        B = len(embeds)
+        lengths = self.lengths[:B]
+        total = int(lengths.max()) + 1
+        self.reserve(total)
+        bound = self._steps.get(B) or self._bind_step(B, embeds.shape[-1])
+        bound.embeds[...] = embeds
+        bound.positions[..., 0] = lengths + self.offsets[:B]
+        mask = bound.mask[: B * total].reshape(B, total)
+        if B > 1:  # one row's mask is all ones and stays so
+            np.less_equal(np.arange(total), lengths[:, None], out=mask)
+        bound.binding.bind_ortvalue_input("attention_mask", to_ort(mask))
+        self._run(bound.binding)
+        lengths += 1
+        return bound.logits[:, 0].astype(np.float32, copy=False)
+
+    def _bind_step(self, rows: int, width: int) -> _BoundStep:
+        embeds = np.zeros((rows, 1, width), np.float32)
+        positions = np.zeros((rows, 1), np.int64)
+        if self.decoder.positions_rank == 3:
+            positions = np.zeros((3, rows, 1), np.int64)
+        mask = np.ones(rows * self.capacity, np.int64)
+        logits = np.empty((rows, 1, self.decoder.vocab_size), self.decoder.logits_dtype)
+        feeds = {
+            "inputs_embeds": embeds,
+            "position_ids": positions,
+            "num_logits_to_keep": np.array(1, np.int64),
+        }
+        binding = self._bind(feeds, [buffer[:rows] for buffer in self.buffers], logits)
+        bound = _BoundStep(binding, embeds, positions, mask, logits)
+        self._steps[rows] = bound
+        return bound
+
+    def _bind(
+        self, feeds: dict[str, np.ndarray], views: list[np.ndarray], logits: np.ndarray
+    ) -> ort.IOBinding:
+        """Bind inputs and logits, and each view as a past and as its present."""
+        binding = self.decoder.session.io_binding()
+        binding.bind_ortvalue_output("logits", to_ort(logits))
+        for name, value in feeds.items():
+            if name in self.decoder.inputs:
+                binding.bind_ortvalue_input(name, to_ort(np.ascontiguousarray(value)))
+        for port, view in zip(self.decoder.ports, views, strict=True):
+            shared = to_ort(view)
+            binding.bind_ortvalue_input(port.past, shared)
+            binding.bind_ortvalue_output(port.present, shared)
+        return binding
+
+    def _run(self, binding: ort.IOBinding) -> None:
+        try:
+            self.decoder.session.run_with_iobinding(binding)
+        except ORT_ERRORS as error:
+            raise BundleError(
+                f"the decoder can't run: {first_line(error)}",
+                hint="`vlmport inspect --probe` says whether this device runs this bundle",
+            ) from error
+
+    def _with_batch(
+        self, positions: Int64[np.ndarray, "... S"], shape: tuple[int, int]
+    ) -> Int64[np.ndarray, "... 1 S"]:
+        """Positions of one row with the batch axis, and three times where the decoder wants so."""
+        if self.decoder.positions_rank == 3 and positions.ndim == 1:
+            positions = np.broadcast_to(positions, (3, len(positions)))
+        return np.ascontiguousarray(positions.reshape(*positions.shape[:-1], *shape), np.int64)

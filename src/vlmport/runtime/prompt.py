@@ -1,0 +1,268 @@
+"""Messages to token ids: the chat template, the tokenizer, and pictures spliced in."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from vlmport.bundle import PromptSpec
+from vlmport.errors import PromptError, TokenizerError, did_you_mean
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from jinja2.parser import Parser
+
+ROLES = ("system", "user", "assistant", "tool")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Checked messages, every content a list of parts, and the pictures that stand in them."""
+
+    messages: list[dict[str, Any]]
+    images: list[Any]
+
+
+class Prompter:
+    """A bundle's template and tokenizer.
+
+    Raises TokenizerError for a tokenizer that is missing or unreadable.
+    """
+
+    def __init__(self, folder: Path, spec: PromptSpec):
+        self.spec = spec
+        self.tokenizer = read_tokenizer(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        self._special = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
+        self._template = _template(folder, config)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt as text, as `apply_chat_template` renders it.
+
+        Raises PromptError where the template refuses the messages or is missing.
+        """
+        if self._template is None:
+            raise PromptError("this bundle has no chat template", hint="export the bundle again")
+        special = {name: token for name, token in self._special.items() if token is not None}
+        try:
+            return compile_template(self._template).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **special,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise PromptError(
+                f"the chat template refuses these messages: {error}",
+                hint="roles and content must be as this model expects them",
+            ) from error
+
+    def encode(self, text: str) -> Int64[np.ndarray, " S"]:
+        """Token ids of a rendered prompt: nothing is added to it."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def splice(
+        self, ids: Int64[np.ndarray, " S"], images: Sequence[Int64[np.ndarray, " T"]]
+    ) -> Int64[np.ndarray, " S+T"]:
+        """Replace the n-th placeholder by the n-th picture's ids.
+
+        Raises PromptError unless there are as many placeholders as pictures.
+        """
+        at = np.flatnonzero(ids == self.spec.placeholder_token_id)
+        if len(at) != len(images):
+            raise PromptError(
+                f"{_count(len(images), 'picture')} for "
+                f"{_count(len(at), 'placeholder')} {self.spec.image_placeholder!r} in the prompt",
+                hint=f"does a text part contain {self.spec.image_placeholder!r}?"
+                if len(at) > len(images)
+                else "the template leaves out a picture; put it into a user's message",
+            )
+        parts, start = [], 0
+        for position, image in zip(at, images, strict=True):
+            parts += [ids[start:position], np.asarray(image, np.int64)]
+            start = position + 1
+        return np.concatenate([*parts, ids[start:]])
+
+
+def check_messages(messages: Sequence[Message], images: Sequence[Any] = ()) -> Chat:
+    """Check messages and gather their pictures, in the order in which they stand.
+
+    A picture is a part `{"type": "image"}`, filled from `images` in order, or one that carries
+    its own: `{"type": "image", "image": …}`. A text may stand instead of a list of parts.
+
+    Raises PromptError for a bad role or part, and for pictures without a place or the reverse.
+    """
+    if isinstance(messages, str | Mapping) or not messages:
+        raise PromptError(
+            f"messages must be a list of at least one message, got {_kind(messages)}",
+            hint='[{"role": "user", "content": [{"type": "image"}]}]',
+        )
+    given, found, checked = list(images), [], []
+    waiting = 0
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        parts = _parts(message, where)
+        for part in parts:
+            if part["type"] == "image":
+                waiting += "image" not in part
+                found.append(part.pop("image", None))
+        checked.append({**message, "content": parts})
+    if waiting != len(given):
+        raise PromptError(
+            f"{_count(len(given), 'picture')} given, {_count(waiting, 'image part')} without a "
+            "picture in the messages",
+            hint='each picture needs one {"type": "image"}',
+        )
+    rest = iter(given)
+    return Chat(checked, [next(rest) if image is None else image for image in found])
+
+
+def _parts(message: Any, where: str) -> list[dict[str, Any]]:
+    """A message's content as a list of parts that may be changed."""
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise PromptError(
+            f"{where}: expected role and content, got {_kind(message)}",
+            hint='{"role": "user", "content": "…"}',
+        )
+    if message["role"] not in ROLES:
+        raise PromptError(
+            f"{where}: role {message['role']!r} is unknown"
+            f"{did_you_mean(str(message['role']), ROLES)}",
+            hint=f"one of {', '.join(ROLES)}",
+        )
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise PromptError(f"{where}: content is {_kind(content)}", hint="a text or a list of parts")
+    return [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return dict(part)
+    if kind == "image":
+        if part.get("image", ...) is None:
+            raise PromptError(f"{where}: its image is None", hint="leave 'image' out or fill it")
+        return dict(part)
+    if kind == "image_url":
+        raise PromptError(f"{where}: image_url is not fetched", hint='use {"type": "image"}')
+    raise PromptError(
+        f"{where}: expected a text or an image part, got {_kind(part)}",
+        hint='{"type": "text", "text": "…"} or {"type": "image"}',
+    )
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """A bundle's tokenizer, without padding or truncation. Raises TokenizerError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(f"{path}: missing", hint="download or export the bundle again")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for every fault
+        raise TokenizerError(
+            f"{path}: {error}", hint="download or export the bundle again"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+class GenerationBlock(Extension):
+    """`{% generation %}…{% endgeneration %}`, which marks what is trained on: its body."""
+
+    tags = {"generation"}  # noqa: RUF012, jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def compile_template(source: str) -> jinja2.Template:
+    """A chat template, sandboxed and with the additions that transformers gives it.
+
+    Source: transformers 5.23, chat_template_utils.py, _cached_compile_jinja_template.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which no prompt wants."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """tokenizer_config.json's template ('default' of several), else chat_template.jinja."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {one["name"]: one["template"] for one in template}
+        template = named.get("default")
+    path = folder / "chat_template.jinja"
+    if template is None and path.is_file():
+        template = path.read_text(encoding="utf-8")
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(
+            f"{path}: not JSON: {error}", hint="download or export the bundle again"
+        ) from error
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text: tokenizer_config.json has it plain or as an object."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _kind(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
