@@ -133,13 +133,11 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any,
     if hint is Any:
         return value, True
     if origin in (Union, types.UnionType):
-        trials = (_convert(arg, value, key, []) for arg in args)
-        found = next((trial for trial in trials if trial[1]), (None, False))
-        # A nested dataclass explains itself better than "expected X or null".
         nested = next((arg for arg in args if dataclasses.is_dataclass(arg)), None)
-        if not found[1] and nested and isinstance(value, dict):
+        if nested and isinstance(value, dict):
             return _convert(nested, value, key, problems)
-        return found
+        trials = (_convert(arg, value, key, problems) for arg in args)
+        return next((trial for trial in trials if trial[1]), (None, False))
     if origin is Annotated:
         bound = next((arg for arg in args[1:] if isinstance(arg, AtLeast)), AtLeast(0))
         return (value, _is_int(value, bound)) if args[0] is int else (value, False)
@@ -148,7 +146,7 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any,
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _nested(hint, value, key, problems)
     if origin in (tuple, list, Sequence):
-        return _sequence(origin, args, value, key)
+        return _sequence(hint, value, key, problems)
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         return value, isinstance(value, dict)
     if hint is float:
@@ -169,7 +167,8 @@ def _nested(cls: type[Any], value: Any, key: str, problems: list[str]) -> tuple[
     return (None if inner else cls(**values)), True
 
 
-def _sequence(origin: Any, args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, bool]:
+def _sequence(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any, bool]:
+    origin, args = get_origin(hint), get_args(hint)
     if not isinstance(value, list):
         return None, False
     if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
@@ -178,7 +177,10 @@ def _sequence(origin: Any, args: tuple[Any, ...], value: Any, key: str) -> tuple
         kinds: Sequence[Any] = args
     else:
         kinds = [args[0]] * len(value)
-    read = [_convert(kind, item, key, []) for kind, item in zip(kinds, value, strict=True)]
+    read = [
+        _convert(kind, item, f"{key}[{i}]", problems)
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    ]
     items = (item for item, _ in read)
     return (list(items) if origin is list else tuple(items)), all(ok for _, ok in read)
 

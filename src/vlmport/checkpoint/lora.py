@@ -91,7 +91,7 @@ def merge_stored(weights: Weights, scale: LoraScale | None) -> dict[str, LazyTen
     """
     if weights.pairs and scale is None:
         raise AdapterError(
-            f"{weights.where}: {len(weights.pairs)} LoRA pairs, and config.json gives no r and alpha",
+            f"{weights.where}: {len(weights.pairs)} LoRA pairs, and no r and alpha for them",
             hint="merge them first: peft's merge_and_unload(), then save_pretrained()",
         )
     if scale is None:
