@@ -1,0 +1,27 @@
+"""The pictures in examples/ are those that the recipe draws."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training.shapes.examples import example_scenes
+from training.shapes.scenes import caption, draw, is_clear
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_captions_are_those_of_the_scenes() -> None:
+    captions = json.loads((EXAMPLES / "captions.json").read_text())
+    assert captions == {name: caption(scene) for name, scene in example_scenes().items()}
+    assert captions["red_square.png"] == "a red square on a white background"
+
+
+def test_pictures_are_drawn_from_the_scenes() -> None:
+    scenes = example_scenes()
+    assert {len(scene.things) for scene in scenes.values()} == {1, 2, 3}
+    for name, scene in scenes.items():
+        assert is_clear(scene)
+        with Image.open(EXAMPLES / name) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(draw(scene)))

@@ -1,0 +1,1 @@
+"""The shapes captioner: drawn scenes, their captions, and the recipe that learns them."""
