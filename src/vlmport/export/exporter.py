@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from vlmport import __version__
 from vlmport.bundle import ANY, Bundle, Manifest, Variant, hash_folder, write_manifest
-from vlmport.checkpoint import Checkpoint
+from vlmport.checkpoint import Checkpoint, locate_adapter
 from vlmport.errors import ExportError
 from vlmport.export.assign import Assignment
 from vlmport.export.files import write_card, write_hub_files
@@ -88,7 +88,7 @@ def export(
     check_target(out, force=force)
     checkpoint = Checkpoint.open(source, revision=revision)
     family = family_of(checkpoint)
-    adapter_folder = Path(adapter) if adapter is not None else None
+    adapter_folder = None if adapter is None else locate_adapter(adapter)
     with atomic_folder(out, force=force) as folder:
         meter = Meter(progress)
         jobs = _plan(family, checkpoint, adapter_folder, chosen, meter)

@@ -1,0 +1,5 @@
+"""`python -m vlmport`."""
+
+from vlmport.cli import main
+
+main()

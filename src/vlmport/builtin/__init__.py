@@ -1,0 +1,17 @@
+"""Small, truly trained checkpoints that ship with the package, so that the first minute needs no
+download. The recipes that train them are in `training/` of the repository.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+# Name → what it does, for `vlmport models`.
+DESCRIPTIONS = {"shapes": "captions pictures of circles, squares, triangles and stars (prefix)"}
+
+
+def builtin_models() -> dict[str, Path]:
+    """Name → checkpoint folder."""
+    root = Path(str(resources.files(__name__)))
+    return {name: root / name for name in DESCRIPTIONS}

@@ -1,0 +1,297 @@
+"""The command line: thin faces over the Python functions of the same names.
+
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed
+(`verify`, `inspect --probe`), 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from vlmport import __version__
+from vlmport.errors import VlmportError
+
+if TYPE_CHECKING:
+    from vlmport.export import Progress
+    from vlmport.runtime.model import VLM
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+BATCH = 8  # pictures captioned together
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+class OneLineErrors(TyperGroup):
+    """Prints an error that the user can mend as one line and a hint, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VlmportError as error:
+            report(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            stderr.print("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Export small vision-language models to ONNX, prove the export right, run it anywhere.",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Built-in name, bundle, checkpoint folder or Hub id.", metavar="SRC"
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, … as the installed ONNX Runtime offers.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.", min=1)]
+Adapter = Annotated[
+    Path | None, typer.Option(help="PEFT folder whose LoRA is merged in.", metavar="DIR")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="vlmport")
+
+
+def report(error: VlmportError, what: str = "error") -> None:
+    """One line, and a hint under it, on stderr."""
+    stderr.print(f"{what}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if error.hint:
+        stderr.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"vlmport {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def caption(
+    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
+    model: Model = "shapes",
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help="auto, fp32, q4, or 'vision=fp32,decoder=q4'.")
+    ] = "auto",
+    device: Device = "cpu",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most so many tokens a caption.", min=1)
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
+    threads: Threads = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+) -> None:
+    """Caption pictures."""
+    from vlmport.errors import OptionError
+    from vlmport.source import load
+
+    if stream and as_json:
+        raise OptionError("--stream and --json contradict each other", hint="choose one")
+    with export_progress() as progress:
+        vlm = load(
+            model,
+            precision=precision,
+            device=device,
+            threads=threads,
+            adapter=adapter,
+            revision=revision,
+            progress=progress,
+        )
+    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    with vlm:
+        worst = (
+            _stream_captions(vlm, images, options)
+            if stream
+            else _print_captions(vlm, images, options, as_json=as_json)
+        )
+    if worst is not None:
+        raise typer.Exit(worst.exit_code)
+
+
+def _print_captions(
+    vlm: VLM, paths: list[Path], options: dict[str, Any], *, as_json: bool
+) -> VlmportError | None:
+    """Caption in batches. A bad picture is reported and the others are captioned all the same."""
+    from vlmport.runtime.images import open_image
+
+    failure: VlmportError | None = None
+    for start in range(0, len(paths), BATCH):
+        pictures = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                pictures[path] = open_image(path)
+            except VlmportError as error:
+                report(error)
+                failure = error
+        if not pictures:
+            continue
+        for path, result in zip(pictures, vlm.caption([*pictures.values()], **options)):
+            if as_json:
+                row = {"image": str(path), "caption": result.text}
+                row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+            else:
+                print(f"{path}: {result.text}" if len(paths) > 1 else result.text, flush=True)
+    return failure
+
+
+def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:
+    """Caption one by one, each piece of text as it comes."""
+    failure: VlmportError | None = None
+    for path in paths:
+        try:
+            for i, piece in enumerate(vlm.stream(path, **options)):
+                prefix = f"{path}: " if i == 0 and len(paths) > 1 else ""
+                print(prefix + piece, end="", flush=True)
+            print()
+        except VlmportError as error:
+            report(error)
+            failure = error
+    return failure
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", metavar="SRC")],
+    out: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="OUT")],
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help="Precisions, with commas.")
+    ] = "fp32,q4",
+    adapter: Adapter = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Export a checkpoint to a bundle: graphs, tokenizer, manifest, model card."""
+    from vlmport.builtin import builtin_models
+    from vlmport.export import export as export_bundle
+
+    is_builtin = source in builtin_models() and not Path(source).exists()
+    with export_progress() as progress:
+        bundle = export_bundle(
+            builtin_models()[source] if is_builtin else source,
+            out,
+            precisions=precision,
+            adapter=adapter,
+            force=force,
+            revision=revision,
+            progress=progress,
+        )
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    precisions = ", ".join(bundle.manifest.precisions)
+    stderr.print(f"{out}: {precisions}, {size / 1e6:.1f} MB", markup=False, highlight=False)
+    stderr.print(f"next: vlmport verify {out} --reference {source}", markup=False, highlight=False)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="BUNDLE")],
+    reference: Annotated[
+        str, typer.Option(help="The checkpoint that it was made from.", metavar="CHECKPOINT")
+    ],
+    precision: Annotated[
+        str | None, typer.Option("--precision", "-p", help="Precisions, with commas.")
+    ] = None,
+    adapter: Adapter = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="A picture to add; can be repeated.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Prove a bundle right against transformers on PyTorch, rung by rung."""
+    from vlmport.builtin import builtin_models
+    from vlmport.errors import OptionError
+    from vlmport.verify import verify as verify_bundle
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OptionError(
+            f"--json {json_file}: no folder {json_file.parent}", hint="make the folder first"
+        )
+    is_builtin = reference in builtin_models() and not Path(reference).exists()
+    result = verify_bundle(
+        bundle,
+        builtin_models()[reference] if is_builtin else reference,
+        precisions=None if precision is None else precision.split(","),
+        adapter=adapter,
+        images=images,
+        console=stdout,
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    if not result.passed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="BUNDLE")],
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Check all hashes, and run the stored golden input.")
+    ] = False,
+    device: Device = "cpu",
+) -> None:
+    """Show what is in a bundle: components, inputs and outputs, sizes, parity."""
+    from vlmport.bundle import Bundle
+    from vlmport.inspection import describe, probe_bundle
+
+    opened = Bundle.open(bundle, check_hashes=probe)
+    describe(opened, stdout)
+    if probe and not probe_bundle(opened, device, stdout):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def models() -> None:
+    """List the built-in models and the supported families."""
+    from vlmport.builtin import DESCRIPTIONS
+    from vlmport.families import FAMILIES
+
+    for name, text in DESCRIPTIONS.items():
+        print(f"{name}\tbuilt in: {text}")
+    for family in FAMILIES:
+        print(f"{family.name}\tfamily: checkpoints of model_type {', '.join(family.model_types)}")
+
+
+@contextlib.contextmanager
+def export_progress() -> Iterator[Progress | None]:
+    """A bar on stderr that appears with the first bytes; none where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("exporting {task.description}"), BarColumn(), DownloadColumn())
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what, visible=True)
+
+        yield update
