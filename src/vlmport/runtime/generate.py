@@ -80,13 +80,8 @@ class Generation:
     def __init__(self, components: Components, rows: Sequence[Row]):
         """Raises PromptError for a prompt longer than the context, before anything runs."""
         limit = components.manifest.dims.context_length
-        for number, row in enumerate(rows):
-            if not 0 < len(row.embeds) <= limit:
-                raise PromptError(
-                    f"prompt {number + 1} has {len(row.embeds)} tokens; the model's context is "
-                    f"{limit}",
-                    hint="fewer or smaller pictures, or a shorter prompt",
-                )
+        for row in rows:
+            check_length(components, len(row.embeds))
             # The last token is never fed back, so it needs no room.
             row.max_new_tokens = min(row.max_new_tokens, limit - len(row.embeds) + 1)
         self.components = components
@@ -165,12 +160,20 @@ class Generation:
             self.seconds[phase] += time.perf_counter() - start
 
 
+def check_length(components: Components, tokens: int) -> None:
+    """Raise PromptError for a prompt that is empty or longer than the context."""
+    limit = components.manifest.dims.context_length
+    if not tokens:
+        raise PromptError("the prompt is empty", hint="give it a text or a picture")
+    if tokens > limit:
+        raise PromptError(
+            f"the prompt has {tokens} tokens, the model's context is {limit}",
+            hint="fewer or smaller pictures, or a shorter prompt",
+        )
+
+
 def new_row(
-    components: Components,
-    embeds: Float[np.ndarray, "S D"],
-    options: GenerationOptions,
-    *,
-    positions: Int64[np.ndarray, "... S"] | None = None,
+    components: Components, embeds: Float[np.ndarray, "S D"], options: GenerationOptions
 ) -> Row:
     """A row under the bundle's stop tokens and default length."""
     spec = components.manifest.generation
@@ -179,5 +182,4 @@ def new_row(
         max_new_tokens=options.max_new_tokens or spec.max_new_tokens,
         stop_token_ids=frozenset(spec.stop_token_ids),
         min_new_tokens=options.min_new_tokens,
-        positions=positions,
     )

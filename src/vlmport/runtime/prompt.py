@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
 from vlmport.bundle import PromptSpec
@@ -21,6 +22,7 @@ from vlmport.errors import PromptError, TokenizerError, did_you_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
+    from jinja2.nodes import Node
     from jinja2.parser import Parser
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -66,7 +68,7 @@ class Prompter:
                 documents=None,
                 **special,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is code from elsewhere: anything may go wrong
             raise PromptError(
                 f"the chat template refuses these messages: {error}",
                 hint="roles and content must be as this model expects them",
@@ -185,17 +187,43 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+class SafeDict:
+    """`dict(…)` for templates, without the type itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+
+class SafeNamespace(Namespace):
+    """`namespace(…)` whose attributes can't begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any):
+        self, args = args[0], args[1:]  # so that a template may have an attribute named self
+        for name in dict(*args, **kwargs):
+            _check_attribute(name)
+        Namespace.__init__(self, *args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not store {name!r}")
+
+
 class GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}`, which marks what is trained on: its body."""
 
     tags = {"generation"}  # noqa: RUF012, jinja2 declares it so
 
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def compile_template(source: str) -> jinja2.Template:
     """A chat template, sandboxed and with the additions that transformers gives it.
 
@@ -207,6 +235,8 @@ def compile_template(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["dict"] = SafeDict()
+    environment.globals["namespace"] = SafeNamespace
     return environment.from_string(source)
 
 

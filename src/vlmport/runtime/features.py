@@ -1,0 +1,94 @@
+"""Image features by content, so that a picture that was seen is not encoded again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmport.runtime.components import Components
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64, UInt8
+
+MAX_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture whose place in the prompt is known; what its features come from."""
+
+    key: bytes
+    prompt_ids: Int64[np.ndarray, " T"]
+    inputs: Mapping[str, np.ndarray] | None
+    features: Float[np.ndarray, "T D"] | None
+
+
+class FeatureCache:
+    """The most recently used pictures, up to `max_bytes` of features; 0 keeps none.
+
+    Attributes:
+        hits, misses: how often a picture was here, and how often it was encoded.
+    """
+
+    def __init__(self, components: Components, max_bytes: int = MAX_BYTES):
+        self.components, self.max_bytes = components, max_bytes
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[bytes, Picture] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(picture) for picture in self._kept.values())
+
+    def process(
+        self, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
+    ) -> Picture:
+        """Run the image processor, unless the picture is known. Its prompt ids are then known,
+        so that a prompt can be refused before the vision encoder has cost anything."""
+        key = content_hash(rgb, options)
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        processed = self.components.process_image(rgb, options)
+        return Picture(key, processed.prompt_ids, processed.inputs, None)
+
+    def encode(self, picture: Picture) -> Float[np.ndarray, "T D"]:
+        """The picture's features, from the cache or from the vision encoder."""
+        picture = self._kept.get(picture.key, picture)
+        if picture.features is not None:
+            self.hits += 1
+            self._keep(picture)
+            return picture.features
+        assert picture.inputs is not None
+        self.misses += 1
+        features = self.components.encode_image(picture.inputs)
+        self._keep(Picture(picture.key, picture.prompt_ids, None, features))
+        return features
+
+    def _keep(self, picture: Picture) -> None:
+        if _nbytes(picture) > self.max_bytes:
+            return
+        self._kept[picture.key] = picture
+        self._kept.move_to_end(picture.key)
+        while self.nbytes > self.max_bytes:
+            self._kept.popitem(last=False)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def _nbytes(picture: Picture) -> int:
+    assert picture.features is not None
+    return picture.prompt_ids.nbytes + picture.features.nbytes
+
+
+def content_hash(
+    rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
+) -> bytes:
+    """SHA-256 of shape, options and pixels."""
+    told = json.dumps([rgb.shape, dict(options or {})], sort_keys=True, default=repr)
+    return hashlib.sha256(told.encode() + b"\0" + np.ascontiguousarray(rgb).data).digest()

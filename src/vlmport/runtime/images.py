@@ -1,0 +1,228 @@
+"""Any picture as RGB pixels, or a plain reason why not.
+
+Traps:
+- Pillow decodes lazily and is content with half a JPEG: the size is checked before anything is
+  decoded, and a truncated file is refused.
+- Pillow's `convert("RGB")` clips 16-bit gray and drops transparency: both are dealt with here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from vlmport.errors import ImageError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+    ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+
+MAX_PIXELS = 100_000_000
+
+# What a file that is no picture begins with → what it is.
+LOOKS_LIKE = {
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive or an Office file",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "XML, perhaps an SVG drawing",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+    b"{": "JSON",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a Git LFS pointer: its file was not fetched",
+    b"\x1aE\xdf\xa3": "a video (Matroska or WebM)",
+    b"RIFF": "a RIFF file (AVI or WAV?)",
+    b"ID3": "an MP3",
+    b"OggS": "an Ogg file",
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+}
+HINT_FORMATS = "PNG, JPEG, WebP, GIF, BMP and TIFF are read"
+
+_lock = threading.Lock()
+
+
+def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
+    """Read a picture as RGB, upright (EXIF), transparency laid on white, the first frame.
+
+    Args:
+        source: a path, the bytes of a file, an open binary file, a Pillow image, or an array of
+            uint8 [H, W, 3], [H, W, 4] or [H, W].
+
+    Raises ImageError for whatever is no whole picture, and for more than MAX_PIXELS pixels.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _pixels(source, "the image")
+    file, name = _open_source(source)
+    with contextlib.ExitStack() as stack:
+        if file is not source:
+            stack.enter_context(file)
+        stack.enter_context(_strict_pillow())
+        return _pixels(_identify(file, name), name)
+
+
+def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"an array of {array.dtype}, expected uint8",
+            hint="scale to 0 … 255 and call .astype(numpy.uint8)",
+        )
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
+        raise ImageError(
+            f"an array of shape {list(array.shape)}, expected [H, W, 3], [H, W, 4] or [H, W]",
+            hint="channels come last; one picture at a time",
+        )
+    _check_size(array.shape[1], array.shape[0], "the array")
+    if channels == 3:
+        return np.ascontiguousarray(array)
+    if channels == 4:
+        return _on_white(Image.fromarray(array))
+    return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
+
+
+def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source), f"{len(source)} bytes"
+    if not isinstance(source, str | os.PathLike):
+        if not hasattr(source, "read"):
+            raise ImageError(
+                f"a picture can't be a {type(source).__name__}",
+                hint="a path, bytes, an open file, a Pillow image or a uint8 array",
+            )
+        return source, str(getattr(source, "name", "the file"))
+    name = os.fspath(source)
+    if name.startswith(("http://", "https://")):
+        raise ImageError(f"{name}: a URL is not fetched", hint="download it and give its path")
+    path = Path(name)
+    if path.is_dir():
+        raise ImageError(f"{name}: a folder", hint="name a picture in it")
+    try:
+        return path.open("rb"), name
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file", hint=_neighbours(path)) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name}: {reason}", hint="is it readable?") from error
+
+
+def _identify(file: BinaryIO, name: str) -> Image.Image:
+    """Open without decoding, and refuse what is empty, no picture, or too large."""
+    start = file.tell()
+    head = file.read(64)
+    file.seek(start)
+    if not head:
+        raise ImageError(f"{name}: empty (0 bytes)", hint="was it downloaded whole?")
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: {_looks_like(head)}", hint=HINT_FORMATS) from None
+    except Exception as error:  # Pillow's readers raise all kinds on damaged files
+        raise ImageError(f"{name}: can't be read: {error}", hint=HINT_FORMATS) from error
+    _check_size(*image.size, name)
+    return image
+
+
+def _pixels(image: Image.Image, name: str) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode, turn upright, convert."""
+    _check_size(*image.size, name)
+    try:
+        image = ImageOps.exif_transpose(image)
+        image.load()
+    except Exception as error:  # Pillow's readers raise all kinds on damaged files
+        raise ImageError(
+            f"{name}: damaged or truncated: {error}", hint="download or copy it again"
+        ) from error
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_gray(image)
+    if image.has_transparency_data or image.mode in ("RGBa", "La"):
+        return _on_white(image)
+    try:
+        return np.array(image.convert("RGB"))
+    except ValueError as error:
+        raise ImageError(
+            f"{name}: pixels of mode {image.mode} are not supported", hint="save it as PNG"
+        ) from error
+
+
+def _on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Lay a picture with transparency on white."""
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _from_gray(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """16-bit, 32-bit and float gray as 8 bits.
+
+    16 bits are scaled (65535 becomes 255). 32-bit and float have no fixed white: values within
+    0 … 255 (floats within 0 … 1 too) are taken as such, others are stretched to their own range.
+    """
+    values = np.asarray(image, np.float64)
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16"):
+        values /= 257.0
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values *= 255.0
+    elif image.mode == "I" and low >= 0 and 255 < high <= 65535:
+        values /= 257.0  # what Pillow makes of some 16-bit files
+    elif low < 0 or high > 255:
+        values = (values - low) * (255.0 / (high - low))
+    gray = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: {width}x{height} pixels", hint="a picture needs pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name}: {width}x{height} is {width * height / 1e6:.0f} million pixels, the limit is "
+            f"{MAX_PIXELS // 1_000_000} million",
+            hint="scale it down first",
+        )
+
+
+@contextlib.contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Our own size limit in place of Pillow's; a truncated file is an error; no warnings.
+
+    Pillow keeps these settings in its modules: they are put back, and threads take turns.
+    """
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
+
+
+def _looks_like(head: bytes) -> str:
+    for start, what in LOOKS_LIKE.items():
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(start.lower()):
+            return f"not a picture but {what}"
+    if head[4:8] == b"ftyp":
+        return "an MP4, MOV, HEIC or AVIF file that this Pillow can't read"
+    printable = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)
+    return "not a picture but text" if printable else f"not a picture (begins {head[:8]!r})"
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist either"
+    return "check the path; relative paths start at the current folder"

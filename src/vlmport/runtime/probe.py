@@ -1,0 +1,240 @@
+"""Try a device with the bundle's golden input before it is trusted.
+
+The exporter records what its graphs give on this CPU; a probe runs the same and compares. It also
+watches the cache: each run must write exactly the positions that it was fed, and no others.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmport.bundle import Golden, GoldenExpectation
+from vlmport.errors import BundleError
+from vlmport.runtime.cache import KeyValueCache
+from vlmport.runtime.components import Components, merge_image_features
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Int64, UInt8
+
+NEW_TOKENS = 16
+LOGIT_IDS = 64
+SPARE = 3  # positions past the end that must stay untouched
+UNTOUCHED = 7.5  # what buffers are filled with; no key or value is this everywhere
+
+# How far logits may be off, in standard deviations of the first logits. Quantized graphs round
+# activations too, and each device does so in its own way; the known faults are far larger.
+TOLERANCE = {"fp32": 0.01}
+QUANTIZED_TOLERANCE = 0.3
+
+
+@dataclass(frozen=True)
+class GoldenRun:
+    """What the golden input gave.
+
+    Attributes:
+        logits: of each generated token, the first from the prompt.
+        faults: what was wrong with the cache or the prompt, in words.
+    """
+
+    prefill_tokens: int
+    tokens: tuple[int, ...]
+    logits: Float32[np.ndarray, "n V"]
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Whether a device gives what was recorded, and if not, what differs.
+
+    Attributes:
+        logit_error: the largest difference of a recorded logit.
+        near_ties: tokens that differ, but whose scores are closer than the tolerance.
+    """
+
+    device: str
+    precision: str
+    problems: tuple[str, ...]
+    logit_error: float
+    tolerance: float
+    near_ties: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        verdict = "; ".join(self.problems) or "as recorded"
+        return (
+            f"{self.precision} on {self.device}: {verdict} (logits within {self.logit_error:.2g}, "
+            f"allowed {self.tolerance:.2g}; {self.seconds:.2f} s)"
+        )
+
+
+def golden_image(golden: Golden) -> UInt8[np.ndarray, "H W 3"]:
+    """The golden picture's pixels. Raises BundleError where they are not height × width × 3."""
+    image = golden.image
+    try:
+        flat = np.frombuffer(base64.b64decode(image.rgb, validate=True), np.uint8)
+        return flat.reshape(image.height, image.width, 3)
+    except ValueError as error:
+        raise BundleError(
+            f"golden.image: not {image.height}x{image.width}x3 bytes: {error}",
+            hint="export the bundle again",
+        ) from error
+
+
+def golden_prompt(
+    components: Components, golden: Golden
+) -> tuple[Int64[np.ndarray, " S"], Float[np.ndarray, "S D"]]:
+    """Ids and embeddings of the picture, `copies` times, with nothing round it."""
+    processed = components.process_image(golden_image(golden))
+    features = components.encode_image(processed.inputs)
+    ids = np.tile(processed.prompt_ids, golden.copies)
+    token = components.manifest.prompt.image_token_id
+    embeds = components.embed(ids[None])[0]
+    return ids, merge_image_features(embeds, ids, np.tile(features, (golden.copies, 1)), token)
+
+
+def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOKENS) -> GoldenRun:
+    """Prefill the golden prompt and generate greedily, past any stop token, in a watched cache."""
+    ids, embeds = golden_prompt(components, golden)
+    faults = []
+    if len(ids) != golden.prefill_tokens:
+        faults.append(f"the prompt has {len(ids)} tokens, recorded were {golden.prefill_tokens}")
+    capacity = len(ids) + new_tokens + SPARE
+    cache = KeyValueCache(components.decoder, 2, capacity, capacity)
+    for buffer in cache.buffers:
+        buffer.fill(UNTOUCHED)
+    watch = CacheWatch(cache)
+    logits = [cache.prefill(0, embeds)[-1].copy()]
+    faults += watch.changes(0, len(ids), "the prompt")
+    tokens = [int(logits[0].argmax())]
+    for step in range(1, new_tokens):
+        scores = cache.step(components.embed(np.array([[tokens[-1]]])))
+        faults += watch.changes(len(ids) + step - 1, len(ids) + step, f"step {step}")
+        logits.append(scores[0].copy())
+        tokens.append(int(scores[0].argmax()))
+    return GoldenRun(len(ids), tuple(tokens), np.stack(logits), tuple(faults))
+
+
+def record_golden(
+    components: Components, golden: Golden, *, tolerance: float | None = None
+) -> GoldenExpectation:
+    """Run the golden input and write down what it gives.
+
+    Args:
+        tolerance: of a logit; None takes TOLERANCE for the precision.
+
+    Raises BundleError where the graphs themselves are at fault (cache, NaN).
+    """
+    run = run_golden(components, golden)
+    first = run.logits[0]
+    if faults := [*run.faults, *_not_finite(run)]:
+        raise BundleError(
+            f"the golden input shows a fault in the graphs: {'; '.join(faults[:3])}",
+            hint="please report this",
+        )
+    share = TOLERANCE.get(components.precision, QUANTIZED_TOLERANCE)
+    ids = logit_ids(len(first), run.tokens[0])
+    return GoldenExpectation(
+        tokens=run.tokens,
+        logit_ids=tuple(int(i) for i in ids),
+        logits=tuple(float(value) for value in first[ids]),
+        tolerance=tolerance or max(1e-4, share * float(first.std())),
+    )
+
+
+def check_golden(
+    components: Components,
+    golden: Golden | None = None,
+    expected: GoldenExpectation | None = None,
+) -> ProbeReport:
+    """Run the golden input and compare with what was recorded for this precision.
+
+    Args:
+        golden, expected: by default the manifest's.
+
+    Raises BundleError where nothing was recorded for this precision.
+    """
+    golden = golden or components.manifest.golden
+    expected = expected or golden.expected.get(components.precision)
+    if expected is None:
+        raise BundleError(
+            f"no golden is recorded for precision {components.precision!r}",
+            hint=f"probe one of {', '.join(golden.expected) or '(none)'}",
+        )
+    start = time.perf_counter()
+    run = run_golden(components, golden, len(expected.tokens))
+    seconds = time.perf_counter() - start
+    problems = [*run.faults, *_not_finite(run)]
+    ids = [i for i in expected.logit_ids if i < run.logits.shape[1]]
+    if len(ids) < len(expected.logit_ids):
+        problems.append(f"the vocabulary has {run.logits.shape[1]} entries, too few")
+    wanted = np.array(expected.logits[: len(ids)], np.float32)
+    error = float(np.abs(run.logits[0, ids] - wanted).max(initial=0.0))
+    if not error <= expected.tolerance:
+        problems.append(f"first logits are off by {error:.3g}, allowed {expected.tolerance:.3g}")
+    near_ties, difference = _compare_tokens(run, expected)
+    problems += difference
+    return ProbeReport(
+        str(components.device),
+        components.precision,
+        tuple(problems),
+        error,
+        expected.tolerance,
+        near_ties,
+        seconds,
+    )
+
+
+def logit_ids(vocab_size: int, best: int) -> Int64[np.ndarray, " n"]:
+    """LOGIT_IDS ids evenly over the vocabulary, the best one among them."""
+    spread = np.linspace(0, vocab_size - 1, min(vocab_size, LOGIT_IDS - 1)).astype(np.int64)
+    return np.unique(np.append(spread, best))
+
+
+def _compare_tokens(run: GoldenRun, expected: GoldenExpectation) -> tuple[int, list[str]]:
+    """(1, []) where the first difference is a near tie: after it the texts may well part."""
+    for step, (got, want) in enumerate(zip(run.tokens, expected.tokens, strict=True)):
+        if got == want:
+            continue
+        scores = run.logits[step]
+        if want < len(scores) and scores[got] - scores[want] <= expected.tolerance:
+            return 1, []
+        return 0, [f"token {step + 1} of {len(expected.tokens)} is {got}, recorded was {want}"]
+    return 0, []
+
+
+def _not_finite(run: GoldenRun) -> list[str]:
+    bad = int((~np.isfinite(run.logits)).sum())
+    return [f"{bad} of {run.logits.size} logits are not finite"] if bad else []
+
+
+class CacheWatch:
+    """Sees which positions of a cache's buffers change between two looks."""
+
+    def __init__(self, cache: KeyValueCache):
+        self.cache = cache
+        self._before = [buffer.copy() for buffer in cache.buffers]
+
+    def changes(self, start: int, stop: int, what: str, *, row: int = 0) -> list[str]:
+        """Faults unless exactly the positions start … stop of `row` changed since last time."""
+        faults = []
+        for port, before, buffer in zip(
+            self.cache.decoder.ports, self._before, self.cache.buffers, strict=True
+        ):
+            changed: Bool[np.ndarray, "B K P"] = (before != buffer).any(axis=-1)
+            fed = np.zeros_like(changed)
+            fed[row, :, start:stop] = True
+            if (changed & ~fed).any():
+                faults.append(f"{what} also changed other positions of {port.past}")
+            elif (fed & ~changed).any():
+                faults.append(f"{what} left {port.past} unwritten")
+            before[...] = buffer
+        return faults
