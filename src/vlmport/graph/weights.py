@@ -116,6 +116,7 @@ def quantize_blocks(
     high, low = padded.max(axis=2), padded.min(axis=2)
     farthest = np.where(high > -low, high, low)  # [N, blocks], signed
     scales = (farthest / -zero).astype(np.float32)
+    scales[np.abs(scales) < np.finfo(np.float32).tiny] = 0  # the inverse would overflow
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     padded *= inverse[:, :, None]
     levels = np.rint(padded, out=padded)
