@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx
 from rich.console import Console
-from rich.table import Table
 
-from vlmport.bundle import Bundle, Variant
+from vlmport.bundle import ANY, Bundle, Variant
 
 
 def describe(bundle: Bundle, console: Console) -> None:
@@ -25,13 +24,19 @@ def describe(bundle: Bundle, console: Console) -> None:
         "stop ids": ", ".join(map(str, manifest.generation.stop_token_ids)),
         "parity": _parity(manifest.parity),
     }
+    lines |= {name.replace("num_", ""): str(value) for name, value in vars(manifest.dims).items()}
     for key, value in lines.items():
-        console.print(f"{key:<11} {value}", markup=False, highlight=False)
-    console.print(_dims(manifest.dims.__dict__), markup=False, highlight=False)
-    console.print(_components(bundle))
+        _print(console, f"{key:<16} {value}")
+    for name, forms in manifest.components.items():
+        _print(console, "")
+        sizes = [f"{form} {_size(bundle, variant) / 1e6:.2f} MB" for form, variant in forms.items()]
+        _print(console, f"{name:<24} {', '.join(sizes)}")
+        for line in _ports(bundle, next(iter(forms.values()))):
+            _print(console, f"  {line}")
+    _print(console, "")
     for device, choice in manifest.auto.items():
-        chosen = ", ".join(f"{name} {precision}" for name, precision in choice.items())
-        console.print(f"auto on {device}: {chosen}", markup=False, highlight=False)
+        chosen = ", ".join(f"{name} {form}" for name, form in choice.items() if form != ANY)
+        _print(console, f"auto on {device:<8} {chosen}")
 
 
 def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
@@ -43,13 +48,14 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
     for precision in bundle.manifest.golden.expected:
         components = Components.open(bundle, precision=precision, device=device)
         report = check_golden(components, bundle.manifest.golden)
-        console.print(f"probe {precision} on {device}: {report}", markup=False, highlight=False)
-        passed = passed and report.passed
+        _print(console, f"probe {report}")
+        passed = passed and report.ok
     return passed
 
 
-def _dims(dims: Mapping[str, int]) -> str:
-    return "dims        " + ", ".join(f"{name} {value}" for name, value in dims.items())
+def _print(console: Console, text: str) -> None:
+    """As it is: brackets are dims, not markup, and a pipe decides where lines break."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _parity(parity: Mapping[str, object] | None) -> str:
@@ -58,34 +64,20 @@ def _parity(parity: Mapping[str, object] | None) -> str:
     return f"{'passed' if parity['passed'] else 'FAILED'} against {parity['reference']}"
 
 
-def _components(bundle: Bundle) -> Table:
-    table = Table("component", "precision", "MB", "inputs", "outputs")
-    for name, forms in bundle.manifest.components.items():
-        for precision, variant in forms.items():
-            graph = onnx.load(bundle.path(variant.model), load_external_data=False).graph
-            table.add_row(
-                name,
-                precision,
-                f"{_size(bundle, variant) / 1e6:.2f}",
-                _ports(graph.input),
-                _ports(graph.output),
-            )
-    return table
-
-
 def _size(bundle: Bundle, variant: Variant) -> int:
     return sum(bundle.manifest.files[name].size for name in (variant.model, *variant.data))
 
 
-def _ports(values: Iterable[onnx.ValueInfoProto]) -> str:
-    """A line a tensor; the cache's are counted instead."""
-    lines, cache = [], 0
-    for value in values:
-        if value.name.startswith(("past_key_values.", "present.")):
-            cache += 1
-            continue
-        tensor = value.type.tensor_type
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-        dims = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
-        lines.append(f"{value.name} {kind}[{dims}]")
-    return "\n".join(lines + ([f"{cache} cache tensors"] if cache else []))
+def _ports(bundle: Bundle, variant: Variant) -> Iterator[str]:
+    """A line for each input and output; those of the cache are counted."""
+    graph = onnx.load(bundle.path(variant.model), load_external_data=False).graph
+    cache = bundle.manifest.cache
+    for way, values in (("in ", graph.input), ("out", graph.output)):
+        tensors = [v for v in values if not v.name.startswith((cache.past, cache.present))]
+        for value in tensors:
+            tensor = value.type.tensor_type
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            dims = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
+            yield f"{way} {value.name} {kind}[{dims}]"
+        if rest := [value for value in values if value not in tensors]:
+            yield f"{way} {rest[0].name} … {rest[-1].name}, {len(rest)} cache tensors"
