@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from rich.console import Console
 
 from vlmport.bundle import ANY, Bundle, Variant
+from vlmport.errors import BundleError
 
 
 def describe(bundle: Bundle, console: Console) -> None:
@@ -68,9 +71,18 @@ def _size(bundle: Bundle, variant: Variant) -> int:
     return sum(bundle.manifest.files[name].size for name in (variant.model, *variant.data))
 
 
+def _load(path: Path) -> onnx.GraphProto:
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except DecodeError as error:
+        raise BundleError(
+            f"{path}: not an ONNX graph: {error}", hint="download or export the bundle again"
+        ) from error
+
+
 def _ports(bundle: Bundle, variant: Variant) -> Iterator[str]:
     """A line for each input and output; those of the cache are counted."""
-    graph = onnx.load(bundle.path(variant.model), load_external_data=False).graph
+    graph = _load(bundle.path(variant.model))
     cache = bundle.manifest.cache
     for way, values in (("in ", graph.input), ("out", graph.output)):
         tensors = [v for v in values if not v.name.startswith((cache.past, cache.present))]
