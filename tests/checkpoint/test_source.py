@@ -1,0 +1,349 @@
+"""Where checkpoints come from: folders, and a Hub that a small local server plays."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.checkpoints import write_json, write_prefix_checkpoint
+from vlmport.checkpoint import locate, locate_adapter, source
+from vlmport.errors import SourceError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+RUN = """
+import json, sys, warnings
+warnings.simplefilter("error")
+from vlmport.checkpoint import locate, source
+from vlmport.errors import SourceError
+source.TIMEOUT = 1.0
+try:
+    print(json.dumps({"folder": str(locate(sys.argv[1], sys.argv[2] or None))}))
+except SourceError as error:
+    print(json.dumps({"error": str(error), "hint": error.hint}))
+"""
+FILES = {
+    "config.json": b'{"model_type": "x"}',
+    "model.safetensors": b"weights",
+    "chat_template.jinja": b"{{ x }}",
+    "tokenizer.model": b"spm",
+    "merges.txt": b"a b",
+    "README.md": b"card",
+    "pytorch_model.bin": b"pickle",
+    "onnx/model.safetensors": b"not at the root",
+}
+
+
+def failure(*args: Any) -> SourceError:
+    with pytest.raises(SourceError) as caught:
+        locate(*args)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# Folders
+
+
+def test_a_folder_is_returned_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_prefix_checkpoint(tmp_path / "org" / "name")
+    assert locate(folder) == folder
+    assert locate(str(folder)) == folder
+    monkeypatch.chdir(tmp_path)
+    assert locate("org/name") == Path("org/name")  # before it is taken for a Hub id
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/org/name") == folder
+
+
+def test_a_missing_folder_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "smolvlm").mkdir()
+    text = str(failure(tmp_path / "smolvml"))
+    assert text == f"{tmp_path / 'smolvml'}: no such folder (did you mean 'smolvlm'?)"
+    assert "no such folder" in str(failure(str(tmp_path / "x")))
+    assert "does not exist either" in str(failure(tmp_path / "x" / "y"))
+
+
+@pytest.mark.parametrize("name", ["./org/name", "../name", "~/no/such", "a/b/c", "a/../b", "/a/b"])
+def test_what_can_only_be_a_path_is_not_looked_up(name: str) -> None:
+    assert "no such folder" in str(failure(name))
+
+
+@pytest.mark.parametrize("name", ["name", "", "some words", "naïve", "org\\name", "a:b"])
+def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nam").mkdir()
+    error = failure(name)
+    # The empty name is the current folder, which is no checkpoint.
+    assert ("neither a folder nor a Hub id" in str(error)) == bool(name)
+    assert ("did you mean 'nam'" in str(error)) == (name == "name")
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    error = failure(file)
+    assert "a file, expected a folder" in str(error)
+    assert str(tmp_path) in (error.hint or "")
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    assert "a local folder has no revision 'v2'" in str(failure(tmp_path, "v2"))
+
+
+def test_folders_that_are_something_else(tmp_path: Path) -> None:
+    assert "no config.json; it is empty" in str(failure(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    assert "no config.json; it has 'notes.txt'" in str(failure(tmp_path))
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "config.json").write_text("{}")
+    error = failure(tmp_path)
+    assert "no config.json here, but in 'checkpoint-10'" in str(error)
+    assert error.hint == f"give {tmp_path / 'checkpoint-10'}"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    error = failure(tmp_path)
+    assert "it has adapter_config.json: this is a LoRA adapter" in str(error)
+    assert "--adapter" in (error.hint or "")
+    (tmp_path / "config.json").write_text("{}")
+    assert locate(tmp_path) == tmp_path
+    (tmp_path / "vlmport.json").write_text("{}")
+    assert "it has vlmport.json: this is a bundle already" in str(failure(tmp_path))
+
+
+def test_an_adapter_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no adapter_config\.json; it is empty"):
+        locate_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert locate_adapter(tmp_path) == tmp_path
+
+
+# The Hub
+
+
+class Hub(ThreadingHTTPServer):
+    """Plays huggingface.co: repositories and what is wrong with them, by name."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked: list[str] = []
+        self.tokens: set[str | None] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def reply(self, status: int, body: Any = b"", **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.server.asked.append(f"{self.command} {path}")
+        self.server.tokens.add(self.headers.get("Authorization"))
+        repo = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        if repo == "org/missing":
+            self.reply(401, {"error": "x"}, X_Error_Code="RepoNotFound")
+        elif repo == "org/secret":
+            self.reply(401, X_Error_Message="Invalid credentials in Authorization header")
+        elif repo == "org/broken":
+            self.reply(500, {"error": "oops"})
+        elif repo == "org/silent":
+            time.sleep(5)
+        elif "/revision/" in path and not path.endswith(("/main", "/v1", COMMIT)):
+            self.reply(404, {"error": "x"}, X_Error_Code="RevisionNotFound")
+        elif path.startswith("/api/models/"):
+            self.api(path, repo)
+        elif repo == "org/gated":
+            self.reply(403, {"error": "x"}, X_Error_Code="GatedRepo")
+        elif f"/{COMMIT}/" in path:
+            self.file(path)
+        else:
+            self.reply(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def api(self, path: str, repo: str) -> None:
+        if "/tree/" in path:
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
+                for name, data in FILES.items()
+            ]
+            self.reply(200, entries)
+        else:
+            names = [{"rfilename": name} for name in FILES]
+            self.reply(200, {"id": repo, "sha": COMMIT, "siblings": names})
+
+    def file(self, path: str) -> None:
+        data = FILES[path.split(f"/{COMMIT}/")[1]]
+        self.reply(200, data, ETag=f'"{digest(data)}"', X_Repo_Commit=COMMIT)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def ask(cache: Path, endpoint: str, repo: str, revision: str = "", **env: str) -> dict[str, str]:
+    """What `locate` answers in a process of its own: the Hub client reads its settings once."""
+    settings = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    settings |= {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+    settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **env}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, repo, revision],
+        env=settings,
+        cwd=cache,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer.get("hint", "x"), answer
+    assert "\n" not in answer.get("error", "")
+    return answer
+
+
+def test_a_repository_is_fetched_once_and_then_works_offline(tmp_path: Path, hub: Hub) -> None:
+    folder = Path(ask(tmp_path, hub.url, "org/name", HF_TOKEN="hf_x")["folder"])
+    assert folder == tmp_path / "models--org--name" / "snapshots" / COMMIT
+    wanted = {"config.json", "model.safetensors", "chat_template.jinja"}
+    wanted |= {"tokenizer.model", "merges.txt"}
+    assert {path.name for path in folder.iterdir()} == wanted
+    assert "Bearer hf_x" in hub.tokens
+    hub.asked.clear()
+    offline = ask(tmp_path, hub.url, "org/name", HF_HUB_OFFLINE="1")
+    assert offline == {"folder": str(folder)}
+    assert not hub.asked
+    without_network = ask(tmp_path, closed_port(), "org/name")
+    assert without_network == {"folder": str(folder)}
+
+
+def test_a_revision_is_fetched(tmp_path: Path, hub: Hub) -> None:
+    assert ask(tmp_path, hub.url, "org/name", "v1")["folder"].endswith(COMMIT)
+    assert (tmp_path / "models--org--name" / "refs" / "v1").read_text() == COMMIT
+
+
+def test_a_cache_laid_out_by_another_program_works_offline(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    for folder in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "blobs" / "0").write_text("{}")
+    (repo / "snapshots" / COMMIT / "config.json").symlink_to("../../blobs/0")
+    answer = ask(tmp_path, "https://huggingface.co", "org/name", HF_HUB_OFFLINE="1")
+    assert answer == {"folder": str(repo / "snapshots" / COMMIT)}
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "env", "error", "hint"),
+    [
+        ("org/missing", "", {}, "no such model at http", "HF_TOKEN"),
+        ("org/name", "v9", {}, "no revision 'v9'", "/org/name"),
+        ("org/gated", "", {}, "access is gated", "accept its terms at http"),
+        ("org/secret", "", {"HF_TOKEN": "hf_x"}, "refuses access (401)", "is HF_TOKEN right"),
+        ("org/broken", "", {}, "answers with an error: HfHubHTTPError", "run it again"),
+        ("org/name", "", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_the_hub_refuses(
+    tmp_path: Path, hub: Hub, repo: str, revision: str, env: dict[str, str], error: str, hint: str
+) -> None:
+    answer = ask(tmp_path, hub.url, repo, revision, **env)
+    assert answer["error"].startswith(f"{repo}: ")
+    assert error in answer["error"]
+    assert hint in answer["hint"]
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_no_network_is_said_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    answer = ask(tmp_path, closed_port(), "org/name")
+    assert re.search(r"can't be fetched from http://127.0.0.1:\d+: ConnectError", answer["error"])
+    assert "check the network" in answer["hint"]
+    assert time.monotonic() - start < 15
+
+
+def test_a_silent_server_does_not_hang_us(tmp_path: Path, hub: Hub) -> None:
+    assert "gives no answer" in ask(tmp_path, hub.url, "org/silent")["error"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise RuntimeError("wrapped") from error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    caught = failure("org/name")
+    assert str(caught) == f"org/name: the disk is full: {tmp_path}"
+    assert "HF_HUB_CACHE" in (caught.hint or "")
+
+
+def test_a_foreign_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise ZeroDivisionError("\n first line\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert str(failure("org/name")).endswith("ZeroDivisionError: first line")
+    assert source._line(KeyError()) == "KeyError"
+
+
+def test_a_fetched_adapter_or_bundle_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(tmp_path))
+    write_json(tmp_path / "adapter_config.json", {})
+    assert "this is a LoRA adapter" in str(failure("org/name"))
+    assert locate_adapter("org/name") == tmp_path
