@@ -29,7 +29,7 @@ ANY = "any"  # the precision of a component that has only one form
 AUTO = "auto"
 
 # Precision → the Hub's file suffix.
-SUFFIXES = {"fp32": "", "q4": "_q4"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 
 # What people write in a mixed precision such as 'vision=q4,decoder=fp32'.
 SHORT_NAMES = {

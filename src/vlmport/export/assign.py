@@ -97,8 +97,9 @@ def _lazy(weight: Weight, tensor: LazyTensor, on_bytes: OnBytes) -> ir.LazyTenso
         return array
 
     def make() -> ir.Tensor:
-        array = np.ascontiguousarray(weight.convert(load))
+        assert weight.dtype is not None
         assert weight.shape is not None
+        array = _rounded(np.ascontiguousarray(weight.convert(load)), weight.dtype, tensor.name)
         assert array.shape == tuple(weight.shape), (weight.name, array.shape)
         on_bytes(array.nbytes)
         return ir.Tensor(array, name=weight.name)
@@ -106,3 +107,17 @@ def _lazy(weight: Weight, tensor: LazyTensor, on_bytes: OnBytes) -> ir.LazyTenso
     assert weight.dtype is not None
     assert weight.shape is not None
     return ir.LazyTensor(make, dtype=weight.dtype, shape=ir.Shape(weight.shape), name=weight.name)
+
+
+def _rounded(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+    """The values in the stored type. Raises WeightError where float16 can't hold them."""
+    if array.dtype == dtype.numpy():
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype.numpy())
+    if not np.isfinite(rounded).all():
+        raise WeightError(
+            f"{name!r} holds {float(np.abs(array).max()):.3g}, more than float16 can",
+            hint="export this model as fp32, q8 or q4",
+        )
+    return rounded

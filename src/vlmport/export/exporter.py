@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from vlmport import __version__
-from vlmport.bundle import ANY, Bundle, Manifest, Variant, hash_folder, write_manifest
+from vlmport.bundle import ANY, SUFFIXES, Bundle, Manifest, Variant, hash_folder, write_manifest
 from vlmport.checkpoint import Checkpoint, locate_adapter
 from vlmport.errors import ExportError
 from vlmport.export.assign import Assignment
@@ -23,20 +23,22 @@ from vlmport.families.base import Family
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
 
-DEFAULT_PRECISIONS = tuple(PRECISIONS)
+DEFAULT_PRECISIONS = ("fp32", "q8", "q4")
 
 # A graph with more weights than this keeps them in a file beside it.
 INLINE_BYTES = 16 * 1024 * 1024
 # Shape constants must stay in the graph: ONNX Runtime refuses them in external files.
 EXTERNAL_THRESHOLD = 1024
 
-# Device → precisions in the order in which 'auto' prefers them. WASM unpacks 4-bit matrices
-# anew in every call; a CPU and WebGPU read them as they are.
-PREFERRED = {
-    "cpu": ("q4", "fp32"),
-    "cuda": ("fp32", "q4"),
-    "webgpu": ("q4", "fp32"),
-    "wasm": ("fp32", "q4"),
+# Device → the precisions that 'auto' prefers there, best first, of each component. The 8-bit
+# kernels are fastest for many rows (a picture's patches), the 4-bit ones for one (a decode step).
+# WASM unpacks 4-bit matrices anew in every call; WebGPU has no 8-bit activations.
+MANY_ROWS, ONE_ROW = ("q8", "q4", "fp32"), ("q4", "q8", "fp32")
+PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"vision_encoder": MANY_ROWS, "*": ONE_ROW},
+    "cuda": {"*": ("fp16", "fp32")},
+    "webgpu": {"*": ("q4", "fp32")},
+    "wasm": {"*": ("q8", "fp32")},
 }
 
 # done bytes, total bytes, what is being written
@@ -194,11 +196,15 @@ def _auto(
     components: Mapping[str, Mapping[str, Variant]], precisions: list[str]
 ) -> dict[str, dict[str, str]]:
     """Device → component → precision, of those that were exported."""
+
+    def best(component: str, order: Mapping[str, tuple[str, ...]]) -> str:
+        if ANY in components[component]:
+            return ANY
+        wanted = [*order.get(component, order["*"]), *SUFFIXES]
+        return next(precision for precision in wanted if precision in precisions)
+
     return {
-        device: {
-            component: ANY if ANY in forms else next(p for p in order if p in precisions)
-            for component, forms in components.items()
-        }
+        device: {component: best(component, order) for component in components}
         for device, order in PREFERRED.items()
     }
 
@@ -222,7 +228,10 @@ def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str
     """One line of the model card: what the precision is, and how many megabytes to fetch."""
     meaning = {
         "fp32": "float32 throughout",
+        "fp16": "float16 throughout, float32 at the edges",
+        "q8": "8-bit weights and activations",
         "q4": "4-bit decoder, embedding and head; 8-bit vision tower",
+        "q4f16": "as q4, in float16 where q4 is in float32",
     }
     files = [
         file

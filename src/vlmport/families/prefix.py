@@ -208,6 +208,8 @@ class PrefixCaptioner(Family):
         patches = SiglipVisionTower(self.vision, form, "vision_encoder")(op, pixels)
         projection = Projection(self.config, self.vision.hidden_size, width, form)
         features = op.Reshape(projection(op, patches), [-1, width])
+        if form.dtype != FLOAT:
+            features = op.Cast(features, to=FLOAT)
         add_output(builder, features, "image_features", FLOAT, ["num_features", width])
         return builder
 

@@ -12,14 +12,25 @@ from onnxscript import nn
 
 from vlmport.errors import ExportError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
-from vlmport.graph.weights import FLOAT32, BlockQuantizer, Format, Weight, append_rows
+from vlmport.graph.weights import (
+    FLOAT32,
+    Format,
+    Quantizer,
+    Weight,
+    append_rows,
+    quantize_blocks,
+    quantize_columns,
+)
+
+FLOAT = ir.DataType.FLOAT
 
 
 class Linear(nn.Module):
     """y = x·Wᵀ + b, with W [out, in] as checkpoints store it.
 
-    float32 is a MatMul with the transposed weight, integers are MatMulNBits. Its accuracy_level
-    is always 4 (8-bit activations): level 0 is fifty times slower for 8-bit weights.
+    Floats are a MatMul with the transposed weight. Blocks of integers are MatMulNBits, whose
+    accuracy_level is always 4 (8-bit activations): level 0 is fifty times slower for 8-bit
+    weights. W8A8 is the pattern that ONNX Runtime fuses into one kernel.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, form: Format = FLOAT32):
@@ -31,26 +42,23 @@ class Linear(nn.Module):
                 (inputs, outputs),
                 source_shape=source,
                 convert=lambda load: np.ascontiguousarray(load().T),
+                dtype=form.dtype,
             )
         else:
-            blocks = -(-inputs // form.block_size)
-            quantizer = BlockQuantizer(form)
-            self.weight_quantized = Weight(
-                (outputs, blocks, form.block_size * form.bits // 8),
-                source_shape=source,
-                convert=quantizer.quantized,
-                alias="weight",
-                dtype=ir.DataType.UINT8,
+            shapes = _dynamic_shapes(source) if form.dynamic else _block_shapes(source, form)
+            quantize = quantize_columns if form.dynamic else lambda w: quantize_blocks(w, form)
+            self.weight_quantized, self.weight_scales = quantized_weights(
+                source, shapes, Quantizer(quantize), form
             )
-            self.weight_scales = Weight(
-                (outputs, blocks), source_shape=source, convert=quantizer.scales, alias="weight"
-            )
-        self.bias = Weight((outputs,)) if bias else None
+        self.bias = Weight((outputs,), dtype=form.dtype) if bias else None
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        if self.form.bits is None:
-            y = op.MatMul(x, self.weight)
-            return y if self.bias is None else op.Add(y, self.bias)
+        if self.form.bits is not None and not self.form.dynamic:
+            return self._blocks(op, x)
+        y = self._dynamic(op, x) if self.form.dynamic else op.MatMul(x, self.weight)
+        return y if self.bias is None else op.Add(y, self.bias)
+
+    def _blocks(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return op.MatMulNBits(
             x,
             self.weight_quantized,
@@ -63,6 +71,11 @@ class Linear(nn.Module):
             accuracy_level=4,
             _domain=MICROSOFT,
         )
+
+    def _dynamic(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        rounded, scale, zero = op.DynamicQuantizeLinear(x, _outputs=3)
+        sums = op.Cast(op.MatMulInteger(rounded, self.weight_quantized, zero), to=FLOAT)
+        return op.Mul(sums, op.Mul(scale, self.weight_scales))
 
 
 class Embedding(nn.Module):
@@ -77,6 +90,7 @@ class Embedding(nn.Module):
                 (total, width),
                 source_shape=source,
                 convert=lambda load: append_rows(load(), extra_rows),
+                dtype=form.dtype,
             )
             return
         if width % form.block_size:
@@ -85,23 +99,22 @@ class Embedding(nn.Module):
                 f"{form.block_size}",
                 hint="export this model as fp32",
             )
-        quantizer = BlockQuantizer(form, extra_rows)
-        self.weight_quantized = Weight(
-            (total, width * form.bits // 8),
-            source_shape=source,
-            convert=lambda load: quantizer.quantized(load).reshape(total, -1),
-            alias="weight",
-            dtype=ir.DataType.UINT8,
-        )
-        self.weight_scales = Weight(
-            (total, width // form.block_size),
-            source_shape=source,
-            convert=quantizer.scales,
-            alias="weight",
+
+        def quantize(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            quantized, scales = quantize_blocks(append_rows(table, extra_rows), form)
+            return quantized.reshape(total, -1), scales
+
+        shapes = (total, width * form.bits // 8), (total, width // form.block_size)
+        self.weight_quantized, self.weight_scales = quantized_weights(
+            source, shapes, Quantizer(quantize), form
         )
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
-        """ids i64[B, S] → f32[B, S, D]."""
+        """ids i64[B, S] → f32[B, S, D], in whatever floats the table is kept."""
+        rows = self._gather(op, ids)
+        return rows if self.form.dtype == FLOAT else op.Cast(rows, to=FLOAT)
+
+    def _gather(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         if self.form.bits is None:
             return op.Gather(self.weight, ids)
         return op.GatherBlockQuantized(
@@ -116,13 +129,43 @@ class Embedding(nn.Module):
         )
 
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def quantized_weights(
+    source: tuple[int, int], shapes: Shapes, quantizer: Quantizer, form: Format
+) -> tuple[Weight, Weight]:
+    """The two initializers of one matrix of shape `source`: its integers and their scales."""
+    dtype = ir.DataType.INT8 if form.dynamic else ir.DataType.UINT8
+    quantized = Weight(
+        shapes[0], source_shape=source, convert=quantizer.quantized, alias="weight", dtype=dtype
+    )
+    scales = Weight(
+        shapes[1], source_shape=source, convert=quantizer.scales, alias="weight", dtype=form.dtype
+    )
+    return quantized, scales
+
+
+def _block_shapes(source: tuple[int, int], form: Format) -> Shapes:
+    assert form.bits is not None
+    outputs, inputs = source
+    blocks = -(-inputs // form.block_size)
+    return (outputs, blocks, form.block_size * form.bits // 8), (outputs, blocks)
+
+
+def _dynamic_shapes(source: tuple[int, int]) -> Shapes:
+    outputs, inputs = source
+    return (inputs, outputs), (outputs,)
+
+
 class LayerNorm(nn.Module):
     """Mean and variance over the last axis. Plain, because the fused Skip form is slow on CPU."""
 
-    def __init__(self, width: int, epsilon: float):
+    def __init__(self, width: int, epsilon: float, form: Format = FLOAT32):
         super().__init__()
         self.epsilon = epsilon
-        self.weight, self.bias = Weight((width,)), Weight((width,))
+        self.weight = Weight((width,), dtype=form.dtype)
+        self.bias = Weight((width,), dtype=form.dtype)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
@@ -131,10 +174,10 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm, fused with the residual addition before it where there is one."""
 
-    def __init__(self, width: int, epsilon: float):
+    def __init__(self, width: int, epsilon: float, form: Format = FLOAT32):
         super().__init__()
         self.epsilon = epsilon
-        self.weight = Weight((width,))
+        self.weight = Weight((width,), dtype=form.dtype)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, residual: ir.Value | None = None

@@ -97,18 +97,30 @@ class Step:
     """What all layers of one run share: lengths, the padding bias and the rotary angles."""
 
     def __init__(
-        self, op: OpBuilder, config: LlamaConfig, x: ir.Value, mask: ir.Value, positions: ir.Value
+        self,
+        op: OpBuilder,
+        config: LlamaConfig,
+        x: ir.Value,
+        mask: ir.Value,
+        positions: ir.Value,
+        dtype: ir.DataType = FLOAT,
     ):
-        """x f32[B, S, D], mask i64[B, P+S], positions i64[B, S]."""
+        """x [B, S, D], mask i64[B, P+S], positions i64[B, S]; bias and angles are of `dtype`."""
         length = op.Shape(mask, start=1, end=2)  # [1]: P+S
         count = op.Add(op.Range(0, op.Squeeze(length, [0]), 1), 1)  # 1 … P+S
         last = op.ReduceMax(op.Mul(mask, count), [1], keepdims=0)  # [B]
         self.seqlens_k = op.Cast(op.Sub(last, 1), to=INT32)
         self.total = op.Cast(op.Squeeze(length, [0]), to=INT32)
-        bias = op.Where(op.Cast(mask, to=ir.DataType.BOOL), 0.0, MASKED)
+        bias = op.Where(op.Cast(mask, to=ir.DataType.BOOL), 0.0, MASKED)  # [B, P+S]
         shape = op.Concat([1], [1], op.Shape(x, start=1, end=2), length, axis=0)
-        self.bias = op.Expand(op.Unsqueeze(bias, [1, 2]), shape)  # [B, 1, S, P+S]
-        self.cos, self.sin = rotary_angles(op, positions, config.head_size, config.rope_theta)
+        bias = op.Expand(op.Unsqueeze(bias, [1, 2]), shape)  # [B, 1, S, P+S]
+        cos, sin = rotary_angles(op, positions, config.head_size, config.rope_theta)
+        self.bias, self.cos, self.sin = (cast(op, value, dtype) for value in (bias, cos, sin))
+
+
+def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A float32 value in other floats, or itself."""
+    return x if dtype == FLOAT else op.Cast(x, to=dtype)
 
 
 def rotary_angles(
@@ -184,8 +196,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, form)
         self.mlp = MLP(config, form)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, residual: ir.Value | None, step: Step, past: Past
@@ -203,7 +215,7 @@ class LlamaModel(nn.Module):
         super().__init__()
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([DecoderLayer(config, form) for _ in layers])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, step: Step, pasts: list[Past]
@@ -236,9 +248,13 @@ class LlamaForCausalLM(nn.Module):
 def decoder_graph(
     config: LlamaConfig, name: str = "", form: Format = FLOAT32, head: Format = FLOAT32
 ) -> GraphBuilder:
-    """decoder_model_merged: embeddings, mask, positions and cache → logits and cache."""
+    """decoder_model_merged: embeddings, mask, positions and cache → logits and cache.
+
+    Embeddings and logits are float32 at every precision, as clients expect; the cache has the
+    floats of the form.
+    """
     builder = new_graph("decoder_model_merged")
-    op = builder.op
+    op, dtype = builder.op, form.dtype
     rows, past_length = "batch_size", "past_sequence_length"
     embeds = builder.input("inputs_embeds", FLOAT, [rows, "sequence_length", config.hidden_size])
     mask = builder.input("attention_mask", INT64, [rows, "total_sequence_length"])
@@ -247,18 +263,20 @@ def decoder_graph(
     cache = [rows, config.kv_heads, past_length, config.head_size]
     pasts: list[Past] = []
     for i in range(config.num_hidden_layers):
-        key = builder.input(f"past_key_values.{i}.key", FLOAT, cache)
-        pasts.append((key, builder.input(f"past_key_values.{i}.value", FLOAT, cache)))
+        key = builder.input(f"past_key_values.{i}.key", dtype, cache)
+        pasts.append((key, builder.input(f"past_key_values.{i}.value", dtype, cache)))
 
     model = LlamaForCausalLM(config, name, form, head)
-    step = Step(op, config, embeds, mask, positions)
-    logits, presents = model(op, embeds, step, pasts, keep)
+    step = Step(op, config, embeds, mask, positions, dtype)
+    logits, presents = model(op, cast(op, embeds, dtype), step, pasts, keep)
+    if dtype != FLOAT:
+        logits = op.Cast(logits, to=FLOAT)
 
     add_output(builder, logits, "logits", FLOAT, [rows, "num_logits", config.vocab_size])
     cache = [rows, config.kv_heads, "total_sequence_length", config.head_size]
     for i, (key, value) in enumerate(presents):
-        add_output(builder, key, f"present.{i}.key", FLOAT, cache)
-        add_output(builder, value, f"present.{i}.value", FLOAT, cache)
+        add_output(builder, key, f"present.{i}.key", dtype, cache)
+        add_output(builder, value, f"present.{i}.value", dtype, cache)
     return builder
 
 

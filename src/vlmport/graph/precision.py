@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from vlmport.bundle import SUFFIXES
 from vlmport.errors import ExportError, did_you_mean
-from vlmport.graph.weights import FLOAT32, INT4, INT8, Format
+from vlmport.graph.weights import (
+    FLOAT16,
+    FLOAT32,
+    INT4,
+    INT4_FLOAT16,
+    INT8,
+    INT8_FLOAT16,
+    W8A8,
+    Format,
+)
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,21 @@ class Precision:
 # A 4-bit tower is slower than an 8-bit one and much less exact, so q4 keeps its tower at 8 bits.
 PRECISIONS = {
     "fp32": Precision("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
+    "fp16": Precision("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
+    "q8": Precision("q8", vision=W8A8, embed=INT8, decoder=W8A8, head=W8A8),
     "q4": Precision("q4", vision=INT8, embed=INT4, decoder=INT4, head=INT4),
+    "q4f16": Precision(
+        "q4f16", vision=INT8_FLOAT16, embed=INT4_FLOAT16, decoder=INT4_FLOAT16, head=INT4_FLOAT16
+    ),
 }
+ALIASES = {"int8": "q8"}
 
 
 def parse_precisions(names: str | tuple[str, ...] | list[str]) -> tuple[Precision, ...]:
     """'fp32,q4' or a sequence of names → precisions, each once. Raises ExportError."""
     if isinstance(names, str):
         names = [name.strip() for name in names.split(",") if name.strip()]
+    names = [ALIASES.get(name, name) for name in names]
     unknown = [name for name in names if name not in PRECISIONS]
     if unknown or not names:
         what = ", ".join(repr(name) + did_you_mean(name, PRECISIONS) for name in unknown)

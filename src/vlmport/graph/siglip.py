@@ -57,11 +57,12 @@ class SiglipVisionConfig:
 class PatchEmbedding(nn.Module):
     """A convolution whose kernel and stride are the patch."""
 
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: SiglipVisionConfig, form: Format):
         super().__init__()
         self.size = config.patch_size
         kernel = (config.hidden_size, config.num_channels, self.size, self.size)
-        self.weight, self.bias = Weight(kernel), Weight((config.hidden_size,))
+        self.weight = Weight(kernel, dtype=form.dtype)
+        self.bias = Weight((config.hidden_size,), dtype=form.dtype)
 
     def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
         square = [self.size, self.size]
@@ -71,20 +72,20 @@ class PatchEmbedding(nn.Module):
 class PositionEmbedding(nn.Module):
     """The table [N, D], added as it is: the picture always has the trained size."""
 
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: SiglipVisionConfig, form: Format):
         super().__init__()
-        self.weight = Weight((config.num_patches, config.hidden_size))
+        self.weight = Weight((config.num_patches, config.hidden_size), dtype=form.dtype)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return op.Add(x, self.weight)
 
 
 class Embeddings(nn.Module):
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: SiglipVisionConfig, form: Format):
         super().__init__()
         self.config = config
-        self.patch_embedding = PatchEmbedding(config)
-        self.position_embedding = PositionEmbedding(config)
+        self.patch_embedding = PatchEmbedding(config, form)
+        self.position_embedding = PositionEmbedding(config, form)
 
     def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
         """pixels f32[B, 3, H, W] → f32[B, N, D]."""
@@ -125,9 +126,9 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     def __init__(self, config: SiglipVisionConfig, form: Format):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, form)
         self.self_attn = Attention(config, form)
-        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, form)
         self.mlp = MLP(config, form)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -148,14 +149,20 @@ class Encoder(nn.Module):
 
 
 class SiglipVisionTower(nn.Module):
-    """pixel_values f32[B, 3, H, W] → last_hidden_state f32[B, N, D], after post_layernorm."""
+    """pixel_values f32[B, 3, H, W] → last_hidden_state [B, N, D], after post_layernorm.
+
+    The result has the floats of the form; pixels are always float32.
+    """
 
     def __init__(self, config: SiglipVisionConfig, form: Format, name: str | None = None):
         super().__init__(name)
-        self.embeddings = Embeddings(config)
+        self.form = form
+        self.embeddings = Embeddings(config, form)
         self.encoder = Encoder(config, form)
-        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, form)
 
     def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
+        if self.form.dtype != ir.DataType.FLOAT:
+            pixels = op.Cast(pixels, to=self.form.dtype)
         x = self.encoder(op, self.embeddings(op, pixels))
         return self.post_layernorm(op, x)

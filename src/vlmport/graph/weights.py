@@ -16,7 +16,10 @@ import onnx_ir as ir
 from onnxscript import nn
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Int8, UInt8
+
+SAFE_LEVEL = 64  # of an 8-bit weight that meets 8-bit activations, see quantize_columns
+TINY = np.finfo(np.float32).tiny
 
 Load = Callable[[], np.ndarray]
 Convert = Callable[[Load], np.ndarray]
@@ -24,15 +27,29 @@ Convert = Callable[[Load], np.ndarray]
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored: float32 (`bits` None), or blocks of 4- or 8-bit integers."""
+    """How a part's matrices are stored and multiplied, and in which floats all else is computed.
+
+    Attributes:
+        bits: None for floats, else 4 or 8 for integers.
+        dynamic: 8-bit weights by column times 8-bit activations (W8A8), fast for many rows;
+            otherwise integers lie in blocks of a row with a scale each (MatMulNBits).
+        block_size: of those blocks.
+        dtype: float32 or float16, of scales, norms, biases and activations.
+    """
 
     bits: int | None = None
+    dynamic: bool = False
     block_size: int = 32
+    dtype: ir.DataType = ir.DataType.FLOAT
 
 
 FLOAT32 = Format()
+FLOAT16 = Format(dtype=ir.DataType.FLOAT16)
 INT8 = Format(bits=8)
+INT8_FLOAT16 = Format(bits=8, dtype=ir.DataType.FLOAT16)
 INT4 = Format(bits=4)
+INT4_FLOAT16 = Format(bits=4, dtype=ir.DataType.FLOAT16)
+W8A8 = Format(bits=8, dynamic=True)
 
 
 class Weight(nn.Parameter):
@@ -40,6 +57,7 @@ class Weight(nn.Parameter):
 
     Args:
         alias: the checkpoint's name for it in this module, if that is not the attribute's.
+        dtype: stored type; float values that `convert` gives are rounded to it.
     """
 
     def __init__(
@@ -64,28 +82,29 @@ class Weight(nn.Parameter):
         return f"{module}.{self.alias or own}" if module else (self.alias or own)
 
 
-class BlockQuantizer:
+Quantize = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Quantizer:
     """Quantizes one matrix when the first of its two initializers is asked for.
 
     The other half is kept until it is asked for in turn, so each matrix is read and rounded once
     and never two matrices are held.
     """
 
-    def __init__(self, form: Format, extra_rows: int = 0):
-        assert form.bits is not None
-        self.form, self.extra_rows = form, extra_rows
+    def __init__(self, quantize: Quantize):
+        self.quantize = quantize
         self._pending: dict[str, np.ndarray] = {}
 
-    def quantized(self, load: Load) -> UInt8[np.ndarray, "N blocks bytes"]:
+    def quantized(self, load: Load) -> np.ndarray:
         return self._take("quantized", load)
 
-    def scales(self, load: Load) -> Float[np.ndarray, "N blocks"]:
+    def scales(self, load: Load) -> np.ndarray:
         return self._take("scales", load)
 
     def _take(self, half: str, load: Load) -> np.ndarray:
         if half not in self._pending:
-            matrix = append_rows(load(), self.extra_rows)
-            quantized, scales = quantize_blocks(matrix, self.form)
+            quantized, scales = self.quantize(load())
             self._pending = {"quantized": quantized, "scales": scales}
         return self._pending.pop(half)
 
@@ -115,8 +134,9 @@ def quantize_blocks(
 
     high, low = padded.max(axis=2), padded.min(axis=2)
     farthest = np.where(high > -low, high, low)  # [N, blocks], signed
-    scales = (farthest / -zero).astype(np.float32)
-    scales[np.abs(scales) < np.finfo(np.float32).tiny] = 0  # the inverse would overflow
+    # Rounded as they are stored, before the levels are chosen with them.
+    scales = (farthest / -zero).astype(form.dtype.numpy()).astype(np.float32)
+    scales[np.abs(scales) < TINY] = 0  # the inverse would overflow
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     padded *= inverse[:, :, None]
     levels = np.rint(padded, out=padded)
@@ -125,6 +145,20 @@ def quantize_blocks(
     if form.bits == 4:
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
     return unsigned, scales
+
+
+def quantize_columns(
+    matrix: Float[np.ndarray, "N K"],
+) -> tuple[Int8[np.ndarray, "K N"], Float[np.ndarray, " N"]]:
+    """Round to 129 levels, symmetric, a scale for each output; transposed as MatMulInteger wants.
+
+    Not to 255: x86 processors without VNNI add two products of an unsigned and a signed byte in
+    16 bits, which saturates silently past 64 · 255 · 2.
+    """
+    scales = np.abs(matrix).max(axis=1, initial=0).astype(np.float32) / SAFE_LEVEL
+    scales[scales < TINY] = 1  # a column of nothing
+    levels = np.rint(matrix / scales[:, None])
+    return np.ascontiguousarray(levels.T.astype(np.int8)), scales
 
 
 def dequantize_blocks(
