@@ -44,7 +44,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:"
     "{% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}"
-    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 CACHE = CacheLayout("old.", "new.")
 
