@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.checkpoint import LazyTensor, Size, read_config
+from vlmport.checkpoint import LazyTensor, Size, read_config, subsection
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
@@ -62,7 +62,7 @@ class LlamaConfig:
 
         Raises ConfigError for values that this decoder does not compute.
         """
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = subsection(raw, "rope_parameters", where) or subsection(raw, "rope_scaling", where)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ConfigError(
