@@ -23,6 +23,7 @@ from vlmport.errors import AdapterError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape"),
+    pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module"),
 ]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -123,6 +124,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "target_modules": ATTENTION,
         "rank_pattern": {"layers.0.self_attn.q_proj": 3, "q_proj": 5, ".*o_proj": 9},
         "alpha_pattern": {r".*v_.*": 1, ".*q_proj": 2},
+    },
+    "a pattern that is only the end of a name": {
+        "r": 4,
+        "target_modules": ATTENTION,
+        "rank_pattern": {"proj": 9, "k_proj": 3},
+        "alpha_pattern": {"_proj": 9},
     },
     "rslora with patterns": {
         "r": 4,

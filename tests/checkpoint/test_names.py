@@ -37,6 +37,11 @@ def test_wrappers_in_front_come_off(prefix: str) -> None:
     }
 
 
+def test_wrappers_of_parts_come_off_but_a_part_may_be_called_module() -> None:
+    names = ["lm._orig_mod.a", "vision._fsdp_wrapped_module.b", "lm.module.c"]
+    assert list(canonical_names(names, "x").plain) == ["lm.a", "vision.b", "lm.module.c"]
+
+
 def test_peft_names_are_unwrapped_and_pairs_set_apart() -> None:
     names = [*PAIR, f"{Q}.base_layer.bias", "lm.base_model.model.lm_head.weight", "vision.x"]
     result = canonical_names([f"module.{name}" for name in names], "model")

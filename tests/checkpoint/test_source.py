@@ -19,6 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
 from vlmport.checkpoint import locate, locate_adapter, source
@@ -82,14 +84,36 @@ def test_what_can_only_be_a_path_is_not_looked_up(name: str) -> None:
     assert "no such folder" in str(failure(name))
 
 
-@pytest.mark.parametrize("name", ["name", "", "some words", "naïve", "org\\name", "a:b"])
+@pytest.mark.parametrize("name", ["name", "", " ", "some words", "naïve", "org\\name", "a:b"])
 def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nam").mkdir()
-    error = failure(name)
-    # The empty name is the current folder, which is no checkpoint.
-    assert ("neither a folder nor a Hub id" in str(error)) == bool(name)
-    assert ("did you mean 'nam'" in str(error)) == (name == "name")
+    text = str(failure(name))
+    assert "neither a folder nor a Hub id" in text
+    assert ("did you mean 'nam'" in text) == (name == "name")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "a\0b", "\ud800"])
+def test_names_that_no_file_system_takes(name: str) -> None:
+    assert len(str(failure(name))) < 200
+
+
+@settings(deadline=None)
+@given(st.text("ab./~ -\\:\0é", max_size=8))
+def test_any_name_gives_a_source_error(name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_fetch", lambda repo, revision: Path("/nowhere-at-all"))
+        failure(name)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(source, "_found", refuse)
+    assert str(failure(tmp_path)) == f"{tmp_path}: can't be read: Permission denied"
+    with pytest.raises(SourceError, match="can't be read"):
+        locate_adapter(tmp_path)
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
@@ -222,12 +246,12 @@ def hub() -> Iterator[Hub]:
 
 def ask(cache: Path, endpoint: str, repo: str, revision: str = "", **env: str) -> dict[str, str]:
     """What `locate` answers in a process of its own: the Hub client reads its settings once."""
-    settings = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    settings |= {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
-    settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **env}
+    values = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    values |= {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
+    values |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **env}
     done = subprocess.run(
         [sys.executable, "-c", RUN, repo, revision],
-        env=settings,
+        env=values,
         cwd=cache,
         capture_output=True,
         text=True,
@@ -292,6 +316,17 @@ def test_what_the_hub_refuses(
     assert hint in answer["hint"]
 
 
+def test_a_misspelt_folder_of_two_parts_suggests_its_neighbour(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "org" / "missin").mkdir(parents=True)
+    answer = ask(tmp_path, hub.url, "org/missing")
+    assert "no such folder (did you mean 'missin'?), and no such model" in answer["error"]
+
+
+def test_a_name_that_the_hub_does_not_allow(tmp_path: Path, hub: Hub) -> None:
+    answer = ask(tmp_path, hub.url, "org/two--dashes")
+    assert "no such folder, and no Hub id: HFValidationError" in answer["error"]
+
+
 def closed_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -310,14 +345,21 @@ def test_a_silent_server_does_not_hang_us(tmp_path: Path, hub: Hub) -> None:
     assert "gives no answer" in ask(tmp_path, hub.url, "org/silent")["error"]
 
 
+XET_FULL = "Data processing error: I/O error: No space left on device (os error 28)"
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "expected"),
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (RuntimeError(XET_FULL), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "the cache can't be written"),
+        (OSError(errno.EROFS, "Read-only file system"), "the cache can't be written"),
     ],
 )
-def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_no_more(
+    error: Exception, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def download(*args: Any, **kwargs: Any) -> str:
         raise RuntimeError("wrapped") from error
 
@@ -325,7 +367,7 @@ def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     caught = failure("org/name")
-    assert str(caught) == f"org/name: the disk is full: {tmp_path}"
+    assert str(caught) == f"org/name: {expected}: {tmp_path}"
     assert "HF_HUB_CACHE" in (caught.hint or "")
 
 

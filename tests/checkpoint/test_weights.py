@@ -165,6 +165,22 @@ def test_a_folder_in_the_place_of_the_file(tmp_path: Path) -> None:
     assert "irectory" in str(failure(tmp_path))
 
 
+def test_a_link_into_a_cache_that_lost_the_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("blobs/0")
+    assert "model.safetensors: no such file" in str(failure(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**40, 0, 2**40], [0] * 70])
+def test_an_empty_tensor_of_an_impossible_shape(tmp_path: Path, shape: list[int]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(header(one(shape, end=0)))
+    try:
+        tensor = Weights.open(tmp_path)["a"]
+    except WeightError:
+        return
+    with pytest.raises(WeightError, match="can't be an array"):
+        tensor.numpy()
+
+
 def test_missing_shards_are_all_named(tmp_path: Path) -> None:
     write_weights(tmp_path, TENSORS, shards=3)
     for shard in (1, 3):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
-from vlmport.checkpoint.config import Signed, Size, load_json, read_config
+from vlmport.checkpoint.config import Signed, Size, load_json, read_config, subsection
 from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
@@ -33,6 +33,7 @@ __all__ = [
     "locate_adapter",
     "merged",
     "read_config",
+    "subsection",
 ]
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from vlmport.errors import ConfigError, VlmportError, did_you_mean, some_names
 
-__all__ = ["AtLeast", "Signed", "Size", "load_json", "read_config"]
+__all__ = ["AtLeast", "Signed", "Size", "load_json", "read_config", "subsection"]
 
 C = TypeVar("C")
 
@@ -51,6 +51,20 @@ def read_config(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
         hint = f"vlmport reads {cls.__name__} with these keys; is the file of another model?"
         raise ConfigError(f"{where}: " + "; ".join(problems), hint=hint)
     return cls(**values)
+
+
+def subsection(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """A section of config.json that is itself an object; absent or null is an empty one.
+
+    Raises ConfigError for anything else.
+    """
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(
+            f"{where}: {key}: expected an object, got {_show(value)}",
+            hint="is the file of another model?",
+        )
+    return value or {}
 
 
 def load_json(

@@ -1,7 +1,7 @@
 """Names of stored tensors → plain names.
 
 A checkpoint saved from a wrapped model carries the wrappers in its names: DataParallel's
-`module.`, torch.compile's `_orig_mod.`, PEFT's `base_model.model.` and `.base_layer`. This module
+`module.`, torch.compile's `_orig_mod`, PEFT's `base_model.model.` and `.base_layer`. This module
 takes them off and sets the LoRA pairs apart. Anything else that PEFT may have left there changes
 the maths, and is refused by name.
 """
@@ -15,7 +15,7 @@ from vlmport.errors import AdapterError, WeightError, did_you_mean, some_names
 
 __all__ = ["Names", "canonical_names"]
 
-WRAPPERS = ("module.", "_orig_mod.")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 SAVED_APART = ("modules_to_save", "original_module", "trainable_tokens", "token_adapter")
 OTHER_TUNERS = (
     "ia3_", "vera_", "hada_", "lokr_", "oft_", "boft_", "hra_", "fourierft_", "vblora_",
@@ -101,12 +101,12 @@ def _sort(stored: str, seen: _Sorting) -> None:
 
 
 def unwrap(stored: str) -> list[str]:
-    """The parts of a name without the wrappers in front and without `base_model.model`."""
-    while stored.startswith(WRAPPERS):
-        stored = stored.partition(".")[2]
-    parts = stored.split(".")
+    """The parts of a name without wrappers and without `base_model.model`."""
     plain: list[str] = []
-    for part in parts:
+    for part in stored.split("."):
+        # "module" is DataParallel's at the front only: elsewhere a model may use the name itself.
+        if part in WRAPPERS or (part == "module" and not plain):
+            continue
         if part == "model" and plain and plain[-1] == "base_model":
             plain.pop()
         else:

@@ -27,13 +27,63 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     Raises SourceError when it can't be found or fetched, and when it is no checkpoint.
     """
     folder = find_folder(source, revision)
+    try:
+        _check_checkpoint(folder)
+    except OSError as cause:
+        raise _unreadable(folder, cause) from cause
+    return folder
+
+
+def locate_adapter(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a LoRA adapter, found as `locate` finds a checkpoint."""
+    folder = find_folder(source, revision)
+    try:
+        if (folder / "adapter_config.json").exists():
+            return folder
+        found = _found(folder)
+    except OSError as cause:
+        raise _unreadable(folder, cause) from cause
+    raise SourceError(
+        f"{folder}: no adapter_config.json; {found}",
+        hint="an adapter is the folder that PEFT's save_pretrained() writes",
+    )
+
+
+def find_folder(source: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is, or the snapshot of a Hub id. Raises SourceError."""
+    text = str(source)
+    try:
+        path = Path(source).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as cause:  # a name too long, "~nobody", a NUL
+        reason = getattr(cause, "strerror", None) or cause
+        raise SourceError(f"{text[:80]!r}: {reason}", hint="give a folder or a Hub id") from cause
+    if is_folder and text:
+        if revision is not None:
+            hint = "leave --revision out; it chooses among the versions of a Hub repository"
+            raise SourceError(f"{path}: a local folder has no revision {revision!r}", hint=hint)
+        return path
+    if exists and text:
+        raise SourceError(f"{path}: a file, expected a folder", hint=f"give {path.parent}")
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and ".." not in source:
+        return _fetch(source, revision)
+    if isinstance(source, Path) or text.startswith((".", "~")) or len(path.parts) > 1:
+        raise SourceError(f"{path}: no such folder{_near(path)}", hint="check the path")
+    raise SourceError(
+        f"{text!r}: neither a folder nor a Hub id{_near(path)}",
+        hint="give a folder, or a Hub id such as 'org/name'",
+    )
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Raise SourceError unless there is a config.json and this is no bundle."""
     if (folder / "vlmport.json").exists():
         raise SourceError(
             f"{folder}: it has vlmport.json: this is a bundle already",
             hint="run it as it is; to export again, give the checkpoint that it was made from",
         )
     if (folder / "config.json").exists():
-        return folder
+        return
     if (folder / "adapter_config.json").exists():
         raise SourceError(
             f"{folder}: it has adapter_config.json: this is a LoRA adapter",
@@ -48,43 +98,16 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     raise SourceError(f"{folder}: no config.json; {_found(folder)}", hint="is it a checkpoint?")
 
 
-def locate_adapter(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a LoRA adapter, found as `locate` finds a checkpoint."""
-    folder = find_folder(source, revision)
-    if (folder / "adapter_config.json").exists():
-        return folder
-    raise SourceError(
-        f"{folder}: no adapter_config.json; {_found(folder)}",
-        hint="an adapter is the folder that PEFT's save_pretrained() writes",
-    )
-
-
-def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is, or the snapshot of a Hub id. Raises SourceError."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            hint = "leave --revision out; it chooses among the versions of a Hub repository"
-            raise SourceError(f"{path}: a local folder has no revision {revision!r}", hint=hint)
-        return path
-    if path.exists():
-        raise SourceError(f"{path}: a file, expected a folder", hint=f"give {path.parent}")
-    if isinstance(source, str) and HUB_ID.fullmatch(source) and ".." not in source:
-        return _fetch(source, revision)
-    looks_local = isinstance(source, Path) or source.startswith((".", "~")) or path.is_absolute()
-    if looks_local or len(path.parts) > 1:
-        raise SourceError(f"{path}: no such folder{_near(path)}", hint="check the path")
-    raise SourceError(
-        f"{source!r}: neither a folder nor a Hub id{_near(path)}",
-        hint="give a folder, or a Hub id such as 'org/name'",
-    )
+def _unreadable(folder: Path, cause: OSError) -> SourceError:
+    hint = "check the folder's permissions"
+    return SourceError(f"{folder}: can't be read: {cause.strerror or cause}", hint=hint)
 
 
 def _near(path: Path) -> str:
     """A folder beside it of nearly that name."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return f" ({path.parent} does not exist either)" if path.parent != path else ""
     return did_you_mean(path.name, names)
 
@@ -126,10 +149,10 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
     from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
-    if _disk_is_full(error):
+    if problem := _disk_problem(error):
         return SourceError(
-            f"{repo}: the disk is full: {constants.HF_HUB_CACHE}",
-            hint="free some space, or set HF_HUB_CACHE to a folder on another disk; run it again",
+            f"{repo}: {problem}: {constants.HF_HUB_CACHE}",
+            hint="make room there, or set HF_HUB_CACHE to a folder on another disk; run it again",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         hint = f"see the branches and tags at {endpoint}/{repo}"
@@ -138,8 +161,13 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
         hint = f"accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
         return SourceError(f"{repo}: access is gated", hint=hint)
     if isinstance(error, errors.RepositoryNotFoundError):
+        near = _near(Path(repo)) if Path(repo).parent.is_dir() else ""
         hint = "check the spelling; if it is private, set HF_TOKEN or run `hf auth login`"
-        return SourceError(f"{repo}: no such folder, and no such model at {endpoint}", hint=hint)
+        what = f"no such folder{near}, and no such model at {endpoint}"
+        return SourceError(f"{repo}: {what}", hint=hint)
+    if isinstance(error, errors.HFValidationError):
+        hint = "give a folder, or a Hub id such as 'org/name'"
+        return SourceError(f"{repo}: no such folder, and no Hub id: {_line(error)}", hint=hint)
     if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         at = f" at revision {revision!r}" if revision else ""
         return SourceError(
@@ -176,12 +204,16 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    # hf_xet, the Rust downloader, raises a RuntimeError that only its text explains.
-    return any(
-        getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause)
-        for cause in _chain(error)
-    )
+def _disk_problem(error: BaseException) -> str | None:
+    """What is wrong with the cache's disk, if that is what stopped the download."""
+    for cause in _chain(error):
+        code = getattr(cause, "errno", None)
+        # hf_xet, the Rust downloader, raises a RuntimeError that only its text explains.
+        if code == errno.ENOSPC or "No space left on device" in str(cause):
+            return "the disk is full"
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return "the cache can't be written"
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -88,7 +88,11 @@ class StoredTensor:
         if values.size != count:
             got = f"expected {self.nbytes} bytes, got {values.nbytes}"
             raise WeightError(f"{self.file}: {self.name!r}: {got}", hint=DOWNLOAD_AGAIN)
-        return values.astype(np.float32, copy=False).reshape(self.shape)
+        try:
+            return values.astype(np.float32, copy=False).reshape(self.shape)
+        except ValueError as cause:  # no elements, and too many of them in the other dimensions
+            what = f"{self.name!r} of shape {list(self.shape)[:8]} can't be an array"
+            raise WeightError(f"{self.file}: {what}", hint=DOWNLOAD_AGAIN) from cause
 
 
 class Weights(Mapping[str, LazyTensor]):
@@ -115,10 +119,11 @@ class Weights(Mapping[str, LazyTensor]):
 
         Raises WeightError when files are missing, damaged, pickled, or disagree with the index.
         """
-        if (folder / SINGLE).exists():
-            return cls(open_safetensors(folder / SINGLE), str(folder))
-        if (folder / INDEX).exists():
-            return cls(_open_shards(folder / INDEX), str(folder))
+        single, index = folder / SINGLE, folder / INDEX
+        if single.exists() or single.is_symlink():  # a link into a cache that lost the file
+            return cls(open_safetensors(single), str(folder))
+        if index.exists() or index.is_symlink():
+            return cls(_open_shards(index), str(folder))
         raise _no_weights(folder)
 
     def __getitem__(self, name: str) -> LazyTensor:

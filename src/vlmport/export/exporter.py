@@ -13,7 +13,7 @@ import onnx_ir as ir
 from vlmport import __version__
 from vlmport.bundle import ANY, SUFFIXES, Bundle, Manifest, Variant, hash_folder, write_manifest
 from vlmport.checkpoint import Checkpoint, locate_adapter
-from vlmport.errors import ExportError
+from vlmport.errors import ExportError, VlmportError
 from vlmport.export.assign import Assignment
 from vlmport.export.files import write_card, write_hub_files
 from vlmport.export.folder import atomic_folder, check_space, check_target
@@ -148,15 +148,23 @@ def _write_model(job: Job, folder: Path) -> None:
     """Save and check one graph; weights past INLINE_BYTES go to `<file>_data`."""
     path = folder / job.file
     path.parent.mkdir(exist_ok=True)
-    if job.weight_bytes > INLINE_BYTES:
-        data = f"{path.name}_data"
-        ir.save(job.model, path, external_data=data, size_threshold_bytes=EXTERNAL_THRESHOLD)
-    else:
-        ir.save(job.model, path)
+    external = f"{path.name}_data" if job.weight_bytes > INLINE_BYTES else None
+    try:
+        ir.save(job.model, path, external_data=external, size_threshold_bytes=EXTERNAL_THRESHOLD)
+    except ir.serde.SerdeError as error:  # wraps what a weight raised when it was read
+        raise _user_error(error) from error
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{job.file}: not a valid ONNX graph: {error}") from error
+
+
+def _user_error(error: BaseException) -> BaseException:
+    """The VlmportError that another error was raised from, or that other one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, VlmportError):
+        cause = cause.__cause__
+    return cause or error
 
 
 def _write_manifest(
@@ -216,11 +224,13 @@ def _transformers_js(
     variants = [variant for forms in components.values() for variant in forms.values()]
     external = {Path(v.model).name: len(v.data) for v in variants if v.data}
     settings: dict[str, Any] = {"use_external_data_format": external} if external else {}
-    dtypes = {
-        device: {name: p for name, p in auto[device].items() if p != ANY}
-        for device in ("wasm", "webgpu")
+    by_device = {
+        device: {"dtype": {name: p for name, p in choice.items() if p != ANY}}
+        for device, choice in auto.items()
     }
-    settings["device_config"] = {device: {"dtype": dtype} for device, dtype in dtypes.items()}
+    # For a device without a choice of its own, and all that the client's progress bar reads.
+    settings |= by_device["wasm"]
+    settings["device_config"] = by_device
     return settings
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from tokenizers import Tokenizer
 
 from vlmport.checkpoint import Checkpoint
 from vlmport.checkpoint.tokenizer import read_tokenizer
@@ -44,10 +45,10 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
     """
     tokenizer = read_tokenizer(checkpoint.folder)
     tokenizer.add_special_tokens([t for t in hub.new_tokens if tokenizer.token_to_id(t) is None])
-    tokenizer.save(str(folder / "tokenizer.json"))
     config = checkpoint.json("tokenizer_config.json") or {}
     config.pop("auto_map", None)
-    config |= {"chat_template": hub.chat_template}
+    config |= {"chat_template": hub.chat_template, **_keep_prompts_bare(tokenizer)}
+    tokenizer.save(str(folder / "tokenizer.json"))
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     write_json(folder / "tokenizer_config.json", config)
     special = checkpoint.json("special_tokens_map.json")
@@ -55,6 +56,20 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {name: config[name] for name in names if config.get(name)}
     write_json(folder / "special_tokens_map.json", special)
+
+
+def _keep_prompts_bare(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Let the tokenizer change nothing of a rendered prompt; returns the settings that say so.
+
+    Clients tokenize a prompt with special tokens added, and a tokenizer that was saved after
+    training still cuts and pads as the training did.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if not tokenizer.encode("").ids:
+        return {}
+    tokenizer.post_processor = None
+    return {"add_bos_token": False, "add_eos_token": False}
 
 
 def write_card(

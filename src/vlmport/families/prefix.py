@@ -17,14 +17,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
-from vlmport.checkpoint import Checkpoint, LazyTensor, LoraScale, Size, merged, read_config
+from vlmport.checkpoint import (
+    Checkpoint,
+    LazyTensor,
+    LoraScale,
+    Size,
+    merged,
+    read_config,
+    subsection,
+)
 from vlmport.checkpoint.tokenizer import new_token_id, read_tokenizer
 from vlmport.errors import ConfigError
 from vlmport.families.base import Family, HubFiles
@@ -40,6 +48,7 @@ from vlmport.graph.weights import Format
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 IMAGE_TOKEN = "<image>"
 LANGUAGE_MODEL = "language_model"
+CONFIG = "config.json"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -76,13 +85,15 @@ class PixelConfig:
 
     resample: int = 3  # Pillow's code of bicubic
     rescale_factor: float = 1 / 255
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     must_be: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "do_resize": (True,),
         "do_rescale": (True,),
         "do_normalize": (True,),
+        "do_center_crop": (False, None),
+        "do_pad": (False, None),
         "resample": (1, 2, 3),
     }
 
@@ -137,19 +148,20 @@ class PrefixCaptioner(Family):
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Self:
         raw = checkpoint.config
-        vision, text = dict(raw.get("vision_config") or {}), dict(raw.get("text_config") or {})
-        vision = vision.get("vision_config", vision)  # a whole SigLIP config holds both towers'
+        vision, text = (subsection(raw, key, CONFIG) for key in ("vision_config", "text_config"))
+        # A whole SigLIP config holds both towers'.
+        vision = subsection(vision, "vision_config", f"{CONFIG}: vision_config") or vision
         _check_types(vision, text)
         tokenizer = read_tokenizer(checkpoint.folder)
         stops = _stop_ids(checkpoint, text)
         return cls(
-            config=read_config(PrefixConfig, raw, "config.json"),
-            vision=SiglipVisionConfig.read(vision, "config.json: vision_config"),
-            text=LlamaConfig.read(text, "config.json: text_config"),
+            config=read_config(PrefixConfig, raw, CONFIG),
+            vision=SiglipVisionConfig.read(vision, f"{CONFIG}: vision_config"),
+            text=LlamaConfig.read(text, f"{CONFIG}: text_config"),
             pixel_config=_pixel_config(checkpoint, vision),
             image_token_id=new_token_id(tokenizer, IMAGE_TOKEN),
             stop_token_ids=stops,
-            pad_token_id=text.get("pad_token_id") or stops[0],
+            pad_token_id=_pad_id(text, stops),
             raw_vision=vision,
             raw_text=text,
         )
@@ -312,7 +324,7 @@ def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ConfigError(
-            f"config.json: {'; '.join(wrong)}",
+            f"{CONFIG}: {'; '.join(wrong)}",
             hint="vlmport exports prefix captioners of a SigLIP encoder and a Llama-type decoder",
         )
 
@@ -322,12 +334,22 @@ def _stop_ids(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[int, ...
     generation = checkpoint.json("generation_config.json") or {}
     eos = generation.get("eos_token_id", text.get("eos_token_id"))
     ids = eos if isinstance(eos, list) else [eos]
-    if not ids or not all(isinstance(one, int) and one >= 0 for one in ids):
+    if not ids or not all(_is_id(one) for one in ids):
         raise ConfigError(
-            f"config.json: text_config: eos_token_id is {eos!r}, expected an id or a list of ids",
+            f"{CONFIG}: text_config: eos_token_id is {eos!r}, expected an id or a list of ids",
             hint="without a stop token no caption would end",
         )
     return tuple(dict.fromkeys(ids))
+
+
+def _pad_id(text: Mapping[str, Any], stops: tuple[int, ...]) -> int:
+    """The decoder's; where it has none (null, or -1 in old configs), the stop token."""
+    pad = text.get("pad_token_id")
+    return pad if _is_id(pad) else stops[0]
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _pixel_config(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> PixelConfig:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.checkpoint import LazyTensor, Size, read_config
+from vlmport.checkpoint import LazyTensor, Size, read_config, subsection
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
@@ -62,7 +62,7 @@ class LlamaConfig:
 
         Raises ConfigError for values that this decoder does not compute.
         """
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = subsection(raw, "rope_parameters", where) or subsection(raw, "rope_scaling", where)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ConfigError(
@@ -72,13 +72,28 @@ class LlamaConfig:
         if "rope_theta" in rope:
             raw = {**raw, "rope_theta": rope["rope_theta"]}
         config = read_config(cls, raw, where)
-        if config.hidden_size % config.num_attention_heads and config.head_dim is None:
+        config.check_heads(where)
+        return config
+
+    def check_heads(self, where: str) -> None:
+        """Raise ConfigError for heads that the graph can't compute."""
+        if self.hidden_size % self.heads and self.head_dim is None:
             raise ConfigError(
-                f"{where}: hidden_size {config.hidden_size} is not a multiple of "
-                f"num_attention_heads {config.num_attention_heads}",
+                f"{where}: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.heads}",
                 hint="set head_dim",
             )
-        return config
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{where}: num_attention_heads {self.heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}",
+                hint="each key-value head serves the same number of heads",
+            )
+        if self.head_size % 8:
+            raise ConfigError(
+                f"{where}: head_dim {self.head_size}, expected a multiple of 8",
+                hint="ONNX Runtime's GroupQueryAttention takes no other",
+            )
 
     @property
     def heads(self) -> int:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from vlmport.checkpoint import Size, read_config
+from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
 from vlmport.graph.weights import Format, Weight
@@ -42,7 +43,20 @@ class SiglipVisionConfig:
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> SiglipVisionConfig:
         """From a config.json section. Raises ConfigError."""
-        return read_config(cls, raw, where)
+        config = read_config(cls, raw, where)
+        if config.hidden_size % config.num_attention_heads:
+            raise ConfigError(
+                f"{where}: hidden_size {config.hidden_size} is not a multiple of "
+                f"num_attention_heads {config.num_attention_heads}",
+                hint="is the file of another model?",
+            )
+        if config.image_size < config.patch_size:
+            raise ConfigError(
+                f"{where}: image_size {config.image_size} is less than patch_size "
+                f"{config.patch_size}",
+                hint="is the file of another model?",
+            )
+        return config
 
     @property
     def side(self) -> int:

@@ -130,7 +130,7 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(f"{name}: {_looks_like(head)}", hint=HINT_FORMATS) from None
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
-        raise ImageError(f"{name}: can't be read: {error}", hint=HINT_FORMATS) from error
+        raise _damaged(name, error) from error
     _check_size(*image.size, name)
     return image
 
@@ -142,9 +142,7 @@ def _pixels(image: Image.Image, name: str) -> UInt8[np.ndarray, "H W 3"]:
         image = ImageOps.exif_transpose(image)
         image.load()
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
-        raise ImageError(
-            f"{name}: damaged or truncated: {error}", hint="download or copy it again"
-        ) from error
+        raise _damaged(name, error) from error
     if image.mode.startswith("I") or image.mode == "F":
         return _from_gray(image)
     if image.has_transparency_data or image.mode in ("RGBa", "La"):
@@ -180,7 +178,7 @@ def _from_gray(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     elif image.mode == "I" and low >= 0 and 255 < high <= 65535:
         values /= 257.0  # what Pillow makes of some 16-bit files
     elif low < 0 or high > 255:
-        values = (values - low) * (255.0 / (high - low))
+        values = (values - low) * 255.0 / (high - low)
     gray = np.clip(np.rint(values), 0, 255).astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
 
@@ -210,6 +208,11 @@ def _strict_pillow() -> Iterator[None]:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    detail = str(error).split("\n")[0]
+    return ImageError(f"{name}: damaged or truncated: {detail}", hint="download or copy it again")
 
 
 def _looks_like(head: bytes) -> str:

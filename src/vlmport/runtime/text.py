@@ -25,14 +25,18 @@ class TextStream:
         self.tokens: list[int] = []
         self._start = 0  # the window begins here
         self._read = 0  # tokens before this have been given out
+        self._in_bytes = False  # the last tokens are bytes, perhaps of one run
 
     def push(self, token: int) -> str:
         """The text that is certain with this token; '' while a character is incomplete.
 
-        A byte token holds back the whole run of bytes: the decoder judges a run as one.
+        A byte token holds back the whole run of bytes: the decoder judges a run as one, and a
+        special token that it skips does not end it.
         """
         self.tokens.append(token)
-        if BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token) or ""):
+        is_byte = BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token) or "") is not None
+        self._in_bytes = is_byte or (self._in_bytes and not self._decode([token]))
+        if self._in_bytes:
             return ""
         given, text = self._window()
         if len(text) <= len(given) or text.endswith(REPLACEMENT):

@@ -1,0 +1,208 @@
+"""The bound cache: equal to a full pass, ragged, in chunks, grown, and never stale."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.runtime import toy
+from vlmport.bundle import CacheLayout
+from vlmport.errors import BundleError, PromptError
+from vlmport.runtime.cache import KeyValueCache
+from vlmport.runtime.components import Components, Decoder
+
+WEIGHTS = toy.Weights.random()
+TOLERANCE = 2e-3  # of logits up to 40
+
+
+def embeds_of(length: int, seed: int = 0) -> np.ndarray:
+    ids = np.random.default_rng([seed, length]).integers(0, toy.VOCAB, length)
+    return WEIGHTS["embed"][ids]
+
+
+def new_cache(components: Components, rows: int = 1, capacity: int = 40) -> KeyValueCache:
+    return KeyValueCache(components.decoder, rows, capacity, toy.CONTEXT)
+
+
+def test_prefill_and_steps_equal_a_full_pass(components: Components):
+    embeds = embeds_of(20)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components)
+    np.testing.assert_allclose(cache.prefill(0, embeds[:12], keep=0), full[:12], atol=TOLERANCE)
+    for i in range(12, 20):
+        np.testing.assert_allclose(
+            cache.step(embeds[None, i : i + 1]), full[i : i + 1], atol=TOLERANCE
+        )
+    assert cache.lengths.tolist() == [20]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    row=st.integers(0, 2),
+)
+def test_a_prompt_in_chunks_equals_it_in_one(cuts: list[int], row: int):
+    components = shared_components()
+    embeds = embeds_of(sum(cuts))
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components, rows=3)
+    at = 0
+    for size in cuts:
+        got = cache.prefill(row, embeds[at : at + size], keep=0)
+        np.testing.assert_allclose(got, full[at : at + size], atol=TOLERANCE)
+        at += size
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 25), min_size=1, max_size=5), steps=st.integers(1, 6))
+def test_ragged_rows_step_together(lengths: list[int], steps: int):
+    components = shared_components()
+    texts = [embeds_of(length + steps, seed) for seed, length in enumerate(lengths)]
+    fulls = [toy.reference_logits(WEIGHTS, text) for text in texts]
+    cache = new_cache(components, rows=len(lengths), capacity=4)  # it must grow
+    for row in reversed(range(len(lengths))):
+        got = cache.prefill(row, texts[row][: lengths[row]])
+        np.testing.assert_allclose(got[-1], fulls[row][lengths[row] - 1], atol=TOLERANCE)
+    for step in range(steps):
+        fed = np.stack(
+            [text[n + step : n + step + 1] for text, n in zip(texts, lengths, strict=True)]
+        )
+        want = np.stack([full[n + step] for full, n in zip(fulls, lengths, strict=True)])
+        np.testing.assert_allclose(cache.step(fed), want, atol=TOLERANCE)
+
+
+def test_only_the_first_rows_step(components: Components):
+    embeds = embeds_of(10)
+    cache = new_cache(components, rows=3)
+    for row in range(3):
+        cache.prefill(row, embeds[: 4 + row])
+    before = [buffer.copy() for buffer in cache.buffers]
+    cache.step(np.stack([embeds[4:5], embeds[5:6]]))
+    assert cache.lengths.tolist() == [5, 6, 6]
+    for old, new in zip(before, cache.buffers, strict=True):
+        np.testing.assert_array_equal(old[2], new[2])
+
+
+def test_a_row_cut_back_is_as_if_never_longer(components: Components):
+    embeds = embeds_of(20)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components)
+    cache.prefill(0, embeds[:10])
+    cache.step(embeds_of(5, seed=9)[None, :1])
+    cache.lengths[0] = 10
+    np.testing.assert_allclose(cache.step(embeds[None, 10:11])[0], full[10], atol=TOLERANCE)
+
+
+def test_copied_rows_go_on_alike(components: Components):
+    embeds = embeds_of(12)
+    cache = new_cache(components, rows=2)
+    cache.prefill(1, embeds[:11])
+    cache.copy_row(1, 0)
+    logits = cache.step(np.stack([embeds[11:]] * 2))
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+def test_growing_keeps_what_is_there(components: Components):
+    embeds = embeds_of(60)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components, capacity=8)
+    cache.prefill(0, embeds[:8])
+    for i in range(8, 60):
+        np.testing.assert_allclose(cache.step(embeds[None, i : i + 1])[0], full[i], atol=TOLERANCE)
+    assert 60 <= cache.capacity <= toy.CONTEXT
+
+
+def test_the_context_is_the_limit_and_nothing_runs(components: Components):
+    cache = KeyValueCache(components.decoder, 1, 4, 8)
+    with pytest.raises(PromptError, match="9 tokens, the model's context is 8"):
+        cache.prefill(0, embeds_of(9))
+    cache.prefill(0, embeds_of(8))
+    with pytest.raises(PromptError, match="context is 8"):
+        cache.step(embeds_of(1)[None])
+    assert cache.lengths.tolist() == [8]
+
+
+def test_positions_go_on_at_the_offset(components: Components):
+    """An offset of 3 equals positions that start 3 later: rotary angles are relative."""
+    embeds = embeds_of(9)
+    plain, moved = new_cache(components), new_cache(components)
+    moved.offsets[0] = 3
+    want = plain.prefill(0, embeds[:8])
+    np.testing.assert_allclose(moved.prefill(0, embeds[:8]), want, atol=TOLERANCE)
+    got = moved.step(embeds[None, 8:]).copy()
+    np.testing.assert_allclose(got, plain.step(embeds[None, 8:]), atol=TOLERANCE)
+    moved.lengths[0], moved.offsets[0] = 8, 0  # and a jump is seen
+    assert np.abs(moved.step(embeds[None, 8:]) - got).max() > 1e-3
+
+
+def test_a_decoder_with_positions_in_three_axes(own_bundle):
+    components = Components.open(own_bundle(positions_rank=3), threads=1)
+    assert components.decoder.positions_rank == 3
+    embeds = embeds_of(9)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components, rows=2)
+    for row in range(2):
+        got = cache.prefill(row, embeds[:8], np.broadcast_to(np.arange(8), (3, 8)))
+        np.testing.assert_allclose(got[-1], full[7], atol=TOLERANCE)
+    logits = cache.step(np.stack([embeds[8:]] * 2))
+    np.testing.assert_allclose(logits, np.stack([full[8]] * 2), atol=TOLERANCE)
+
+
+def test_a_half_precision_cache(own_bundle):
+    components = Components.open(own_bundle(cache_dtype=onnx.TensorProto.FLOAT16), threads=1)
+    embeds = embeds_of(12)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components)
+    assert {buffer.dtype for buffer in cache.buffers} == {np.dtype(np.float16)}
+    cache.prefill(0, embeds[:11])
+    np.testing.assert_allclose(cache.step(embeds[None, 11:])[0], full[11], atol=0.05)
+
+
+def test_a_cache_that_is_not_fed_back_is_seen(components: Components):
+    """The trap: presents written elsewhere. The next step must differ from the full pass."""
+    embeds = embeds_of(12)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components)
+    cache.prefill(0, embeds[:11])
+    for buffer in cache.buffers:
+        buffer[...] = 0
+    assert np.abs(cache.step(embeds[None, 11:])[0] - full[11]).max() > 0.05
+
+
+def test_names_are_paired_not_counted(components: Components):
+    """The toy declares its inputs in another order than its outputs."""
+    for port in components.decoder.ports:
+        assert port.present == port.past.replace("old.", "new.")
+    inputs = [one.name for one in components.decoder.session.get_inputs()]
+    assert inputs[0] == "old.1.v"
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (CacheLayout("past_key_values.", "present."), "nothing begins with 'past_key_values.'"),
+        (CacheLayout("old.", "new.0"), "without a partner: old."),
+        (CacheLayout("old.0.", "new."), "without a partner"),
+    ],
+)
+def test_cache_tensors_without_a_partner(components: Components, layout: CacheLayout, said: str):
+    session = components.decoder.session
+    with pytest.raises(BundleError, match=said):
+        Decoder.of(session, layout, "decoder")
+
+
+_shared: list[Components] = []
+
+
+@pytest.fixture(autouse=True)
+def _keep(bundle):
+    """Hypothesis runs a test many times; the sessions are the same for all."""
+    if not _shared:
+        _shared.append(Components.open(bundle, threads=1))
+
+
+def shared_components() -> Components:
+    return _shared[0]

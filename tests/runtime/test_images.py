@@ -1,0 +1,286 @@
+"""Pictures of every kind, whole or refused in one line."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image, ImageFile, ImageOps
+
+from tests.shared_testdata import shared_testdata
+from vlmport.errors import ImageError
+from vlmport.runtime.images import MAX_PIXELS, open_image
+
+REAL = shared_testdata("images")
+RGB = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+SMOOTH = np.repeat(np.repeat(RGB[::8, ::8], 8, 0), 8, 1)  # JPEG keeps it nearly as it is
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def real(name: str) -> Path:
+    if REAL is None:
+        pytest.skip("no shared test data")
+    return REAL / name
+
+
+def refused(source: object) -> str:
+    """The error's message, which is one line, with a hint beside it."""
+    with pytest.raises(ImageError) as caught:
+        open_image(source)  # type: ignore[arg-type]
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP", "TIFF"])
+def test_lossless_forms_give_their_pixels(form: str):
+    options = {"lossless": True} if form == "WEBP" else {}
+    np.testing.assert_array_equal(open_image(encoded(Image.fromarray(RGB), form, **options)), RGB)
+
+
+def test_every_kind_of_source_gives_the_same(tmp_path: Path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(Image.fromarray(RGB), "PNG"))
+    with path.open("rb") as file, Image.open(path) as image:
+        for source in (str(path), path, path.read_bytes(), file, image, RGB):
+            np.testing.assert_array_equal(open_image(source), RGB)
+        assert not file.closed
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int):
+    image = Image.fromarray(SMOOTH)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(open_image(data), np.array(upright))
+    assert open_image(data).shape[:2] == ((24, 32) if orientation < 5 else (32, 24))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_alpha_is_laid_on_white(mode: str):
+    gray = mode == "LA"
+    color = Image.new("L" if gray else "RGB", (4, 1), 0 if gray else (204, 0, 0))
+    alpha = Image.fromarray(np.array([[0, 85, 170, 255]], np.uint8))
+    image = color.convert("P") if mode == "PA" else color
+    image = image.convert(mode)
+    image.putalpha(alpha)
+    assert image.mode == mode
+    front = 0 if gray else 204  # a colour of Pillow's standard palette
+    want = [255, 255 - (255 - front) / 3, 255 - (255 - front) * 2 / 3, front]
+    np.testing.assert_allclose(open_image(image)[0, :, 0], want, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
+def test_a_transparent_color_becomes_white(mode: str):
+    """tRNS: one colour of an opaque mode is declared transparent."""
+    image = Image.new("RGB", (2, 1), (0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0) if mode != "1" else (255, 255, 255))
+    image = image.convert(mode)
+    first = image.getpixel((0, 0))
+    data = encoded(image, "PNG", transparency=first)
+    pixels = open_image(data)
+    np.testing.assert_array_equal(pixels[0, 0], [255, 255, 255])
+    if mode in ("P", "RGB"):
+        np.testing.assert_array_equal(pixels[0, 1], [255, 0, 0])
+
+
+def test_one_bit_and_palette():
+    bits = RGB[:, :, 0] > 127
+    pixels = open_image(encoded(Image.fromarray(bits), "PNG"))
+    np.testing.assert_array_equal(pixels, np.repeat(bits[:, :, None] * np.uint8(255), 3, 2))
+    palette = Image.fromarray(RGB).quantize(16)
+    np.testing.assert_array_equal(
+        open_image(encoded(palette, "PNG")), np.array(palette.convert("RGB"))
+    )
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped():
+    values = np.array([[0, 255, 257, 32768, 65535]], np.uint16)
+    data = encoded(Image.fromarray(values), "PNG")
+    assert open_image(data)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+    big_endian = Image.frombytes("I;16B", (5, 1), values.astype(">u2").tobytes())
+    assert open_image(big_endian)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 100.0, 255.0]], np.float32), [0, 100, 255]),
+        (np.array([[-1.0, 0.0, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[np.nan, 0.0, 1.0]], np.float32), [0, 0, 255]),
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
+        (np.array([[7, 7, 7]], np.int32), [7, 7, 7]),
+    ],
+)
+def test_wide_gray(values: np.ndarray, want: list[int]):
+    assert open_image(Image.fromarray(values))[0, :, 0].tolist() == want
+
+
+def test_cmyk_is_as_the_same_picture_in_rgb():
+    data = encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=95)
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    assert np.abs(open_image(data).astype(int) - SMOOTH).mean() < 6
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
+    for form in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+        pixels = open_image(data)
+        assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 12, form
+
+
+@given(
+    hnp.arrays(
+        np.uint8,
+        st.one_of(
+            st.tuples(st.integers(1, 9), st.integers(1, 9)),
+            st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 4])),
+        ),
+    )
+)
+def test_arrays(array: np.ndarray):
+    pixels = open_image(array)
+    assert pixels.shape == (*array.shape[:2], 3)
+    assert pixels.dtype == np.uint8
+    if array.ndim == 3 and array.shape[2] == 3:
+        np.testing.assert_array_equal(pixels, array)
+    if array.ndim == 2:
+        np.testing.assert_array_equal(pixels[:, :, 1], array)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (RGB.astype(np.float32), "an array of float32, expected uint8"),
+        (RGB.transpose(2, 0, 1), "an array of shape [3, 24, 32], expected [H, W, 3]"),
+        (RGB[None], "an array of shape [1, 24, 32, 3]"),
+        (RGB[:0], "an array of shape [0, 32, 3]"),
+        (RGB[0, 0], "an array of shape [3]"),
+    ],
+)
+def test_bad_arrays(array: np.ndarray, said: str):
+    assert said in refused(array)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "empty (0 bytes)"),
+        (b"%PDF-1.7 \n", "a PDF"),
+        (b"<!doctype html><html>", "a web page"),
+        (b'  <svg xmlns="x">', "an SVG drawing"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        (b"\0\0\0\x18ftypmp42....", "an MP4, MOV, HEIC or AVIF file"),
+        (b"once upon a time", "not a picture but text"),
+        (b"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "not a picture (begins "),
+    ],
+)
+def test_files_that_are_no_pictures(tmp_path: Path, data: bytes, said: str):
+    path = tmp_path / "file.jpg"
+    path.write_bytes(data)
+    assert said in refused(path)
+    assert str(path) in refused(path)
+    assert said in refused(data)
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path):
+    assert "no such file" in refused(tmp_path / "absent.png")
+    assert "no such file" in refused(tmp_path / "absent" / "a.png")
+    assert "a folder" in refused(tmp_path)
+    assert "a URL is not fetched" in refused("https://example.com/cat.png")
+    assert "can't be a NoneType" in refused(None)
+    assert "can't be a list" in refused(["a.png"])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_half_a_file_is_refused(form: str, share: float, monkeypatch: pytest.MonkeyPatch):
+    """Also in a program that told Pillow to be content with half a picture."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    big = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(big), form)
+    message = refused(data[: int(len(data) * share)])
+    assert "damaged or truncated" in message
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is so large, and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (100_001, 1_000), (12_000, 9_000)])
+def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]):
+    """Pillow's own warning (over 89 million pixels) and error (over 179) must not show."""
+    limit = Image.MAX_IMAGE_PIXELS
+    assert f"{size[0]}x{size[1]} is " in refused(png_header(*size))
+    assert "the limit is 100 million" in refused(png_header(*size))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_just_under_the_limit_is_read_without_a_warning():
+    image = Image.new("1", (10_000, 9_500))
+    assert MAX_PIXELS > 10_000 * 9_500
+    assert open_image(encoded(image, "PNG")).shape == (9_500, 10_000, 3)
+
+
+def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch):
+    def convert(self: Image.Image, mode: str) -> Image.Image:
+        raise ValueError(f"conversion from {self.mode} to {mode} not supported")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    assert "pixels of mode LAB are not supported" in refused(Image.new("LAB", (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("pillow/hopper_orientation_6.jpg", "pillow/hopper.jpg"),
+        ("pillow/hopper.png", "pillow/hopper.jpg"),
+        ("pillow/hopper.webp", "pillow/hopper.jpg"),
+        ("pillow/pil_sample_cmyk.jpg", "pillow/pil_sample_rgb.jpg"),
+    ],
+)
+def test_real_pictures_look_alike(name: str, like: str):
+    """The same picture in two forms: upright, in colour, not inverted."""
+    ours, theirs = open_image(real(name)), open_image(real(like))
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).mean() < 8
+
+
+def test_every_real_picture_opens():
+    if REAL is None:
+        pytest.skip("no shared test data")
+    files = [path for path in REAL.rglob("*") if path.suffix in (".png", ".jpg", ".webp")]
+    assert files
+    for path in files:
+        pixels = open_image(path)
+        with Image.open(path) as image:
+            width, height = ImageOps.exif_transpose(image).size
+        assert pixels.shape == (height, width, 3), path.name
+        assert pixels.flags.c_contiguous

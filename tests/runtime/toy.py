@@ -1,0 +1,366 @@
+"""A bundle written by hand, of a family that no exporter knows.
+
+It is unlike the real families where a runtime might guess: the vision encoder's input has another
+name, the number of image tokens follows the picture's size, a picture's ids begin and end with
+markers, features have three axes. Its decoder is computed a second time in numpy float64.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto as T
+from onnx import helper as h
+from onnx import numpy_helper
+from tokenizers import Tokenizer
+
+from tests.checkpoints import write_json, write_tokenizer
+from vlmport.bundle import (
+    Bundle,
+    CacheLayout,
+    Dims,
+    GenerationSpec,
+    Golden,
+    GoldenImage,
+    Manifest,
+    PixelSpec,
+    PromptSpec,
+    Variant,
+    hash_folder,
+    write_manifest,
+)
+
+VOCAB, IMAGE, START, END = 113, 113, 114, 115  # the head knows the first 113 ids only
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 4, 2, 8, 24
+PATCH = 4
+THETA = 10000.0
+CONTEXT = 200
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:"
+    "{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}"
+    "{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CACHE = CacheLayout("old.", "new.")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Random weights of the toy decoder and embedding."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    @classmethod
+    def random(cls, seed: int = 0) -> Weights:
+        rng = np.random.default_rng(seed)
+        queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+        shapes = {"embed": (VOCAB + 3, HIDDEN), "head": (HIDDEN, VOCAB), "vision": (48, HIDDEN)}
+        for i in range(LAYERS):
+            shapes |= {f"q{i}": (HIDDEN, queries), f"k{i}": (HIDDEN, keys)}
+            shapes |= {f"v{i}": (HIDDEN, keys), f"o{i}": (queries, HIDDEN)}
+            shapes |= {f"up{i}": (HIDDEN, 40), f"down{i}": (40, HIDDEN)}
+        scale = {"embed": 1.0, "vision": 0.5}
+        return cls(
+            {
+                name: (rng.standard_normal(shape) * scale.get(name, 1.6 / shape[0] ** 0.5)).astype(
+                    "f4"
+                )
+                for name, shape in shapes.items()
+            }
+        )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+
+def reference_logits(weights: Weights, embeds: np.ndarray) -> np.ndarray:
+    """All logits [S, V] of one row, in float64, without a cache."""
+    x = embeds.astype("f8")
+    S = len(x)
+    angle = np.arange(S)[:, None] / THETA ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+
+    def heads(y: np.ndarray, rotate: bool) -> np.ndarray:
+        y = y.reshape(S, -1, HEAD_DIM)
+        if not rotate:
+            return y
+        a, b = np.split(y, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    for i in range(LAYERS):
+        w = {n: weights[f"{n}{i}"].astype("f8") for n in ("q", "k", "v", "o", "up", "down")}
+        q, k, v = heads(x @ w["q"], True), heads(x @ w["k"], True), heads(x @ w["v"], False)
+        k, v = (np.repeat(t, HEADS // KV_HEADS, axis=1) for t in (k, v))
+        scores = np.einsum("shd,thd->hst", q, k) / HEAD_DIM**0.5
+        scores = np.where(np.tril(np.ones((S, S))) > 0, scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        x = x + np.einsum("hst,thd->shd", scores, v).reshape(S, -1) @ w["o"]
+        x = x + np.tanh(x @ w["up"]) @ w["down"]
+    return x @ weights["head"].astype("f8")
+
+
+def reference_greedy(weights: Weights, embeds: np.ndarray, steps: int) -> list[int]:
+    """Greedy tokens, the whole sequence computed anew for each."""
+    tokens: list[int] = []
+    for _ in range(steps):
+        tokens.append(int(reference_logits(weights, embeds)[-1].argmax()))
+        embeds = np.concatenate([embeds, weights["embed"][tokens[-1:]]])
+    return tokens
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    seed: int = 0,
+    context: int = CONTEXT,
+    stop: Sequence[int] = (0,),
+    max_new_tokens: int = 12,
+    positions_rank: int = 2,
+    cache_dtype: int = T.FLOAT,
+) -> Bundle:
+    """Write the toy bundle."""
+    weights = Weights.random(seed)
+    (folder / "onnx").mkdir(parents=True, exist_ok=True)
+    models = {
+        "image_processor": image_processor(),
+        "vision_encoder": vision_encoder(weights),
+        "embed_tokens": embed_tokens(weights),
+        "decoder_model_merged": decoder(weights, positions_rank, cache_dtype),
+    }
+    for name, model in models.items():
+        onnx.checker.check_model(model)
+        onnx.save(model, folder / "onnx" / f"{name}.onnx")
+    write_tokenizer(folder, VOCAB)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>", "<start>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"chat_template": TEMPLATE})
+    one = {name: {"any": Variant(f"onnx/{name}.onnx")} for name in ("image_processor",)}
+    rest = {name: {"fp32": Variant(f"onnx/{name}.onnx")} for name in models if name not in one}
+    manifest = Manifest(
+        producer="test",
+        name="toy",
+        family="none that anyone knows",
+        components={**one, **rest},
+        auto={"cpu": dict.fromkeys(rest, "fp32")},
+        files=hash_folder(folder),
+        dims=Dims(HIDDEN, LAYERS, KV_HEADS, HEAD_DIM, VOCAB, context),
+        cache=CACHE,
+        prompt=PromptSpec(
+            "<image>", IMAGE, IMAGE, ({"role": "user", "content": [{"type": "image"}]},)
+        ),
+        generation=GenerationSpec(tuple(stop), 0, max_new_tokens, False, {}),
+        pixels=PixelSpec("bicubic", "nothing"),
+        golden=golden(),
+    )
+    write_manifest(folder, manifest)
+    return Bundle.open(folder)
+
+
+def golden() -> Golden:
+    pixels = np.random.default_rng(5).integers(0, 256, (12, 16, 3), np.uint8)
+    image = GoldenImage(16, 12, base64.b64encode(pixels.tobytes()).decode())
+    return Golden(image, 5, 5 * 14, {})
+
+
+def picture(seed: int = 0, height: int = 12, width: int = 16) -> np.ndarray:
+    """Random pixels; (height // 4) · (width // 4) image tokens."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def image_processor() -> onnx.ModelProto:
+    """image → `patches` f32[N, 48] of 4x4 pixels, scaled by the option `gain`."""
+    nodes = [
+        h.make_node("Shape", ["image"], ["hwc"]),
+        h.make_node("Div", ["hwc", "patch"], ["cells3"]),
+        h.make_node("Slice", ["cells3", "zero", "two"], ["cells"]),
+        h.make_node("Mul", ["cells", "four"], ["even"]),
+        h.make_node("Slice", ["image", "zeros", "even", "axes"], ["cut"]),
+        h.make_node("Slice", ["cells", "zero", "one"], ["rows"]),
+        h.make_node("Slice", ["cells", "one", "two"], ["columns"]),
+        h.make_node("Concat", ["rows", "four", "columns", "four", "three"], ["grid"], axis=0),
+        h.make_node("Reshape", ["cut", "grid"], ["tiled"]),
+        h.make_node("Transpose", ["tiled"], ["turned"], perm=[0, 2, 1, 3, 4]),
+        h.make_node("Reshape", ["turned", "flat"], ["bytes"]),
+        h.make_node("Cast", ["bytes"], ["floats"], to=T.FLOAT),
+        h.make_node("Div", ["floats", "white"], ["unit"]),
+        h.make_node("Mul", ["unit", "gain"], ["patches"]),
+        h.make_node("ReduceProd", ["cells"], ["count"], keepdims=1),
+        h.make_node("Expand", ["image_id", "count"], ["inner"]),
+        h.make_node("Concat", ["start_id", "inner", "end_id"], ["prompt_ids"], axis=0),
+    ]
+    constants = {
+        "patch": np.array([PATCH, PATCH, 3]),
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "two": np.array([2]),
+        "three": np.array([3]),
+        "four": np.array([PATCH]),
+        "zeros": np.array([0, 0]),
+        "axes": np.array([0, 1]),
+        "flat": np.array([-1, 48]),
+        "white": np.array(255, "f4"),
+        "gain": np.array(1, "f4"),
+        "image_id": np.array([IMAGE]),
+        "start_id": np.array([START]),
+        "end_id": np.array([END]),
+    }
+    inputs = [value("image", T.UINT8, ["height", "width", 3]), value("gain", T.FLOAT, [])]
+    outputs = [
+        value("patches", T.FLOAT, ["num_patches", 48]),
+        value("prompt_ids", T.INT64, ["num_ids"]),
+    ]
+    return model(nodes, inputs, outputs, constants)
+
+
+def vision_encoder(weights: Weights) -> onnx.ModelProto:
+    nodes = [
+        h.make_node("MatMul", ["patches", "vision"], ["flat"]),
+        h.make_node("Unsqueeze", ["flat", "first"], ["image_features"]),
+    ]
+    return model(
+        nodes,
+        [value("patches", T.FLOAT, ["num_patches", 48])],
+        [value("image_features", T.FLOAT, [1, "num_patches", HIDDEN])],
+        {"vision": weights["vision"], "first": np.array([0])},
+    )
+
+
+def embed_tokens(weights: Weights) -> onnx.ModelProto:
+    dims = ["batch_size", "sequence_length"]
+    return model(
+        [h.make_node("Gather", ["embed", "input_ids"], ["inputs_embeds"])],
+        [value("input_ids", T.INT64, dims)],
+        [value("inputs_embeds", T.FLOAT, [*dims, HIDDEN])],
+        {"embed": weights["embed"]},
+    )
+
+
+def decoder(
+    weights: Weights, positions_rank: int = 2, cache_dtype: int = T.FLOAT
+) -> onnx.ModelProto:
+    """Two layers of attention (in the type of the cache) and a tanh MLP."""
+    nodes = [
+        *_lengths(),
+        *(
+            [h.make_node("Gather", ["position_ids", "one0"], ["positions"], axis=0)]
+            * (positions_rank == 3)
+        ),
+        h.make_node(
+            "Cast", ["position_ids" if positions_rank == 2 else "positions"], ["pf"], to=T.FLOAT
+        ),
+        h.make_node("Unsqueeze", ["pf", "last_axis"], ["pu"]),
+        h.make_node("Mul", ["pu", "frequencies"], ["angle"]),
+        h.make_node("Cos", ["angle"], ["cos"]),
+        h.make_node("Sin", ["angle"], ["sin"]),
+    ]
+    x = "inputs_embeds"
+    for i in range(LAYERS):
+        layer, x = _layer(i, x, cache_dtype)
+        nodes += layer
+    nodes += [
+        h.make_node("Neg", ["num_logits_to_keep"], ["minus"]),
+        h.make_node("Reshape", ["minus", "one1"], ["start"]),
+        h.make_node("Slice", [x, "start", "far", "one1"], ["kept"]),
+        h.make_node("MatMul", ["kept", "head"], ["logits"]),
+    ]
+    B, S = "batch_size", "sequence_length"
+    positions = [B, S] if positions_rank == 2 else [3, B, S]
+    ports = [f"{i}.{kind}" for i in range(LAYERS) for kind in ("k", "v")]
+    cache = [B, KV_HEADS, "past_sequence_length", HEAD_DIM]
+    inputs = [value(f"{CACHE.past}{port}", cache_dtype, cache) for port in reversed(ports)]
+    inputs += [
+        value("inputs_embeds", T.FLOAT, [B, S, HIDDEN]),
+        value("attention_mask", T.INT64, [B, "total_sequence_length"]),
+        value("position_ids", T.INT64, positions),
+        value("num_logits_to_keep", T.INT64, []),
+    ]
+    cache = [B, KV_HEADS, "total_sequence_length", HEAD_DIM]
+    outputs = [value(f"{CACHE.present}{port}", cache_dtype, cache) for port in ports]
+    outputs.append(value("logits", T.FLOAT, [B, "num_logits", VOCAB]))
+    names = ("q", "k", "v", "o", "up", "down")
+    constants = {f"{n}{i}": weights[f"{n}{i}"] for i in range(LAYERS) for n in names}
+    constants |= {
+        "head": weights["head"],
+        "frequencies": (THETA ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype("f4"),
+        "last_axis": np.array([2]),
+        "one0": np.array(0),
+        "one1": np.array([1]),
+        "scalar0": np.array(0),
+        "scalar1": np.array(1),
+        "first_axis": np.array([0]),
+        "far": np.array([2**62]),
+    }
+    return model(nodes, inputs, outputs, constants)
+
+
+def _lengths() -> list[onnx.NodeProto]:
+    """seqlens_k from the last 1 of the mask, total from its length."""
+    return [
+        h.make_node("Shape", ["attention_mask"], ["length"], start=1, end=2),
+        h.make_node("Squeeze", ["length", "first_axis"], ["length0"]),
+        h.make_node("Cast", ["length0"], ["total"], to=T.INT32),
+        h.make_node("Range", ["scalar0", "length0", "scalar1"], ["range"]),
+        h.make_node("Add", ["range", "scalar1"], ["counts"]),
+        h.make_node("Mul", ["attention_mask", "counts"], ["marked"]),
+        h.make_node("ReduceMax", ["marked", "one1"], ["last"], keepdims=0),
+        h.make_node("Sub", ["last", "scalar1"], ["index"]),
+        h.make_node("Cast", ["index"], ["seqlens"], to=T.INT32),
+    ]
+
+
+def _layer(i: int, x: str, dtype: int) -> tuple[list[onnx.NodeProto], str]:
+    nodes = []
+    for name in ("q", "k", "v"):
+        nodes.append(h.make_node("MatMul", [x, f"{name}{i}"], [f"{name}m{i}"]))
+        source = f"{name}m{i}"
+        if name != "v":
+            heads = HEADS if name == "q" else KV_HEADS
+            rotated = f"{name}r{i}"
+            nodes.append(
+                h.make_node("RotaryEmbedding", [source, "cos", "sin"], [rotated], num_heads=heads)
+            )
+            source = rotated
+        nodes.append(h.make_node("Cast", [source], [f"{name}c{i}"], to=dtype))
+    past = [f"{CACHE.past}{i}.k", f"{CACHE.past}{i}.v"]
+    present = [f"{CACHE.present}{i}.k", f"{CACHE.present}{i}.v"]
+    nodes += [
+        h.make_node(
+            "GroupQueryAttention",
+            [f"qc{i}", f"kc{i}", f"vc{i}", *past, "seqlens", "total"],
+            [f"a{i}", *present],
+            domain="com.microsoft",
+            num_heads=HEADS,
+            kv_num_heads=KV_HEADS,
+        ),
+        h.make_node("Cast", [f"a{i}"], [f"af{i}"], to=T.FLOAT),
+        h.make_node("MatMul", [f"af{i}", f"o{i}"], [f"ao{i}"]),
+        h.make_node("Add", [x, f"ao{i}"], [f"y{i}"]),
+        h.make_node("MatMul", [f"y{i}", f"up{i}"], [f"u{i}"]),
+        h.make_node("Tanh", [f"u{i}"], [f"t{i}"]),
+        h.make_node("MatMul", [f"t{i}", f"down{i}"], [f"d{i}"]),
+        h.make_node("Add", [f"y{i}", f"d{i}"], [f"x{i}"]),
+    ]
+    return nodes, f"x{i}"
+
+
+def value(name: str, dtype: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    return h.make_tensor_value_info(name, dtype, list(shape))
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    constants: Mapping[str, np.ndarray],
+) -> onnx.ModelProto:
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = h.make_graph(list(nodes), "toy", list(inputs), list(outputs), initializers)
+    opsets = [h.make_opsetid("", 23), h.make_opsetid("com.microsoft", 1)]
+    return h.make_model(graph, opset_imports=opsets, ir_version=10)
