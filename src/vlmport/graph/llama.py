@@ -27,7 +27,7 @@ from vlmport.graph.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from vlmport.graph.weights import FLOAT32, Format
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
-MASKED = -30000.0  # added to scores of padded positions: within float16, and exp() of it is 0
+MASKED = -10000.0  # added to scores of padded positions: exp() of it is 0, float16 holds it well
 
 Past = tuple[ir.Value, ir.Value]
 

@@ -1,0 +1,125 @@
+"""Whether a float16 graph stays within float16: by running it in float32 and looking.
+
+Running the float16 graph itself on a CPU proves nothing, because ONNX Runtime computes most of it
+in float32 and the overflow would first be seen on somebody's GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from vlmport.bundle import Bundle
+from vlmport.errors import ExportError
+
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
+SUFFIX = "::largest"
+
+
+def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
+    """Component → the largest magnitude of any float16 tensor, on the golden picture.
+
+    Raises ExportError naming the tensors past LIMIT.
+    """
+    from vlmport.runtime.components import DECODER, VISION, Components
+    from vlmport.runtime.probe import golden_image, golden_prompt
+
+    golden = bundle.manifest.golden
+    components = Components.open(bundle, precision=precision)
+    vision = components.process_image(golden_image(golden)).inputs
+    ids, embeds = golden_prompt(components, golden)
+    decoder = {
+        "inputs_embeds": embeds[None],
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.asarray(components.position_ids(ids)).reshape(1, -1),
+        "num_logits_to_keep": np.array(0, np.int64),
+    }
+    largest = {}
+    for component, feeds in ((VISION, vision), (DECODER, decoder)):
+        path = bundle.path(bundle.variant(component, precision).model)
+        magnitudes = half_magnitudes(path, feeds)
+        beyond = {name: value for name, value in magnitudes.items() if not value <= LIMIT}
+        if beyond:
+            worst = sorted(beyond, key=beyond.__getitem__, reverse=True)[:4]
+            named = ", ".join(f"{name!r} {beyond[name]:.3g}" for name in worst)
+            raise ExportError(
+                f"{precision}: {component}: {len(beyond)} of {len(magnitudes)} tensors come "
+                f"near what float16 holds (limit {LIMIT:.0f}): {named}",
+                hint="export this model as fp32, q8 or q4",
+            )
+        largest[component] = max(magnitudes.values(), default=0.0)
+    return largest
+
+
+def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The largest magnitude of each tensor that is float16 in a graph, computed in float32.
+
+    Feeds that the graph does not declare are left out; cache inputs that are not fed are empty.
+    """
+    model = ir.load(path)
+    halves = list(_half_values(model.graph))
+    _widen(model.graph)
+    for value in halves:
+        magnitude = ir.node("Abs", [value])
+        peak = ir.node("ReduceMax", [magnitude.outputs[0]], attributes={"keepdims": 0})
+        peak.outputs[0].name = f"{value.name}{SUFFIX}"
+        peak.outputs[0].type, peak.outputs[0].shape = ir.TensorType(FLOAT), ir.Shape([])
+        model.graph.extend([magnitude, peak])
+        model.graph.outputs.append(peak.outputs[0])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    wanted = [one.name for one in session.get_outputs() if one.name.endswith(SUFFIX)]
+    inputs = {
+        one.name: feeds[one.name] if one.name in feeds else _empty(one.shape)
+        for one in session.get_inputs()
+    }
+    values = session.run(wanted, inputs)
+    return {
+        name.removesuffix(SUFFIX): float(np.asarray(value))
+        for name, value in zip(wanted, values, strict=True)
+    }
+
+
+def _half_values(graph: ir.Graph) -> Iterable[ir.Value]:
+    """Values that float16 flows into. Contrib operators state no types, so these are followed."""
+    half = {value for value in graph.initializers.values() if value.dtype == HALF}
+    half |= {value for value in graph.inputs if value.dtype == HALF}
+    for node in graph:
+        if node.op_type == "Cast":
+            is_half = node.attributes["to"].as_int() == HALF
+        else:
+            is_half = any(value in half for value in node.inputs if value is not None)
+        for value in node.outputs if is_half else ():
+            if value.name:
+                half.add(value)
+                if value.uses():
+                    yield value
+
+
+def _widen(graph: ir.Graph) -> None:
+    """Make every float16 of a graph a float32, in place."""
+    for value in graph.initializers.values():
+        if value.dtype == HALF:
+            assert value.const_value is not None
+            wide = value.const_value.numpy().astype(np.float32)
+            value.const_value = ir.Tensor(wide, name=value.name)
+            value.type = ir.TensorType(FLOAT)
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == HALF:
+            node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
+        for value in node.outputs:
+            if value.dtype == HALF:
+                value.type = ir.TensorType(FLOAT)
+    for value in graph.inputs:
+        if value.dtype == HALF:
+            value.type = ir.TensorType(FLOAT)
+
+
+def _empty(shape: list[int | str]) -> np.ndarray:
+    """A cache of one row without any position."""
+    batch, *rest = shape
+    return np.zeros([1, *(size if isinstance(size, int) else 0 for size in rest)], np.float32)
