@@ -150,7 +150,9 @@ def _print_captions(
                 failure = error
         if not pictures:
             continue
-        for path, result in zip(pictures, vlm.caption([*pictures.values()], **options), strict=True):
+        for path, result in zip(
+            pictures, vlm.caption([*pictures.values()], **options), strict=True
+        ):
             if as_json:
                 row = {"image": str(path), "caption": result.text}
                 row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
