@@ -16,9 +16,9 @@ import platformdirs
 
 from vlmport import __version__
 from vlmport.builtin import builtin_models
-from vlmport.bundle import Bundle, is_bundle
+from vlmport.bundle import MANIFEST, Bundle, is_bundle, read_manifest
 from vlmport.checkpoint import locate_adapter
-from vlmport.checkpoint.source import find_folder
+from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import BundleError, OptionError
 from vlmport.export import DEFAULT_PRECISIONS, Progress, export
 from vlmport.runtime.model import VLM
@@ -76,6 +76,9 @@ def resolve(
                 f"{source}: an adapter can't be merged into a bundle",
                 hint="export the checkpoint again with --adapter",
             )
+        if not Path(source).is_dir():
+            # A bundle on the Hub: so far only the small files at its root are here.
+            folder = fetch_files(str(source), revision, read_manifest(folder / MANIFEST).files)
         return Bundle.open(folder)
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     out = cache_folder() / _cache_name(folder, adapter_folder, precisions)

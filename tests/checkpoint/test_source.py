@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
+from tests.hub import COMMIT, Hub, hub_environment
 from vlmport.checkpoint import locate, locate_adapter, source
 from vlmport.errors import SourceError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RUN = """
 import json, sys, warnings
 warnings.simplefilter("error")
@@ -157,98 +152,15 @@ def test_an_adapter_folder(tmp_path: Path) -> None:
 # The Hub
 
 
-class Hub(ThreadingHTTPServer):
-    """Plays huggingface.co: repositories and what is wrong with them, by name."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.asked: list[str] = []
-        self.tokens: set[str | None] = set()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def reply(self, status: int, body: Any = b"", **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        self.server.asked.append(f"{self.command} {path}")
-        self.server.tokens.add(self.headers.get("Authorization"))
-        repo = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
-        if repo == "org/missing":
-            self.reply(401, {"error": "x"}, X_Error_Code="RepoNotFound")
-        elif repo == "org/secret":
-            self.reply(401, X_Error_Message="Invalid credentials in Authorization header")
-        elif repo == "org/broken":
-            self.reply(500, {"error": "oops"})
-        elif repo == "org/silent":
-            time.sleep(5)
-        elif "/revision/" in path and not path.endswith(("/main", "/v1", COMMIT)):
-            self.reply(404, {"error": "x"}, X_Error_Code="RevisionNotFound")
-        elif path.startswith("/api/models/"):
-            self.api(path, repo)
-        elif repo == "org/gated":
-            self.reply(403, {"error": "x"}, X_Error_Code="GatedRepo")
-        elif f"/{COMMIT}/" in path:
-            self.file(path)
-        else:
-            self.reply(404)
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def api(self, path: str, repo: str) -> None:
-        if "/tree/" in path:
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
-                for name, data in FILES.items()
-            ]
-            self.reply(200, entries)
-        else:
-            names = [{"rfilename": name} for name in FILES]
-            self.reply(200, {"id": repo, "sha": COMMIT, "siblings": names})
-
-    def file(self, path: str) -> None:
-        data = FILES[path.split(f"/{COMMIT}/")[1]]
-        self.reply(200, data, ETag=f'"{digest(data)}"', X_Repo_Commit=COMMIT)
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with Hub.serving(FILES) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def ask(cache: Path, endpoint: str, repo: str, revision: str = "", **env: str) -> dict[str, str]:
     """What `locate` answers in a process of its own: the Hub client reads its settings once."""
-    values = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    values |= {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
-    values |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", **env}
+    values = hub_environment(cache, endpoint) | env
     done = subprocess.run(
         [sys.executable, "-c", RUN, repo, revision],
         env=values,
@@ -269,7 +181,7 @@ def test_a_repository_is_fetched_once_and_then_works_offline(tmp_path: Path, hub
     folder = Path(ask(tmp_path, hub.url, "org/name", HF_TOKEN="hf_x")["folder"])
     assert folder == tmp_path / "models--org--name" / "snapshots" / COMMIT
     wanted = {"config.json", "model.safetensors", "chat_template.jinja"}
-    wanted |= {"tokenizer.model", "merges.txt"}
+    wanted |= {"tokenizer.model", "merges.txt", "README.md"}
     assert {path.name for path in folder.iterdir()} == wanted
     assert "Bearer hf_x" in hub.tokens
     hub.asked.clear()

@@ -7,16 +7,17 @@ HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
 from __future__ import annotations
 
 import errno
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vlmport.errors import SourceError, did_you_mean, some_names
 
-__all__ = ["find_folder", "locate", "locate_adapter"]
+__all__ = ["fetch_files", "find_folder", "locate", "locate_adapter"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*"]
 SUBFOLDERS = ["*/*"]  # fnmatch's star crosses slashes: "onnx/…", "checkpoint-500/…"
 TIMEOUT = 10.0  # seconds for the first answer; the client itself would wait for ever
 
@@ -117,7 +118,20 @@ def _found(folder: Path) -> str:
     return f"it has {some_names(names)}" if names else "it is empty"
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
+def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
+    """The snapshot of a Hub repository with the files of these exact paths in it.
+
+    Raises SourceError as `find_folder` does.
+    """
+    return _fetch(repo, revision, [glob.escape(name) for name in names], [])
+
+
+def _fetch(
+    repo: str,
+    revision: str | None,
+    patterns: Sequence[str] = PATTERNS,
+    ignored: Sequence[str] = SUBFOLDERS,
+) -> Path:
     """The snapshot of a Hub repository: the newest when the Hub answers, else the cached one."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
@@ -135,8 +149,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=PATTERNS,
-                ignore_patterns=SUBFOLDERS,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignored),
                 local_files_only=constants.HF_HUB_OFFLINE or problem is not None,
             )
         )

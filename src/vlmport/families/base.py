@@ -13,6 +13,40 @@ from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
 from vlmport.graph.precision import Precision
 
+# Old configs carry sampling options, which clients would apply beside generation_config.json's.
+SAMPLING_KEYS = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    }
+)
+
+
+def without_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A sub-config without the sampling options of transformers 4."""
+    return {key: value for key, value in config.items() if key not in SAMPLING_KEYS}
+
 
 @dataclass(frozen=True)
 class HubFiles:

@@ -35,7 +35,7 @@ from vlmport.checkpoint import (
 )
 from vlmport.checkpoint.tokenizer import new_token_id, read_tokenizer
 from vlmport.errors import ConfigError
-from vlmport.families.base import Family, HubFiles
+from vlmport.families.base import Family, HubFiles, without_sampling
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.image import image_input, rescale_and_normalize
 from vlmport.graph.layers import ACTIVATIONS, Linear
@@ -280,8 +280,11 @@ class PrefixCaptioner(Family):
                 "eos_token_id": stop,
                 "pad_token_id": self.pad_token_id,
                 "vision_config": dict(self.raw_vision),
-                "text_config": {**self.raw_text, "head_dim": self.text.head_size}
-                | {"num_key_value_heads": self.text.kv_heads},
+                "text_config": {
+                    **without_sampling(self.raw_text),
+                    "head_dim": self.text.head_size,
+                    "num_key_value_heads": self.text.kv_heads,
+                },
             },
             preprocessor_config={
                 "image_processor_type": "SiglipImageProcessor",

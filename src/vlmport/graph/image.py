@@ -9,6 +9,10 @@ import onnx_ir as ir
 
 from vlmport.graph.builder import GraphBuilder, OpBuilder
 
+__all__ = ["image_input", "rescale_and_normalize"]
+
+BYTES = np.arange(256)
+
 
 def image_input(builder: GraphBuilder) -> ir.Value:
     """The input `image`, uint8 [height, width, 3], RGB."""
@@ -18,10 +22,33 @@ def image_input(builder: GraphBuilder) -> ir.Value:
 def rescale_and_normalize(
     op: OpBuilder, pixels: ir.Value, scale: float, mean: Sequence[float], std: Sequence[float]
 ) -> ir.Value:
-    """uint8 [H, W, 3] → float32 [1, 3, H, W], (pixel · scale - mean) / std."""
-    values = op.Cast(op.Transpose(pixels, perm=[2, 0, 1]), to=ir.DataType.FLOAT)
-    shape = (3, 1, 1)
-    mean_value = op.initializer(ir.tensor(np.float32(mean).reshape(shape), name="image_mean"))
-    std_value = op.initializer(ir.tensor(np.float32(std).reshape(shape), name="image_std"))
-    normal = op.Div(op.Sub(op.Mul(values, float(scale)), mean_value), std_value)
-    return op.Unsqueeze(normal, [0])
+    """uint8 [H, W, 3] to float32 [1, 3, H, W]: (pixel · scale - mean) / std, bit for bit.
+
+    Source: transformers 5.23, image_transforms.py, rescale and normalize, as the PIL-backed
+    processors call them: the product is float64 rounded to float32, the rest is float32. The
+    torchvision-backed ones fold scale into mean and std, and differ in the last bit.
+    """
+    planes = op.Transpose(pixels, perm=[2, 0, 1])  # [3, H, W], while it is still one byte each
+    values = op.Sub(_rescale(op, planes, scale), _channels(op, mean))
+    return op.Unsqueeze(op.Div(values, _channels(op, std)), [0])
+
+
+def _rescale(op: OpBuilder, planes: ir.Value, scale: float) -> ir.Value:
+    """Each byte times `scale` in float64, rounded to float32.
+
+    For 1/255, 1/127.5 and their like a float32 division gives the same 256 numbers (a float32
+    product differs in 126). Where it does not, the numbers are looked up, which takes four times
+    as long: 4.1 ms instead of 1.0 ms for 512x512 with the normalisation, on one thread.
+    """
+    exact = (BYTES.astype(np.float64) * scale).astype(np.float32)
+    divisor = np.float32(1 / scale)
+    if np.array_equal(BYTES.astype(np.float32) / divisor, exact):
+        return op.Div(op.Cast(planes, to=ir.DataType.FLOAT), op.Constant(value=ir.tensor(divisor)))
+    index = op.Cast(planes, to=ir.DataType.INT32)
+    return op.Gather(op.Constant(value=ir.tensor(exact)), index, axis=0)
+
+
+def _channels(op: OpBuilder, values: Sequence[float]) -> ir.Value:
+    """One float32 for each channel: [3, 1, 1]."""
+    assert len(values) == 3
+    return op.Constant(value=ir.tensor(np.array(values, np.float32).reshape(3, 1, 1)))

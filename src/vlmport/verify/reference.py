@@ -40,7 +40,7 @@ from vlmport.verify.protocol import Generated, Reference
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-MAX_THREADS = 8  # more only cost on models of this size
+WEIGHTS_A_THREAD = 10_000_000  # for fewer, waking another thread costs more than it brings
 VISION = "vision_encoder."
 ADAPTER = "on_top"  # what PEFT shall call the adapter that is given separately
 DECODER_DIMS = (
@@ -73,7 +73,6 @@ def load_reference(
             f"{folder / 'config.json'}: no reference for model_type {family!r}",
             hint=f"known: {', '.join(REFERENCES)}",
         )
-    torch.set_num_threads(min(MAX_THREADS, _cpu_count()))
     return REFERENCES[family](folder, config, image_token_id, adapter)
 
 
@@ -101,6 +100,7 @@ class PrefixReference:
         if adapter is not None:
             self.model.language_model = add_adapter(self.model.language_model, Path(adapter))
         self.model.eval().requires_grad_(False)
+        set_threads(sum(weight.numel() for weight in self.model.parameters()))
         self.image_token_id = image_token_id
         size, patch = config_int(vision, "image_size"), config_int(vision, "patch_size")
         self.image_tokens = (size // patch) ** 2
@@ -385,11 +385,11 @@ def _stop_token_ids(folder: Path, text: transformers.LlamaConfig) -> tuple[int, 
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _cpu_count() -> int:
-    """The CPUs this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def set_threads(weights: int) -> None:
+    """As many threads as a model of this size can use, and as this process may."""
+    # In a container they are fewer than the machine has.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(cpus, weights // WEIGHTS_A_THREAD)))
 
 
 REFERENCES: Mapping[str, Callable[..., Reference]] = {"prefix_conditioning_vlm": PrefixReference}

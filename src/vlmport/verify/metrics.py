@@ -1,0 +1,80 @@
+"""How far two results are apart: plain numbers from numpy arrays.
+
+`ours` comes from the bundle, `truth` from the reference. S positions, V vocabulary, T image
+tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+
+def unequal(ours: Shaped[np.ndarray, ...], truth: Shaped[np.ndarray, ...]) -> int:
+    """How many elements differ; all of the truth's where the shapes do."""
+    if ours.shape != truth.shape:
+        return max(1, truth.size)
+    return int(np.sum(~((ours == truth) | (np.isnan(ours) & np.isnan(truth)))))
+
+
+def max_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
+    """The largest absolute difference; infinite where the shapes differ."""
+    if ours.shape != truth.shape:
+        return float("inf")
+    return float(np.abs(ours.astype(np.float64) - truth).max(initial=0.0))
+
+
+def relative_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
+    """The largest absolute difference in standard deviations of the truth."""
+    return max_error(ours, truth) / max(float(truth.std(dtype=np.float64)), 1e-30)
+
+
+def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]) -> float:
+    """The cosine of the row that fits worst; -1 where the shapes differ."""
+    if ours.shape != truth.shape:
+        return -1.0
+    a, b = ours.astype(np.float64), truth.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float((np.sum(a * b, axis=-1) / np.maximum(norms, 1e-30)).min(initial=1.0))
+
+
+def log_softmax(logits: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "S V"]:
+    """Log-probabilities in nats, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def mean_divergence(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"]) -> float:
+    """Mean over positions of KL(truth ‖ ours) of the next token, in nats."""
+    if ours.shape != truth.shape:
+        return float("inf")
+    p, q = log_softmax(truth), log_softmax(ours)
+    return float(np.sum(np.exp(p) * (p - q), axis=-1).mean())
+
+
+def agreement(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"]) -> float:
+    """The share of positions at which both give one most likely token."""
+    if ours.shape != truth.shape:
+        return 0.0
+    return float((ours.argmax(-1) == truth.argmax(-1)).mean())
+
+
+def regret(tokens: Int[np.ndarray, " S"], truth: Float[np.ndarray, "S V"]) -> float:
+    """Nats a token by which the truth likes these tokens less than its own choices.
+
+    `truth` are its logits given the same tokens before; 0 where every token is its first choice.
+    """
+    if len(tokens) != len(truth):
+        return float("inf")
+    log_p = log_softmax(truth)
+    return float((log_p.max(-1) - log_p[np.arange(len(tokens)), tokens]).mean())
+
+
+def margin(logits: Float[np.ndarray, " V"]) -> float:
+    """By how much the most likely token leads the second."""
+    second, first = np.partition(logits, -2)[-2:]
+    return float(first - second)

@@ -1,0 +1,209 @@
+"""What verify found: rows, a table for people, JSON for programs, Markdown for the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmport.verify.limits import LIKELY_CAUSES, RUNGS, Limit
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a rung and what it is held against."""
+
+    name: str
+    value: float
+    limit: Limit
+
+    @property
+    def passed(self) -> bool:
+        return self.limit.holds(self.value)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: what is not finite becomes null."""
+        return {
+            "name": self.name,
+            "value": self.value if math.isfinite(self.value) else None,
+            "limit": self.limit.bound,
+            "at_least": self.limit.at_least,
+            "unit": self.limit.unit,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rung for one picture at one precision.
+
+    Attributes:
+        error: what was raised on the bundle's side; then there are no measures.
+        detail: for the reader, such as the two margins where tokens differ.
+    """
+
+    image: str
+    precision: str
+    rung: str
+    measures: tuple[Measure, ...]
+    error: str | None = None
+    detail: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and all(measure.passed for measure in self.measures)
+
+    def to_json(self) -> dict[str, Any]:
+        row = {
+            "image": self.image,
+            "precision": self.precision,
+            "rung": self.rung,
+            "passed": self.passed,
+            "measures": [measure.to_json() for measure in self.measures],
+        }
+        notes = {"error": self.error, "detail": self.detail}
+        return row | {name: text for name, text in notes.items() if text is not None}
+
+    def describe(self) -> str:
+        """One line: where, the numbers that are past their limits, and the detail."""
+        wrong = [_measure(one.to_json()) for one in self.measures if not one.passed]
+        what = "; ".join([*wrong, *(text for text in (self.error, self.detail) if text)])
+        return f"{self.rung}, {self.precision}, {self.image}: {what}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of one run.
+
+    Attributes:
+        reference: the programs that the truth comes from, with versions.
+    """
+
+    reference: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that failed, in the order of the rungs: the first is the guilty one."""
+        failed = [row for row in self.rows if not row.passed]
+        return tuple(sorted(failed, key=lambda row: RUNGS.index(row.rung)))
+
+    @property
+    def first_broken(self) -> Row | None:
+        """The failure on the lowest rung; what fails above it may be its consequence."""
+        return next(iter(self.failures), None)
+
+    @property
+    def likely_cause(self) -> str | None:
+        """Where to look, in plain words; None where all passed."""
+        return LIKELY_CAUSES[self.first_broken.rung] if self.first_broken else None
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if self.first_broken is None:
+            return f"all {len(self.rows)} checks passed against {self.reference}"
+        return (
+            f"{len(self.failures)} of {len(self.rows)} checks failed; first broken: "
+            f"{self.first_broken.describe()}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in vlmport.json under `parity`."""
+        rows = [row.to_json() for row in self.rows]
+        return {"reference": self.reference, "passed": self.passed, "rows": rows}
+
+    def print(self, console: Console) -> None:
+        """A table of the worst numbers of each rung, then every failure, then where to look."""
+        parity = self.to_json()
+        precisions = _names(parity["rows"], "precision")
+        table = Table("rung", *precisions, title=f"against {self.reference}", title_justify="left")
+        for rung, cells in _cells(parity["rows"], precisions):
+            table.add_row(rung, *(_coloured(*cell) for cell in cells))
+        console.print(table)
+        for row in self.failures:
+            console.print(f"[red]broken[/] {escape(row.describe())}", highlight=False)
+        if self.likely_cause is not None:
+            console.print(f"likely cause: {escape(self.likely_cause)}", highlight=False)
+
+
+def parity_markdown(parity: Mapping[str, Any]) -> str:
+    """The model card's section from vlmport.json's `parity`: what was compared, a table, failures.
+
+    Each cell is the worst over all pictures.
+    """
+    rows = parity["rows"]
+    precisions = _names(rows, "precision")
+    images = _names(rows, "image")
+    lines = [
+        f"`vlmport verify` against {parity['reference']}, with {len(images)} pictures "
+        f"({', '.join(images)}): **{'passed' if parity['passed'] else 'failed'}**. "
+        "Each rung is fed the reference's result of the rung before; the numbers are the worst "
+        "of all pictures. std is the standard deviation of the reference's values.",
+        "",
+        "| rung | " + " | ".join(precisions) + " |",
+        "| --- |" + " --- |" * len(precisions),
+    ]
+    for rung, cells in _cells(rows, precisions):
+        shown = [text if passed else f"**failed**: {text}" for passed, text in cells]
+        lines.append(f"| {rung} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _names(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """The different values of a key, in the order in which they come."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _cells(
+    rows: Sequence[Mapping[str, Any]], precisions: Sequence[str]
+) -> list[tuple[str, list[tuple[bool, str]]]]:
+    """Rung → for each precision whether it passed, and its worst numbers over all pictures."""
+    table = []
+    for rung in _names(rows, "rung"):
+        chosen = [
+            [row for row in rows if row["rung"] == rung and row["precision"] == precision]
+            for precision in precisions
+        ]
+        table.append((rung, [(all(row["passed"] for row in one), _worst(one)) for one in chosen]))
+    return table
+
+
+def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The worst value of each measure."""
+    if not rows:
+        return "-"
+    if any("error" in row for row in rows):
+        return "error"
+    found: dict[str, Mapping[str, Any]] = {}
+    for measure in (measure for row in rows for measure in row["measures"]):
+        known = found.setdefault(measure["name"], measure)
+        pick: Callable[..., float] = min if measure["at_least"] else max
+        if measure["value"] is None or known["value"] is None:
+            worse = measure if measure["value"] is None else known
+        else:
+            worse = measure if pick(measure["value"], known["value"]) == measure["value"] else known
+        found[measure["name"]] = worse
+    return ", ".join(_measure(measure) for measure in found.values())
+
+
+def _measure(measure: Mapping[str, Any]) -> str:
+    """Such as 'error 3.1e-06 std (≤ 0.0001)', or '0 wrong' where only 0 will do."""
+    value = "not finite" if measure["value"] is None else f"{measure['value']:.3g}"
+    if measure["limit"] == 0 and not measure["at_least"]:
+        return f"{value} wrong {measure['unit']}"
+    sign = "≥" if measure["at_least"] else "≤"
+    unit = f" {measure['unit']}" if measure["unit"] else ""
+    return f"{measure['name']} {value}{unit} ({sign} {measure['limit']:g})"
+
+
+def _coloured(passed: bool, text: str) -> str:
+    return f"[{'green' if passed else 'red'}]{escape(text)}[/]"

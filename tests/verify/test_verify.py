@@ -1,0 +1,190 @@
+"""What verify says, writes and refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from tests.checkpoints import write_prefix_checkpoint
+from tests.verify.conftest import Tiny
+from tests.verify.surgery import edit_tensor
+from vlmport.bundle import Bundle
+from vlmport.errors import BundleError, DependencyError, ImageError, SourceError
+from vlmport.verify import metrics, parity_markdown, verify
+from vlmport.verify.limits import CLOSE, EXACT, LIKELY_CAUSES, RUNGS, Limit
+from vlmport.verify.pictures import SIZES, drawn_pictures
+from vlmport.verify.report import Measure, Report, Row
+
+
+def test_a_pass_is_written_down(tiny: Tiny, broken: Bundle, tmp_path: Path) -> None:
+    """Into vlmport.json and between the marks of the card, with the user's picture too."""
+    mine = tmp_path / "mine.png"
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (30, 31, 4), np.uint8)).save(mine)
+    out = io.StringIO()
+    report = verify(
+        broken, tiny.checkpoint, precisions=["fp32"], images=[mine], console=Console(file=out)
+    )
+    assert report.passed
+    assert report.likely_cause is None
+    assert report.summary.startswith("all 36 checks passed against transformers ")
+
+    again = Bundle.open(broken.folder, check_hashes=True)
+    parity = json.loads((broken.folder / "vlmport.json").read_text())["parity"]
+    assert again.manifest.parity == parity == report.to_json()
+    assert parity["passed"] is True
+    assert [row["image"] for row in parity["rows"]][-1] == "mine.png"
+    card = (broken.folder / "README.md").read_text()
+    assert "Not verified yet" not in card
+    assert parity_markdown(parity) in card
+    assert "| first_logits | error " in card
+    assert "cached_decode" in out.getvalue()
+    assert "broken" not in out.getvalue()
+
+    verify(again, tiny.checkpoint, precisions=["fp32"])
+    card = (broken.folder / "README.md").read_text()
+    assert card.count("| first_logits |") == 1
+    assert "mine.png" not in card
+
+
+def test_a_failure_is_written_and_explained(tiny: Tiny, broken: Bundle) -> None:
+    edit_tensor(broken, "vision_encoder", "post_layernorm.bias", lambda bias: bias + 1)
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    report = verify(str(broken.folder), tiny.checkpoint, precisions=["fp32"], console=console)
+    assert not report.passed
+    assert report.first_broken is not None
+    assert report.first_broken.rung == "vision_features"
+    assert report.likely_cause == LIKELY_CAUSES["vision_features"]
+    assert "first broken: vision_features, fp32, drawn 640x427: error " in report.summary
+    assert "likely cause: a weight of the vision tower" in out.getvalue()
+    parity = Bundle.open(broken.folder, check_hashes=True).manifest.parity
+    assert parity is not None
+    assert parity["passed"] is False
+    assert "| vision_features | **failed**: error " in (broken.folder / "README.md").read_text()
+
+
+def test_all_precisions_by_default(tiny: Tiny, broken: Bundle) -> None:
+    """Rounded weights leave prompt, pixels and positions exact."""
+    report = verify(broken, tiny.checkpoint)
+    assert {row.precision for row in report.rows} == {"fp32", "q4"}
+    for row in report.rows:
+        if row.rung in ("prompt_ids", "pixels", "position_ids"):
+            assert row.passed, row.describe()
+    names = [{m.name for m in row.measures} for row in report.rows if row.rung == "first_logits"]
+    assert names == [{"error"}, {"kl", "top1"}] * 3
+
+
+def test_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    """Merged at export and left to PEFT by the reference; without it, the decoder differs."""
+    from tests.verify.test_reference import peft_folder
+    from vlmport.export import export
+
+    adapter = peft_folder(tmp_path / "adapter")
+    bundle = export(tiny.checkpoint, tmp_path / "bundle", precisions="fp32", adapter=adapter)
+    assert verify(bundle, tiny.checkpoint, adapter=adapter).passed
+    report = verify(bundle, tiny.checkpoint)
+    assert report.first_broken is not None
+    assert report.first_broken.rung == "first_logits"
+
+
+def test_another_checkpoint_is_refused_early(tiny: Tiny, tmp_path: Path) -> None:
+    text = {"hidden_size": 48, "num_hidden_layers": 3}
+    other = write_prefix_checkpoint(tmp_path / "other", text=text)
+    with pytest.raises(SourceError) as caught:
+        verify(tiny.bundle, other)
+    assert "hidden_size is 48, the bundle's 32" in str(caught.value)
+    assert "num_hidden_layers is 3, the bundle's 2" in str(caught.value)
+    assert caught.value.hint == "give the checkpoint that `vlmport export` was given"
+
+
+def test_what_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        verify(tiny.bundle, tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"no vlmport\.json"):
+        verify(tmp_path, tiny.checkpoint)
+    with pytest.raises(BundleError, match="'q8' is not in this bundle"):
+        verify(tiny.bundle, tiny.checkpoint, precisions=["q8"])
+    with pytest.raises(ImageError):
+        verify(tiny.bundle, tiny.checkpoint, images=[tmp_path / "nothing.png"])
+
+
+def test_without_torch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vlmport.verify.reference")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DependencyError) as caught:
+        verify(tiny.bundle, tiny.checkpoint)
+    assert caught.value.hint == 'pip install "vlmport[verify]"'
+
+
+def test_a_card_without_marks_is_left_alone(tiny: Tiny, broken: Bundle) -> None:
+    (broken.folder / "README.md").write_text("mine\n")
+    broken = broken.with_parity({"reference": "", "passed": False, "rows": []})
+    verify(broken, tiny.checkpoint, precisions=["fp32"])
+    assert (broken.folder / "README.md").read_text() == "mine\n"
+
+
+def test_every_rung_has_limits_and_a_cause() -> None:
+    assert set(EXACT) == set(CLOSE) == set(LIKELY_CAUSES) == set(RUNGS)
+    for limits in (EXACT, CLOSE):
+        for rung in RUNGS:
+            assert all(limit.reason for limit in limits[rung].values()), rung
+
+
+def test_pictures_have_three_sizes_and_do_not_change() -> None:
+    pictures = drawn_pictures()
+    assert tuple(picture.image.size for picture in pictures) == SIZES
+    for first, second in zip(pictures, drawn_pictures(), strict=True):
+        np.testing.assert_array_equal(first.rgb, second.rgb)
+        assert first.rgb.std(axis=(0, 1)).min() > 20
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_never_passes(value: float) -> None:
+    for limit in (Limit(1, "", ""), Limit(0, "", ""), Limit(-1, "", "", at_least=True)):
+        if not (limit.at_least and value > 0):
+            assert not limit.holds(value)
+    row = Row("a", "fp32", "pixels", (Measure("error", value, Limit(1, "", "")),))
+    report = Report("x", (row,))
+    assert not report.passed
+    text = json.dumps(report.to_json(), allow_nan=False)
+    assert "error not finite (≤ 1)" in parity_markdown(json.loads(text))
+
+
+def test_nothing_compared_is_no_pass() -> None:
+    assert not Report("x", ()).passed
+
+
+def test_the_lowest_rung_is_named_whatever_its_row() -> None:
+    def row(image: str, precision: str, rung: str) -> Row:
+        return Row(image, precision, rung, (), error="X")
+
+    rows = (row("a", "fp32", "end_to_end"), row("b", "q4", "pixels"), row("c", "fp32", "pixels"))
+    assert Report("x", rows).first_broken == rows[1]
+
+
+def test_metrics() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((5, 9)).astype(np.float32)
+    other = truth + 0.1 * rng.standard_normal((5, 9)).astype(np.float32)
+    assert metrics.unequal(truth, truth) == 0
+    assert metrics.unequal(truth[:, :4], truth) == truth.size
+    assert metrics.relative_error(truth, truth) == 0
+    assert metrics.relative_error(truth[:2], truth) == math.inf
+    assert metrics.least_cosine(2 * truth, truth) == pytest.approx(1)
+    assert metrics.least_cosine(-truth, truth) == pytest.approx(-1)
+    p, q = np.exp(metrics.log_softmax(truth)), np.exp(metrics.log_softmax(other))
+    assert metrics.mean_divergence(other, truth) == pytest.approx((p * np.log(p / q)).sum(1).mean())
+    assert metrics.mean_divergence(truth + 7, truth) == pytest.approx(0, abs=1e-6)
+    assert metrics.agreement(truth, truth) == 1
+    assert metrics.regret(truth.argmax(-1), truth) == 0
+    worst = metrics.regret(truth.argmin(-1), truth)
+    assert worst == pytest.approx((truth.max(-1) - truth.min(-1)).mean(), rel=1e-5)
+    assert metrics.margin(np.array([1.0, 5.0, 3.5])) == 1.5
