@@ -18,6 +18,7 @@ from vlmport.export.assign import Assignment
 from vlmport.export.files import write_card, write_hub_files
 from vlmport.export.folder import atomic_folder, check_space, check_target
 from vlmport.export.golden import golden_input, record
+from vlmport.export.soundness import check_float16
 from vlmport.families import family_of
 from vlmport.families.base import Family
 from vlmport.graph.builder import GraphBuilder, to_model
@@ -197,7 +198,11 @@ def _write_manifest(
         golden=golden_input(family.image_tokens),
     )
     write_manifest(folder, manifest)
-    write_manifest(folder, record(Bundle.open(folder), precisions))
+    bundle = Bundle.open(folder)
+    for precision in precisions:
+        if PRECISIONS[precision].is_half:
+            check_float16(bundle, precision)
+    write_manifest(folder, record(bundle, precisions))
 
 
 def _auto(

@@ -63,6 +63,8 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
     """
     model = ir.load(path)
     halves = list(_half_values(model.graph))
+    if not halves:
+        return {}
     _widen(model.graph)
     for value in halves:
         magnitude = ir.node("Abs", [value])
@@ -121,5 +123,5 @@ def _widen(graph: ir.Graph) -> None:
 
 def _empty(shape: list[int | str]) -> np.ndarray:
     """A cache of one row without any position."""
-    batch, *rest = shape
-    return np.zeros([1, *(size if isinstance(size, int) else 0 for size in rest)], np.float32)
+    sizes = [size if isinstance(size, int) else 0 for size in shape]
+    return np.zeros([1, *sizes[1:]], np.float32)

@@ -33,6 +33,12 @@ class Precision:
         """The Hub's file suffix."""
         return SUFFIXES[self.name]
 
+    @property
+    def is_half(self) -> bool:
+        """Whether activations are float16 somewhere."""
+        parts = (self.vision, self.embed, self.decoder, self.head)
+        return any(part.dtype == FLOAT16.dtype for part in parts)
+
 
 # A 4-bit tower is slower than an 8-bit one and much less exact, so q4 keeps its tower at 8 bits.
 PRECISIONS = {
