@@ -339,5 +339,10 @@ def _option_feeds(
                 f"image option {name!r} is unknown{did_you_mean(name, known)}",
                 hint=f"this bundle has: {', '.join(known) or 'none'}",
             )
-        feeds[name] = np.asarray(value, DTYPES[known[name].type])
+        try:
+            feeds[name] = np.asarray(value, DTYPES[known[name].type])
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"image option {name}={value!r}: {error}", hint=f"expected {known[name].type}"
+            ) from error
     return feeds
