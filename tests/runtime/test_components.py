@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.runtime import toy
 from vlmport.bundle import Bundle, Variant
 from vlmport.errors import BundleError, DeviceError, ImageError, OptionError, PromptError
-from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.components import Components, Decoder, merge_image_features
 
 WEIGHTS = toy.Weights.random()
 
@@ -84,6 +84,19 @@ def test_a_picture_that_the_graph_refuses(components: Components):
 def test_an_encoder_input_that_nobody_makes(components: Components):
     with pytest.raises(BundleError, match="input 'patches' is not made by the image processor"):
         components.encode_image({"pixel_values": np.zeros((1, 48), "f4")})
+
+
+def test_a_run_that_fails_is_one_line(components: Components):
+    with pytest.raises(BundleError, match="vision_encoder can't run: ") as caught:
+        components.encode_image({"patches": np.zeros((2, 5), "f4")})
+    assert "\n" not in str(caught.value)
+    assert "--probe" in caught.value.hint
+
+
+def test_a_decoder_without_the_inputs_that_it_needs(bundle: Bundle):
+    session = Components.open(bundle).session("embed_tokens")
+    with pytest.raises(BundleError, match="no inputs_embeds; it has input_ids → inputs_embeds"):
+        Decoder.of(session, bundle.manifest.cache, "decoder")
 
 
 def test_further_outputs_of_the_processor_are_left_out(components: Components):
