@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,8 +45,8 @@ def test_prefill_and_steps_equal_a_full_pass(components: Components):
     cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     row=st.integers(0, 2),
 )
-def test_a_prompt_in_chunks_equals_it_in_one(cuts: list[int], row: int):
-    components = shared_components()
+def test_a_prompt_in_chunks_equals_it_in_one(bundle, cuts: list[int], row: int):
+    components = Components.open(bundle, threads=1)
     embeds = embeds_of(sum(cuts))
     full = toy.reference_logits(WEIGHTS, embeds)
     cache = new_cache(components, rows=3)
@@ -58,8 +59,8 @@ def test_a_prompt_in_chunks_equals_it_in_one(cuts: list[int], row: int):
 
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 25), min_size=1, max_size=5), steps=st.integers(1, 6))
-def test_ragged_rows_step_together(lengths: list[int], steps: int):
-    components = shared_components()
+def test_ragged_rows_step_together(bundle, lengths: list[int], steps: int):
+    components = Components.open(bundle, threads=1)
     texts = [embeds_of(length + steps, seed) for seed, length in enumerate(lengths)]
     fulls = [toy.reference_logits(WEIGHTS, text) for text in texts]
     cache = new_cache(components, rows=len(lengths), capacity=4)  # it must grow
@@ -72,6 +73,27 @@ def test_ragged_rows_step_together(lengths: list[int], steps: int):
         )
         want = np.stack([full[n + step] for full, n in zip(fulls, lengths, strict=True)])
         np.testing.assert_allclose(cache.step(fed), want, atol=TOLERANCE)
+
+
+def test_a_step_binds_the_mask_and_nothing_else(components: Components, monkeypatch):
+    """Binding all tensors anew costs more than the rest of a step's Python."""
+    embeds = embeds_of(10)
+    cache = new_cache(components, rows=2)
+    for row in range(2):
+        cache.prefill(row, embeds[:6])
+    cache.step(np.stack([embeds[6:7]] * 2))
+    bound: list[str] = []
+    for method in ("bind_ortvalue_input", "bind_ortvalue_output", "bind_cpu_input"):
+        original = getattr(ort.IOBinding, method)
+
+        def counted(self: ort.IOBinding, name: str, *args: object, original=original) -> None:
+            bound.append(name)
+            original(self, name, *args)
+
+        monkeypatch.setattr(ort.IOBinding, method, counted)
+    for i in (7, 8):
+        cache.step(np.stack([embeds[i : i + 1]] * 2))
+    assert bound == ["attention_mask"] * 2
 
 
 def test_only_the_first_rows_step(components: Components):
@@ -184,7 +206,7 @@ def test_names_are_paired_not_counted(components: Components):
     ("layout", "said"),
     [
         (CacheLayout("past_key_values.", "present."), "nothing begins with 'past_key_values.'"),
-        (CacheLayout("old.", "new.0"), "without a partner: old."),
+        (CacheLayout("old.", "new.0"), "without a partner"),
         (CacheLayout("old.0.", "new."), "without a partner"),
     ],
 )
@@ -192,17 +214,3 @@ def test_cache_tensors_without_a_partner(components: Components, layout: CacheLa
     session = components.decoder.session
     with pytest.raises(BundleError, match=said):
         Decoder.of(session, layout, "decoder")
-
-
-_shared: list[Components] = []
-
-
-@pytest.fixture(autouse=True)
-def _keep(bundle):
-    """Hypothesis runs a test many times; the sessions are the same for all."""
-    if not _shared:
-        _shared.append(Components.open(bundle, threads=1))
-
-
-def shared_components() -> Components:
-    return _shared[0]

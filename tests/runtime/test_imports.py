@@ -11,6 +11,7 @@ FORBIDDEN = (
     "onnxscript",
     "onnx_ir",
     "safetensors",
+    "jaxtyping",
     "vlmport.families",
     "vlmport.graph",
     "vlmport.export",

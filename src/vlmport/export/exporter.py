@@ -23,6 +23,7 @@ from vlmport.families import family_of
 from vlmport.families.base import Family
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
+from vlmport.graph.weights import Weight
 
 DEFAULT_PRECISIONS = ("fp32", "q8", "q4")
 
@@ -57,7 +58,9 @@ class Job:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(_nbytes(value) for value in self.model.graph.initializers.values())
+        """Bytes of what is made from the checkpoint; constants of the graph don't count."""
+        values = self.model.graph.initializers.values()
+        return sum(_nbytes(value) for value in values if isinstance(value, Weight))
 
 
 def export(
@@ -157,7 +160,10 @@ def _write_model(job: Job, folder: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"{job.file}: not a valid ONNX graph: {error}") from error
+        line = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"{job.file}: not a valid ONNX graph: {line}", hint="please report this"
+        ) from error
 
 
 def _user_error(error: BaseException) -> BaseException:

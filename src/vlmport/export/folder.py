@@ -23,28 +23,43 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     is full.
     """
     check_target(out, force=force)
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: {error.strerror}", hint="choose another folder") from error
-    try:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes private folders
+        check_target(out, force=force)  # another export may have been here first
         _replace(partial, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(
-                f"{out}: the disk is full; nothing was left there",
-                hint="free some space or export to another disk",
-            ) from error
-        raise
+        raise _explain(error, out) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists():
+            for parent in new_parents:
+                with contextlib.suppress(OSError):  # not empty, or never made
+                    parent.rmdir()
+
+
+def _explain(error: OSError, out: Path) -> ExportError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ExportError(
+            f"{out}: the disk is full; nothing was left there",
+            hint="free some space or export to another disk",
+        )
+    return ExportError(
+        f"{error.filename or out}: {error.strerror or error}; nothing was left at {out}",
+        hint="check the permissions, or choose another folder",
+    )
 
 
 def check_target(out: Path, *, force: bool) -> None:
     """Refuse early what would fail late. Raises ExportError."""
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ExportError(f"{parent}: is a file, expected a folder", hint="choose another name")
     if not out.exists():
         return
     if not out.is_dir():
@@ -72,16 +87,16 @@ def check_space(out: Path, needed: int) -> None:
 
 def _replace(partial: Path, out: Path) -> None:
     """Put `partial` in the place of `out`; the old folder goes only when the new one is there."""
-    old = None
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        os.rename(out, old / "bundle")
-    try:
+    if not out.exists():
         os.rename(partial, out)
-    except OSError:
-        if old is not None:
-            os.rename(old / "bundle", out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    try:
+        os.rename(out, aside / "bundle")
+        os.rename(partial, out)
+    except BaseException:  # Ctrl-C too: between the two renames `out` is nowhere
+        if (aside / "bundle").exists() and not out.exists():
+            os.rename(aside / "bundle", out)
         raise
     finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)

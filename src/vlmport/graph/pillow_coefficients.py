@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from vlmport.errors import ConfigError
 from vlmport.graph.builder import OpBuilder
 
 DIGIT = 256  # the base of the two digits that a coefficient is cut into
@@ -48,6 +49,14 @@ class Resample(enum.IntEnum):
     def support(self) -> int:
         """Half the filter's width: in inputs when enlarging, in outputs when shrinking."""
         return {Resample.BILINEAR: 1, Resample.BICUBIC: 2, Resample.LANCZOS: 3}[self]
+
+    @classmethod
+    def _missing_(cls, value: object) -> Resample:
+        known = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in cls)
+        raise ConfigError(
+            f"resample: expected {known}, got {value!r}",
+            hint="the model was trained with a filter that vlmport does not write",
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ only that is ever float32. A dense product with one matrix would cost a hundred 
 Traps:
     - Pillow 13 changed the order of the passes, and it shows: the picture between them is rounded.
     - A name inside a subgraph must differ from all names outside it, hence `_scope`.
+    - ONNX Runtime 1.31 crashes, or fails to infer types, when it finds a condition constant and
+      puts the branch in the place of an If that holds a Loop. Sizes known at export make
+      conditions constant, hence `_always`.
 """
 
 from __future__ import annotations
@@ -62,14 +65,17 @@ def resize(
         rows = pillow_axis(op, op.Slice(size, [0], [1]), new_height, resample, BLOCK[ROWS])
         columns = pillow_axis(op, op.Slice(size, [1], [2]), new_width, resample, BLOCK[COLUMNS])
         flat = op.Reshape(image, [0, -1])  # [H, C]
+        always = _always(op, flat)
 
         def vertical_first(op: OpBuilder) -> ir.Value:
-            return _pass(op, _pass(op, flat, rows, ROWS), columns, COLUMNS)
+            between = _pass(op, flat, rows, ROWS, always)
+            return _pass(op, between, columns, COLUMNS, always)
 
         def horizontal_first(op: OpBuilder) -> ir.Value:
-            return _pass(op, _pass(op, flat, columns, COLUMNS), rows, ROWS)
+            between = _pass(op, flat, columns, COLUMNS, always)
+            return _pass(op, between, rows, ROWS, always)
 
-        condition = _is_vertical_first(op, rows, columns)
+        condition = op.And(_is_vertical_first(op, rows, columns), always)
         resized = _if(op, condition, vertical_first, horizontal_first)
         return op.Reshape(resized, op.Concat(new_height, new_width, [CHANNELS], axis=0))
 
@@ -81,14 +87,21 @@ def _is_vertical_first(op: OpBuilder, rows: Axis, columns: Axis) -> ir.Value:
     return op.And(op.Greater(lost_rows, 0), op.Greater(lost_rows, op.Mul(lost_columns, 2)))
 
 
-def _pass(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Value:
+def _always(op: OpBuilder, image: ir.Value) -> ir.Value:
+    """True, so that no optimizer sees it: the first byte of the image is not negative."""
+    byte = op.Reshape(op.Slice(image, [0, 0], [1, 1]), [1])
+    return op.GreaterOrEqual(op.Cast(byte, to=ir.DataType.INT32), 0)
+
+
+def _pass(op: OpBuilder, image: ir.Value, axis: Axis, along: int, always: ir.Value) -> ir.Value:
     """Resize one axis of a uint8 image [R, C]; an axis that keeps its size is left alone."""
 
     def unchanged(op: OpBuilder) -> ir.Value:
         return op.Identity(image)
 
     def changed(op: OpBuilder) -> ir.Value:
-        return _if(op, op.Greater(axis.taps, MAX_TAPS), many_taps, few_taps)
+        are_many = op.And(op.Greater(axis.taps, MAX_TAPS), always)
+        return _if(op, are_many, many_taps, few_taps)
 
     def few_taps(op: OpBuilder) -> ir.Value:
         return _few_taps(op, image, axis, along)
@@ -97,7 +110,8 @@ def _pass(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Value:
         return _many_taps(op, image, axis, along)
 
     with _scope(op, "rows" if along == ROWS else "columns"):
-        return _if(op, op.Equal(axis.size_in, axis.size_out), unchanged, changed)
+        is_unchanged = op.And(op.Equal(axis.size_in, axis.size_out), always)
+        return _if(op, is_unchanged, unchanged, changed)
 
 
 def _few_taps(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Value:

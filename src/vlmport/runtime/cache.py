@@ -7,6 +7,8 @@ at one row); then all rows step together, each at its own length.
 Traps:
 - ONNX Runtime's `get_outputs()` is in binding order: outputs are written into buffers of our own
   and read there.
+- The buffers lie in the host's memory. On another device ONNX Runtime copies them to and fro in
+  each run: right, but slow there.
 - A row's length is what counts, not the buffer's contents: what lies past it is never read, so a
   step may be run again, and a row may be cut back by setting its length.
 """

@@ -80,13 +80,18 @@ class Decoder:
                 hint="export the bundle again",
             )
         logits = outputs["logits"]
+        if not isinstance(logits.shape[-1], int):
+            raise BundleError(
+                f"{where}: logits have shape {logits.shape}, expected a fixed size at the end",
+                hint="export the bundle again",
+            )
         positions = inputs.get("position_ids")
         return cls(
             session,
             _pair_cache(inputs, outputs, layout, where),
             frozenset(inputs),
-            int(logits.shape[-1]),
-            DTYPES[logits.type],
+            logits.shape[-1],
+            _dtype(logits, where),
             len(positions.shape) if positions else 2,
         )
 
@@ -201,8 +206,8 @@ class Components:
                 f"{', '.join(inputs)}",
                 hint="export the bundle again",
             )
-        values = session.run(["image_features"], {name: inputs[name] for name in names})
-        features = np.asarray(values[0])
+        feeds = {name: inputs[name] for name in names}
+        (features,) = _run(session, VISION, ["image_features"], feeds)
         return features.reshape(-1, features.shape[-1])
 
     def embed(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S D"]:
@@ -262,7 +267,7 @@ class Components:
         }
         names = ["logits", *(port.present for port in decoder.ports)]
         feeds = {name: value for name, value in feeds.items() if name in decoder.inputs}
-        logits, *presents = (np.asarray(value) for value in decoder.session.run(names, feeds))
+        logits, *presents = _run(decoder.session, DECODER, names, feeds)
         grown = dict(zip((port.past for port in decoder.ports), presents, strict=True))
         for name, present in grown.items():
             if present.shape[2] != past[name].shape[2] + S:
@@ -322,8 +327,34 @@ def _pair_cache(
                 f"{where}: {name} has shape {inputs[name].shape}, expected fixed sizes at 1 and 3",
                 hint="export the bundle again",
             )
-        ports.append(CachePort(name, partner[name], heads, head_dim, DTYPES[inputs[name].type]))
+        dtype = _dtype(inputs[name], where)
+        ports.append(CachePort(name, partner[name], heads, head_dim, dtype))
     return tuple(ports)
+
+
+def _dtype(value: Any, where: str) -> np.dtype:
+    """The numpy type of an input or output."""
+    if value.type not in DTYPES:
+        raise BundleError(
+            f"{where}: {value.name} is {value.type}, which numpy can't hold",
+            hint="export the bundle in another precision",
+        )
+    return DTYPES[value.type]
+
+
+def _run(
+    session: ort.InferenceSession,
+    component: str,
+    names: Sequence[str],
+    feeds: Mapping[str, np.ndarray],
+) -> list[np.ndarray]:
+    try:
+        return [np.asarray(value) for value in session.run(names, feeds)]
+    except ORT_ERRORS as error:
+        raise BundleError(
+            f"{component} can't run: {first_line(error)}",
+            hint="`vlmport inspect --probe` says whether this device runs this bundle",
+        ) from error
 
 
 def _option_feeds(
@@ -339,5 +370,10 @@ def _option_feeds(
                 f"image option {name!r} is unknown{did_you_mean(name, known)}",
                 hint=f"this bundle has: {', '.join(known) or 'none'}",
             )
-        feeds[name] = np.asarray(value, DTYPES[known[name].type])
+        try:
+            feeds[name] = np.asarray(value, DTYPES[known[name].type])
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"image option {name}={value!r}: {error}", hint=f"expected {known[name].type}"
+            ) from error
     return feeds

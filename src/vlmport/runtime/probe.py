@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmport.bundle import Golden, GoldenExpectation
-from vlmport.errors import BundleError
+from vlmport.errors import BundleError, some_names
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, merge_image_features
 
@@ -117,7 +117,8 @@ def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOK
     tokens = [int(logits[0].argmax())]
     for step in range(1, new_tokens):
         scores = cache.step(components.embed(np.array([[tokens[-1]]])))
-        faults += watch.changes(len(ids) + step - 1, len(ids) + step, f"step {step}")
+        if not faults:  # what follows a fault says nothing new
+            faults += watch.changes(len(ids) + step - 1, len(ids) + step, f"step {step}")
         logits.append(scores[0].copy())
         tokens.append(int(scores[0].argmax()))
     return GoldenRun(len(ids), tuple(tokens), np.stack(logits), tuple(faults))
@@ -221,20 +222,26 @@ class CacheWatch:
 
     def __init__(self, cache: KeyValueCache):
         self.cache = cache
-        self._before = [buffer.copy() for buffer in cache.buffers]
+        self._before = [_bits(buffer).copy() for buffer in cache.buffers]
 
     def changes(self, start: int, stop: int, what: str, *, row: int = 0) -> list[str]:
         """Faults unless exactly the positions start … stop of `row` changed since last time."""
-        faults = []
+        stray, unwritten = [], []
         for port, before, buffer in zip(
             self.cache.decoder.ports, self._before, self.cache.buffers, strict=True
         ):
-            changed: Bool[np.ndarray, "B K P"] = (before != buffer).any(axis=-1)
+            changed: Bool[np.ndarray, "B K P"] = (before != _bits(buffer)).any(axis=-1)
             fed = np.zeros_like(changed)
             fed[row, :, start:stop] = True
             if (changed & ~fed).any():
-                faults.append(f"{what} also changed other positions of {port.past}")
-            elif (fed & ~changed).any():
-                faults.append(f"{what} left {port.past} unwritten")
-            before[...] = buffer
-        return faults
+                stray.append(port.past)
+            if (fed & ~changed).any():
+                unwritten.append(port.past)
+            before[...] = _bits(buffer)
+        faults = [f"{what} also changed other positions of {some_names(stray, 2)}"] * bool(stray)
+        return faults + [f"{what} left {some_names(unwritten, 2)} unwritten"] * bool(unwritten)
+
+
+def _bits(buffer: np.ndarray) -> np.ndarray:
+    """The buffer as integers: NaN is unequal to itself."""
+    return buffer.view(f"u{buffer.itemsize}")

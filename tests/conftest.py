@@ -1,0 +1,32 @@
+"""A tiny captioner and its bundle, made once for all tests that only look at them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import write_prefix_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder, not to be changed."""
+    return write_prefix_checkpoint(tmp_path_factory.mktemp("checkpoint") / "captioner")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle in every precision, not to be changed."""
+    from vlmport.export import export
+
+    out = tmp_path_factory.mktemp("bundle") / "captioner"
+    export(tiny_checkpoint, out)
+    return out
+
+
+@pytest.fixture
+def own_bundle_folder(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle for a test that breaks it."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "own-bundle"))

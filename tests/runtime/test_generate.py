@@ -1,0 +1,215 @@
+"""The loop: the reference's tokens, alone and together, stopped, interrupted and cut short."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.runtime import toy
+from vlmport.errors import DeviceError, OptionError, PromptError
+from vlmport.runtime.components import Components
+from vlmport.runtime.generate import Generation, Row, new_row
+from vlmport.runtime.options import GenerationOptions
+
+WEIGHTS = toy.Weights.random()
+
+
+def embeds_of(length: int, seed: int = 0) -> np.ndarray:
+    ids = np.random.default_rng([seed, length]).integers(0, toy.VOCAB, length)
+    return WEIGHTS["embed"][ids]
+
+
+def row_of(length: int, seed: int = 0, tokens: int = 12, stop: tuple[int, ...] = ()) -> Row:
+    return Row(embeds_of(length, seed), tokens, frozenset(stop))
+
+
+def run(components: Components, *rows: Row) -> list[list[int]]:
+    Generation(components, rows).run()
+    return [row.tokens for row in rows]
+
+
+def test_greedy_tokens_are_the_references(components: Components):
+    want = toy.reference_greedy(WEIGHTS, embeds_of(17), 40)
+    assert len(set(want)) > 3  # a text that says one thing only would prove little
+    assert run(components, row_of(17, tokens=40)) == [want]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=5),
+    stop=st.lists(st.integers(0, toy.VOCAB - 1), max_size=12),
+)
+def test_rows_together_give_what_each_gives_alone(bundle, asked, stop):
+    components = Components.open(bundle, threads=1)
+    rows = [row_of(n, seed, new, tuple(stop)) for seed, (n, new) in enumerate(asked)]
+    alone = [row_of(n, seed, new, tuple(stop)) for seed, (n, new) in enumerate(asked)]
+    together = run(components, *rows)
+    assert together == [run(components, row)[0] for row in alone]
+    for tokens, (_, new), row in zip(together, asked, rows, strict=True):
+        assert not set(tokens[:-1]) & set(stop)
+        assert row.stop_reason == ("stop" if tokens[-1] in stop else "length")
+        assert len(tokens) == new or tokens[-1] in stop
+
+
+def test_stop_ids_are_a_set(components: Components):
+    free = run(components, row_of(9))[0]
+    later = next(token for token in free if token != free[0])
+    first = free.index(later)
+    row = row_of(9, stop=(112, later))
+    assert run(components, row)[0] == free[: first + 1]
+    assert row.stop_reason == "stop"
+
+
+def test_finished_rows_cost_nothing(components: Components, monkeypatch: pytest.MonkeyPatch):
+    """Rows that end at different times: each step holds only those that go on."""
+    sizes = []
+    embed = components.embed
+
+    def counted(ids: np.ndarray) -> np.ndarray:
+        sizes.append(len(ids))
+        return embed(ids)
+
+    monkeypatch.setattr(components, "embed", counted)
+    run(components, row_of(5, 0, 2), row_of(6, 1, 5), row_of(7, 2, 1), row_of(8, 3, 4))
+    assert sizes == [3, 2, 2, 1]
+
+
+def test_min_new_tokens_masks_the_stop_tokens(components: Components):
+    free = run(components, row_of(9))[0]
+    row = row_of(9, stop=(free[0], toy.VOCAB + 5))  # an id that the head does not know
+    row.min_new_tokens = 4
+    tokens = run(components, row)[0]
+    assert free[0] not in tokens[:4]
+    assert len(tokens) >= 5 or row.stop_reason == "stop"
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_an_interrupt_leaves_rows_that_are_right(components: Components, monkeypatch, at: int):
+    """Ctrl-C after any call of the decoder: what is there is a prefix, and it can go on."""
+    asked = [(5, 0, 6), (9, 1, 9), (3, 2, 2)]
+    want = run(components, *(row_of(*one) for one in asked))
+    rows = [row_of(*one) for one in asked]
+    generation = Generation(components, rows)
+    session, calls = components.decoder.session, 0
+    original = session.run_with_iobinding
+
+    def interrupted(binding: object) -> None:
+        nonlocal calls
+        original(binding)
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run_with_iobinding", interrupted)
+    if at:
+        with pytest.raises(KeyboardInterrupt):
+            generation.run()
+        assert not generation.done
+    for row, whole in zip(rows, want, strict=True):
+        assert row.tokens == whole[: len(row.tokens)]
+    generation.run()
+    assert [row.tokens for row in rows] == want
+
+
+def test_an_interrupt_between_two_rows_of_a_step(components: Components, monkeypatch):
+    want = run(components, row_of(5, 0), row_of(9, 1))
+    rows = [row_of(5, 0), row_of(9, 1)]
+    choose, calls = Row.choose, 0
+
+    def interrupted(self: Row, scores: np.ndarray) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return choose(self, scores)
+
+    monkeypatch.setattr(Row, "choose", interrupted)
+    generation = Generation(components, rows)
+    with pytest.raises(KeyboardInterrupt):
+        generation.run()
+    assert [len(row.tokens) for row in rows] == [3, 2]
+    generation.run()
+    assert [row.tokens for row in rows] == want
+
+
+def test_the_context_ends_a_row(own_bundle):
+    """A context of 20 holds 15 tokens of prompt and feeds 5 more; a sixth comes for free."""
+    components = Components.open(own_bundle(context=20), threads=1)
+    rows = row_of(15, tokens=100), row_of(20, tokens=100)
+    assert [len(tokens) for tokens in run(components, *rows)] == [6, 1]
+    assert [row.stop_reason for row in rows] == ["length", "length"]
+    with pytest.raises(PromptError, match="the prompt has 21 tokens, the model's context is 20"):
+        Generation(components, [row_of(21)])
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        Generation(components, [row_of(0)])
+
+
+def test_no_rows_at_all(components: Components):
+    assert run(components) == []
+
+
+def test_the_cache_grows_when_a_text_is_long(components: Components, monkeypatch):
+    monkeypatch.setattr("vlmport.runtime.generate.FIRST_CAPACITY", 3)
+    assert run(components, row_of(6, tokens=60))[0] == toy.reference_greedy(
+        WEIGHTS, embeds_of(6), 60
+    )
+
+
+def test_scores_that_are_no_numbers_are_refused(components: Components):
+    embeds = embeds_of(6)
+    embeds[2] = np.nan
+    with pytest.raises(DeviceError, match="scores are not finite at token 0") as caught:
+        run(components, Row(embeds, 5, frozenset()))
+    assert "--probe" in caught.value.hint
+
+
+@pytest.mark.parametrize("fault", ["cache lost", "length lags", "wrong row"])
+def test_a_stale_cache_changes_the_text(components: Components, monkeypatch, fault: str):
+    """The tests above can fail: each of these breaks the cache as real bugs do."""
+    from vlmport.runtime.cache import KeyValueCache
+
+    want = run(components, row_of(9, 0), row_of(7, 1))
+    step = KeyValueCache.step
+
+    def broken(self: KeyValueCache, embeds: np.ndarray) -> np.ndarray:
+        if fault == "cache lost":
+            for buffer in self.buffers:
+                buffer[:, :, self.lengths[0] - 1] = 0
+        if fault == "length lags":
+            self.lengths -= 1
+        if fault == "wrong row":
+            for buffer in self.buffers:
+                buffer[...] = buffer[::-1].copy()
+        return step(self, embeds)
+
+    monkeypatch.setattr(KeyValueCache, "step", broken)
+    assert run(components, row_of(9, 0), row_of(7, 1)) != want
+
+
+def test_a_row_under_the_bundles_defaults(components: Components):
+    row = new_row(components, embeds_of(3), GenerationOptions())
+    assert (row.max_new_tokens, row.stop_token_ids) == (12, frozenset({0}))
+    row = new_row(components, embeds_of(3), GenerationOptions(5, min_new_tokens=2))
+    assert (row.max_new_tokens, row.min_new_tokens) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_new_token": 5}, "unknown option 'max_new_token' (did you mean 'max_new_tokens'?)"),
+        ({"colour": 1, "min_tokens": 2}, "unknown option 'colour', 'min_tokens'"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0, expected a whole number of at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1"),
+        ({"min_new_tokens": "3"}, "min_new_tokens='3'"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9 is more than"),
+    ],
+)
+def test_bad_options(given: dict, said: str):
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions.of(given)
+    assert said in str(caught.value)
+    assert caught.value.hint

@@ -1,0 +1,268 @@
+"""`VLM` from picture to text, on the toy bundle and on an exported prefix captioner."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.checkpoints import write_prefix_checkpoint
+from tests.runtime import toy
+from vlmport.bundle import Bundle
+from vlmport.errors import BundleError, ImageError, OptionError, PromptError, TokenizerError
+from vlmport.export import export
+from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.model import VLM, Caption
+
+WEIGHTS = toy.Weights.random()
+ASK = [
+    {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}],
+    }
+]
+
+
+def toy_features(rgb: np.ndarray) -> np.ndarray:
+    h, w = rgb.shape[0] // 4, rgb.shape[1] // 4
+    tiles = rgb[: h * 4, : w * 4].reshape(h, 4, w, 4, 3).transpose(0, 2, 1, 3, 4)
+    return tiles.reshape(h * w, 48) / np.float32(255) @ WEIGHTS["vision"]
+
+
+def reference_caption(vlm: VLM, rgb: np.ndarray, steps: int) -> list[int]:
+    """The toy's whole way in numpy: template, ids, features, greedy tokens."""
+    features = toy_features(rgb)
+    ids = np.array([toy.START, *[toy.IMAGE] * len(features), toy.END])
+    encode = vlm.prompter.tokenizer.encode
+    ids = np.concatenate([encode("user:").ids, ids, encode("\nassistant:").ids])
+    embeds = WEIGHTS["embed"][ids]
+    embeds[ids == toy.IMAGE] = features
+    return toy.reference_greedy(WEIGHTS, embeds, steps)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (9, 23), (40, 8)])
+def test_a_caption_is_the_references(vlm: VLM, height: int, width: int):
+    rgb = toy.picture(3, height, width)
+    caption = vlm.caption(rgb)
+    want = reference_caption(vlm, rgb, 12)
+    stop = want.index(0) + 1 if 0 in want else 12
+    assert caption.token_ids == tuple(want[:stop])
+    count = (height // 4) * (width // 4)
+    prompt = len(vlm.prompter.encode("user:\nassistant:")) + count + 2
+    assert caption.counts == {
+        "prompt_tokens": prompt, "image_tokens": count, "new_tokens": len(caption.token_ids),
+    }  # fmt: skip
+    assert caption.stop_reason == ("stop" if 0 in want else "length")
+    assert str(caption) == caption.text
+    assert set(caption.timings) == {"image", "prefill", "decode"}
+    assert all(seconds > 0 for seconds in caption.timings.values())
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(4, 30), st.integers(4, 30)), min_size=1, max_size=4),
+    new=st.integers(1, 12),
+)
+def test_pictures_together_give_what_each_gives_alone(bundle, sizes, new: int):
+    pictures = [toy.picture(seed, *size) for seed, size in enumerate(sizes)]
+    together = VLM.open(bundle, threads=1).caption(pictures, max_new_tokens=new)
+    alone = [VLM.open(bundle, threads=1).caption(one, max_new_tokens=new) for one in pictures]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.counts for one in together] == [one.counts for one in alone]
+
+
+def test_a_list_gives_a_list(vlm: VLM):
+    assert isinstance(vlm.caption(toy.picture()), Caption)
+    assert vlm.caption([]) == []
+    assert len(vlm.caption((toy.picture(),))) == 1
+
+
+def test_a_picture_seen_again_runs_no_vision_session(vlm: VLM, monkeypatch: pytest.MonkeyPatch):
+    first = vlm.caption(toy.picture(1))
+    assert (vlm.features.hits, vlm.features.misses) == (0, 1)
+
+    def forbidden(*args: object, **options: object) -> None:
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(vlm.components, "encode_image", forbidden)
+    monkeypatch.setattr(vlm.components, "process_image", forbidden)
+    again = vlm.caption(Image.fromarray(toy.picture(1)))
+    assert again.token_ids == first.token_ids
+    assert (vlm.features.hits, vlm.features.misses) == (1, 1)
+    with pytest.raises(AssertionError, match="ran again"):
+        vlm.caption(toy.picture(2))
+
+
+def test_the_same_bytes_in_another_shape_are_another_picture(vlm: VLM):
+    pixels = toy.picture(1, 8, 16)
+    vlm.caption(pixels)
+    vlm.caption(pixels.reshape(16, 8, 3))
+    assert vlm.features.misses == 2
+
+
+def test_feature_memory_is_bounded(vlm: VLM):
+    one = 12 * toy.HIDDEN * 4 + 14 * 8
+    vlm.features.max_bytes = 2 * one
+    for seed in (0, 1, 0, 2):  # 1 is the least recently used when 2 comes
+        vlm.caption(toy.picture(seed))
+    assert vlm.features.nbytes == 2 * one
+    misses = vlm.features.misses
+    vlm.caption([toy.picture(0), toy.picture(2)])
+    assert vlm.features.misses == misses
+    vlm.caption(toy.picture(1))
+    assert vlm.features.misses == misses + 1
+    vlm.features.max_bytes = 0
+    vlm.caption([toy.picture(5), toy.picture(5)])
+    assert vlm.features.misses == misses + 3
+
+
+def test_image_features_need_not_fit_together(vlm: VLM):
+    """Two pictures of one prompt, when there is room for one of them only."""
+    want = vlm.generate(ASK, [toy.picture(0), toy.picture(1)]).token_ids
+    vlm.features.clear()
+    vlm.features.max_bytes = 12 * toy.HIDDEN * 4 + 14 * 8
+    for _ in range(2):
+        assert vlm.generate(ASK, [toy.picture(0), toy.picture(1)]).token_ids == want
+
+
+def test_streaming_gives_the_same_text_in_pieces(vlm: VLM):
+    for seed in range(5):
+        text = vlm.caption(toy.picture(seed), max_new_tokens=30).text
+        pieces = list(vlm.stream(toy.picture(seed), max_new_tokens=30))
+        assert "".join(pieces) == text
+        assert all(pieces)
+        assert len(pieces) > 1 or len(text) < 2
+    chat = {"messages": ASK, "images": [toy.picture(0), toy.picture(1)]}
+    assert "".join(vlm.stream(**chat)) == vlm.generate(**chat).text
+
+
+def test_the_stop_token_is_in_the_ids_but_not_in_the_text(own_bundle):
+    rgb = toy.picture(3)
+    with VLM.open(own_bundle(stop=()), threads=1) as vlm:
+        free = vlm.caption(rgb)
+        later = next(token for token in free.token_ids if token != free.token_ids[0])
+    with VLM.open(own_bundle(stop=(later, 112)), threads=1) as vlm:
+        stopped = vlm.caption(rgb)
+        assert stopped.stop_reason == "stop"
+        assert stopped.token_ids == free.token_ids[: free.token_ids.index(later) + 1]
+        assert stopped.text == vlm.prompter.tokenizer.decode(stopped.token_ids[:-1])
+        assert "".join(vlm.stream(rgb)) == stopped.text
+
+
+def test_several_pictures_and_turns(vlm: VLM):
+    pictures = [toy.picture(0), toy.picture(1, 8, 8)]
+    two = vlm.generate(ASK, pictures)
+    assert two.counts["image_tokens"] == 12 + 4
+    assert two.token_ids != vlm.generate(ASK, pictures[::-1]).token_ids
+    inline = [{"role": "user", "content": [
+        {"type": "image", "image": pictures[0]}, {"type": "text", "text": "or"},
+        {"type": "image", "image": pictures[1]},
+    ]}]  # fmt: skip
+    assert vlm.generate(inline).token_ids == two.token_ids
+    turns = [*ASK, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+    longer = vlm.generate(turns, pictures)
+    assert longer.counts["prompt_tokens"] > two.counts["prompt_tokens"]
+
+
+def test_text_alone_opens_no_vision_session(vlm: VLM):
+    answer = vlm.generate([{"role": "user", "content": "hello"}])
+    assert answer.counts["image_tokens"] == 0
+    assert set(vlm.components.opened) == {"embed_tokens", "decoder_model_merged"}
+
+
+def test_what_is_wrong_is_said_before_anything_runs(own_bundle, tmp_path: Path):
+    vlm = VLM.open(own_bundle(context=40), threads=1)
+    with pytest.raises(OptionError, match="'max_tokens' "):
+        vlm.caption(toy.picture(), max_tokens=5)
+    with pytest.raises(ImageError, match="no such file"):
+        vlm.caption(tmp_path / "absent.png")
+    content = [{"type": "image"}, {"type": "text", "text": "<image>"}]
+    with pytest.raises(PromptError, match="1 picture for 2 placeholders"):
+        vlm.generate([{"role": "user", "content": content}], [toy.picture()])
+    with pytest.raises(PromptError, match="one of them"):
+        vlm.stream(toy.picture(), messages=ASK)
+    with pytest.raises(OptionError, match="'max_tokens' "):
+        vlm.stream(toy.picture(), max_tokens=5)  # not at the first piece
+    with pytest.raises(PromptError, match="the model's context is 40"):
+        vlm.caption([toy.picture(), toy.picture(0, 30, 30)])
+    assert vlm.features.misses == 1  # the large one was not encoded
+    assert "decoder_model_merged" not in vlm.components.opened
+
+
+def test_an_image_token_written_by_hand(own_bundle):
+    """Where the placeholder differs from the image token, the latter can come by text."""
+    bundle = own_bundle()
+    prompt = dataclasses.replace(
+        bundle.manifest.prompt, image_placeholder="<start>", placeholder_token_id=toy.START
+    )
+    manifest = dataclasses.replace(bundle.manifest, prompt=prompt)
+    vlm = VLM.open(Bundle(bundle.folder, manifest), threads=1)
+    with pytest.raises(PromptError, match="1 image tokens in the prompt, 0 features"):
+        vlm.generate([{"role": "user", "content": "an <image>"}])
+
+
+def test_properties_and_closing(bundle: Bundle):
+    with VLM.open(bundle.folder, threads=1) as vlm:
+        assert (vlm.precisions, vlm.precision, vlm.device) == (("fp32",), "fp32", "cpu")
+        vlm.caption(toy.picture())
+        assert vlm.components.opened
+    assert not vlm.components.opened
+    assert vlm.features.nbytes == 0
+    assert vlm.caption(toy.picture()).token_ids  # it opens again
+
+
+def test_bundles_that_are_not_whole(own_bundle, tmp_path: Path):
+    with pytest.raises(BundleError, match="not a vlmport bundle"):
+        VLM.open(tmp_path)
+    bundle = own_bundle()
+    (bundle.folder / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: missing"):
+        VLM.open(bundle.folder)
+    with pytest.raises(TokenizerError):
+        VLM.open(bundle)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A real export of a tiny prefix captioner; q4 needs widths that 32 divides."""
+    folder = tmp_path_factory.mktemp("prefix")
+    source = write_prefix_checkpoint(folder / "checkpoint", text={"hidden_size": 32})
+    return export(source, folder / "bundle", precisions=("fp32", "q4"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q4", "auto", "vision=q4,decoder=fp32"])
+def test_an_exported_captioner(exported: Bundle, precision: str):
+    """Batch, stream, and the plain growing cache all give one text."""
+    vlm = VLM.open(exported, precision=precision, threads=1)
+    pictures = [toy.picture(seed, 20 + seed, 31) for seed in range(3)]
+    alone = [vlm.caption(one) for one in pictures]
+    together = vlm.caption(pictures)
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert ["".join(vlm.stream(one)) for one in pictures] == [one.text for one in alone]
+    for rgb, caption in zip(pictures, alone, strict=True):
+        want = growing_cache_tokens(vlm.components, rgb, len(caption.token_ids))
+        assert list(caption.token_ids) == want
+
+
+def growing_cache_tokens(components: Components, rgb: np.ndarray, steps: int) -> list[int]:
+    """Greedy tokens through `Components.decode`, without the bound cache."""
+    processed = components.process_image(rgb)
+    ids = processed.prompt_ids
+    features = components.encode_image(processed.inputs)
+    token = components.manifest.prompt.image_token_id
+    embeds = merge_image_features(components.embed(ids[None])[0], ids, features, token)[None]
+    past, tokens, total = None, [], 0
+    for _ in range(steps):
+        start, total = total, total + embeds.shape[1]
+        logits, past = components.decode(
+            embeds, np.ones((1, total)), np.arange(start, total)[None], past, 1
+        )
+        tokens.append(int(logits[0, -1].argmax()))
+        embeds = components.embed(np.array([tokens[-1:]]))
+    return tokens
