@@ -46,7 +46,7 @@ def test_prefill_and_steps_equal_a_full_pass(components: Components):
 def test_everything_that_is_bound_outlives_its_binding(
     components: Components, monkeypatch: pytest.MonkeyPatch
 ):
-    """ONNX Runtime is given addresses; an array that is freed would be read all the same."""
+    """ONNX Runtime reads addresses; not every version keeps the arrays that own them."""
     bound: list[weakref.ref[np.ndarray]] = []
 
     def to_ort(array: np.ndarray) -> ort.OrtValue:

@@ -9,7 +9,7 @@ Traps:
   and read there.
 - The buffers lie in the host's memory. On another device ONNX Runtime copies them to and fro in
   each run: right, but slow there.
-- A binding holds addresses, not arrays: whatever is bound must be kept until the run is over.
+- Bindings of older versions hold addresses, not arrays: what is bound is kept here.
 - A row's length is what counts, not the buffer's contents: what lies past it is never read, so a
   step may be run again, and a row may be cut back by setting its length.
 """
