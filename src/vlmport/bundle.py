@@ -189,7 +189,7 @@ class Manifest:
             if name not in self.components:
                 raise BundleError(
                     f"precision {text!r}: no component {name!r}"
-                    f"{did_you_mean(name, self.components)}",
+                    f"{did_you_mean(name, [*SHORT_NAMES, *self.components])}",
                     hint=f"components of this bundle: {', '.join(self.components)}",
                 )
         return mix
@@ -200,10 +200,11 @@ class Manifest:
             return precision
         if ANY in forms:
             return ANY
+        adds = f"; `vlmport export --precision {precision}` adds it" * (precision in SUFFIXES)
         raise BundleError(
             f"precision {precision!r} is not in this bundle (component {name})"
             f"{did_you_mean(precision, forms)}",
-            hint=f"it holds {', '.join(forms)}; `vlmport export --precision {precision}` adds it",
+            hint=f"it holds {', '.join(forms)}{adds}",
         )
 
 
@@ -234,7 +235,7 @@ class Bundle:
                 problems.append(f"{name}: missing")
             elif (size := path.stat().st_size) != entry.size:
                 problems.append(f"{name}: {size} bytes, expected {entry.size}")
-            elif hashes and hash_file(path) != entry:
+            elif hashes and not _is_as_listed(path, entry):
                 problems.append(f"{name}: its SHA-256 is not the manifest's")
         if problems:
             raise BundleError(
@@ -278,6 +279,15 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(size, whole.hexdigest(), tuple(chunks))
 
 
+def _is_as_listed(path: Path, entry: FileEntry) -> bool:
+    try:
+        return hash_file(path) == entry
+    except OSError as error:
+        raise BundleError(
+            f"{path}: {error.strerror or error}", hint="is it readable? is the disk whole?"
+        ) from error
+
+
 def hash_folder(folder: Path) -> dict[str, FileEntry]:
     """The entries of all files below a folder but the manifest, sorted by path."""
     names = sorted(
@@ -294,11 +304,13 @@ def read_manifest(path: Path) -> Manifest:
             hint="`vlmport export SRC OUT` writes one",
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON: {error}", hint="download or export again") from error
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}", hint="is it readable?") from error
     version = raw.get("version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int | float) and version > VERSION:
         raise BundleError(
             f"{path}: manifest version {version}; this vlmport reads up to {VERSION}",
             hint="pip install --upgrade vlmport",
@@ -313,13 +325,18 @@ def read_manifest(path: Path) -> Manifest:
     return _check_references(_from_json(raw), path)
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Validate and write vlmport.json; a reader sees the old file or the new, never half."""
     raw = {"format": "vlmport", "version": VERSION} | _plain(dataclasses.asdict(manifest))
     _validator()(raw)
     _check_references(manifest, folder / MANIFEST)
     partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
 
 
@@ -391,6 +408,12 @@ def _check_references(manifest: Manifest, path: Path) -> Manifest:
             forms = manifest.components.get(component, {})
             if precision not in forms and ANY not in forms:
                 problems.append(f"auto.{device}: no {component} in {precision}")
+        open_choices = [
+            component
+            for component, forms in manifest.components.items()
+            if component not in choice and ANY not in forms
+        ]
+        problems += [f"auto.{device}: no choice for {component}" for component in open_choices]
     if problems:
         raise BundleError(f"{path}: {'; '.join(problems)}", hint="export the bundle again")
     return manifest

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -38,6 +41,33 @@ def test_prefill_and_steps_equal_a_full_pass(components: Components):
             cache.step(embeds[None, i : i + 1]), full[i : i + 1], atol=TOLERANCE
         )
     assert cache.lengths.tolist() == [20]
+
+
+def test_everything_that_is_bound_outlives_its_binding(
+    components: Components, monkeypatch: pytest.MonkeyPatch
+):
+    """ONNX Runtime reads addresses; not every version keeps the arrays that own them."""
+    bound: list[weakref.ref[np.ndarray]] = []
+
+    def to_ort(array: np.ndarray) -> ort.OrtValue:
+        owner = array if array.base is None else array.base
+        bound.append(weakref.ref(owner))
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    def run(binding: ort.IOBinding) -> None:
+        gc.collect()
+        assert bound
+        assert all(array() is not None for array in bound)
+        components.decoder.session.run_with_iobinding(binding)
+
+    cache = new_cache(components, rows=2)
+    monkeypatch.setattr("vlmport.runtime.cache.to_ort", to_ort)
+    monkeypatch.setattr(cache, "_run", run)
+    strided = np.asfortranarray(embeds_of(12))  # has to be copied to be bound
+    cache.prefill(0, strided)
+    del bound[:]
+    cache.step(strided[:2, None])
+    cache.step(strided[2:4, None])
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,6 +9,7 @@ Traps:
   and read there.
 - The buffers lie in the host's memory. On another device ONNX Runtime copies them to and fro in
   each run: right, but slow there.
+- Bindings of older versions hold addresses, not arrays: what is bound is kept here.
 - A row's length is what counts, not the buffer's contents: what lies past it is never read, so a
   step may be run again, and a row may be cut back by setting its length.
 """
@@ -36,8 +37,7 @@ class _BoundStep:
     """One token for each of `rows` rows: its binding, and the arrays that it reads and writes."""
 
     binding: ort.IOBinding
-    embeds: Float32[np.ndarray, "B 1 D"]
-    positions: Int64[np.ndarray, "... B 1"]
+    feeds: dict[str, np.ndarray]
     mask: Int64[np.ndarray, " B*capacity"]
     logits: Float[np.ndarray, "B 1 V"]
 
@@ -119,7 +119,7 @@ class KeyValueCache:
         kept = keep if keep and keeps else S
         logits = np.empty((1, kept, self.decoder.vocab_size), self.decoder.logits_dtype)
         feeds = {
-            "inputs_embeds": embeds[None],
+            "inputs_embeds": np.ascontiguousarray(embeds[None]),
             "attention_mask": np.ones((1, past + S), np.int64),
             "position_ids": self._with_batch(positions, (1, S)),
             "num_logits_to_keep": np.array(kept, np.int64),
@@ -140,8 +140,8 @@ class KeyValueCache:
         total = int(lengths.max()) + 1
         self.reserve(total)
         bound = self._steps.get(B) or self._bind_step(B, embeds.shape[-1])
-        bound.embeds[...] = embeds
-        bound.positions[..., 0] = lengths + self.offsets[:B]
+        bound.feeds["inputs_embeds"][...] = embeds
+        bound.feeds["position_ids"][..., 0] = lengths + self.offsets[:B]
         mask = bound.mask[: B * total].reshape(B, total)
         if B > 1:  # one row's mask is all ones and stays so
             np.less_equal(np.arange(total), lengths[:, None], out=mask)
@@ -151,31 +151,31 @@ class KeyValueCache:
         return bound.logits[:, 0].astype(np.float32, copy=False)
 
     def _bind_step(self, rows: int, width: int) -> _BoundStep:
-        embeds = np.zeros((rows, 1, width), np.float32)
-        positions = np.zeros((rows, 1), np.int64)
-        if self.decoder.positions_rank == 3:
-            positions = np.zeros((3, rows, 1), np.int64)
+        axes = (3,) if self.decoder.positions_rank == 3 else ()
         mask = np.ones(rows * self.capacity, np.int64)
         logits = np.empty((rows, 1, self.decoder.vocab_size), self.decoder.logits_dtype)
         feeds = {
-            "inputs_embeds": embeds,
-            "position_ids": positions,
+            "inputs_embeds": np.zeros((rows, 1, width), np.float32),
+            "position_ids": np.zeros((*axes, rows, 1), np.int64),
             "num_logits_to_keep": np.array(1, np.int64),
         }
         binding = self._bind(feeds, [buffer[:rows] for buffer in self.buffers], logits)
-        bound = _BoundStep(binding, embeds, positions, mask, logits)
+        bound = _BoundStep(binding, feeds, mask, logits)
         self._steps[rows] = bound
         return bound
 
     def _bind(
         self, feeds: dict[str, np.ndarray], views: list[np.ndarray], logits: np.ndarray
     ) -> ort.IOBinding:
-        """Bind inputs and logits, and each view as a past and as its present."""
+        """Bind inputs and logits, and each view as a past and as its present.
+
+        All arrays are contiguous, and the caller keeps them.
+        """
         binding = self.decoder.session.io_binding()
         binding.bind_ortvalue_output("logits", to_ort(logits))
         for name, value in feeds.items():
             if name in self.decoder.inputs:
-                binding.bind_ortvalue_input(name, to_ort(np.ascontiguousarray(value)))
+                binding.bind_ortvalue_input(name, to_ort(value))
         for port, view in zip(self.decoder.ports, views, strict=True):
             shared = to_ort(view)
             binding.bind_ortvalue_input(port.past, shared)

@@ -1,0 +1,390 @@
+"""The manifest: read, written, refused in plain words; files compared with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoints import write_json
+from vlmport.bundle import (
+    CHUNK_BYTES,
+    MANIFEST,
+    Bundle,
+    FileEntry,
+    Manifest,
+    hash_file,
+    hash_folder,
+    is_bundle,
+    read_manifest,
+    write_manifest,
+)
+from vlmport.errors import BundleError
+
+DECODER = "onnx/decoder_model_merged.onnx"
+
+
+@pytest.fixture(scope="session")
+def document(tiny_bundle: Path) -> dict[str, Any]:
+    """The tiny bundle's vlmport.json; copy it before changing it."""
+    return json.loads((tiny_bundle / MANIFEST).read_text(encoding="utf-8"))
+
+
+def refusal(folder: Path, raw: Any) -> BundleError:
+    write_json(folder / MANIFEST, raw)
+    with pytest.raises(BundleError) as caught:
+        read_manifest(folder / MANIFEST)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# Reading and writing
+
+
+def test_what_is_written_is_read_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(tiny_bundle / MANIFEST)
+    write_manifest(tmp_path, manifest)
+    assert (tmp_path / MANIFEST).read_bytes() == (tiny_bundle / MANIFEST).read_bytes()
+    assert read_manifest(tmp_path / MANIFEST) == manifest
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+def test_the_manifest_holds_what_a_runtime_needs(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle / MANIFEST)
+    assert manifest.dims.num_key_value_heads == 2
+    assert manifest.dims.context_length == 2048
+    assert manifest.cache.past == "past_key_values."
+    assert manifest.generation.stop_token_ids == (0,)
+    assert manifest.prompt.caption == ({"role": "user", "content": [{"type": "image"}]},)
+    assert manifest.pixels.resample == "bicubic"
+    assert manifest.pixels.equals.startswith("Pillow ")
+    assert manifest.producer.startswith("vlmport ")
+    assert manifest.parity is None
+
+
+def test_the_schema_in_the_docs_is_the_packages() -> None:
+    root = Path(__file__).parents[1]
+    packaged = root / "src/vlmport/vlmport.schema.json"
+    assert (root / "docs/vlmport.schema.json").read_bytes() == packaged.read_bytes()
+
+
+def test_every_field_of_the_dataclass_is_in_the_schema(document: dict[str, Any]) -> None:
+    fields = {field.name for field in dataclasses.fields(Manifest)}
+    assert set(document) == fields | {"format", "version"}
+
+
+# Refusals
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no dims": (lambda raw: raw.pop("dims"), "manifest must contain ['dims'] properties"),
+    "no head_dim": (
+        lambda raw: raw["dims"].pop("head_dim"),
+        "manifest.dims must contain ['head_dim'] properties",
+    ),
+    "a stop id as text": (
+        lambda raw: raw["generation"].update(stop_token_ids=[0, "2"]),
+        "manifest.generation.stop_token_ids[1] must be integer",
+    ),
+    "an unknown key": (
+        lambda raw: raw.update(extra=1),
+        "manifest must not contain {'extra'} properties",
+    ),
+    "another format": (
+        lambda raw: raw.update(format="other"),
+        "manifest.format must be same as const definition: vlmport",
+    ),
+    "no decoder": (
+        lambda raw: raw["components"].pop("decoder_model_merged"),
+        "manifest.components must contain ['decoder_model_merged'] properties",
+    ),
+    "a short hash": (
+        lambda raw: raw["files"][DECODER].update(sha256="abc"),
+        f"manifest.files.{DECODER}.sha256 must match pattern",
+    ),
+    "a negative size": (
+        lambda raw: raw["files"][DECODER].update(size=-1),
+        "size must be bigger than or equal to 0",
+    ),
+    "a short golden": (
+        lambda raw: raw["golden"].update(prefill_tokens=20),
+        "manifest.golden.prefill_tokens must be bigger than or equal to 64",
+    ),
+    "an unlisted graph": (lambda raw: raw["files"].pop(DECODER), f"{DECODER} is not in files"),
+    "an auto of no precision": (
+        lambda raw: raw["auto"]["cpu"].update(vision_encoder="fp16"),
+        "auto.cpu: no vision_encoder in fp16",
+    ),
+    "an auto that forgets one": (
+        lambda raw: raw["auto"]["webgpu"].pop("embed_tokens"),
+        "auto.webgpu: no choice for embed_tokens",
+    ),
+    "an auto of no component": (
+        lambda raw: raw["auto"]["cpu"].update(audio_encoder="fp32"),
+        "auto.cpu: no audio_encoder in fp32",
+    ),
+    "no cpu": (lambda raw: raw["auto"].pop("cpu"), "manifest.auto must contain ['cpu']"),
+}
+
+
+@pytest.mark.parametrize(("edit", "expected"), EDITS.values(), ids=EDITS)
+def test_faults_are_named_with_their_place(
+    edit: Callable[[dict[str, Any]], Any],
+    expected: str,
+    document: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    raw = copy.deepcopy(document)
+    edit(raw)
+    error = refusal(tmp_path, raw)
+    assert expected in str(error)
+    assert str(tmp_path / MANIFEST) in str(error)
+
+
+@pytest.mark.parametrize("version", [2, 99, 2.0])
+def test_a_newer_version_asks_for_an_update(
+    version: float, document: dict[str, Any], tmp_path: Path
+) -> None:
+    error = refusal(tmp_path, {**document, "version": version, "something": "new"})
+    assert f"manifest version {version}; this vlmport reads up to 1" in str(error)
+    assert error.hint == "pip install --upgrade vlmport"
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", None, True])
+def test_a_version_that_is_none_is_refused(
+    version: Any, document: dict[str, Any], tmp_path: Path
+) -> None:
+    assert "manifest.version must be" in str(refusal(tmp_path, {**document, "version": version}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "\xff", '{"a": NaN}', "[" * 100_000, "9" * 5000],
+    ids=["empty", "cut", "a list", "null", "latin-1", "NaN", "deep", "a long number"],
+)
+def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(BundleError, match=MANIFEST) as caught:
+        read_manifest(tmp_path / MANIFEST)
+    assert caught.value.hint
+
+
+def test_a_folder_without_one_is_no_bundle(tmp_path: Path) -> None:
+    assert not is_bundle(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BundleError, match=r"no vlmport\.json, so this is not a vlmport bundle"):
+            Bundle.open(folder)
+
+
+BAD_NAMES = [
+    "../secret",
+    "/etc/passwd",
+    "onnx/../../x",
+    "",
+    ".hidden",
+    "a//b",
+    "a\\b",
+    "C:x",
+    "a\n",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_lead_out_of_the_folder_are_refused(
+    name: str, document: dict[str, Any], tmp_path: Path
+) -> None:
+    raw = copy.deepcopy(document)
+    raw["files"][name] = raw["files"][DECODER]
+    assert "manifest.files must not contain" in str(refusal(tmp_path, raw))
+    for key in ("model", "data"):
+        raw = copy.deepcopy(document)
+        variant = raw["components"]["decoder_model_merged"]["fp32"]
+        variant[key] = name if key == "model" else [name]
+        error = refusal(tmp_path, raw)
+        assert f"manifest.components.decoder_model_merged.fp32.{key}" in str(error)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+    | st.sampled_from(["fp32", "q4", "any", "cpu", DECODER, "0" * 64]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_change_is_read_or_refused(
+    data: st.DataObject, document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Never another exception, and what is read can be asked."""
+    raw: Any = copy.deepcopy(document)
+    for _ in range(data.draw(st.integers(1, 3))):
+        mutate(raw, data)
+    path = tmp_path_factory.getbasetemp() / "mutated.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    try:
+        manifest = read_manifest(path)
+        for device in ("cpu", "webgpu", "other"):
+            assert set(manifest.choose("auto", device)) == set(manifest.components)
+        assert isinstance(manifest.precisions, tuple)
+    except BundleError:
+        return
+
+
+def mutate(raw: Any, data: st.DataObject) -> None:
+    """Replace, delete or add something at a random place."""
+    node: Any = raw
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            return
+        key = data.draw(st.sampled_from(keys))
+        if isinstance(node[key], dict | list) and node[key] and data.draw(st.integers(0, 3)):
+            node = node[key]
+            continue
+        action = data.draw(st.sampled_from(["replace", "delete", "add"]))
+        if action == "delete":
+            del node[key]
+        elif action == "replace":
+            node[key] = data.draw(json_values)
+        elif isinstance(node, dict):
+            node[data.draw(st.text(max_size=5))] = data.draw(json_values)
+        else:
+            node.append(data.draw(json_values))
+        return
+
+
+# Files
+
+
+def test_bad_files_are_all_named(own_bundle_folder: Path) -> None:
+    (own_bundle_folder / "config.json").unlink()
+    (own_bundle_folder / DECODER).write_bytes(b"short")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(own_bundle_folder)
+    text = str(caught.value)
+    assert "2 of 16 files are not as vlmport.json says" in text
+    assert "config.json: missing" in text
+    assert f"{DECODER}: 5 bytes, expected " in text
+    assert caught.value.hint == "download or export the bundle again"
+
+
+def test_a_changed_byte_is_found_by_its_hash(own_bundle_folder: Path) -> None:
+    file = own_bundle_folder / DECODER
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    Bundle.open(own_bundle_folder)
+    with pytest.raises(BundleError, match=f"{DECODER}: its SHA-256 is not the manifest's"):
+        Bundle.open(own_bundle_folder, check_hashes=True)
+
+
+def test_further_files_do_no_harm(own_bundle_folder: Path) -> None:
+    (own_bundle_folder / ".gitattributes").write_text("*.onnx filter=lfs", encoding="utf-8")
+    Bundle.open(own_bundle_folder, check_hashes=True)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1])
+def test_every_8_mib_have_a_hash(size: int, tmp_path: Path) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    content = content[:size]
+    (tmp_path / "file").write_bytes(content)
+    parts = [content[i : i + CHUNK_BYTES] for i in range(0, size, CHUNK_BYTES)]
+    expected = [hashlib.sha256(part).hexdigest() for part in parts]
+    whole = hashlib.sha256(content).hexdigest()
+    assert hash_file(tmp_path / "file") == FileEntry(size, whole, tuple(expected))
+
+
+def test_a_folder_is_hashed_with_forward_slashes_and_without_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "b/c").mkdir(parents=True)
+    for name in ("b/c/d", "a", MANIFEST):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert list(hash_folder(tmp_path)) == ["a", "b/c/d"]
+
+
+def test_parity_is_added_and_the_card_renewed(own_bundle_folder: Path) -> None:
+    (own_bundle_folder / "README.md").write_text("new table", encoding="utf-8")
+    parity = {"reference": "torch", "passed": True, "rows": [{"rung": "pixels"}]}
+    bundle = Bundle(own_bundle_folder, read_manifest(own_bundle_folder / MANIFEST))
+    assert bundle.with_parity(parity).manifest.parity == parity
+    assert Bundle.open(own_bundle_folder, check_hashes=True).manifest.parity == parity
+
+
+# Choosing
+
+VISION, EMBED, LM = "vision_encoder", "embed_tokens", "decoder_model_merged"
+CHOICES = {
+    "auto": ("q4", "q4", "q4"),
+    "fp32": ("fp32", "fp32", "fp32"),
+    "q4": ("q4", "q4", "q4"),
+    "vision=fp32": ("fp32", "q4", "q4"),
+    "vision_encoder=fp32, decoder=fp32": ("fp32", "q4", "fp32"),
+    "embed=fp32,vision=q4": ("q4", "fp32", "q4"),
+}
+
+
+@pytest.mark.parametrize(("asked", "expected"), CHOICES.items())
+def test_precisions_are_chosen(asked: str, expected: tuple[str, ...], tiny_bundle: Path) -> None:
+    chosen = read_manifest(tiny_bundle / MANIFEST).choose(asked)
+    names = (VISION, EMBED, LM)
+    assert chosen == {"image_processor": "any", **dict(zip(names, expected, strict=True))}
+
+
+def test_auto_follows_the_device(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle / MANIFEST)
+    assert manifest.choose("auto", "wasm")[LM] == "fp32"
+    assert manifest.choose("auto", "a device of tomorrow") == manifest.choose("auto", "cpu")
+    assert manifest.choose("vision=q4", "wasm")[LM] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("fp16", "precision 'fp16' is not in this bundle (component vision_encoder)"),
+        ("Q4", "precision 'Q4' is not in this bundle"),
+        ("", "precision '' is not in this bundle"),
+        ("any", "precision 'any' is not in this bundle"),
+        ("vision=q8", "precision 'q8' is not in this bundle (component vision_encoder)"),
+        ("vison=q4", "no component 'vison' (did you mean 'vision'?)"),
+        ("=", "no component ''"),
+        ("vision=q4,decoder", "precision '' is not in this bundle"),
+    ],
+)
+def test_what_is_not_there_is_not_chosen(asked: str, expected: str, tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle / MANIFEST)
+    with pytest.raises(BundleError) as caught:
+        manifest.choose(asked)
+    assert expected in str(caught.value)
+    assert caught.value.hint
+    assert "adds it" not in caught.value.hint
+
+
+def test_a_precision_counts_when_every_component_has_it(
+    tiny_bundle: Path, tmp_path: Path, document: dict[str, Any]
+) -> None:
+    raw = copy.deepcopy(document)
+    del raw["components"][VISION]["q4"]
+    for choice in raw["auto"].values():
+        choice[VISION] = "fp32"
+    write_json(tmp_path / MANIFEST, raw)
+    manifest = read_manifest(tmp_path / MANIFEST)
+    assert manifest.precisions == ("fp32",)
+    assert manifest.choose("auto")[VISION] == "fp32"
+    with pytest.raises(BundleError, match="component vision_encoder") as caught:
+        manifest.choose("q4")
+    assert caught.value.hint == "it holds fp32; `vlmport export --precision q4` adds it"
