@@ -256,13 +256,13 @@ def write_late(out: Path, other: Path) -> None:
         shutil.copytree(other, out)
 
 
-@pytest.mark.parametrize("wrong", ["fp31", "", "q4,fp16", "fp32;q4"])
+@pytest.mark.parametrize("wrong", ["fp31", "", "q4,fp8", "fp32;q4"])
 def test_unknown_precisions_are_refused_first(
     wrong: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     error = refused(tiny_checkpoint, tmp_path / "out", precisions=wrong)
     assert "precision" in str(error)
-    assert error.hint == "choose from fp32, q4"
+    assert error.hint == "choose from fp32, fp16, q8, q4, q4f16"
 
 
 # Progress

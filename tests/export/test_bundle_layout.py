@@ -30,10 +30,13 @@ FILES = {
     "vlmport.json",
     "onnx/image_processor.onnx",
     "onnx/vision_encoder.onnx",
+    "onnx/vision_encoder_quantized.onnx",
     "onnx/vision_encoder_q4.onnx",
     "onnx/embed_tokens.onnx",
+    "onnx/embed_tokens_quantized.onnx",
     "onnx/embed_tokens_q4.onnx",
     "onnx/decoder_model_merged.onnx",
+    "onnx/decoder_model_merged_quantized.onnx",
     "onnx/decoder_model_merged_q4.onnx",
 }
 GRAPHS = sorted(name for name in FILES if name.endswith(".onnx"))
@@ -87,7 +90,7 @@ def test_the_manifest_lists_every_file_and_the_hashes_hold(tiny_bundle: Path) ->
     bundle = Bundle.open(tiny_bundle, check_hashes=True)
     assert set(bundle.manifest.files) == FILES - {"vlmport.json"}
     assert bundle.manifest.files == hash_folder(tiny_bundle)
-    assert bundle.manifest.precisions == ("fp32", "q4")
+    assert bundle.manifest.precisions == ("fp32", "q8", "q4")
     assert bundle.manifest.family in {family.name for family in FAMILIES}
     assert bundle.manifest.name == "captioner"
 
@@ -104,7 +107,7 @@ def test_one_precision_writes_its_files_alone(tiny_checkpoint: Path, tmp_path: P
 @pytest.mark.parametrize("file", GRAPHS)
 def test_inputs_and_outputs_have_the_contracts_names(tiny_bundle: Path, file: str) -> None:
     graph = load(tiny_bundle, file).graph
-    inputs, outputs = PORTS[Path(file).stem.removesuffix("_q4")]
+    inputs, outputs = PORTS[Path(file).stem.removesuffix("_q4").removesuffix("_quantized")]
     assert {port.name: dims(port) for port in graph.input} == inputs
     assert {port.name: dims(port) for port in graph.output} == outputs
 
@@ -200,8 +203,33 @@ def test_auto_names_a_precision_for_each_device(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert set(manifest.auto) == {"cpu", "cuda", "webgpu", "wasm"}
     assert manifest.auto["cpu"]["decoder_model_merged"] == "q4"
-    assert manifest.auto["wasm"]["decoder_model_merged"] == "fp32"
+    assert manifest.auto["cpu"]["vision_encoder"] == "q8"
+    assert manifest.auto["cuda"]["decoder_model_merged"] == "fp32"  # no fp16 was asked for
+    assert manifest.auto["wasm"]["decoder_model_merged"] == "q8"
     assert {choice["image_processor"] for choice in manifest.auto.values()} == {"any"}
+
+
+ALL = ("fp32", "fp16", "q8", "q4", "q4f16")
+
+
+def test_every_precision_has_its_suffix_and_its_cache(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    bundle = export(tiny_checkpoint, tmp_path / "out", precisions="int8,fp16,q4f16,q4,fp32,q8")
+    assert set(bundle.manifest.precisions) == set(ALL)
+    suffixes = dict(zip(ALL, ("", "_fp16", "_quantized", "_q4", "_q4f16"), strict=True))
+    for precision, suffix in suffixes.items():
+        file = f"onnx/decoder_model_merged{suffix}.onnx"
+        assert bundle.variant("decoder_model_merged", precision).model == file
+        graph = load(bundle.folder, file).graph
+        types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+        half = "16" in precision
+        cache = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        for name, dtype in types.items():
+            if name.startswith(("past_key_values.", "present.")):
+                assert dtype == cache, (precision, name)
+        assert types["inputs_embeds"] == types["logits"] == TensorProto.FLOAT
+    assert bundle.manifest.auto["cuda"]["vision_encoder"] == "fp16"
 
 
 def test_transformers_js_finds_its_dtypes(tiny_bundle: Path) -> None:
@@ -218,7 +246,7 @@ def test_transformers_js_finds_its_dtypes(tiny_bundle: Path) -> None:
 def test_the_golden_probe_prefills_64_tokens_or_more(tiny_bundle: Path) -> None:
     golden = Bundle.open(tiny_bundle).manifest.golden
     assert golden.prefill_tokens == golden.copies * 25 == 75
-    assert set(golden.expected) == {"fp32", "q4"}
+    assert set(golden.expected) == {"fp32", "q8", "q4"}
 
 
 # The model card

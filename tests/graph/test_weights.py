@@ -16,15 +16,20 @@ from vlmport.export.assign import Assignment
 from vlmport.graph.builder import GraphBuilder, add_output, new_graph
 from vlmport.graph.layers import Embedding, Linear
 from vlmport.graph.weights import (
+    FLOAT16,
     FLOAT32,
     INT4,
+    INT4_FLOAT16,
     INT8,
-    BlockQuantizer,
+    SAFE_LEVEL,
+    W8A8,
     Format,
+    Quantizer,
     Weight,
     append_rows,
     dequantize_blocks,
     quantize_blocks,
+    quantize_columns,
 )
 
 FORMS = pytest.mark.parametrize("form", [INT4, INT8], ids=["int4", "int8"])
@@ -114,6 +119,54 @@ def test_the_layout_is_low_nibble_first_around_eight() -> None:
     assert quantize_blocks(matrix * 16, INT8)[0][0, 0, :4].tolist() == [0, 240, 144, 128]
 
 
+@given(matrix=matrices)
+@settings(max_examples=40, deadline=None)
+def test_columns_are_off_by_half_a_step_and_never_past_the_safe_level(matrix: np.ndarray) -> None:
+    quantized, scales = quantize_columns(matrix)
+    assert (quantized.shape, quantized.dtype) == (matrix.T.shape, np.int8)
+    assert np.abs(quantized.astype(int)).max() <= SAFE_LEVEL
+    error = np.abs(quantized.T * scales[:, None] - matrix)
+    assert (error <= scales[:, None] / 2 * (1 + 1e-4) + SMALLEST).all()
+
+
+def test_pairs_of_products_stay_within_sixteen_bits() -> None:
+    """What x86 without VNNI adds: two products of an unsigned and a signed byte."""
+    assert np.iinfo(np.int16).max >= 2 * 255 * SAFE_LEVEL
+
+
+def test_float16_scales_are_the_ones_that_levels_were_chosen_with() -> None:
+    matrix = normal(16, 64)
+    quantized, scales = quantize_blocks(matrix, INT4_FLOAT16)
+    np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
+    back = dequantize_blocks(quantized, scales, INT4_FLOAT16, 64)
+    step = np.repeat(np.abs(scales), 32, axis=1)
+    assert (np.abs(back - matrix) <= step * 1.01).all()
+
+
+def test_w8a8_multiplies_what_was_rounded() -> None:
+    matrix, bias, x = normal(24, 64), normal(24, seed=1), normal(5, 64, seed=2)
+    session = open_graph(linear_graph(64, 24, W8A8, bias=True), {"weight": matrix, "bias": bias})
+    (y,) = session.run(None, {"x": x})
+    quantized, scales = quantize_columns(matrix)
+    rounded = quantized.T * scales[:, None]
+    activation_step = (x.max() - x.min()) / 255
+    slack = activation_step * np.abs(rounded).sum(axis=1)  # every activation half a step off, twice
+    assert (np.abs(y - (x @ rounded.T + bias)) <= slack).all()
+    cosine = (y - bias).ravel() @ (x @ matrix.T).ravel()
+    assert cosine / np.linalg.norm(y - bias) / np.linalg.norm(x @ matrix.T) > 0.999
+
+
+def test_float16_layers_compute_in_float16() -> None:
+    matrix, x = normal(24, 64), normal(5, 64, seed=2)
+    builder = new_graph("linear")
+    half = builder.op.Cast(builder.input("x", FLOAT, ["rows", 64]), to=FLOAT16.dtype)
+    y = Linear(64, 24, form=FLOAT16)(builder.op, half)
+    add_output(builder, builder.op.Cast(y, to=FLOAT), "y", FLOAT, ["rows", 24])
+    (y,) = open_graph(builder, {"weight": matrix}).run(None, {"x": x})
+    np.testing.assert_allclose(y, x @ matrix.T, atol=0.03)
+    assert np.abs(y - x @ matrix.T).max() > 1e-5
+
+
 def linear_graph(inputs: int, outputs: int, form: Format, *, bias: bool = False) -> GraphBuilder:
     builder = new_graph("linear")
     x = builder.input("x", FLOAT, ["rows", inputs])
@@ -159,7 +212,7 @@ def test_an_embedding_that_blocks_do_not_divide_is_refused() -> None:
 def test_a_matrix_is_read_once_and_one_is_held(form: Format) -> None:
     """Whatever the order in which the initializers are written, and again when written twice."""
     matrix = InMemory("weight", normal(4, 64))
-    quantizer = BlockQuantizer(form)
+    quantizer = Quantizer(lambda weight: quantize_blocks(weight, form))
     for _ in range(2):
         scales = quantizer.scales(matrix.numpy)
         assert len(quantizer._pending) == 1
