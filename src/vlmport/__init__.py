@@ -14,6 +14,8 @@ Everything below is imported when it is first used: `import vlmport` is instant.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -55,10 +57,33 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmport' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = importlib.import_module(_HOMES[name])
+    if value.__name__ != f"{__name__}.{name}":
+        value = getattr(value, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(types.ModuleType):
+    """This package. `export` and `verify` are subpackages and functions of the same name.
+
+    Whichever of the two `vlmport.export` were, it would be the other after some import: so it is
+    the subpackage, and calling that calls the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, types.ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+class _Callable(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Package

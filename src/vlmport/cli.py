@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vlmport import __version__
-from vlmport.errors import VlmportError
+from vlmport.errors import ImageError, PromptError, VlmportError
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
-    from vlmport.runtime.model import VLM
+    from vlmport.runtime.model import VLM, Caption
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 BATCH = 8  # pictures captioned together
@@ -41,7 +42,7 @@ class OneLineErrors(TyperGroup):
             report(error)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            stderr.print("interrupted")
+            say("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
@@ -73,11 +74,17 @@ def main() -> None:
     app(prog_name="vlmport")
 
 
-def report(error: VlmportError, what: str = "error") -> None:
+def report(error: VlmportError) -> None:
     """One line, and a hint under it, on stderr."""
-    stderr.print(f"{what}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    message = " ".join(str(error).splitlines())
+    say(f"error: {message}", style="red")
     if error.hint:
-        stderr.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+        say(f"hint: {error.hint}")
+
+
+def say(text: str, style: str | None = None) -> None:
+    """One line on stderr, as it is: paths may hold brackets, and only terminals wrap."""
+    stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -137,23 +144,14 @@ def _print_captions(
     vlm: VLM, paths: list[Path], options: dict[str, Any], *, as_json: bool
 ) -> VlmportError | None:
     """Caption in batches. A bad picture is reported and the others are captioned all the same."""
-    from vlmport.runtime.images import open_image
-
     failure: VlmportError | None = None
     for start in range(0, len(paths), BATCH):
-        pictures = {}
-        for path in paths[start : start + BATCH]:
-            try:
-                pictures[path] = open_image(path)
-            except VlmportError as error:
-                report(error)
-                failure = error
-        if not pictures:
-            continue
-        for path, result in zip(
-            pictures, vlm.caption([*pictures.values()], **options), strict=True
-        ):
-            if as_json:
+        batch = paths[start : start + BATCH]
+        for path, result in zip(batch, _caption_together(vlm, batch, options), strict=True):
+            if isinstance(result, VlmportError):
+                report(result)
+                failure = result
+            elif as_json:
                 row = {"image": str(path), "caption": result.text}
                 row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -162,18 +160,45 @@ def _print_captions(
     return failure
 
 
+def _caption_together(
+    vlm: VLM, paths: list[Path], options: dict[str, Any]
+) -> list[Caption | VlmportError]:
+    """The captions of a batch; each picture that can't be captioned has its error in its place."""
+    from vlmport.runtime.images import open_image
+
+    results: dict[int, Caption | VlmportError] = {}
+    pictures = {}
+    for i, path in enumerate(paths):
+        try:
+            pictures[i] = open_image(path)
+        except ImageError as error:
+            results[i] = error
+    try:
+        captions: list[Caption] = vlm.caption([*pictures.values()], **options) if pictures else []
+        results |= dict(zip(pictures, captions, strict=True))
+    except (ImageError, PromptError) as error:  # one of them, and no caption was made
+        if len(pictures) == 1:
+            results |= dict.fromkeys(pictures, error)
+        else:
+            alone = {i: _caption_together(vlm, [paths[i]], options)[0] for i in pictures}
+            results |= alone
+    return [results[i] for i in range(len(paths))]
+
+
 def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:
     """Caption one by one, each piece of text as it comes."""
     failure: VlmportError | None = None
     for path in paths:
         try:
-            for i, piece in enumerate(vlm.stream(path, **options)):
-                prefix = f"{path}: " if i == 0 and len(paths) > 1 else ""
-                print(prefix + piece, end="", flush=True)
-            print()
-        except VlmportError as error:
+            pieces = vlm.stream(path, **options)
+        except (ImageError, PromptError) as error:
             report(error)
             failure = error
+            continue
+        print(f"{path}: " if len(paths) > 1 else "", end="")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
     return failure
 
 
@@ -205,8 +230,11 @@ def export(
         )
     size = sum(entry.size for entry in bundle.manifest.files.values())
     precisions = ", ".join(bundle.manifest.precisions)
-    stderr.print(f"{out}: {precisions}, {size / 1e6:.1f} MB", markup=False, highlight=False)
-    stderr.print(f"next: vlmport verify {out} --reference {source}", markup=False, highlight=False)
+    next_step = ["vlmport", "verify", str(out), "--reference", source]
+    if adapter is not None:
+        next_step += ["--adapter", str(adapter)]
+    say(f"{out}: {precisions}, {size / 1e6:.1f} MB")
+    say(f"next: {shlex.join(next_step)}")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from vlmport.runtime.model import VLM
 __all__ = ["builtin_models", "cache_folder", "load", "resolve"]
 
 # What an export is made from; anything else in a folder does not change it.
-INGREDIENTS = ("*.json", "*.safetensors", "*.jinja", "README.md")
+INGREDIENTS = ("*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*")
 
 
 def load(
@@ -67,16 +68,16 @@ def resolve(
 
     Raises as `export` and `Bundle.open` do.
     """
-    builtin = builtin_models().get(str(source))
-    shadowed = builtin is not None and Path(source).exists()
-    folder = builtin if builtin and not shadowed else find_folder(source, revision)
+    local = Path(source).expanduser().exists()
+    builtin = None if local else builtin_models().get(str(source))
+    folder = find_folder(builtin or source, revision)
     if is_bundle(folder):
         if adapter is not None:
             raise OptionError(
                 f"{source}: an adapter can't be merged into a bundle",
                 hint="export the checkpoint again with --adapter",
             )
-        if not Path(source).is_dir():
+        if not local:
             # A bundle on the Hub: so far only the small files at its root are here.
             folder = fetch_files(str(source), revision, read_manifest(folder / MANIFEST).files)
         return Bundle.open(folder)
@@ -84,8 +85,10 @@ def resolve(
     out = cache_folder() / _cache_name(folder, adapter_folder, precisions)
     if (cached := _open_cached(out)) is not None:
         return cached
-    name = folder.name if Path(source).exists() else str(source)
+    name = folder.resolve().name if local else str(source)
     try:
+        if out.exists() and not is_bundle(out):
+            shutil.rmtree(out)  # damaged beyond what export would replace
         return export(
             folder,
             out,
