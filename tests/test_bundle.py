@@ -278,7 +278,7 @@ def test_bad_files_are_all_named(own_bundle_folder: Path) -> None:
     with pytest.raises(BundleError) as caught:
         Bundle.open(own_bundle_folder)
     text = str(caught.value)
-    assert "2 of 16 files are not as vlmport.json says" in text
+    assert "2 of 19 files are not as vlmport.json says" in text
     assert "config.json: missing" in text
     assert f"{DECODER}: 5 bytes, expected " in text
     assert caught.value.hint == "download or export the bundle again"
@@ -329,7 +329,7 @@ def test_parity_is_added_and_the_card_renewed(own_bundle_folder: Path) -> None:
 
 VISION, EMBED, LM = "vision_encoder", "embed_tokens", "decoder_model_merged"
 CHOICES = {
-    "auto": ("q4", "q4", "q4"),
+    "auto": ("q8", "q4", "q4"),
     "fp32": ("fp32", "fp32", "fp32"),
     "q4": ("q4", "q4", "q4"),
     "vision=fp32": ("fp32", "q4", "q4"),
@@ -347,9 +347,9 @@ def test_precisions_are_chosen(asked: str, expected: tuple[str, ...], tiny_bundl
 
 def test_auto_follows_the_device(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle / MANIFEST)
-    assert manifest.choose("auto", "wasm")[LM] == "fp32"
+    assert manifest.choose("auto", "wasm")[LM] == "q8"
     assert manifest.choose("auto", "a device of tomorrow") == manifest.choose("auto", "cpu")
-    assert manifest.choose("vision=q4", "wasm")[LM] == "fp32"
+    assert manifest.choose("vision=q4", "wasm")[LM] == "q8"
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_auto_follows_the_device(tiny_bundle: Path) -> None:
         ("Q4", "precision 'Q4' is not in this bundle"),
         ("", "precision '' is not in this bundle"),
         ("any", "precision 'any' is not in this bundle"),
-        ("vision=q8", "precision 'q8' is not in this bundle (component vision_encoder)"),
+        ("vision=fp16", "precision 'fp16' is not in this bundle (component vision_encoder)"),
         ("vison=q4", "no component 'vison' (did you mean 'vision'?)"),
         ("=", "no component ''"),
         ("vision=q4,decoder", "precision '' is not in this bundle"),
@@ -371,7 +371,7 @@ def test_what_is_not_there_is_not_chosen(asked: str, expected: str, tiny_bundle:
         manifest.choose(asked)
     assert expected in str(caught.value)
     assert caught.value.hint
-    assert "adds it" not in caught.value.hint
+    assert ("adds it" in caught.value.hint) == ("fp16" in asked)  # what export knows
 
 
 def test_a_precision_counts_when_every_component_has_it(
@@ -383,8 +383,8 @@ def test_a_precision_counts_when_every_component_has_it(
         choice[VISION] = "fp32"
     write_json(tmp_path / MANIFEST, raw)
     manifest = read_manifest(tmp_path / MANIFEST)
-    assert manifest.precisions == ("fp32",)
+    assert manifest.precisions == ("fp32", "q8")
     assert manifest.choose("auto")[VISION] == "fp32"
     with pytest.raises(BundleError, match="component vision_encoder") as caught:
         manifest.choose("q4")
-    assert caught.value.hint == "it holds fp32; `vlmport export --precision q4` adds it"
+    assert caught.value.hint == "it holds fp32, q8; `vlmport export --precision q4` adds it"

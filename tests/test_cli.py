@@ -199,7 +199,7 @@ def test_inspect_shows_what_is_inside(tiny_bundle: Path) -> None:
     assert done.exit_code == 0
     for text in (
         "captioner",
-        "fp32, q4",
+        "fp32, q8, q4",
         "not verified yet",
         "inputs_embeds float[batch_size, sequence_length, 32]",
         "image uint8[height, width, 3]",

@@ -217,7 +217,7 @@ def test_a_broken_bundle_is_not_exported_over(own_bundle_folder: Path) -> None:
 def test_load_gives_a_model(tiny_checkpoint: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     with load(tiny_checkpoint, precision="vision=fp32", progress=lambda *c: calls.append(c)) as vlm:
-        assert vlm.precisions == ("fp32", "q4")
+        assert vlm.precisions == ("fp32", "q8", "q4")
         assert vlm.components.choice["vision_encoder"] == "fp32"
         assert vlm.components.choice["decoder_model_merged"] == "q4"
     assert calls
