@@ -100,6 +100,13 @@ def test_the_runtime_loads_neither_exporter_nor_torch() -> None:
     assert not {"onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", *TORCH} & modules
 
 
+def test_a_model_that_is_exported_loads_no_exporter() -> None:
+    """It would take longer than most captions."""
+    modules = loaded_by("import vlmport; vlmport.load")
+    assert "vlmport.runtime.model" in modules
+    assert not {"onnx", "onnxscript", "vlmport.export", "vlmport.families"} & modules
+
+
 def test_loading_and_exporting_need_no_torch() -> None:
     modules = loaded_by("import vlmport, vlmport.verify; vlmport.load; vlmport.export")
     assert not TORCH & modules
