@@ -18,8 +18,11 @@ function serviceWorker(): Plugin {
   return {
     name: 'service-worker',
     generateBundle(_, bundle) {
-      const files = Object.keys(bundle).sort();
-      const version = createHash('sha256').update(files.join()).digest('hex').slice(0, 16);
+      const files = Object.keys(bundle).filter(name => name !== 'index.html');
+      const page = bundle['index.html'];
+      const html = page?.type === 'asset' ? page.source : '';
+      const hash = createHash('sha256').update(files.join()).update(html);
+      const version = hash.digest('hex').slice(0, 16);
       const source = readFileSync(here('demo/sw.js'), 'utf8')
         .replace('__VERSION__', version)
         .replace('[/* FILES */]', JSON.stringify(['./', ...files]));

@@ -26,6 +26,8 @@ import { Prompter, promptFiles } from './prompt.js';
 import { Runtime } from './sessions.js';
 import { TextStream } from './text.js';
 
+const HALF = /f(p)?16$/; // precisions that compute in 16 bits
+
 type OnProgress = (progress: Progress) => void;
 
 interface Ready {
@@ -134,6 +136,11 @@ async function loadOn(
 ): Promise<Ready> {
   const { manifest } = files;
   const choice = choose(manifest, options.precision, runtime.device);
+  const half = Object.values(choice).find(precision => HALF.test(precision));
+  if (half !== undefined && !runtime.hasFloat16) {
+    const message = `the GPU can't compute ${half}: it has no 16-bit shaders`;
+    throw new VlmportError('DeviceError', message, "precision: 'auto' takes one that it can");
+  }
   const paths = graphFiles(manifest, choice).flatMap(one => one.paths);
   const totalBytes = [...paths, ...promptFiles(manifest)].reduce(
     (n, path) => n + files.size(path),

@@ -135,7 +135,7 @@ async function requestGpu(): Promise<GPUDevice> {
     if (adapter === null) throw new Error('no adapter');
     return await requestDevice(adapter);
   } catch (error) {
-    const message = `this browser has WebGPU, but no usable GPU (${firstLine(error)})`;
+    const message = `this browser offers WebGPU, but no GPU that works (${firstLine(error)})`;
     throw new VlmportError('DeviceError', message, "device: 'wasm' works");
   }
 }
