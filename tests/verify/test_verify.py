@@ -151,9 +151,11 @@ def test_what_is_no_number_never_passes(value: float) -> None:
     for limit in (Limit(1, "", ""), Limit(0, "", ""), Limit(-1, "", "", at_least=True)):
         if not (limit.at_least and value > 0):
             assert not limit.holds(value)
-    row = Row("a", "fp32", "pixels", (Measure("error", value, Limit(1, "", "")),))
-    report = Report("x", (row,))
-    assert not report.passed
+    right = Row("a", "fp32", "pixels", (Measure("error", 0.5, Limit(1, "", "")),))
+    row = Row("b", "fp32", "pixels", (Measure("error", value, Limit(1, "", "")),))
+    report = Report("x", (right, row))
+    assert report.failures == (row,)
+    assert "error not finite (≤ 1)" in report.summary
     text = json.dumps(report.to_json(), allow_nan=False)
     assert "error not finite (≤ 1)" in parity_markdown(json.loads(text))
 

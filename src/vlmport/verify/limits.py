@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 RUNGS = (
     "prompt_ids",
@@ -59,8 +60,8 @@ class Limit:
         """Whether the value is within it; what is not a number never is."""
         return value >= self.bound if self.at_least else value <= self.bound
 
-    def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.bound:g} {self.unit}".rstrip()
+    def to_json(self) -> dict[str, Any]:
+        return {"limit": self.bound, "at_least": self.at_least, "unit": self.unit}
 
 
 def none_of(what: str, reason: str) -> Limit:
@@ -111,7 +112,7 @@ CLOSE: Mapping[str, Mapping[str, Limit]] = FIXED | {
     "vision_features": {"cosine": Limit(0.98, "", COSINE, at_least=True)},
     "merged_embeds": {
         "cosine": Limit(0.98, "", COSINE, at_least=True),
-        "wrong features": none_of("values", COPIED),
+        "wrong features": none_of("feature values", COPIED),
     },
     "first_logits": {
         "kl": Limit(0.2, "nats", DIVERGENCE),
