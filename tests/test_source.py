@@ -17,6 +17,7 @@ from tests.export.test_same_model import write_adapter
 from vlmport import source
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.errors import AdapterError, BundleError, OptionError, SourceError, WeightError
+from vlmport.export import exporter
 from vlmport.source import cache_folder, load, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The checkpoints that were exported, in order."""
     done: list[Path] = []
-    export = source.export
+    export = exporter.export
 
     def counted(folder: Path, *args: Any, **kwargs: Any) -> Bundle:
         done.append(folder)
         return export(folder, *args, **kwargs)
 
-    monkeypatch.setattr(source, "export", counted)
+    monkeypatch.setattr("vlmport.export.export", counted)
     return done
 
 
@@ -156,13 +157,13 @@ def test_another_process_may_be_first(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its bundle appears while ours is being written."""
-    export = source.export
+    export = exporter.export
 
     def beaten(folder: Path, out: Path, **options: Any) -> Bundle:
         export(folder, out, **options)
         return export(folder, out, **options)
 
-    monkeypatch.setattr(source, "export", beaten)
+    monkeypatch.setattr("vlmport.export.export", beaten)
     bundle = resolve(tiny_checkpoint, precisions=("fp32",))
     assert bundle.manifest.precisions == ("fp32",)
 

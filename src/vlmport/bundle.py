@@ -183,8 +183,8 @@ class Manifest:
         return dict.fromkeys(self.components, ANY) | dict(self.auto.get(device, self.auto["cpu"]))
 
     def _parse_mix(self, text: str) -> dict[str, str]:
-        mix = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
-        mix = {SHORT_NAMES.get(name, name): value for name, value in mix.items()}
+        parts = (part.partition("=") for part in text.replace(" ", "").split(","))
+        mix = {SHORT_NAMES.get(name, name): value for name, _, value in parts}
         for name in mix:
             if name not in self.components:
                 raise BundleError(

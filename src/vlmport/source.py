@@ -12,17 +12,20 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from vlmport import __version__
 from vlmport.builtin import builtin_models
-from vlmport.bundle import MANIFEST, Bundle, is_bundle, read_manifest
+from vlmport.bundle import MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import BundleError, OptionError
-from vlmport.export import DEFAULT_PRECISIONS, Progress, export
 from vlmport.runtime.model import VLM
+
+if TYPE_CHECKING:
+    from vlmport.export import Progress
 
 __all__ = ["builtin_models", "cache_folder", "load", "resolve"]
 
@@ -59,7 +62,7 @@ def load(
 def resolve(
     source: str | Path,
     *,
-    precisions: Sequence[str] = DEFAULT_PRECISIONS,
+    precisions: Sequence[str] = tuple(SUFFIXES),
     adapter: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -85,6 +88,8 @@ def resolve(
     out = cache_folder() / _cache_name(folder, adapter_folder, precisions)
     if (cached := _open_cached(out)) is not None:
         return cached
+    from vlmport.export import export  # takes a second to import, and most runs don't need it
+
     name = folder.resolve().name if local else str(source)
     try:
         if out.exists() and not is_bundle(out):

@@ -22,7 +22,7 @@ from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter
 from vlmport.verify import ladder, verify
 from vlmport.verify.ladder import run_ladder
-from vlmport.verify.limits import RUNGS
+from vlmport.verify.limits import CLOSE, RUNGS
 from vlmport.verify.reference import load_reference
 from vlmport.verify.report import Report
 
@@ -234,6 +234,79 @@ def test_every_embedding_row_is_seen(tiny: Tiny, broken: Bundle) -> None:
     report = verify(swap_embeddings(broken), tiny.checkpoint, precisions=["fp32"])
     assert {row.rung for row in report.failures} == {"merged_embeds"}
     assert len(report.failures) == 2  # rows 40 and 41 belong to two pictures
+
+
+# A mistake in reading config.json is the same as another config.json.
+
+
+@pytest.mark.parametrize(
+    ("rung", "misread"),
+    [
+        ("vision_features", {"vision": {"hidden_act": "gelu"}}),
+        ("vision_features", {"vision": {"layer_norm_eps": 1e-5}}),
+        ("first_logits", {"text": {"rms_norm_eps": 1e-4}}),
+        ("first_logits", {"text": {"rope_theta": 10100.0}}),
+        ("first_logits", {"config": {"lora_alpha": 9}}),
+        ("first_logits", {"lora": "fresh"}),
+    ],
+    ids=str,
+)
+def test_slightly_wrong_everywhere(
+    tiny: Tiny, tmp_path: Path, rung: str, misread: dict[str, Any]
+) -> None:
+    """The gentlest faults of an exporter: GELU by tanh or not, an epsilon, the rotary base, LoRA
+    with another scale or left out. No single number is far off."""
+    untied = {"tie_word_embeddings": False}
+    settings = {"text": untied, "config": {"max_length": 12}}
+    changes = {
+        name: {**settings.get(name, {}), **value} if isinstance(value, dict) else value
+        for name, value in misread.items()
+    }
+    checkpoint = write_prefix_checkpoint(tmp_path / "checkpoint", **(settings | changes))
+    bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32")
+    report = tiny.climb(bundle)
+    assert_first_broken(report, rung)
+    assert {row.rung for row in report.failures} <= {rung, "cached_decode", *RUNGS[-2:]}
+
+
+def value(report: Report, rung: str, name: str) -> float:
+    (row,) = (row for row in report.rows if row.rung == rung)
+    return next(measure.value for measure in row.measures if measure.name == name)
+
+
+def test_four_bits_unpacked_wrongly(tiny: Tiny, broken: Bundle) -> None:
+    """The head's low and high halves of bytes swapped. (A matrix further down would not do: what
+    a random model says hardly depends on any one of them.)"""
+    whole = tiny.climb(tiny.bundle, "q4")
+    edit_tensor(
+        broken,
+        DECODER,
+        "lm_head.weight_quantized",
+        lambda packed: (packed >> 4) | (packed << 4),
+        precision="q4",
+    )
+    damaged = tiny.climb(broken, "q4")
+    limit = CLOSE["first_logits"]["kl"]
+    assert limit.holds(value(whole, "first_logits", "kl"))
+    assert not limit.holds(value(damaged, "first_logits", "kl"))
+    assert_first_broken(damaged, "first_logits")
+    assert tiny.climb(broken, "fp32").passed
+
+
+def test_four_bit_embeddings_shifted(tiny: Tiny, broken: Bundle) -> None:
+    """A zero point that is off by one step."""
+
+    def shift(packed: np.ndarray) -> np.ndarray:
+        low, high = (packed + 1) & 15, ((packed >> 4) + 1) & 15
+        return low | high << 4
+
+    edit_tensor(broken, "embed_tokens", "weight_quantized", shift, precision="q4")
+    assert_first_broken(tiny.climb(broken, "q4"), "merged_embeds")
+
+
+def test_eight_bit_tower_without_a_weight(tiny: Tiny, broken: Bundle) -> None:
+    edit_tensor(broken, VISION, "layers.1.mlp.fc2.weight_scales", np.zeros_like, precision="q4")
+    assert_first_broken(tiny.climb(broken, "q4"), "vision_features")
 
 
 # What no file holds is broken in the runtime itself.

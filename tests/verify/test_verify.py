@@ -44,7 +44,7 @@ def test_a_pass_is_written_down(tiny: Tiny, broken: Bundle, tmp_path: Path) -> N
     card = (broken.folder / "README.md").read_text()
     assert "Not verified yet" not in card
     assert parity_markdown(parity) in card
-    assert "| first_logits | error " in card
+    assert "| first_logits | worst " in card
     assert "cached_decode" in out.getvalue()
     assert "broken" not in out.getvalue()
 
@@ -63,12 +63,12 @@ def test_a_failure_is_written_and_explained(tiny: Tiny, broken: Bundle) -> None:
     assert report.first_broken is not None
     assert report.first_broken.rung == "vision_features"
     assert report.likely_cause == LIKELY_CAUSES["vision_features"]
-    assert "first broken: vision_features, fp32, drawn 640x427: error " in report.summary
+    assert "first broken: vision_features, fp32, drawn 640x427: worst " in report.summary
     assert "likely cause: a weight of the vision tower" in out.getvalue()
     parity = Bundle.open(broken.folder, check_hashes=True).manifest.parity
     assert parity is not None
     assert parity["passed"] is False
-    assert "| vision_features | **failed**: error " in (broken.folder / "README.md").read_text()
+    assert "| vision_features | **failed**: worst " in (broken.folder / "README.md").read_text()
 
 
 def test_all_precisions_by_default(tiny: Tiny, broken: Bundle) -> None:
@@ -79,7 +79,7 @@ def test_all_precisions_by_default(tiny: Tiny, broken: Bundle) -> None:
         if row.rung in ("prompt_ids", "pixels", "position_ids"):
             assert row.passed, row.describe()
     names = [{m.name for m in row.measures} for row in report.rows if row.rung == "first_logits"]
-    assert names == [{"error"}, {"kl", "top1"}] * 3
+    assert names == [{"worst", "typical"}, {"kl", "top1"}] * 3
 
 
 def test_adapter(tiny: Tiny, tmp_path: Path) -> None:
@@ -151,9 +151,11 @@ def test_what_is_no_number_never_passes(value: float) -> None:
     for limit in (Limit(1, "", ""), Limit(0, "", ""), Limit(-1, "", "", at_least=True)):
         if not (limit.at_least and value > 0):
             assert not limit.holds(value)
-    row = Row("a", "fp32", "pixels", (Measure("error", value, Limit(1, "", "")),))
-    report = Report("x", (row,))
-    assert not report.passed
+    right = Row("a", "fp32", "pixels", (Measure("error", 0.5, Limit(1, "", "")),))
+    row = Row("b", "fp32", "pixels", (Measure("error", value, Limit(1, "", "")),))
+    report = Report("x", (right, row))
+    assert report.failures == (row,)
+    assert "error not finite (≤ 1)" in report.summary
     text = json.dumps(report.to_json(), allow_nan=False)
     assert "error not finite (≤ 1)" in parity_markdown(json.loads(text))
 
@@ -176,8 +178,10 @@ def test_metrics() -> None:
     other = truth + 0.1 * rng.standard_normal((5, 9)).astype(np.float32)
     assert metrics.unequal(truth, truth) == 0
     assert metrics.unequal(truth[:, :4], truth) == truth.size
-    assert metrics.relative_error(truth, truth) == 0
-    assert metrics.relative_error(truth[:2], truth) == math.inf
+    assert metrics.worst_error(truth, truth) == 0
+    assert metrics.worst_error(truth[:2], truth) == math.inf
+    assert metrics.typical_error(truth + 0.5, truth) == pytest.approx(0.5 / truth.std(), rel=1e-5)
+    assert metrics.typical_error(truth[:2], truth) == math.inf
     assert metrics.least_cosine(2 * truth, truth) == pytest.approx(1)
     assert metrics.least_cosine(-truth, truth) == pytest.approx(-1)
     p, q = np.exp(metrics.log_softmax(truth)), np.exp(metrics.log_softmax(other))

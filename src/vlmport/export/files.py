@@ -48,7 +48,8 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
     config = checkpoint.json("tokenizer_config.json") or {}
     config.pop("auto_map", None)
     config |= {"chat_template": hub.chat_template, **_keep_prompts_bare(tokenizer)}
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not by tokenizer.save, whose errors are plain Exceptions: a full disk has to be told apart.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     write_json(folder / "tokenizer_config.json", config)
     special = checkpoint.json("special_tokens_map.json")

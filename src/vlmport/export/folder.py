@@ -44,7 +44,8 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
 
 
 def _explain(error: OSError, out: Path) -> ExportError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    short_write = error.errno is None and " requested and " in str(error)  # numpy's, from tofile
+    if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ExportError(
             f"{out}: the disk is full; nothing was left there",
             hint="free some space or export to another disk",

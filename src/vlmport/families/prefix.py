@@ -336,7 +336,7 @@ def _stop_ids(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[int, ...
     """generation_config.json's eos ids, else the decoder's. Raises ConfigError without any."""
     generation = checkpoint.json("generation_config.json") or {}
     eos = generation.get("eos_token_id", text.get("eos_token_id"))
-    ids = eos if isinstance(eos, list) else [eos]
+    ids: list[Any] = eos if isinstance(eos, list) else [eos]
     if not ids or not all(_is_id(one) for one in ids):
         raise ConfigError(
             f"{CONFIG}: text_config: eos_token_id is {eos!r}, expected an id or a list of ids",

@@ -217,10 +217,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, residual: ir.Value | None, step: Step, past: Past
     ) -> tuple[ir.Value, ir.Value, Past]:
-        normed, residual = self.input_layernorm(op, x, residual)
+        normed, total = self.input_layernorm(op, x, residual)
         y, present = self.self_attn(op, normed, step, past)
-        normed, residual = self.post_attention_layernorm(op, y, residual)
-        return self.mlp(op, normed), residual, present
+        normed, total = self.post_attention_layernorm(op, y, total)
+        return self.mlp(op, normed), total, present
 
 
 class LlamaModel(nn.Module):

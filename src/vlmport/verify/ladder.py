@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmport.bundle import Manifest
+from vlmport.errors import VlmportError
 from vlmport.runtime import generate
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.model import VLM
+from vlmport.runtime.sessions import ORT_ERRORS
 from vlmport.verify import metrics
 from vlmport.verify.limits import RUNGS, limits_of
 from vlmport.verify.pictures import Picture
@@ -99,7 +101,7 @@ class Ladder:
         for rung in RUNGS:
             try:
                 values, detail = getattr(self, f"_{rung}")()
-            except Exception as error:  # whatever the bundle raises is a finding of this rung
+            except (VlmportError, *ORT_ERRORS) as error:  # then that is the finding
                 text = f"{type(error).__name__}: {error}"
                 yield Row(self.picture.name, precision, rung, (), error=text)
                 continue
@@ -126,7 +128,8 @@ class Ladder:
     def _vision_features(self) -> Found:
         ours, truth = self.components.encode_image(self.truth.pixels), self.truth.features
         return {
-            "error": metrics.relative_error(ours, truth),
+            "worst": metrics.worst_error(ours, truth),
+            "typical": metrics.typical_error(ours, truth),
             "cosine": metrics.least_cosine(ours, truth),
         }, None
 
@@ -164,7 +167,8 @@ class Ladder:
         ours, _ = self._decode(0, len(self.truth.ids))
         truth, first = self.truth.logits, len(self.truth.prompt_ids) - 1
         return {
-            "error": metrics.relative_error(ours, truth),
+            "worst": metrics.worst_error(ours, truth),
+            "typical": metrics.typical_error(ours, truth),
             "kl": metrics.mean_divergence(ours[first:], truth[first:]),
             "top1": metrics.agreement(ours[first:], truth[first:]),
         }, None
@@ -182,10 +186,9 @@ class Ladder:
         last, _ = self._decode(0, S, keep=1)
         truth = self.truth.logits
         return {
-            "error": metrics.relative_error(ours, truth),
-            "self": max(
-                metrics.relative_error(ours, whole), metrics.relative_error(last, whole[-1:])
-            ),
+            "worst": metrics.worst_error(ours, truth),
+            "typical": metrics.typical_error(ours, truth),
+            "self": max(metrics.worst_error(ours, whole), metrics.worst_error(last, whole[-1:])),
             "kl": metrics.mean_divergence(ours[P - 1 :], truth[P - 1 :]),
         }, None
 

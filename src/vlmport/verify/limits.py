@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 RUNGS = (
     "prompt_ids",
@@ -59,8 +60,8 @@ class Limit:
         """Whether the value is within it; what is not a number never is."""
         return value >= self.bound if self.at_least else value <= self.bound
 
-    def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.bound:g} {self.unit}".rstrip()
+    def to_json(self) -> dict[str, Any]:
+        return {"limit": self.bound, "at_least": self.at_least, "unit": self.unit}
 
 
 def none_of(what: str, reason: str) -> Limit:
@@ -79,44 +80,50 @@ FIXED: Mapping[str, Mapping[str, Limit]] = {
     "position_ids": {"wrong": none_of("positions", "positions are whole numbers")},
 }
 
-SUMS = "float32 sums in another order give about 5e-6; a wrong activation gives more than 1e-3"
+# Measured: float32 noise is at most 1.4e-5 (worst) and 1e-6 (typical), in trained models and up to
+# a tower of 12 and a decoder of 30 layers.
+SUMS = "float32 sums in another order; single values that a wrong weight moves stand out here"
+TYPICAL = "what is slightly wrong everywhere: GELU by tanh or not, a norm's epsilon"
 SAME_SUMS = "the same sums, cut elsewhere"
 COPIED = "rows are copied, not computed"
 TOKENS = "equal logits give equal tokens; a near tie is shown by its margins, not excused"
 
+SAME_NUMBERS = {"worst": Limit(1e-4, "std", SUMS), "typical": Limit(5e-6, "std", TYPICAL)}
+
 EXACT: Mapping[str, Mapping[str, Limit]] = FIXED | {
-    "vision_features": {"error": Limit(1e-4, "std", SUMS)},
+    "vision_features": SAME_NUMBERS,
     "merged_embeds": {"wrong": none_of("values", COPIED)},
-    "first_logits": {"error": Limit(1e-4, "std", SUMS)},
-    "cached_decode": {
-        "error": Limit(1e-4, "std", SUMS),
-        "self": Limit(1e-4, "std", SAME_SUMS),
-    },
+    "first_logits": SAME_NUMBERS,
+    "cached_decode": SAME_NUMBERS | {"self": Limit(1e-4, "std", SAME_SUMS)},
     "greedy_tokens": {"wrong": none_of("tokens", TOKENS)},
     "end_to_end": {"wrong": none_of("tokens", TOKENS)},
 }
 
-ROUNDED = (
-    "rounding blocks of 32 weights to 4 bits costs a row's cosine 0.005, at worst 0.01; a table "
-    "with its rows or its zero point shifted is below 0.97"
-)
-DIVERGENCE = ""
+# Measured on two captioners that were trained on drawn shapes, at 4 bits: KL up to 0.009 nats,
+# agreement 0.89 (8 of 9 tokens) or more, regret up to 0.05. With one decoder matrix mixed up: KL
+# from 0.3 to 1.4 nats, regret from 0.7 to 6. Random weights say nothing: each may cost as much.
+COSINE = "4 bits in blocks of 32 leave a row at 0.992 or more; with a zero point off by one, 0.96"
+DIVERGENCE = "one matrix of the decoder unpacked in another order costs 0.3 nats or more"
+AGREEMENT = "near ties may flip, one token in five may not"
+REGRET = "other words may be as good: what counts is how likely the reference finds them"
+STEPS = "activations are rounded to 8 bits, so a last digit can become a step; a lost cache is 1"
+
 CLOSE: Mapping[str, Mapping[str, Limit]] = FIXED | {
-    "vision_features": {"cosine": Limit(0.98, "", ROUNDED, at_least=True)},
+    "vision_features": {"cosine": Limit(0.98, "", COSINE, at_least=True)},
     "merged_embeds": {
-        "cosine": Limit(0.98, "", ROUNDED, at_least=True),
-        "wrong features": none_of("values", COPIED),
+        "cosine": Limit(0.98, "", COSINE, at_least=True),
+        "wrong features": none_of("feature values", COPIED),
     },
     "first_logits": {
-        "kl": Limit(0.1, "nats", DIVERGENCE),
-        "top1": Limit(0.8, "", DIVERGENCE, at_least=True),
+        "kl": Limit(0.2, "nats", DIVERGENCE),
+        "top1": Limit(0.8, "", AGREEMENT, at_least=True),
     },
     "cached_decode": {
-        "kl": Limit(0.1, "nats", DIVERGENCE),
-        "self": Limit(0.1, "std", SAME_SUMS),
+        "kl": Limit(0.2, "nats", DIVERGENCE),
+        "self": Limit(0.1, "std", STEPS),
     },
-    "greedy_tokens": {"regret": Limit(0.1, "nats a token", DIVERGENCE)},
-    "end_to_end": {"regret": Limit(0.1, "nats a token", DIVERGENCE)},
+    "greedy_tokens": {"regret": Limit(0.3, "nats a token", REGRET)},
+    "end_to_end": {"regret": Limit(0.3, "nats a token", REGRET)},
 }
 
 

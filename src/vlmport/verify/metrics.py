@@ -28,9 +28,21 @@ def max_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> fl
     return float(np.abs(ours.astype(np.float64) - truth).max(initial=0.0))
 
 
-def relative_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
+def worst_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
     """The largest absolute difference in standard deviations of the truth."""
-    return max_error(ours, truth) / max(float(truth.std(dtype=np.float64)), 1e-30)
+    return max_error(ours, truth) / _spread(truth)
+
+
+def typical_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
+    """The root mean square of the differences in standard deviations of the truth."""
+    if ours.shape != truth.shape:
+        return float("inf")
+    squares = (ours.astype(np.float64) - truth) ** 2
+    return float(np.sqrt(squares.mean())) / _spread(truth)
+
+
+def _spread(truth: Float[np.ndarray, ...]) -> float:
+    return max(float(truth.std(dtype=np.float64)), 1e-30)
 
 
 def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,8 @@ class Measure:
     def passed(self) -> bool:
         return self.limit.holds(self.value)
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON has no infinity: what is not finite becomes null."""
-        return {
-            "name": self.name,
-            "value": self.value if math.isfinite(self.value) else None,
-            "limit": self.limit.bound,
-            "at_least": self.limit.at_least,
-            "unit": self.limit.unit,
-        }
+    def __str__(self) -> str:
+        return shown(self.name, self.value, self.limit.to_json())
 
 
 @dataclass(frozen=True)
@@ -63,14 +56,14 @@ class Row:
             "precision": self.precision,
             "rung": self.rung,
             "passed": self.passed,
-            "measures": [measure.to_json() for measure in self.measures],
+            "measures": {one.name: _json_number(one.value) for one in self.measures},
         }
         notes = {"error": self.error, "detail": self.detail}
         return row | {name: text for name, text in notes.items() if text is not None}
 
     def describe(self) -> str:
         """One line: where, the numbers that are past their limits, and the detail."""
-        wrong = [_measure(one.to_json()) for one in self.measures if not one.passed]
+        wrong = [str(one) for one in self.measures if not one.passed]
         what = "; ".join([*wrong, *(text for text in (self.error, self.detail) if text)])
         return f"{self.rung}, {self.precision}, {self.image}: {what}"
 
@@ -117,16 +110,24 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in vlmport.json under `parity`."""
-        rows = [row.to_json() for row in self.rows]
-        return {"reference": self.reference, "passed": self.passed, "rows": rows}
+        """As it stands in vlmport.json under `parity`: limits once, precision → rung → measure."""
+        limits: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in self.rows:
+            known = limits.setdefault(row.precision, {}).setdefault(row.rung, {})
+            known |= {measure.name: measure.limit.to_json() for measure in row.measures}
+        return {
+            "reference": self.reference,
+            "passed": self.passed,
+            "limits": limits,
+            "rows": [row.to_json() for row in self.rows],
+        }
 
     def print(self, console: Console) -> None:
         """A table of the worst numbers of each rung, then every failure, then where to look."""
         parity = self.to_json()
         precisions = _names(parity["rows"], "precision")
         table = Table("rung", *precisions, title=f"against {self.reference}", title_justify="left")
-        for rung, cells in _cells(parity["rows"], precisions):
+        for rung, cells in _cells(parity, precisions):
             table.add_row(rung, *(_coloured(*cell) for cell in cells))
         console.print(table)
         for row in self.failures:
@@ -152,7 +153,7 @@ def parity_markdown(parity: Mapping[str, Any]) -> str:
         "| rung | " + " | ".join(precisions) + " |",
         "| --- |" + " --- |" * len(precisions),
     ]
-    for rung, cells in _cells(rows, precisions):
+    for rung, cells in _cells(parity, precisions):
         shown = [text if passed else f"**failed**: {text}" for passed, text in cells]
         lines.append(f"| {rung} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -164,46 +165,51 @@ def _names(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 
 def _cells(
-    rows: Sequence[Mapping[str, Any]], precisions: Sequence[str]
+    parity: Mapping[str, Any], precisions: Sequence[str]
 ) -> list[tuple[str, list[tuple[bool, str]]]]:
     """Rung → for each precision whether it passed, and its worst numbers over all pictures."""
-    table = []
-    for rung in _names(rows, "rung"):
+
+    def cell(rung: str, precision: str) -> tuple[bool, str]:
         chosen = [
-            [row for row in rows if row["rung"] == rung and row["precision"] == precision]
-            for precision in precisions
+            row for row in parity["rows"] if row["rung"] == rung and row["precision"] == precision
         ]
-        table.append((rung, [(all(row["passed"] for row in one), _worst(one)) for one in chosen]))
-    return table
+        limits = parity["limits"].get(precision, {}).get(rung, {})
+        return all(row["passed"] for row in chosen), _worst(chosen, limits)
+
+    rungs = _names(parity["rows"], "rung")
+    return [(rung, [cell(rung, precision) for precision in precisions]) for rung in rungs]
 
 
-def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The worst value of each measure."""
+def _worst(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
+    """The worst value of each measure; no number at all is worse than any."""
     if not rows:
         return "-"
     if any("error" in row for row in rows):
         return "error"
-    found: dict[str, Mapping[str, Any]] = {}
-    for measure in (measure for row in rows for measure in row["measures"]):
-        known = found.setdefault(measure["name"], measure)
-        pick: Callable[..., float] = min if measure["at_least"] else max
-        if measure["value"] is None or known["value"] is None:
-            worse = measure if measure["value"] is None else known
-        else:
-            worse = measure if pick(measure["value"], known["value"]) == measure["value"] else known
-        found[measure["name"]] = worse
-    return ", ".join(_measure(measure) for measure in found.values())
+    texts = []
+    for name, limit in limits.items():
+        values = [row["measures"][name] for row in rows]
+        worst = min if limit["at_least"] else max
+        value = None if None in values else worst(values)
+        texts.append(shown(name, value, limit))
+    return ", ".join(texts)
 
 
-def _measure(measure: Mapping[str, Any]) -> str:
-    """Such as 'error 3.1e-06 std (≤ 0.0001)', or '0 wrong' where only 0 will do."""
-    value = "not finite" if measure["value"] is None else f"{measure['value']:.3g}"
-    if measure["limit"] == 0 and not measure["at_least"]:
-        return f"{value} wrong {measure['unit']}"
-    sign = "≥" if measure["at_least"] else "≤"
-    unit = f" {measure['unit']}" if measure["unit"] else ""
-    return f"{measure['name']} {value}{unit} ({sign} {measure['limit']:g})"
+def shown(name: str, value: float | None, limit: Mapping[str, Any]) -> str:
+    """Such as 'worst 3.1e-06 std (≤ 0.0001)', or '0 wrong ids' where only 0 will do."""
+    number = "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
+    if limit["limit"] == 0 and not limit["at_least"]:
+        return f"{number} wrong {limit['unit']}"
+    sign = "≥" if limit["at_least"] else "≤"
+    unit = f" {limit['unit']}" if limit["unit"] else ""
+    return f"{name} {number}{unit} ({sign} {limit['limit']:g})"
+
+
+def _json_number(value: float) -> float | None:
+    """Four digits; JSON has no infinity, so what is not finite becomes null."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _coloured(passed: bool, text: str) -> str:
-    return f"[{'green' if passed else 'red'}]{escape(text)}[/]"
+    lines = escape(text).replace(", ", "\n")
+    return f"[{'green' if passed else 'red'}]{lines}[/]"

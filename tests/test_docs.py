@@ -1,0 +1,46 @@
+"""The documents say what is so: links lead somewhere, quoted errors exist, commands parse."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vlmport import cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = "\n".join(path.read_text("utf-8") for path in (ROOT / "src/vlmport").rglob("*.py"))
+# String literals that are joined over lines, and what is filled in, are no obstacle.
+TEXT = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text("utf-8"))
+    missing = [
+        target
+        for target in targets
+        if "://" not in target and not (document.parent / target).exists()
+    ]
+    assert missing == []
+
+
+def test_each_error_of_the_troubleshooting_page_is_one_that_we_raise() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, flags=re.MULTILINE)
+    assert len(quoted) > 20
+    assert [text for text in quoted if text not in TEXT] == []
+
+
+def test_each_command_of_the_readme_exists_with_its_options() -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    commands = re.findall(r"^\$ vlmport (\w+)(.*?)(?:#.*)?$", page, flags=re.MULTILINE)
+    assert {name for name, _ in commands} >= {"export", "verify", "caption"}
+    for name, rest in commands:
+        done = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
+        assert done.exit_code == 0, name
+        for option in re.findall(r"--[\w-]+", rest):
+            assert option in done.stdout, (name, option)

@@ -1,0 +1,137 @@
+/** What the browser tests share: the bundle, what Python made of it, Chromium, the page. */
+
+import { existsSync, readFileSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import { type Browser, type Page, chromium } from 'playwright-core';
+import type * as Vlmport from '../src/index.js';
+import { TestServer } from './server.js';
+
+const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
+
+/** What Python's runtime gave: written by tests/web/test_web.py. */
+export interface Expected {
+  readonly precisions: readonly string[];
+  /** Picture → precision → tokens and text. */
+  readonly captions: Readonly<
+    Record<string, Readonly<Record<string, { tokens: number[]; text: string }>>>
+  >;
+  /** Picture → SHA-256 of its RGB pixels. */
+  readonly pixels: Readonly<Record<string, string>>;
+}
+
+function setting(name: string): string {
+  const value = process.env[name];
+  if (!value) throw new Error(`${name} is not set: run these tests by pytest tests/web`);
+  return value;
+}
+
+export const folders = {
+  bundle: () => setting('VLMPORT_WEB_BUNDLE'),
+  pictures: () => setting('VLMPORT_WEB_PICTURES'),
+  page: here('built'),
+};
+
+export const expected = () =>
+  JSON.parse(readFileSync(setting('VLMPORT_WEB_EXPECTED'), 'utf8')) as Expected;
+
+export function startServer(extra: Readonly<Record<string, string>> = {}, port = 0) {
+  const roots = {
+    '/': folders.page,
+    '/bundle/': folders.bundle(),
+    '/pictures/': folders.pictures(),
+    ...extra,
+  };
+  return TestServer.start(roots, port);
+}
+
+const CHROMIUM = ['/usr/bin/chromium', '/usr/bin/chromium-browser', '/usr/bin/google-chrome'];
+const QUIET = [
+  '--no-sandbox',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync',
+  '--no-first-run',
+];
+const WEBGPU = ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader'];
+
+export function launch({ webgpu = false, args = [] as string[] } = {}): Promise<Browser> {
+  const executablePath = process.env.CHROMIUM ?? CHROMIUM.find(existsSync);
+  if (!executablePath) throw new Error('no Chromium: apt-get install chromium, or set CHROMIUM');
+  return chromium.launch({
+    executablePath,
+    args: [...QUIET, ...(webgpu ? WEBGPU : ['--disable-features=WebGPU']), ...args],
+  });
+}
+
+/** A new page of the tests' server, with the package loaded. */
+export async function openPage(browser: Browser, url: string): Promise<Page> {
+  const page = await (await browser.newContext()).newPage();
+  if (process.env.VERBOSE) page.on('console', message => console.log(message.text()));
+  await page.goto(url);
+  await page.waitForFunction(() => 'vlmport' in globalThis);
+  return page;
+}
+
+/** What a test asks for in the page; all of it is plain data. */
+export interface Asking {
+  readonly url?: string;
+  readonly options?: {
+    readonly device?: 'auto' | 'webgpu' | 'wasm';
+    readonly precision?: string;
+    readonly threads?: number;
+  };
+  readonly pictures?: readonly string[];
+}
+
+export interface Answer {
+  readonly device: string;
+  readonly precision: string;
+  readonly threads: number;
+  readonly reason: string | null;
+  readonly notes: readonly string[];
+  readonly tokens: readonly (readonly number[])[];
+  readonly texts: readonly string[];
+  readonly streamed: readonly string[];
+  readonly progress: readonly { phase: string; loadedBytes: number; totalBytes: number }[];
+}
+
+/** Load the bundle in the page and caption the pictures, piece by piece. */
+export function ask(page: Page, asking: Asking = {}): Promise<Answer> {
+  return page.evaluate(async ({ url = '/bundle/', options = {}, pictures = [] }: Asking) => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const progress: Vlmport.Progress[] = [];
+    const vlm = await VLM.load(url, { ...options, onProgress: one => progress.push(one) });
+    const [tokens, texts, streamed]: [number[][], string[], string[]] = [[], [], []];
+    for (const picture of pictures) {
+      const pieces = vlm.stream(picture);
+      let text = '';
+      let next = await pieces.next();
+      for (; !next.done; next = await pieces.next()) text += next.value;
+      streamed.push(text);
+      tokens.push([...next.value.tokenIds]);
+      texts.push(next.value.text);
+    }
+    const { device, precision, threads, reason, notes } = vlm;
+    vlm.dispose();
+    return { device, precision, threads, reason, notes, tokens, texts, streamed, progress };
+  }, asking);
+}
+
+/** The code, message and hint of the error that a call in the page ends with. */
+export async function refusal(
+  page: Page,
+  asking: Asking,
+): Promise<{ code: string; message: string; hint: string }> {
+  return page.evaluate(async ({ url = '/bundle/', options = {}, pictures = [] }: Asking) => {
+    const { VLM, VlmportError } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    try {
+      const vlm = await VLM.load(url, options);
+      for (const picture of pictures) await vlm.caption(picture);
+      vlm.dispose();
+      return { code: 'none', message: '', hint: '' };
+    } catch (error) {
+      if (!(error instanceof VlmportError)) throw error;
+      return error.toPlain();
+    }
+  }, asking);
+}

@@ -1,0 +1,132 @@
+/**
+ * The demo: pick, drop or paste a picture, and watch the caption arrive.
+ *
+ * `?model=URL` names another bundle than the one beside the page; `?device=` and `?precision=` are
+ * those of `VLM.load`.
+ */
+
+import { type Caption, VLM, type VlmOptions, clearCache } from '@vlmport/web';
+import * as view from './view.js';
+import { ui } from './view.js';
+
+const asked = new URLSearchParams(location.search);
+const model = asked.get('model') ?? './bundle/';
+const samples = import.meta.glob<string>('../../examples/*.png', {
+  eager: true,
+  query: '?url',
+  import: 'default',
+});
+const SHOWN = ['red_square', 'yellow_circle', 'green_triangle', 'red_circle'];
+
+let vlm: Promise<VLM> | null = null;
+let loading = new AbortController();
+let writing = new AbortController();
+let picture: Blob | string | null = null;
+
+async function load(): Promise<void> {
+  loading.abort();
+  writing.abort();
+  void vlm?.then(
+    old => old.dispose(),
+    () => {},
+  );
+  const mine = (loading = new AbortController());
+  view.showLoading();
+  const options: VlmOptions = {
+    device: ui.device.value as 'auto' | 'webgpu' | 'wasm',
+    precision: asked.get('precision') ?? 'auto',
+    onProgress: view.showProgress,
+    signal: mine.signal,
+  };
+  vlm = VLM.load(model, options);
+  try {
+    view.showModel(await vlm);
+    if (picture !== null) await write(picture);
+  } catch (error) {
+    if (!mine.signal.aborted) view.showError(error);
+  }
+}
+
+/** Caption a picture; one that is under way is given up. */
+async function write(source: Blob | string): Promise<void> {
+  picture = source;
+  writing.abort();
+  const mine = (writing = new AbortController());
+  view.showPicture(typeof source === 'string' ? source : URL.createObjectURL(source));
+  let made: Caption | null = null;
+  try {
+    const ready = await vlm;
+    if (!ready || mine.signal.aborted) return;
+    view.beginCaption();
+    const pieces = ready.stream(source, { signal: mine.signal });
+    let next = await pieces.next();
+    for (; !next.done; next = await pieces.next()) view.addPiece(next.value);
+    made = next.value;
+    view.showModel(ready); // it may have changed its device on the way
+  } catch (error) {
+    if (!mine.signal.aborted) view.showError(error);
+  } finally {
+    if (mine === writing) view.endCaption(made);
+  }
+}
+
+function addSamples(): void {
+  const all = Object.entries(samples);
+  for (const start of SHOWN) {
+    const [path, url] = all.find(([name]) => name.includes(`/${start}`)) ?? [];
+    if (path === undefined || url === undefined) continue;
+    const button = document.createElement('button');
+    const image = new Image();
+    button.type = 'button';
+    image.src = url;
+    image.alt = `Example: ${path.replace(/^.*\/|\.png$/g, '').replaceAll('_', ' ')}`;
+    button.append(image);
+    button.onclick = () => {
+      press(button);
+      void write(url);
+    };
+    ui.samples.append(button);
+  }
+}
+
+function press(pressed: HTMLButtonElement | null): void {
+  for (const button of ui.samples.children) {
+    button.setAttribute('aria-pressed', String(button === pressed));
+  }
+}
+
+function take(files: FileList | null | undefined): void {
+  const file = files?.[0];
+  if (!file) return;
+  press(null);
+  void write(file);
+}
+
+function listen(): void {
+  ui.file.onchange = () => take(ui.file.files);
+  ui.stop.onclick = () => writing.abort();
+  ui.device.onchange = () => void load();
+  ui.forget.onclick = async () => {
+    await clearCache(model);
+    view.showStatus('The download is forgotten. It is fetched again when it is next needed.');
+  };
+  document.addEventListener('paste', event => take(event.clipboardData?.files));
+  document.addEventListener('dragover', event => {
+    event.preventDefault();
+    ui.drop.classList.add('over');
+  });
+  document.addEventListener('dragleave', () => ui.drop.classList.remove('over'));
+  document.addEventListener('drop', event => {
+    event.preventDefault();
+    ui.drop.classList.remove('over');
+    take(event.dataTransfer?.files);
+  });
+}
+
+ui.device.value = asked.get('device') ?? 'auto';
+addSamples();
+listen();
+void load();
+if ('serviceWorker' in navigator && import.meta.env.PROD) {
+  void navigator.serviceWorker.register('./sw.js').catch(() => {}); // the page works without it
+}

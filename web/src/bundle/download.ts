@@ -1,0 +1,251 @@
+/**
+ * The files of a bundle at an address: checked chunk by chunk, kept, and resumed where they broke.
+ *
+ * A file is asked for from the first byte that is missing. Whatever breaks off is asked for again
+ * from there, by byte range; a chunk whose hash is wrong is fetched once more, past all caches.
+ */
+
+import { VlmportError, firstLine } from '../errors.js';
+import {
+  CHUNK_BYTES,
+  type FileEntry,
+  MANIFEST,
+  type Manifest,
+  entryOf,
+  parseManifest,
+} from './manifest.js';
+import { sha256 } from './sha256.js';
+import type { Store } from './store.js';
+
+const ATTEMPTS = 5; // without a single new byte
+const FIRST_PAUSE_MS = 300;
+const STALL_MS = 30_000; // no byte for so long counts as broken
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+/** Fetch and validate the manifest; the one that was kept where there is no network. */
+export async function openBundle(
+  base: URL,
+  store: Store,
+  signal: AbortSignal,
+): Promise<BundleFiles> {
+  const url = new URL(MANIFEST, base);
+  const kept = await store.getManifest(base);
+  let text: string;
+  try {
+    const response = await fetch(url, { signal, cache: 'no-cache' });
+    if (!response.ok) throw badStatus(url, response.status);
+    text = await response.text();
+  } catch (error) {
+    signal.throwIfAborted();
+    if (kept !== null) text = kept;
+    else if (error instanceof VlmportError) throw error;
+    else throw unreachable(url, error);
+  }
+  const manifest = parseManifest(text, url.href);
+  await store.putManifest(base, text);
+  return new BundleFiles(base, manifest, store, signal);
+}
+
+export class BundleFiles {
+  /** Called with the number of bytes that have come; below 0 where some have to come again. */
+  onBytes: (bytes: number) => void = () => {};
+
+  constructor(
+    readonly base: URL,
+    readonly manifest: Manifest,
+    readonly store: Store,
+    private readonly signal: AbortSignal,
+  ) {}
+
+  size(path: string): number {
+    return entryOf(this.manifest, path).size;
+  }
+
+  async text(path: string): Promise<string> {
+    return new TextDecoder().decode(await this.read(path));
+  }
+
+  /** A file's bytes, each chunk checked. Throws BundleError or DownloadError, or the abort. */
+  async read(path: string): Promise<Bytes> {
+    const entry = entryOf(this.manifest, path);
+    const bytes = new Uint8Array(entry.size);
+    const missing: number[] = [];
+    for (const [index, hash] of entry.chunks.entries()) {
+      this.signal.throwIfAborted();
+      const kept = await this.kept(hash, chunkOf(bytes, index).length);
+      if (kept === null) missing.push(index);
+      else {
+        bytes.set(kept, index * CHUNK_BYTES);
+        this.onBytes(kept.length);
+      }
+    }
+    for (const [start, end] of runsOf(missing)) {
+      await new Transfer(this, path, entry, bytes, this.signal).run(start, end);
+    }
+    return bytes;
+  }
+
+  /** A chunk from the last visit, if it is still what it was. */
+  private async kept(hash: string, size: number): Promise<Bytes | null> {
+    const chunk = await this.store.getChunk(hash);
+    if (chunk === null) return null;
+    if (chunk.length === size && (await sha256(chunk)) === hash) return chunk;
+    await this.store.deleteChunk(hash);
+    return null;
+  }
+}
+
+/** One run of missing chunks of a file on its way. */
+class Transfer {
+  private position = 0;
+  private failures = 0; // since the last byte
+  private readonly spoiled = new Set<number>(); // chunks that came wrong once
+  private readonly url: URL;
+
+  constructor(
+    private readonly files: BundleFiles,
+    private readonly path: string,
+    private readonly entry: FileEntry,
+    private readonly bytes: Bytes,
+    private readonly signal: AbortSignal,
+  ) {
+    this.url = new URL(path, files.base);
+  }
+
+  async run(firstChunk: number, endChunk: number): Promise<void> {
+    this.position = firstChunk * CHUNK_BYTES;
+    const end = Math.min(endChunk * CHUNK_BYTES, this.entry.size);
+    while (this.position < end) {
+      const before = this.position;
+      try {
+        await this.request(end);
+        if (this.position < end && this.position === before) throw new TypeError('no bytes came');
+      } catch (error) {
+        this.signal.throwIfAborted();
+        if (error instanceof VlmportError && error.code !== 'DownloadError') throw error;
+        this.failures = this.position > before ? 1 : this.failures + 1;
+        if (this.failures >= ATTEMPTS) throw this.brokenOff(error);
+        await pause(FIRST_PAUSE_MS * 2 ** (this.failures - 1), this.signal);
+      }
+    }
+  }
+
+  /** One request, from the first missing byte on. */
+  private async request(end: number): Promise<void> {
+    const stall = new AbortController();
+    const signal = AbortSignal.any([this.signal, stall.signal]);
+    const partial = this.position > 0 || end < this.entry.size;
+    const headers = partial ? { range: `bytes=${this.position}-${end - 1}` } : undefined;
+    const cache = this.spoiled.size ? 'reload' : 'default';
+    let timer = setTimeout(() => stall.abort(), STALL_MS);
+    try {
+      const response = await fetch(this.url, { signal, cache, ...(headers && { headers }) });
+      let skip = this.leadingBytes(response); // bytes of the body that we have already
+      const reader = response.body?.getReader();
+      for (let read = await reader?.read(); read && !read.done; read = await reader?.read()) {
+        const part = read.value;
+        clearTimeout(timer);
+        timer = setTimeout(() => stall.abort(), STALL_MS);
+        const fresh = part.subarray(Math.min(skip, part.length));
+        skip -= part.length - fresh.length;
+        await this.take(fresh.subarray(0, end - this.position));
+        if (this.position >= end) break;
+      }
+    } finally {
+      clearTimeout(timer);
+      stall.abort(); // ends a body that is longer than it should be
+    }
+  }
+
+  /** How many bytes of the body come before the first that is missing. */
+  private leadingBytes(response: Response): number {
+    if (response.status === 200) return this.position; // a server without byte ranges
+    if (response.status !== 206) throw badStatus(this.url, response.status);
+    const range = response.headers.get('content-range');
+    const start = /^bytes (\d+)-/.exec(range ?? '')?.[1];
+    if (start === undefined || Number(start) === this.position) return 0;
+    const message = `${this.url}: asked for byte ${this.position}, got '${range}'`;
+    throw new VlmportError('DownloadError', message, 'does a proxy alter byte ranges?');
+  }
+
+  /** Write bytes where they belong; each chunk is checked and kept as soon as it is whole. */
+  private async take(part: Uint8Array): Promise<void> {
+    let rest = part;
+    while (rest.length) {
+      const index = Math.floor(this.position / CHUNK_BYTES);
+      const chunkEnd = Math.min((index + 1) * CHUNK_BYTES, this.entry.size);
+      const now = rest.subarray(0, chunkEnd - this.position);
+      this.bytes.set(now, this.position);
+      this.position += now.length;
+      this.files.onBytes(now.length);
+      rest = rest.subarray(now.length);
+      if (this.position === chunkEnd) await this.finish(index);
+    }
+  }
+
+  private async finish(index: number): Promise<void> {
+    const chunk = chunkOf(this.bytes, index);
+    const hash = this.entry.chunks[index] ?? '';
+    if ((await sha256(chunk)) === hash) {
+      await this.files.store.putChunk(hash, chunk);
+      return;
+    }
+    this.position = index * CHUNK_BYTES;
+    this.files.onBytes(-chunk.length);
+    const message = `${this.path}: chunk ${index + 1} of ${this.entry.chunks.length} is not what the manifest says`;
+    if (this.spoiled.has(index)) {
+      throw new VlmportError('BundleError', message, 'upload the bundle again, all files together');
+    }
+    this.spoiled.add(index);
+    throw new VlmportError('DownloadError', message, 'it will be fetched again');
+  }
+
+  private brokenOff(error: unknown): VlmportError {
+    if (error instanceof VlmportError) return error;
+    const message = `${this.url}: broke off at byte ${this.position} of ${this.entry.size} (${firstLine(error)})`;
+    const hint = 'check the connection and load again: it goes on where it stopped';
+    return new VlmportError('DownloadError', message, hint);
+  }
+}
+
+function chunkOf(bytes: Bytes, index: number): Bytes {
+  return bytes.subarray(index * CHUNK_BYTES, (index + 1) * CHUNK_BYTES);
+}
+
+/** Neighbouring indices as ranges [first, end). */
+export function runsOf(indices: readonly number[]): [number, number][] {
+  const runs: [number, number][] = [];
+  for (const index of indices) {
+    const last = runs.at(-1);
+    if (last?.[1] === index) last[1] = index + 1;
+    else runs.push([index, index + 1]);
+  }
+  return runs;
+}
+
+function badStatus(url: URL, status: number): VlmportError {
+  const message = `${url}: the server says ${status}`;
+  if (status === 404 || status === 410) {
+    return new VlmportError('BundleError', message, 'does the address name a vlmport bundle?');
+  }
+  if (status === 401 || status === 403) {
+    return new VlmportError('BundleError', message, 'is the bundle public?');
+  }
+  return new VlmportError('DownloadError', message, 'try again later: it goes on where it stopped');
+}
+
+function unreachable(url: URL, error: unknown): VlmportError {
+  const message = `${url} can't be fetched (${firstLine(error)})`;
+  const hint = 'check the connection; on another origin the server has to allow this page (CORS)';
+  return new VlmportError('DownloadError', message, hint);
+}
+
+function pause(ms: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener('abort', () => (clearTimeout(timer), reject(signal.reason)), {
+      once: true,
+    });
+  });
+}

@@ -1,0 +1,199 @@
+/**
+ * vlmport.json: read, validated and asked here and nowhere else (the twin of vlmport/bundle.py).
+ *
+ * Everything that the runtime knows of a model stands here or in the graphs' inputs and outputs.
+ */
+
+import { VlmportError, didYouMean, firstLine } from '../errors.js';
+import { type Json, firstProblem } from './schema.js';
+import schema from './vlmport.schema.json' with { type: 'json' };
+
+export const MANIFEST = 'vlmport.json';
+export const VERSION = 1;
+export const CHUNK_BYTES = 8 * 1024 * 1024;
+const ANY = 'any'; // the precision of a component that has only one form
+
+/** What people write in a mixed precision such as 'vision=q4,decoder=fp32'. */
+const SHORT_NAMES: Readonly<Record<string, string>> = {
+  vision: 'vision_encoder',
+  embed: 'embed_tokens',
+  decoder: 'decoder_model_merged',
+};
+
+/** One component at one precision: its graph and the graph's external data files. */
+export interface Variant {
+  readonly model: string;
+  readonly data: readonly string[];
+}
+
+/** Size in bytes, SHA-256 of the whole and of each 8 MiB. */
+export interface FileEntry {
+  readonly size: number;
+  readonly sha256: string;
+  readonly chunks: readonly string[];
+}
+
+export interface GoldenExpectation {
+  readonly tokens: readonly number[];
+  readonly logit_ids: readonly number[];
+  readonly logits: readonly number[];
+  readonly tolerance: number;
+}
+
+export interface Golden {
+  readonly image: { readonly width: number; readonly height: number; readonly rgb: string };
+  readonly copies: number;
+  readonly prefill_tokens: number;
+  readonly expected: Readonly<Record<string, GoldenExpectation>>;
+}
+
+export interface Message {
+  readonly role: string;
+  readonly content: string | readonly { readonly type: string; readonly text?: string }[];
+}
+
+/** The contents of vlmport.json, version 1, by its own names. */
+export interface Manifest {
+  readonly version: number;
+  readonly producer: string;
+  readonly name: string;
+  readonly components: Readonly<Record<string, Readonly<Record<string, Variant>>>>;
+  readonly auto: Readonly<Record<string, Readonly<Record<string, string>>>>;
+  readonly files: Readonly<Record<string, FileEntry>>;
+  readonly dims: { readonly context_length: number; readonly vocab_size: number };
+  readonly cache: { readonly past: string; readonly present: string };
+  readonly prompt: {
+    readonly image_placeholder: string;
+    readonly placeholder_token_id: number;
+    readonly image_token_id: number;
+    readonly caption: readonly Message[];
+  };
+  readonly generation: {
+    readonly stop_token_ids: readonly number[];
+    readonly max_new_tokens: number;
+  };
+  readonly golden: Golden;
+}
+
+/** Component → precision. */
+export type Choice = Readonly<Record<string, string>>;
+
+/** Read and validate vlmport.json. Throws BundleError. */
+export function parseManifest(text: string, where: string): Manifest {
+  const again = 'export or upload the bundle again';
+  let raw: Json;
+  try {
+    raw = JSON.parse(text) as Json;
+  } catch (error) {
+    throw new VlmportError('BundleError', `${where}: not JSON: ${firstLine(error)}`, again);
+  }
+  const version = typeof raw === 'object' && raw !== null && 'version' in raw ? raw.version : null;
+  if (typeof version === 'number' && version > VERSION) {
+    const message = `${where}: manifest version ${version}; this @vlmport/web reads up to ${VERSION}`;
+    throw new VlmportError('BundleError', message, 'update @vlmport/web');
+  }
+  const problem = firstProblem(raw, schema, 'manifest');
+  if (problem !== null) throw new VlmportError('BundleError', `${where}: ${problem}`, again);
+  const manifest = raw as unknown as Manifest;
+  const problems = badReferences(manifest);
+  if (problems.length) {
+    throw new VlmportError('BundleError', `${where}: ${problems.join('; ')}`, again);
+  }
+  return manifest;
+}
+
+/** What a schema can't say: each named file is listed with all its chunks, each choice exists. */
+function badReferences(manifest: Manifest): string[] {
+  const problems: string[] = [];
+  for (const [component, forms] of Object.entries(manifest.components)) {
+    for (const name of Object.values(forms).flatMap(form => [form.model, ...form.data])) {
+      if (!(name in manifest.files)) problems.push(`${component}: ${name} is not in files`);
+    }
+  }
+  for (const [name, entry] of Object.entries(manifest.files)) {
+    const wanted = Math.ceil(entry.size / CHUNK_BYTES);
+    if (entry.chunks.length !== wanted) {
+      problems.push(`${name}: ${entry.chunks.length} chunk hashes, expected ${wanted}`);
+    }
+  }
+  for (const [device, choice] of Object.entries(manifest.auto)) {
+    for (const [component, precision] of Object.entries(choice)) {
+      const forms = manifest.components[component] ?? {};
+      if (!(precision in forms) && !(ANY in forms)) {
+        problems.push(`auto.${device}: no ${component} in ${precision}`);
+      }
+    }
+  }
+  return problems;
+}
+
+/**
+ * Component → precision for a request: 'auto', 'fp32', or 'vision=q4,decoder=fp32'.
+ *
+ * Throws BundleError for a precision that the bundle does not hold.
+ */
+export function choose(manifest: Manifest, precision: string, device: string): Choice {
+  const names = Object.keys(manifest.components);
+  const all = (value: string) => Object.fromEntries(names.map(name => [name, value]));
+  const standard = { ...all(ANY), ...(manifest.auto[device] ?? manifest.auto.cpu) };
+  const wanted: Choice =
+    precision === 'auto'
+      ? standard
+      : precision.includes('=')
+        ? { ...standard, ...parseMix(manifest, precision) }
+        : all(precision);
+  return Object.fromEntries(
+    names.map(name => [name, checkForm(manifest, name, wanted[name] ?? ANY)]),
+  );
+}
+
+function parseMix(manifest: Manifest, text: string): Choice {
+  const known = Object.keys(manifest.components);
+  const pairs = text.replaceAll(' ', '').split(',');
+  return Object.fromEntries(
+    pairs.map(pair => {
+      const [short = '', value = ''] = pair.split('=');
+      const name = SHORT_NAMES[short] ?? short;
+      if (known.includes(name)) return [name, value];
+      const message = `precision '${text}': no component '${name}'${didYouMean(name, known)}`;
+      throw new VlmportError('BundleError', message, `components: ${known.join(', ')}`);
+    }),
+  );
+}
+
+function checkForm(manifest: Manifest, name: string, precision: string): string {
+  const forms = manifest.components[name] ?? {};
+  if (precision in forms) return precision;
+  if (ANY in forms) return ANY;
+  const held = Object.keys(forms);
+  throw new VlmportError(
+    'BundleError',
+    `precision '${precision}' is not in this bundle (component ${name})${didYouMean(precision, held)}`,
+    `it holds ${held.join(', ')}; \`vlmport export --precision ${precision}\` adds it`,
+  );
+}
+
+/** The files of a component at the chosen precision. */
+export function variantOf(manifest: Manifest, choice: Choice, component: string): Variant {
+  const variant = manifest.components[component]?.[choice[component] ?? ANY];
+  if (variant === undefined) {
+    const message = `this bundle has no ${component}`;
+    throw new VlmportError('BundleError', message, 'export the bundle again');
+  }
+  return variant;
+}
+
+/** One name where all components share a precision, else 'component=precision,…'. */
+export function precisionName(choice: Choice): string {
+  const chosen = Object.entries(choice).filter(([, value]) => value !== ANY);
+  const values = new Set(chosen.map(([, value]) => value));
+  if (values.size === 1) return [...values][0] ?? ANY;
+  return chosen.map(([name, value]) => `${name}=${value}`).join(',');
+}
+
+/** The entry of a file. Throws BundleError where the manifest does not list it. */
+export function entryOf(manifest: Manifest, path: string): FileEntry {
+  const entry = manifest.files[path];
+  if (entry !== undefined) return entry;
+  throw new VlmportError('BundleError', `${path} is not in the bundle`, 'export the bundle again');
+}

@@ -1,0 +1,185 @@
+/**
+ * Chunks and manifests kept in Cache Storage between visits.
+ *
+ * A chunk lies under its own SHA-256, so that two bundles share what they have in common, and each
+ * is a whole synthetic response: `put` refuses partial ones.
+ */
+
+import { VlmportError, isAbort } from '../errors.js';
+import { CHUNK_BYTES, MANIFEST, type Manifest, parseManifest } from './manifest.js';
+
+const CACHE_NAME = 'vlmport-1';
+const CHUNKS = '/.vlmport/chunks/';
+const MODELS = '/.vlmport/models/';
+
+/** What a bundle's download keeps. */
+export interface Store {
+  /** Why chunks are not kept, in plain words; null while they are. */
+  readonly problem: string | null;
+  getChunk(hash: string): Promise<Uint8Array<ArrayBuffer> | null>;
+  putChunk(hash: string, bytes: Uint8Array<ArrayBuffer>): Promise<void>;
+  deleteChunk(hash: string): Promise<void>;
+  getManifest(base: URL): Promise<string | null>;
+  putManifest(base: URL, text: string): Promise<void>;
+}
+
+/** A model of which something is kept. */
+export interface CachedModel {
+  /** The bundle's address, with a slash at the end. */
+  readonly url: string;
+  readonly name: string;
+  /** Bytes that are kept. Chunks that two models share count for both. */
+  readonly bytes: number;
+}
+
+export async function openStore(): Promise<Store> {
+  const why = 'not kept for the next visit: ';
+  if (typeof caches === 'undefined') {
+    const reason = globalThis.isSecureContext
+      ? 'this browser has no Cache Storage'
+      : 'the page is not on https or localhost, so the browser offers no Cache Storage';
+    return new NoStore(why + reason);
+  }
+  try {
+    return new CacheStore(await caches.open(CACHE_NAME));
+  } catch {
+    return new NoStore(`${why}the browser refuses Cache Storage here (a private window?)`);
+  }
+}
+
+/** Keeps nothing. */
+export class NoStore implements Store {
+  constructor(readonly problem: string) {}
+  getChunk = () => Promise.resolve(null);
+  putChunk = () => Promise.resolve();
+  deleteChunk = () => Promise.resolve();
+  getManifest = () => Promise.resolve(null);
+  putManifest = () => Promise.resolve();
+}
+
+class CacheStore implements Store {
+  problem: string | null = null;
+
+  constructor(private readonly cache: Cache) {}
+
+  async getChunk(hash: string): Promise<Uint8Array<ArrayBuffer> | null> {
+    const response = await this.cache.match(chunkKey(hash));
+    return response ? new Uint8Array(await response.arrayBuffer()) : null;
+  }
+
+  async putChunk(hash: string, bytes: Uint8Array<ArrayBuffer>): Promise<void> {
+    const headers = { 'content-length': String(bytes.length) };
+    await this.put(chunkKey(hash), new Response(bytes, { headers }));
+  }
+
+  async deleteChunk(hash: string): Promise<void> {
+    await this.cache.delete(chunkKey(hash));
+  }
+
+  async getManifest(base: URL): Promise<string | null> {
+    const response = await this.cache.match(modelKey(base.href));
+    return response ? response.text() : null;
+  }
+
+  async putManifest(base: URL, text: string): Promise<void> {
+    await this.put(modelKey(base.href), new Response(text));
+  }
+
+  /** A full disk keeps nothing more, and is no reason to stop. */
+  private async put(key: string, response: Response): Promise<void> {
+    if (this.problem) return;
+    try {
+      await this.cache.put(key, response);
+    } catch (error) {
+      if (isAbort(error)) throw error;
+      this.problem = 'not kept for the next visit: the browser has no room left for this page';
+    }
+  }
+}
+
+const origin = () => globalThis.location.origin;
+const chunkKey = (hash: string) => origin() + CHUNKS + hash;
+const modelKey = (url: string) => origin() + MODELS + encodeURIComponent(url);
+
+/** The models of which something is kept in this browser for this page's origin. */
+export async function cachedModels(): Promise<CachedModel[]> {
+  const cache = await openCache();
+  if (cache === null) return [];
+  const kept = await keptHashes(cache);
+  return (await keptManifests(cache)).map(({ url, manifest }) => {
+    const sizes = chunkSizes(manifest);
+    const bytes = [...sizes].reduce((sum, [hash, size]) => sum + (kept.has(hash) ? size : 0), 0);
+    return { url, name: manifest.name, bytes };
+  });
+}
+
+/** Forget one model, or all. What another model shares with it stays. */
+export async function clearCache(url?: string): Promise<void> {
+  const cache = await openCache();
+  if (cache === null) return;
+  if (url === undefined) {
+    await caches.delete(CACHE_NAME);
+    return;
+  }
+  const gone = bundleAddress(url).href;
+  const others = (await keptManifests(cache)).filter(one => one.url !== gone);
+  const needed = new Set(others.flatMap(one => [...chunkSizes(one.manifest).keys()]));
+  await cache.delete(modelKey(gone));
+  for (const hash of await keptHashes(cache)) {
+    if (!needed.has(hash)) await cache.delete(chunkKey(hash));
+  }
+}
+
+async function openCache(): Promise<Cache | null> {
+  if (typeof caches === 'undefined' || !(await caches.has(CACHE_NAME))) return null;
+  return caches.open(CACHE_NAME);
+}
+
+async function keptHashes(cache: Cache): Promise<Set<string>> {
+  const paths = (await cache.keys()).map(request => new URL(request.url).pathname);
+  const chunks = paths.filter(path => path.startsWith(CHUNKS));
+  return new Set(chunks.map(path => path.slice(CHUNKS.length)));
+}
+
+async function keptManifests(cache: Cache): Promise<{ url: string; manifest: Manifest }[]> {
+  const found = [];
+  for (const request of await cache.keys()) {
+    const { pathname } = new URL(request.url);
+    if (!pathname.startsWith(MODELS)) continue;
+    const url = decodeURIComponent(pathname.slice(MODELS.length));
+    const text = await (await cache.match(request))?.text();
+    try {
+      found.push({ url, manifest: parseManifest(text ?? '', url + MANIFEST) });
+    } catch {
+      await cache.delete(request); // of a version that this program can't read
+    }
+  }
+  return found;
+}
+
+function chunkSizes(manifest: Manifest): Map<string, number> {
+  const sizes = new Map<string, number>();
+  for (const { size, chunks } of Object.values(manifest.files)) {
+    chunks.forEach((hash, i) => sizes.set(hash, Math.min(CHUNK_BYTES, size - i * CHUNK_BYTES)));
+  }
+  return sizes;
+}
+
+/** A bundle's address as a URL with a slash at the end; relative ones start at the page. */
+export function bundleAddress(url: string | URL): URL {
+  try {
+    const address = new URL(url, globalThis.document?.baseURI ?? globalThis.location.href);
+    address.search = address.hash = '';
+    if (address.pathname.endsWith(`/${MANIFEST}`)) {
+      address.pathname = address.pathname.slice(0, -MANIFEST.length);
+    }
+    if (!address.pathname.endsWith('/')) address.pathname += '/';
+    return address;
+  } catch {
+    throw new VlmportError(
+      'OptionError',
+      `'${url}' is not a URL`,
+      "for example './models/shapes/'",
+    );
+  }
+}

@@ -1,0 +1,83 @@
+/**
+ * Every error that a user can cause, with a code and a hint that says what to do next.
+ *
+ * The codes are the names of the Python package's error classes, and a few of the web's own.
+ */
+
+export type ErrorCode =
+  | 'BundleError' // a bundle that is missing, incomplete, corrupt or of a newer version
+  | 'DownloadError' // the network or the server failed, and trying again did not help
+  | 'ImageError' // a picture that can't be read
+  | 'PromptError' // messages, template and pictures that don't fit together
+  | 'TokenizerError' // tokenizer files missing or unreadable
+  | 'DeviceError' // a device that is not there, or that gives wrong numbers
+  | 'OptionError' // an option that is unknown or out of its range
+  | 'WorkerError'; // the worker could not start, or has ended
+
+/** An error as plain data, as it crosses the border of a worker. */
+export interface PlainError {
+  readonly code: ErrorCode;
+  readonly message: string;
+  readonly hint: string;
+}
+
+export class VlmportError extends Error {
+  override readonly name = 'VlmportError';
+
+  constructor(
+    readonly code: ErrorCode,
+    message: string,
+    readonly hint: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+  }
+
+  static from(plain: PlainError): VlmportError {
+    return new VlmportError(plain.code, plain.message, plain.hint);
+  }
+
+  toPlain(): PlainError {
+    return { code: this.code, message: this.message, hint: this.hint };
+  }
+}
+
+/** Any thrown value as an error of ours; what nobody foresaw gets `code` and asks for a report. */
+export function asVlmportError(error: unknown, code: ErrorCode): VlmportError {
+  if (error instanceof VlmportError) return error;
+  return new VlmportError(code, firstLine(error), 'please report this', { cause: error });
+}
+
+/** What a thrown value says, without its later lines. */
+export function firstLine(error: unknown): string {
+  const text = error instanceof Error ? error.message || error.name : String(error);
+  return (text.trim().split('\n')[0] ?? '').slice(0, 400);
+}
+
+export function isAbort(error: unknown): boolean {
+  return error instanceof DOMException && error.name === 'AbortError';
+}
+
+/** " (did you mean 'x'?)" for the nearest known name, else an empty string. */
+export function didYouMean(name: string, known: Iterable<string>): string {
+  let best = '';
+  let least = Math.floor(name.length * 0.4) + 1;
+  for (const candidate of known) {
+    const distance = editDistance(name.toLowerCase(), candidate.toLowerCase());
+    if (distance < least) [best, least] = [candidate, distance];
+  }
+  return best ? ` (did you mean '${best}'?)` : '';
+}
+
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const replaced = (row[j - 1] ?? 0) + (a[i - 1] === b[j - 1] ? 0 : 1);
+      next.push(Math.min(replaced, (row[j] ?? 0) + 1, (next[j - 1] ?? 0) + 1));
+    }
+    row = next;
+  }
+  return row[b.length] ?? 0;
+}

@@ -1,0 +1,80 @@
+/** The page's end of the line to the worker. */
+
+import { VlmportError } from './errors.js';
+import type { Reply, Request } from './protocol.js';
+
+type Started = Exclude<Request, { type: 'abort' }>;
+type Unnumbered<T> = T extends { readonly id: number } ? Omit<T, 'id'> : never;
+type Event = Exclude<Reply, { type: 'failed' | 'aborted' }>;
+
+interface Pending {
+  readonly onReply: (reply: Event) => void;
+  readonly fail: (error: unknown) => void;
+}
+
+export class Link {
+  private readonly worker: Worker;
+  private readonly pending = new Map<number, Pending>();
+  private next = 1;
+  private ended: VlmportError | null = null;
+
+  constructor() {
+    this.worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
+    this.worker.onmessage = ({ data }: MessageEvent<Reply>) => this.receive(data);
+    this.worker.onerror = event => {
+      const detail = event.message || 'its script did not load';
+      this.end(
+        new VlmportError('WorkerError', `the worker failed: ${detail}`, 'load the page again'),
+      );
+    };
+  }
+
+  /** Send a request; `onReply` hears all that comes for it, and says by `true` what is the last. */
+  request(
+    request: Unnumbered<Started>,
+    onReply: (reply: Event) => boolean,
+    { signal, transfer = [] }: { signal?: AbortSignal | undefined; transfer?: Transferable[] } = {},
+  ): Promise<void> {
+    return new Promise((resolve, reject) => {
+      signal?.throwIfAborted();
+      if (this.ended) throw this.ended;
+      const id = this.next++;
+      const abort = () => this.post({ type: 'abort', id });
+      const done = () => {
+        this.pending.delete(id);
+        signal?.removeEventListener('abort', abort);
+      };
+      this.pending.set(id, {
+        onReply: reply => {
+          if (onReply(reply)) (done(), resolve());
+        },
+        // An abort ends with the signal's own reason.
+        fail: error => (done(), reject(signal?.aborted ? signal.reason : error)),
+      });
+      signal?.addEventListener('abort', abort);
+      this.post({ ...request, id } as Started, transfer);
+    });
+  }
+
+  /** End the worker, and with it all that it holds. */
+  close(): void {
+    this.end(new VlmportError('WorkerError', 'this model was disposed', 'load it again'));
+  }
+
+  private post(request: Request, transfer: Transferable[] = []): void {
+    this.worker.postMessage(request, transfer);
+  }
+
+  private receive(reply: Reply): void {
+    const pending = this.pending.get(reply.id);
+    if (reply.type === 'failed') pending?.fail(VlmportError.from(reply.error));
+    else if (reply.type === 'aborted') pending?.fail(new DOMException('aborted', 'AbortError'));
+    else pending?.onReply(reply);
+  }
+
+  private end(error: VlmportError): void {
+    this.ended ??= error;
+    this.worker.terminate();
+    for (const { fail } of [...this.pending.values()]) fail(error);
+  }
+}

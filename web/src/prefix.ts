@@ -1,0 +1,69 @@
+/**
+ * The surface that distilvit2 documents for its captioner, over `VLM`.
+ *
+ * Options that are not there yet are refused, not ignored.
+ */
+
+import { VlmportError } from './errors.js';
+import type { PictureSource } from './picture.js';
+import { VLM, checkNames } from './vlm.js';
+
+const HUB_ID = /^[\w-][\w.-]*\/[\w-][\w.-]*$/;
+
+export interface LoadModelOptions {
+  onProgress?: (message: string, percent: number) => void;
+}
+
+export interface PrefixGenerateOptions {
+  maxLength?: number;
+  numBeams?: number;
+  temperature?: number;
+  doSample?: boolean;
+}
+
+export class PrefixConditioningVLM {
+  private vlm: VLM | null = null;
+
+  /** Load by Hub id ('owner/name'), or by the address of a bundle ('./models/x/', 'https://…'). */
+  async loadModel(modelId: string, options: LoadModelOptions = {}): Promise<void> {
+    checkNames(options, ['onProgress']);
+    const { onProgress } = options;
+    const url = HUB_ID.test(modelId) ? `https://huggingface.co/${modelId}/resolve/main/` : modelId;
+    const next = await VLM.load(url, {
+      onProgress: ({ phase, name, loadedBytes, totalBytes }) => {
+        const percent = totalBytes ? (100 * loadedBytes) / totalBytes : 0;
+        onProgress?.(`${phase} ${name}`, percent);
+      },
+    });
+    this.vlm?.dispose();
+    this.vlm = next;
+  }
+
+  async caption(image: PictureSource): Promise<string> {
+    return (await this.loaded().caption(image)).text;
+  }
+
+  /** Text for a picture, of which `RawImage` and all that `caption` takes are pixel values here. */
+  async generate(pixelValues: PictureSource, options: PrefixGenerateOptions = {}): Promise<string> {
+    checkNames(options, ['maxLength', 'numBeams', 'temperature', 'doSample']);
+    const { maxLength = 30, numBeams = 1, temperature = 1, doSample = false } = options;
+    if (numBeams !== 1) throw notYet(`numBeams=${numBeams}`, 'numBeams: 1');
+    if (temperature !== 1) throw notYet(`temperature=${temperature}`, 'temperature: 1');
+    if (doSample) throw notYet('doSample=true', 'doSample: false');
+    return (await this.loaded().caption(pixelValues, { maxNewTokens: maxLength })).text;
+  }
+
+  dispose(): void {
+    this.vlm?.dispose();
+    this.vlm = null;
+  }
+
+  private loaded(): VLM {
+    if (this.vlm !== null) return this.vlm;
+    throw new VlmportError('OptionError', 'no model is loaded', 'await loadModel(modelId) first');
+  }
+}
+
+function notYet(what: string, instead: string): VlmportError {
+  return new VlmportError('OptionError', `${what} is not there yet`, `${instead} works`);
+}

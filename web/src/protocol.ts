@@ -1,0 +1,85 @@
+/** What page and worker say to each other. */
+
+import type { PlainError } from './errors.js';
+
+export type Device = 'webgpu' | 'wasm';
+
+/** A picture on its way to the worker. */
+export type Picture =
+  | { readonly kind: 'blob'; readonly blob: Blob }
+  | { readonly kind: 'url'; readonly url: string }
+  | { readonly kind: 'bitmap'; readonly bitmap: ImageBitmap }
+  | {
+      readonly kind: 'pixels';
+      readonly width: number;
+      readonly height: number;
+      readonly channels: 1 | 3 | 4;
+      readonly data: Uint8Array<ArrayBuffer> | Uint8ClampedArray<ArrayBuffer>;
+    };
+
+export interface Progress {
+  /** What is being done: fetching files, opening a graph, trying the device. */
+  readonly phase: 'download' | 'open' | 'probe' | 'ready';
+  /** The file or graph at hand. */
+  readonly name: string;
+  readonly loadedBytes: number;
+  readonly totalBytes: number;
+}
+
+/** What came of loading a bundle. */
+export interface Info {
+  readonly name: string;
+  readonly device: Device;
+  readonly precision: string;
+  readonly threads: number;
+  /** Why this device and not another, in plain words; null where it is the one asked for. */
+  readonly reason: string | null;
+  /** What else a person may want to know: one thread only, nothing kept, … */
+  readonly notes: readonly string[];
+}
+
+export interface LoadOptions {
+  readonly url: string;
+  readonly device: 'auto' | Device;
+  readonly precision: string;
+  readonly threads: number | null;
+  readonly wasmPaths: string | null;
+}
+
+export interface CaptionOptions {
+  readonly maxNewTokens: number | null;
+}
+
+/** Generated text; `toString()` of what the page gets gives it. */
+export interface CaptionData {
+  readonly text: string;
+  /** As generated, the stop token included. */
+  readonly tokenIds: readonly number[];
+  readonly stopReason: 'stop' | 'length';
+  /** Seconds. `image` is reading and encoding. */
+  readonly timings: { readonly image: number; readonly prefill: number; readonly decode: number };
+  readonly counts: {
+    readonly promptTokens: number;
+    readonly imageTokens: number;
+    readonly newTokens: number;
+  };
+}
+
+export type Request =
+  | { readonly type: 'load'; readonly id: number; readonly options: LoadOptions }
+  | {
+      readonly type: 'caption';
+      readonly id: number;
+      readonly picture: Picture;
+      readonly options: CaptionOptions;
+    }
+  | { readonly type: 'abort'; readonly id: number };
+
+export type Reply =
+  | { readonly type: 'progress'; readonly id: number; readonly progress: Progress }
+  | { readonly type: 'loaded'; readonly id: number; readonly info: Info }
+  | { readonly type: 'changed'; readonly id: number; readonly info: Info } // another device now
+  | { readonly type: 'piece'; readonly id: number; readonly text: string }
+  | { readonly type: 'captioned'; readonly id: number; readonly caption: CaptionData }
+  | { readonly type: 'failed'; readonly id: number; readonly error: PlainError }
+  | { readonly type: 'aborted'; readonly id: number };

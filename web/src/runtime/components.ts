@@ -1,0 +1,310 @@
+/**
+ * The graphs of a bundle as functions (the twin of vlmport/runtime/components.py).
+ *
+ * What a graph is called with follows its own inputs. Whoever gets a tensor from here owns it.
+ */
+
+import type { BundleFiles } from '../bundle/download.js';
+import { type Choice, type Manifest, precisionName, variantOf } from '../bundle/manifest.js';
+import { VlmportError, firstLine } from '../errors.js';
+import type { Rgb } from './images.js';
+import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
+
+const IMAGE = 'image_processor';
+const VISION = 'vision_encoder';
+const EMBED = 'embed_tokens';
+const POSITIONS = 'position_ids';
+const DECODER = 'decoder_model_merged';
+const USED = [IMAGE, VISION, EMBED, DECODER];
+
+export type Feeds = Record<string, Tensor>;
+
+/** What the image processor makes of one picture. `dispose` frees the inputs. */
+export interface ProcessedImage {
+  readonly inputs: Feeds;
+  readonly promptIds: number[];
+}
+
+/** Rows of numbers, one after the other. */
+export interface Rows {
+  readonly count: number;
+  readonly width: number;
+  readonly data: Float32Array;
+}
+
+/** One cache tensor: its input, its output, and the sizes that never change. */
+export interface CachePort {
+  readonly past: string;
+  readonly present: string;
+  readonly heads: number;
+  readonly headDim: number;
+  readonly type: TensorType;
+}
+
+/** The decoder's session and what its inputs and outputs are. */
+export interface Decoder {
+  readonly session: Session;
+  readonly ports: readonly CachePort[];
+  readonly inputs: ReadonlySet<string>;
+  readonly positionsRank: number; // 2: [B, S]; 3: [3, B, S]
+}
+
+/** The files of the chosen graphs, the largest graph first: so that the peak of memory is small. */
+export function graphFiles(
+  manifest: Manifest,
+  choice: Choice,
+): { name: string; paths: string[] }[] {
+  const size = (paths: string[]) =>
+    paths.reduce((sum, path) => sum + (manifest.files[path]?.size ?? 0), 0);
+  return USED.map(name => {
+    const { model, data } = variantOf(manifest, choice, name);
+    return { name, paths: [model, ...data] };
+  }).sort((a, b) => size(b.paths) - size(a.paths));
+}
+
+export class Components {
+  readonly decoder: Decoder;
+
+  private constructor(
+    readonly runtime: Runtime,
+    readonly manifest: Manifest,
+    readonly choice: Choice,
+    private readonly sessions: ReadonlyMap<string, Session>,
+  ) {
+    this.decoder = decoderOf(this.session(DECODER), manifest);
+  }
+
+  /** Fetch and open the graphs, one after the other; a graph's bytes are let go before the next. */
+  static async open(
+    runtime: Runtime,
+    files: BundleFiles,
+    choice: Choice,
+    onOpen: (name: string) => void,
+  ): Promise<Components> {
+    const { manifest } = files;
+    if (POSITIONS in manifest.components) {
+      const message = `this bundle computes its positions by ${POSITIONS}.onnx`;
+      throw new VlmportError('BundleError', message, "this version of @vlmport/web can't run it");
+    }
+    const sessions = new Map<string, Session>();
+    try {
+      for (const { name, paths } of graphFiles(manifest, choice)) {
+        sessions.set(name, await openGraph(runtime, files, name, paths, onOpen));
+      }
+      return new Components(runtime, manifest, choice, sessions);
+    } catch (error) {
+      await releaseAll(sessions);
+      throw error;
+    }
+  }
+
+  get precision(): string {
+    return precisionName(this.choice);
+  }
+
+  dispose(): Promise<void> {
+    return releaseAll(this.sessions);
+  }
+
+  tensor(type: 'int64' | 'float32' | 'uint8', data: TensorData, dims: readonly number[]): Tensor {
+    return new this.runtime.ort.Tensor(type, data, dims);
+  }
+
+  /** Resize, normalise and lay out one picture. Throws ImageError where the graph refuses it. */
+  async processImage({ width, height, data }: Rgb): Promise<ProcessedImage> {
+    const image = this.tensor('uint8', data, [height, width, 3]);
+    try {
+      const { prompt_ids, ...inputs } = await this.session(IMAGE).run({ image });
+      const promptIds = integers(prompt_ids);
+      prompt_ids?.dispose();
+      return { inputs, promptIds };
+    } catch (error) {
+      const message = `a picture of ${width}x${height} pixels can't be processed: ${firstLine(error)}`;
+      throw new VlmportError('ImageError', message, 'is it extremely narrow?');
+    } finally {
+      image.dispose();
+    }
+  }
+
+  /** Image features [T, D] of the processor's output, which is disposed. */
+  async encodeImage({ inputs }: ProcessedImage): Promise<Rows> {
+    try {
+      const session = this.session(VISION);
+      const missing = session.inputNames.find(name => !(name in inputs));
+      if (missing !== undefined) {
+        const message = `${VISION}: input '${missing}' is not made by the image processor`;
+        throw new VlmportError('BundleError', message, 'export the bundle again');
+      }
+      const feeds = Object.fromEntries(session.inputNames.map(name => [name, inputs[name]!]));
+      return await rowsOf((await this.run(VISION, feeds)).image_features);
+    } finally {
+      Object.values(inputs).forEach(tensor => tensor.dispose());
+    }
+  }
+
+  /** Rows of the embedding table: a tensor [1, S, D], on the device. */
+  async embed(ids: readonly number[]): Promise<Tensor> {
+    const input_ids = this.tensor('int64', BigInt64Array.from(ids, BigInt), [1, ids.length]);
+    try {
+      const { inputs_embeds } = await this.run(EMBED, { input_ids });
+      if (inputs_embeds !== undefined) return inputs_embeds;
+    } finally {
+      input_ids.dispose();
+    }
+    throw new VlmportError('BundleError', `${EMBED}: no inputs_embeds`, 'export the bundle again');
+  }
+
+  /** A prompt's embeddings [1, S, D] with features, in order, over its image tokens' rows. */
+  async embedPrompt(ids: readonly number[], features: readonly Rows[]): Promise<Tensor> {
+    const embeds = await rowsOf(await this.embed(ids));
+    const merged = mergeImageFeatures(embeds, ids, features, this.manifest.prompt.image_token_id);
+    return this.tensor('float32', merged, [1, embeds.count, embeds.width]);
+  }
+
+  /** Run the decoder. The caller owns what it gets, and what it gave. */
+  async decode(feeds: Feeds, fetches?: Record<string, Tensor | null>): Promise<Feeds> {
+    return this.run(DECODER, feeds, fetches);
+  }
+
+  private async run(
+    name: string,
+    feeds: Feeds,
+    fetches?: Record<string, Tensor | null>,
+  ): Promise<Feeds> {
+    const session = this.session(name);
+    try {
+      return await (fetches ? session.run(feeds, fetches) : session.run(feeds));
+    } catch (error) {
+      const { device } = this.runtime;
+      const message = `${name} can't run on ${device}: ${firstLine(error)}`;
+      throw new VlmportError('DeviceError', message, 'another device or precision may work');
+    }
+  }
+
+  private session(name: string): Session {
+    const session = this.sessions.get(name);
+    if (session) return session;
+    throw new VlmportError('BundleError', `this bundle has no ${name}`, 'export the bundle again');
+  }
+}
+
+async function openGraph(
+  runtime: Runtime,
+  files: BundleFiles,
+  name: string,
+  paths: readonly string[],
+  onOpen: (name: string) => void,
+): Promise<Session> {
+  const [model = '', ...data] = paths;
+  const external = [];
+  for (const path of data) {
+    external.push({ path: path.slice(path.lastIndexOf('/') + 1), data: await files.read(path) });
+  }
+  const bytes = await files.read(model);
+  onOpen(name);
+  // The processor's exact integers belong on the host; embeddings go from step to step on the GPU.
+  return runtime.open(name, bytes, external, {
+    onHost: name === IMAGE,
+    onGpu: name === EMBED ? ['inputs_embeds'] : [],
+  });
+}
+
+async function releaseAll(sessions: ReadonlyMap<string, Session>): Promise<void> {
+  for (const session of sessions.values()) await session.release();
+}
+
+/**
+ * Embeddings with features, in order, over the rows where the id is the image token's.
+ *
+ * Throws PromptError unless there are exactly as many of one as of the other.
+ */
+export function mergeImageFeatures(
+  embeds: Rows,
+  ids: readonly number[],
+  features: readonly Rows[],
+  imageTokenId: number,
+): Float32Array {
+  const places = ids.flatMap((id, row) => (id === imageTokenId ? [row] : []));
+  const rows = features.flatMap(({ count, width, data }) =>
+    Array.from({ length: count }, (_, i) => data.subarray(i * width, (i + 1) * width)),
+  );
+  if (places.length !== rows.length) {
+    const message = `${places.length} image tokens in the prompt, ${rows.length} features`;
+    throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+  }
+  const merged = Float32Array.from(embeds.data);
+  rows.forEach((row, i) => {
+    if (row.length !== embeds.width) {
+      const message = `features are ${row.length} wide, embeddings ${embeds.width}`;
+      throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+    }
+    merged.set(row, places[i]! * embeds.width);
+  });
+  return merged;
+}
+
+/** Pair cache inputs and outputs by name. Throws BundleError where one has no partner. */
+function decoderOf(session: Session, manifest: Manifest): Decoder {
+  const again = 'export the bundle again';
+  const { past, present } = manifest.cache;
+  const outputs = new Set(session.outputNames);
+  const ports = session.inputMetadata.flatMap((input): CachePort[] => {
+    if (!input.name.startsWith(past)) return [];
+    const partner = present + input.name.slice(past.length);
+    const [heads, headDim] = input.isTensor ? [input.shape[1], input.shape[3]] : [];
+    if (!outputs.has(partner) || !input.isTensor || !isSize(heads) || !isSize(headDim)) {
+      const message = `${DECODER}: ${input.name} has no partner, or no fixed sizes`;
+      throw new VlmportError('BundleError', message, again);
+    }
+    return [{ past: input.name, present: partner, heads, headDim, type: input.type }];
+  });
+  const inputs = new Set(session.inputNames);
+  if (!ports.length || !outputs.has('logits') || !inputs.has('inputs_embeds')) {
+    throw new VlmportError('BundleError', `${DECODER}: no cache, logits or inputs_embeds`, again);
+  }
+  const positions = session.inputMetadata.find(one => one.name === 'position_ids');
+  return {
+    session,
+    ports,
+    inputs,
+    positionsRank: positions?.isTensor ? positions.shape.length : 2,
+  };
+}
+
+const isSize = (size: unknown): size is number => typeof size === 'number' && size > 0;
+
+function integers(tensor: Tensor | undefined): number[] {
+  const data = tensor?.data;
+  if (data instanceof BigInt64Array) return Array.from(data, Number);
+  throw new VlmportError('BundleError', `${IMAGE}: no prompt_ids`, 'export the bundle again');
+}
+
+/** Read a float tensor [..., D] as rows, and dispose it. */
+export async function rowsOf(tensor: Tensor | undefined): Promise<Rows> {
+  if (tensor === undefined) {
+    throw new VlmportError('BundleError', 'a graph lacks an output', 'export the bundle again');
+  }
+  const width = tensor.dims.at(-1) ?? 1;
+  try {
+    const data = asFloat32(await tensor.getData());
+    return { count: data.length / width, width, data };
+  } finally {
+    tensor.dispose();
+  }
+}
+
+/** Float32, copied out; 16-bit floats come as Float16Array, or as their bits where there is none. */
+function asFloat32(data: TensorData): Float32Array {
+  if (data instanceof Float32Array) return data;
+  if (data instanceof Uint16Array) return Float32Array.from(data, halfToNumber);
+  return Float32Array.from(data as unknown as Iterable<number>);
+}
+
+export function halfToNumber(bits: number): number {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  if (exponent === 0) return sign * fraction * 2 ** -24;
+  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+}

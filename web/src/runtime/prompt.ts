@@ -1,0 +1,109 @@
+/** Messages to token ids: the chat template, the tokenizer, and pictures spliced in. */
+
+import { Template } from '@huggingface/jinja';
+import { Tokenizer } from '@huggingface/tokenizers';
+import type { BundleFiles } from '../bundle/download.js';
+import type { Manifest, Message } from '../bundle/manifest.js';
+import { VlmportError, firstLine } from '../errors.js';
+
+const TOKENIZER = 'tokenizer.json';
+const CONFIG = 'tokenizer_config.json';
+const TEMPLATE = 'chat_template.jinja';
+const SPECIAL_TOKENS = [
+  'bos_token',
+  'eos_token',
+  'unk_token',
+  'sep_token',
+  'pad_token',
+  'cls_token',
+];
+
+interface TokenizerConfig {
+  readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[];
+  readonly [name: string]: unknown;
+}
+
+/** The files that a Prompter reads. */
+export function promptFiles(manifest: Manifest): string[] {
+  return [TOKENIZER, CONFIG, TEMPLATE].filter(name => name in manifest.files);
+}
+
+export class Prompter {
+  private constructor(
+    private readonly spec: Manifest['prompt'],
+    readonly tokenizer: Tokenizer,
+    private readonly special: Readonly<Record<string, string>>,
+    private readonly template: string | undefined,
+  ) {}
+
+  /** Throws TokenizerError for a tokenizer that is missing or unreadable. */
+  static async open(files: BundleFiles): Promise<Prompter> {
+    const texts: Record<string, string> = {};
+    for (const name of promptFiles(files.manifest)) texts[name] = await files.text(name);
+    try {
+      const config = JSON.parse(texts[CONFIG] ?? '{}') as TokenizerConfig;
+      const tokenizer = new Tokenizer(JSON.parse(texts[TOKENIZER] ?? '') as object, config);
+      const template = templateOf(config) ?? texts[TEMPLATE];
+      return new Prompter(files.manifest.prompt, tokenizer, specialTokens(config), template);
+    } catch (error) {
+      const message = `the tokenizer can't be read: ${firstLine(error)}`;
+      throw new VlmportError('TokenizerError', message, 'export the bundle again');
+    }
+  }
+
+  /** The prompt as text. Throws PromptError where the template refuses the messages. */
+  render(messages: readonly Message[]): string {
+    if (this.template === undefined) {
+      const message = 'this bundle has no chat template';
+      throw new VlmportError('PromptError', message, 'export the bundle again');
+    }
+    try {
+      const given = { messages, add_generation_prompt: true, ...this.special };
+      return new Template(this.template).render(given);
+    } catch (error) {
+      const message = `the chat template refuses these messages: ${firstLine(error)}`;
+      const hint = 'roles and content must be as this model expects them';
+      throw new VlmportError('PromptError', message, hint);
+    }
+  }
+
+  /** Token ids of a rendered prompt: nothing is added to it. */
+  encode(text: string): number[] {
+    return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
+  }
+
+  /**
+   * Replace the n-th placeholder by the n-th picture's ids.
+   *
+   * Throws PromptError unless there are as many placeholders as pictures.
+   */
+  splice(ids: readonly number[], images: readonly (readonly number[])[]): number[] {
+    const placeholder = this.spec.placeholder_token_id;
+    const places = ids.filter(id => id === placeholder).length;
+    if (places !== images.length) {
+      const message = `${images.length} pictures for ${places} placeholders '${this.spec.image_placeholder}' in the prompt`;
+      throw new VlmportError('PromptError', message, 'one picture for each image part');
+    }
+    let next = 0;
+    return ids.flatMap(id => (id === placeholder ? (images[next++] ?? []) : [id]));
+  }
+}
+
+function templateOf(config: TokenizerConfig): string | undefined {
+  const template = config.chat_template;
+  if (template === undefined || typeof template === 'string') return template;
+  return template.find(one => one.name === 'default')?.template;
+}
+
+/** Special tokens' texts: tokenizer_config.json has them plain or as objects. */
+function specialTokens(config: TokenizerConfig): Record<string, string> {
+  const found: Record<string, string> = {};
+  for (const name of SPECIAL_TOKENS) {
+    const token = config[name];
+    if (typeof token === 'string') found[name] = token;
+    else if (typeof token === 'object' && token !== null && 'content' in token) {
+      found[name] = String(token.content);
+    }
+  }
+  return found;
+}

@@ -1,0 +1,52 @@
+/**
+ * Tokens to text, piece by piece, never half a character (the twin of vlmport/runtime/text.py).
+ *
+ * A piece is the difference between two decodes of a short window of tokens that begins at a clean
+ * boundary: so leading spaces that a decoder strips at the start of a text are stripped once.
+ */
+
+const REPLACEMENT = '\ufffd';
+const BYTE_TOKEN = /^<0x[0-9A-Fa-f]{2}>$/; // byte fallback: a token for one byte
+
+/** What of a tokenizer is needed here. */
+export interface Decoder {
+  decode(tokens: number[], options: { skip_special_tokens: boolean }): string;
+  id_to_token(id: number): string | undefined;
+}
+
+export class TextStream {
+  readonly tokens: number[] = [];
+  private start = 0; // the window begins here
+  private read = 0; // tokens before this have been given out
+  private inBytes = false; // the last tokens are bytes, perhaps of one run
+
+  constructor(private readonly tokenizer: Decoder) {}
+
+  /** The text that is certain with this token; '' while a character is incomplete. */
+  push(token: number): string {
+    this.tokens.push(token);
+    const isByte = BYTE_TOKEN.test(this.tokenizer.id_to_token(token) ?? '');
+    this.inBytes = isByte || (this.inBytes && this.decode([token]) === '');
+    if (this.inBytes) return '';
+    const [given, text] = this.window();
+    if (text.length <= given.length || text.endsWith(REPLACEMENT)) return '';
+    [this.start, this.read] = [this.read, this.tokens.length];
+    return text.slice(given.length);
+  }
+
+  /** The rest, with incomplete characters as the decoder writes them. */
+  finish(): string {
+    const [given, text] = this.window();
+    this.start = this.read = this.tokens.length;
+    return text.slice(given.length);
+  }
+
+  private window(): [string, string] {
+    const given = this.tokens.slice(this.start, this.read);
+    return [this.decode(given), this.decode(this.tokens.slice(this.start))];
+  }
+
+  private decode(tokens: number[]): string {
+    return tokens.length ? this.tokenizer.decode(tokens, { skip_special_tokens: true }) : '';
+  }
+}

@@ -1,0 +1,78 @@
+/** The worker: everything heavy happens here, one request after the other. */
+
+import { VlmportError, asVlmportError, isAbort } from './errors.js';
+import type { Reply, Request } from './protocol.js';
+import { Engine } from './runtime/engine.js';
+
+/** What of a worker's global scope is used here. */
+interface Scope {
+  onmessage: ((event: MessageEvent<Request>) => void) | null;
+  postMessage(message: Reply): void;
+}
+
+const scope = globalThis as unknown as Scope;
+const running = new Map<number, AbortController>();
+let engine: Engine | null = null;
+let last: Promise<void> = Promise.resolve();
+
+scope.onmessage = ({ data: request }) => {
+  if (request.type === 'abort') {
+    running.get(request.id)?.abort();
+    return;
+  }
+  const controller = new AbortController();
+  running.set(request.id, controller);
+  last = last.then(() => answer(request, controller.signal));
+};
+
+async function answer(request: Exclude<Request, { type: 'abort' }>, signal: AbortSignal) {
+  const { id } = request;
+  try {
+    signal.throwIfAborted();
+    scope.postMessage(await perform(request, signal));
+  } catch (error) {
+    if (signal.aborted || isAbort(error)) scope.postMessage({ type: 'aborted', id });
+    else {
+      const code = request.type === 'load' ? 'DeviceError' : 'WorkerError';
+      scope.postMessage({ type: 'failed', id, error: asVlmportError(error, code).toPlain() });
+    }
+  } finally {
+    running.delete(id);
+  }
+}
+
+async function perform(
+  request: Exclude<Request, { type: 'abort' }>,
+  signal: AbortSignal,
+): Promise<Reply> {
+  const { id } = request;
+  if (request.type === 'load') {
+    const onProgress = throttled(progress => scope.postMessage({ type: 'progress', id, progress }));
+    engine = await Engine.open(request.options, onProgress, signal);
+    return { type: 'loaded', id, info: engine.info };
+  }
+  if (engine === null) {
+    throw new VlmportError('WorkerError', 'no bundle is loaded', 'VLM.load(…) comes first');
+  }
+  const hear = {
+    onPiece: (text: string) => scope.postMessage({ type: 'piece', id, text }),
+    onChange: (info: Engine['info']) => scope.postMessage({ type: 'changed', id, info }),
+  };
+  const caption = await engine.caption(request.picture, request.options, hear, signal);
+  return { type: 'captioned', id, caption };
+}
+
+type Tell = Parameters<typeof Engine.open>[1];
+
+/** Not every few kilobytes: at most every 50 ms, and whenever something new begins. */
+function throttled(tell: Tell): Tell {
+  let then = -Infinity;
+  let before = '';
+  return progress => {
+    const now = performance.now();
+    const complete = progress.loadedBytes === progress.totalBytes;
+    if (now - then < 50 && progress.phase === before && !complete) return;
+    [then, before] = [now, progress.phase];
+    tell(progress);
+  };
+}
