@@ -33,6 +33,8 @@ export class TestServer {
   ranges = true;
   /** Called for each request of a file. */
   fault: (asked: Asked) => Fault | null = () => null;
+  /** Put before the worker's own script: how a test spoils what a worker finds there. */
+  workerPrelude = '';
   /** All requests, in order. */
   readonly asked: Asked[] = [];
 
@@ -86,6 +88,10 @@ export class TestServer {
       response.writeHead(fault.status).end();
       return;
     }
+    if (this.workerPrelude && /\/worker-[^/]*\.js$/.test(path)) {
+      response.end(`${this.workerPrelude};\n${readFileSync(file, 'utf8')}`);
+      return;
+    }
     this.send(file, asked.range, fault, response);
   }
 
@@ -108,7 +114,8 @@ export class TestServer {
     }
     const body = Buffer.from(readFileSync(file).subarray(start, end + 1));
     if ('cutAfter' in fault) {
-      response.write(body.subarray(0, fault.cutAfter), () => response.destroy());
+      response.write(body.subarray(0, fault.cutAfter));
+      setTimeout(() => response.destroy(), 200); // what was written arrives
     } else if ('hangAfter' in fault) {
       response.write(body.subarray(0, fault.hangAfter));
     } else if ('flipByte' in fault) {

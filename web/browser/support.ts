@@ -15,8 +15,8 @@ export interface Expected {
   readonly captions: Readonly<
     Record<string, Readonly<Record<string, { tokens: number[]; text: string }>>>
   >;
-  /** Picture → SHA-256 of its RGB pixels. */
-  readonly pixels: Readonly<Record<string, string>>;
+  /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
+  readonly pixels: Readonly<Record<string, { width: number; height: number; sha256: string }>>;
 }
 
 function setting(name: string): string {
@@ -27,7 +27,8 @@ function setting(name: string): string {
 
 export const folders = {
   bundle: () => setting('VLMPORT_WEB_BUNDLE'),
-  pictures: () => setting('VLMPORT_WEB_PICTURES'),
+  pictures: () => setting('VLMPORT_WEB_PICTURES'), // the examples
+  kinds: () => setting('VLMPORT_WEB_KINDS'), // small ones of all kinds
   page: here('built'),
 };
 
@@ -39,6 +40,7 @@ export function startServer(extra: Readonly<Record<string, string>> = {}, port =
     '/': folders.page,
     '/bundle/': folders.bundle(),
     '/pictures/': folders.pictures(),
+    '/kinds/': folders.kinds(),
     ...extra,
   };
   return TestServer.start(roots, port);

@@ -1,0 +1,153 @@
+"""The browser runtime: its own tests, and the same tokens as Python's in Chromium.
+
+Node runs them (web/browser/*.test.ts); here they get a bundle, what Python made of it, and
+Chromium. No network is used but for installing what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.web.pictures import write_pictures
+from vlmport.builtin import builtin_models
+from vlmport.bundle import SUFFIXES, Bundle
+from vlmport.demo import make_server
+from vlmport.export import export
+from vlmport.graph.precision import PRECISIONS
+from vlmport.runtime.images import open_image
+from vlmport.runtime.model import VLM
+
+ROOT = Path(__file__).parents[2]
+WEB = ROOT / "web"
+EXAMPLES = ROOT / "examples"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+BROWSER_TESTS = sorted(path.name for path in (WEB / "browser").glob("*.test.ts"))
+
+
+def missing(what: str) -> None:
+    """A loud skip at home, a failure where everything has to be there."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(f"the web runtime is NOT TESTED: {what}")
+
+
+def run(*command: str | Path, environment: Mapping[str, str] | None = None) -> None:
+    """Run in web/; a failure shows all that was said."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=WEB,
+        env={**os.environ, "ONNXRUNTIME_NODE_INSTALL": "skip", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))}:\n{done.stdout}\n{done.stderr}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """npx, after `npm ci` where package-lock.json is newer than what it installed."""
+    npm, npx = shutil.which("npm"), shutil.which("npx")
+    if npm is None or npx is None:
+        missing("npm is not on PATH: install Node.js 20 or newer (nodejs.org)")
+    installed, lock = WEB / "node_modules/.package-lock.json", WEB / "package-lock.json"
+    if not installed.is_file() or installed.stat().st_mtime < lock.stat().st_mtime:
+        run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
+        installed.touch()
+    return npx
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A Chromium; Debian's is installed where that is allowed."""
+    for name in ("CHROMIUM", *CHROMIUM):
+        found = os.environ.get(name) if name == "CHROMIUM" else shutil.which(name)
+        if found:
+            return found
+    apt = shutil.which("apt-get")
+    if apt and os.geteuid() == 0:
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.run([apt, "-qq", *command], env=quiet, capture_output=True, timeout=900)
+        if found := shutil.which("chromium"):
+            return found
+    missing("no Chromium: `apt-get install chromium`, or set CHROMIUM to its path")
+    raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The built-in captioner in every precision that there is."""
+    precisions = [name for name in SUFFIXES if name in PRECISIONS]
+    folder = tmp_path_factory.mktemp("web") / "shapes"
+    return export(builtin_models()["shapes"], folder, precisions=precisions, name="shapes")
+
+
+def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
+    """What Python's runtime gives, as web/browser/support.ts reads it."""
+    captions: dict[str, dict[str, Any]] = {path.name: {} for path in sorted(EXAMPLES.glob("*.png"))}
+    for precision in bundle.manifest.precisions:
+        with VLM.open(bundle, precision=precision) as vlm:
+            for name, found in captions.items():
+                caption = vlm.caption(EXAMPLES / name)
+                found[precision] = {"tokens": caption.token_ids, "text": caption.text}
+    pixels = {}
+    for path in kinds:
+        rgb = open_image(path)
+        height, width, _ = rgb.shape
+        digest = hashlib.sha256(rgb.tobytes()).hexdigest()
+        pixels[path.name] = {"width": width, "height": height, "sha256": digest}
+    return {"precisions": bundle.manifest.precisions, "captions": captions, "pixels": pixels}
+
+
+@pytest.fixture(scope="session")
+def environment(
+    node: str, chromium: str, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """Both pages built, `vlmport demo` running, and where everything is."""
+    run(node, "tsc", "--project", "tsconfig.build.json")
+    run(node, "vite", "build", "--mode", "test")
+    run(node, "vite", "build")
+    folder = tmp_path_factory.mktemp("expected")
+    kinds = write_pictures(folder / "kinds")
+    (folder / "expected.json").write_text(json.dumps(expectations(bundle, kinds)))
+    server = make_server(bundle, 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield {
+        "CHROMIUM": chromium,
+        "VLMPORT_WEB_BUNDLE": str(bundle.folder),
+        "VLMPORT_WEB_PICTURES": str(EXAMPLES),
+        "VLMPORT_WEB_KINDS": str(folder / "kinds"),
+        "VLMPORT_WEB_EXPECTED": str(folder / "expected.json"),
+        "VLMPORT_WEB_DEMO": server.url,
+    }
+    server.shutdown()
+    thread.join()
+    server.close()
+
+
+def test_the_code_is_formatted_and_typed(node: str) -> None:
+    run(node, "prettier", "--check", ".")
+    run(node, "tsc", "--project", "tsconfig.build.json", "--noEmit")
+    run(node, "tsc")
+
+
+def test_the_parts_without_a_browser(node: str) -> None:
+    run(node, "vitest", "run", "--project", "unit")
+
+
+@pytest.mark.parametrize("name", BROWSER_TESTS)
+def test_in_chromium(name: str, node: str, environment: dict[str, str]) -> None:
+    run(node, "vitest", "run", "--project", "browser", f"browser/{name}", environment=environment)

@@ -1,0 +1,138 @@
+/** What a program that uses the package relies on. */
+
+import type { Browser, Page } from 'playwright-core';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import type * as Vlmport from '../src/index.js';
+import type { TestServer } from './server.js';
+import { expected, launch, openPage, refusal, startServer } from './support.js';
+
+interface Page_ {
+  readonly vlmport: typeof Vlmport;
+}
+
+const { captions } = expected();
+const picture = Object.keys(captions)[0]!;
+const url = `/pictures/${picture}`;
+const { tokens, text } = captions[picture]!.fp32!;
+
+let server: TestServer;
+let browser: Browser;
+let page: Page;
+beforeAll(async () => {
+  server = await startServer();
+  browser = await launch();
+  page = await openPage(browser, server.url);
+});
+afterAll(async () => {
+  await browser.close();
+  await server.stop();
+});
+
+test('maxNewTokens, counts and stop reason', async () => {
+  const caption = await page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
+    const { tokenIds, stopReason, counts, timings } = await vlm.caption(url, { maxNewTokens: 2 });
+    vlm.dispose();
+    return { tokenIds, stopReason, counts, timings };
+  }, url);
+  expect(caption.tokenIds).toEqual(tokens.slice(0, 2));
+  expect(caption.stopReason).toBe('length');
+  expect(caption.counts).toMatchObject({ newTokens: 2 });
+  expect(caption.counts.promptTokens).toBeGreaterThanOrEqual(caption.counts.imageTokens);
+  expect(caption.timings.image).toBeGreaterThan(0);
+});
+
+test('captions asked for together come one after the other, and one may be given up', async () => {
+  const found = await page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
+    const controller = new AbortController();
+    const { signal } = controller;
+    const three = [vlm.caption(url), vlm.caption(url, { signal }), vlm.caption(url)];
+    controller.abort(new Error('not wanted any more'));
+    const settled = await Promise.allSettled(three);
+    for await (const _ of vlm.stream(url)) break; // leaving the loop ends the generation
+    const after = await vlm.caption(url);
+    vlm.dispose();
+    const told = settled.map(one =>
+      one.status === 'fulfilled' ? String(one.value) : String((one.reason as Error).message),
+    );
+    return [...told, after.text];
+  }, url);
+  expect(found).toEqual([text, 'not wanted any more', text, text]);
+});
+
+test('an abort in the middle of a text ends it with the reason of the signal', async () => {
+  const found = await page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
+    const controller = new AbortController();
+    const { signal } = controller;
+    let pieces = 0;
+    try {
+      for await (const _ of vlm.stream(url, { signal })) if (++pieces === 1) controller.abort();
+    } catch (error) {
+      return [(error as Error).name, error === signal.reason];
+    } finally {
+      vlm.dispose();
+    }
+    return ['ended'];
+  }, url);
+  expect(found).toEqual(['AbortError', true]);
+});
+
+test('after dispose nothing works any more, and says so', async () => {
+  const codes = await page.evaluate(async url => {
+    const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
+    const running = vlm.caption(url);
+    vlm.dispose();
+    const settled = await Promise.allSettled([running, vlm.caption(url)]);
+    return settled.map(one =>
+      one.status === 'rejected' && one.reason instanceof VlmportError ? one.reason.code : 'none',
+    );
+  }, url);
+  expect(codes).toEqual(['WorkerError', 'WorkerError']);
+});
+
+test('unknown options and values are refused, with the nearest known', async () => {
+  const load = (options: object) => refusal(page, { options });
+  expect(await load({ devise: 'wasm' })).toMatchObject({
+    code: 'OptionError',
+    message: "unknown option 'devise' (did you mean 'device'?)",
+  });
+  expect(await load({ device: 'gpu' })).toMatchObject({ message: "device 'gpu' is unknown" });
+  expect(await load({ threads: 0 })).toMatchObject({ code: 'OptionError' });
+  expect(await load({ precision: 'q3', device: 'wasm' })).toMatchObject({
+    code: 'BundleError',
+    message: /precision 'q3' is not in this bundle/,
+  });
+});
+
+test('PrefixConditioningVLM is a face of the same, and refuses what is not there yet', async () => {
+  const found = await page.evaluate(async url => {
+    const { PrefixConditioningVLM } = (globalThis as unknown as Page_).vlmport;
+    const model = new PrefixConditioningVLM();
+    const said: string[] = [];
+    const attempt = async (work: Promise<string>) => said.push(await work.catch(e => e.message));
+    await attempt(model.caption(url));
+    const percents: number[] = [];
+    await model.loadModel('./bundle/', { onProgress: (_, percent) => percents.push(percent) });
+    await attempt(model.caption(url));
+    await attempt(model.generate(url, { maxLength: 30, numBeams: 1, doSample: false }));
+    await attempt(model.generate(url, { numBeams: 3 }));
+    await attempt(model.generate(url, { doSample: true }));
+    await attempt(model.generate(url, { temperature: 0.5 }));
+    model.dispose();
+    return { said, last: percents.at(-1) };
+  }, url);
+  expect(found.last).toBe(100);
+  expect(found.said[0]).toBe('no model is loaded');
+  expect(found.said.slice(3)).toEqual([
+    'numBeams=3 is not there yet',
+    'doSample=true is not there yet',
+    'temperature=0.5 is not there yet',
+  ]);
+  expect(found.said[1]).toBe(found.said[2]);
+});

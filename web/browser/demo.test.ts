@@ -1,0 +1,78 @@
+/** The demo page, and a second visit to it without a server. */
+
+import { fileURLToPath } from 'node:url';
+import type { Browser, Page } from 'playwright-core';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import { expected, folders, launch } from './support.js';
+import { TestServer } from './server.js';
+
+const { captions } = expected();
+const BUILT = fileURLToPath(new URL('../../src/vlmport/web_page', import.meta.url));
+const SAMPLE = 'red_square.png';
+
+let browser: Browser;
+beforeAll(async () => {
+  browser = await launch();
+});
+afterAll(() => browser.close());
+
+async function captionSample(page: Page): Promise<string> {
+  await page.waitForSelector('#facts:not([hidden])');
+  await page.click('#samples button');
+  await page.waitForFunction(() =>
+    /\d/.test(document.getElementById('fact-speed')?.textContent ?? ''),
+  );
+  return (await page.textContent('#caption')) ?? '';
+}
+
+test('a visit, and a second one with the server stopped and the page loaded again', async () => {
+  const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
+  const page = await (await browser.newContext()).newPage();
+  await page.goto(`${server.url}?precision=fp32`);
+  const first = await captionSample(page);
+  expect(first).toBe(captions[SAMPLE]!.fp32!.text);
+  await page.evaluate(() => navigator.serviceWorker.ready);
+  await page.waitForFunction(() => navigator.serviceWorker.controller !== null);
+  await server.stop();
+  await page.reload();
+  expect(await captionSample(page)).toBe(first);
+  expect(await page.evaluate(() => crossOriginIsolated)).toBe(true);
+  await page.context().close();
+});
+
+test.runIf(process.env.VLMPORT_WEB_DEMO)('`vlmport demo` serves it', async () => {
+  const page = await (await browser.newContext()).newPage();
+  const errors: string[] = [];
+  page.on('pageerror', error => errors.push(error.message));
+  page.on('console', message => message.type() === 'error' && errors.push(message.text()));
+  await page.goto(`${process.env.VLMPORT_WEB_DEMO}?precision=fp32`);
+  expect(await captionSample(page)).toBe(captions[SAMPLE]!.fp32!.text);
+  expect(await page.evaluate(() => crossOriginIsolated)).toBe(true);
+  expect(await page.textContent('#fact-device')).toMatch(/^WebAssembly/);
+  expect(errors).toEqual([]);
+  await page.context().close();
+});
+
+test.each([
+  ['desktop', 1280, 800],
+  ['phone', 360, 740],
+])('nothing is wider than the page: %s', async (_, width, height) => {
+  const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
+  const page = await (await browser.newContext({ viewport: { width, height } })).newPage();
+  await page.goto(server.url);
+  await captionSample(page);
+  expect(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth)).toBe(true);
+  await page.context().close();
+  await server.stop();
+});
+
+test('what goes wrong is said, with a hint', async () => {
+  const server = await TestServer.start({ '/': BUILT });
+  const page = await (await browser.newContext()).newPage();
+  await page.goto(`${server.url}?model=/elsewhere/`);
+  await page.waitForSelector('#error:not([hidden])');
+  expect(await page.textContent('#error-message')).toMatch(/vlmport\.json: the server says 404/);
+  expect(await page.textContent('#error-hint')).toMatch(/bundle/);
+  await page.context().close();
+  await server.stop();
+});

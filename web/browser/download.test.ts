@@ -1,0 +1,165 @@
+/** Downloads that break, come wrong, are given up, or are there already. */
+
+import type { Browser, Page } from 'playwright-core';
+import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
+import type * as Vlmport from '../src/index.js';
+import type { TestServer } from './server.js';
+import { ask, expected, launch, openPage, refusal, startServer } from './support.js';
+
+const DECODER = 'decoder_model_merged.onnx';
+const options = { device: 'wasm', precision: 'fp32', threads: 1 } as const;
+const { captions } = expected();
+const picture = Object.keys(captions)[0]!;
+const asking = { options, pictures: [`/pictures/${picture}`] };
+const tokens = [captions[picture]!.fp32!.tokens];
+
+let server: TestServer;
+let browser: Browser;
+let page: Page;
+beforeAll(async () => {
+  server = await startServer();
+  browser = await launch();
+});
+beforeEach(async () => {
+  server.asked.length = 0;
+  page = await openPage(browser, server.url); // a new profile: nothing is kept
+});
+afterEach(async () => {
+  server.fault = () => null;
+  server.ranges = true;
+  await page.context().close();
+});
+afterAll(async () => {
+  await browser.close();
+  await server.stop();
+});
+
+/** The fault for the first `times` requests of a file. */
+function first(times: number, name: string, fault: ReturnType<TestServer['fault']>) {
+  let count = 0;
+  return ({ path }: { path: string }) => (path.endsWith(name) && count++ < times ? fault : null);
+}
+
+test('progress counts the bytes of exactly the files that are needed', async () => {
+  const { progress } = await ask(page, asking);
+  const { files } = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  const needed = new Set(server.asked.map(one => one.path.replace('/bundle/', '')));
+  const bytes = [...needed].reduce((sum, name) => sum + (files[name]?.size ?? 0), 0);
+  const last = progress.at(-1)!;
+  expect(last).toMatchObject({ phase: 'ready', loadedBytes: bytes, totalBytes: bytes });
+  const loaded = progress.map(one => one.loadedBytes);
+  expect(loaded).toEqual([...loaded].sort((a, b) => a - b));
+  expect(server.askedFor('.onnx').map(one => one.range)).toEqual([null, null, null, null]);
+});
+
+test('the largest graph comes first', async () => {
+  await ask(page, asking);
+  const { files } = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  const sizes = server.askedFor('.onnx').map(one => files[one.path.replace('/bundle/', '')].size);
+  expect(sizes).toEqual([...sizes].sort((a, b) => b - a));
+});
+
+test('a broken download goes on where it stopped', async () => {
+  server.fault = first(2, DECODER, { cutAfter: 100_000 });
+  const answer = await ask(page, asking);
+  expect(answer.tokens).toEqual(tokens);
+  const ranges = server.askedFor(DECODER).map(one => one.range);
+  expect(ranges).toHaveLength(3);
+  const starts = ranges.map(range => Number(/^bytes=(\d+)-/.exec(range ?? '')?.[1] ?? 0));
+  expect(starts[1]).toBeGreaterThan(0);
+  expect(starts[2]).toBeGreaterThan(starts[1]!);
+});
+
+test('a broken download goes on with a server that knows no ranges', async () => {
+  server.ranges = false;
+  server.fault = first(1, DECODER, { cutAfter: 100_000 });
+  expect((await ask(page, asking)).tokens).toEqual(tokens);
+});
+
+test('a server that is busy is asked again', async () => {
+  server.fault = first(2, DECODER, { status: 503 });
+  expect((await ask(page, asking)).tokens).toEqual(tokens);
+  expect(server.askedFor(DECODER)).toHaveLength(3);
+});
+
+test('a download that always breaks ends with where it stopped', async () => {
+  server.fault = first(Infinity, DECODER, { cutAfter: 0 });
+  const refused = await refusal(page, asking);
+  expect(refused.code).toBe('DownloadError');
+  expect(refused.message).toMatch(/decoder_model_merged\.onnx: broke off at byte 0 of \d+/);
+  expect(refused.hint).toMatch(/goes on where it stopped/);
+});
+
+test('a chunk that comes wrong once is fetched again', async () => {
+  server.fault = first(1, DECODER, { flipByte: 70_000 });
+  const answer = await ask(page, asking);
+  expect(answer.tokens).toEqual(tokens);
+  expect(server.askedFor(DECODER)).toHaveLength(2);
+  expect(answer.progress.at(-1)!.loadedBytes).toBe(answer.progress.at(-1)!.totalBytes);
+});
+
+test('a chunk that always comes wrong is named', async () => {
+  server.fault = first(Infinity, DECODER, { flipByte: 70_000 });
+  const refused = await refusal(page, asking);
+  expect(refused.code).toBe('BundleError');
+  expect(refused.message).toMatch(/decoder_model_merged\.onnx: chunk 1 of 1 is not what/);
+});
+
+test('an address without a bundle says so', async () => {
+  const refused = await refusal(page, { ...asking, url: '/nothing/' });
+  expect(refused.code).toBe('BundleError');
+  expect(refused.message).toMatch(/nothing\/vlmport\.json: the server says 404/);
+});
+
+test('a second visit fetches the manifest alone, and works without a server', async () => {
+  await ask(page, asking);
+  server.asked.length = 0;
+  await page.reload();
+  await page.waitForFunction(() => 'vlmport' in globalThis);
+  const bundle = () => server.asked.filter(one => one.path.startsWith('/bundle/'));
+  expect((await ask(page, asking)).tokens).toEqual(tokens);
+  expect(bundle().map(one => one.path)).toEqual(['/bundle/vlmport.json']);
+  server.fault = ({ path }) => (path.startsWith('/bundle/') ? { cutAfter: 0 } : null);
+  expect((await ask(page, asking)).tokens).toEqual(tokens);
+});
+
+test('models that are kept are listed and can be forgotten', async () => {
+  await ask(page, asking);
+  const kept = () =>
+    page.evaluate(async () => {
+      const { cachedModels } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+      return cachedModels();
+    });
+  const [model] = await kept();
+  expect(model).toMatchObject({ name: 'shapes', url: `${server.url}bundle/` });
+  expect(model!.bytes).toBeGreaterThan(1_000_000);
+  await page.evaluate(async () => {
+    const { clearCache } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    await clearCache('/bundle/');
+  });
+  expect(await kept()).toEqual([]);
+  server.asked.length = 0;
+  await ask(page, asking);
+  expect(server.askedFor(DECODER)).toHaveLength(1);
+});
+
+test('an abort ends the download, and what was whole by then is kept', async () => {
+  server.fault = first(1, DECODER, { hangAfter: 50_000 });
+  const name = await page.evaluate(async () => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const controller = new AbortController();
+    setTimeout(() => controller.abort(), 3000);
+    const { signal } = controller;
+    try {
+      await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32', signal });
+      return 'loaded';
+    } catch (error) {
+      return (error as Error).name;
+    }
+  });
+  expect(name).toBe('AbortError');
+  server.asked.length = 0;
+  expect((await ask(page, asking)).tokens).toEqual(tokens);
+  expect(server.askedFor('vision_encoder.onnx')).toEqual([]); // the largest: it came first
+  expect(server.askedFor(DECODER)).toHaveLength(1);
+});

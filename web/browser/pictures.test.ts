@@ -1,0 +1,119 @@
+/** Pictures: the pixels that Python reads, from whatever a page has of them. */
+
+import type { Browser, Page } from 'playwright-core';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import type * as Vlmport from '../src/index.js';
+import type { sha256 } from '../src/bundle/sha256.js';
+import type { openImage } from '../src/runtime/images.js';
+import type { TestServer } from './server.js';
+import { expected, launch, openPage, startServer } from './support.js';
+
+interface Page_ {
+  readonly vlmport: typeof Vlmport;
+  readonly inside: { readonly openImage: typeof openImage; readonly sha256: typeof sha256 };
+}
+
+const { captions, pixels } = expected();
+const picture = Object.keys(captions)[0]!;
+
+let server: TestServer;
+let browser: Browser;
+let page: Page;
+beforeAll(async () => {
+  server = await startServer();
+  browser = await launch();
+  page = await openPage(browser, server.url);
+});
+afterAll(async () => {
+  await browser.close();
+  await server.stop();
+});
+
+test.each(Object.keys(pixels))('%s', async name => {
+  const got = await page.evaluate(async name => {
+    const { inside } = globalThis as unknown as Page_;
+    const url = new URL(`/kinds/${name}`, location.href).href;
+    const rgb = await inside.openImage({ kind: 'url', url }, new AbortController().signal);
+    return { width: rgb.width, height: rgb.height, sha256: await inside.sha256(rgb.data) };
+  }, name);
+  expect(got).toEqual(pixels[name]);
+});
+
+test('every kind of source gives the same tokens', async () => {
+  const tokens = await page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32', threads: 1 });
+    const blob = await (await fetch(url)).blob();
+    const bitmap = await createImageBitmap(blob);
+    const { width, height } = bitmap;
+    const image = new Image();
+    image.src = url;
+    const canvas = document.createElement('canvas');
+    const offscreen = new OffscreenCanvas(width, height);
+    [canvas.width, canvas.height] = [width, height];
+    canvas.getContext('2d')!.drawImage(bitmap, 0, 0);
+    const context = offscreen.getContext('2d')!;
+    context.drawImage(bitmap, 0, 0);
+    const imageData = context.getImageData(0, 0, width, height);
+    const data = imageData.data.filter((_, i) => i % 4 !== 3);
+    const sources = {
+      blob,
+      file: new File([blob], 'picture.png'),
+      url,
+      address: new URL(url, location.href),
+      image,
+      canvas,
+      offscreen,
+      imageData,
+      bitmap,
+      rawImage: { data, width, height, channels: 3 },
+    };
+    const found: Record<string, readonly number[]> = {};
+    for (const [kind, source] of Object.entries(sources)) {
+      found[kind] = (await vlm.caption(source)).tokenIds;
+      found[`${kind} again`] = (await vlm.caption(source)).tokenIds; // it was left as it is
+    }
+    vlm.dispose();
+    return found;
+  }, `/pictures/${picture}`);
+  const wanted = captions[picture]!.fp32!.tokens;
+  expect(Object.keys(tokens)).toHaveLength(20);
+  for (const [kind, found] of Object.entries(tokens)) expect(found, kind).toEqual(wanted);
+});
+
+test('what is no picture is refused in plain words', async () => {
+  const errors = await page.evaluate(async () => {
+    const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32', threads: 1 });
+    const wrong: unknown[] = [
+      new Blob(['<svg xmlns="http://www.w3.org/2000/svg"/>'], { type: 'image/svg+xml' }),
+      new Blob([]),
+      '/pictures/missing.png',
+      42,
+      { data: new Uint8Array(5), width: 2, height: 1, channels: 3 },
+      { data: new Uint8Array(4), width: 2, height: 1, channels: 2 },
+      new Image(),
+    ];
+    const messages = [];
+    for (const source of wrong) {
+      try {
+        await vlm.caption(source as string);
+        messages.push('no error');
+      } catch (error) {
+        if (!(error instanceof VlmportError)) throw error;
+        messages.push(`${error.code}: ${error.message}`);
+      }
+    }
+    vlm.dispose();
+    return messages;
+  });
+  expect(errors.map(text => text.replace(/\(.*\)/, '(…)').replace(server.url, '/'))).toEqual([
+    'ImageError: not a picture that this browser can read (…)',
+    'ImageError: the picture is empty (…)',
+    'ImageError: /pictures/missing.png: the server says 404',
+    "ImageError: a picture can't be 42",
+    'ImageError: 5 bytes for 2x1 pixels of 3 channels',
+    'ImageError: a RawImage of 2 channels',
+    'ImageError: the <img> shows no picture (…)',
+  ]);
+});

@@ -1,0 +1,92 @@
+/** A GPU that gives wrong results, or none, is found out and left for WebAssembly. */
+
+import type { Browser } from 'playwright-core';
+import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
+import type { TestServer } from './server.js';
+import { ask, expected, launch, openPage, refusal, startServer } from './support.js';
+
+let server: TestServer;
+let browser: Browser;
+beforeAll(async () => {
+  server = await startServer();
+  browser = await launch({ webgpu: true });
+});
+afterEach(() => {
+  server.workerPrelude = '';
+});
+afterAll(async () => {
+  await browser.close();
+  await server.stop();
+});
+
+const { captions } = expected();
+const picture = Object.keys(captions)[0]!;
+const options = { precision: 'fp32', threads: 1 };
+
+// The known fault of graphics drivers with subgroups of 4: attention is wrong from 32 rows on.
+const WITH_SUBGROUPS = `
+  const plain = GPUAdapter.prototype.requestDevice;
+  GPUAdapter.prototype.requestDevice = function (wanted) {
+    if (!this.features.has('subgroups')) throw new Error('this test needs an adapter with subgroups');
+    return plain.call(this, { ...wanted, requiredFeatures: ['subgroups'] });
+  };`;
+
+// A driver whose square roots are a tenth too large.
+const WRONG_SHADERS = `
+  const plain = GPUDevice.prototype.createShaderModule;
+  GPUDevice.prototype.createShaderModule = function (wanted) {
+    const code = wanted.code.replaceAll(/\\b(inverseSqrt|sqrt)\\(/g, '1.1 * $1(');
+    return plain.call(this, { ...wanted, code });
+  };`;
+
+const BROKEN_SHADERS = `
+  const plain = GPUDevice.prototype.createShaderModule;
+  GPUDevice.prototype.createShaderModule = function (wanted) {
+    return plain.call(this, { ...wanted, code: 'no shader' });
+  };`;
+
+const NO_DEVICE = `
+  GPUAdapter.prototype.requestDevice = () => Promise.reject(new Error('the driver crashed'));`;
+
+const NO_WEBGPU = `Object.defineProperty(navigator, 'gpu', { value: undefined });`;
+
+test.each([
+  ['subgroups of 4', WITH_SUBGROUPS, /gives other results than recorded: first logits are off/],
+  ['wrong shaders', WRONG_SHADERS, /gives other results than recorded/],
+  ['broken shaders', BROKEN_SHADERS, /WebGPU is not used/],
+  ['no device', NO_DEVICE, /no GPU that works \(the driver crashed\)/],
+  ['no WebGPU', NO_WEBGPU, /this browser has no WebGPU/],
+])('%s: WebAssembly takes over, and says why', async (_, prelude, reason) => {
+  server.workerPrelude = prelude;
+  const page = await openPage(browser, server.url);
+  const answer = await ask(page, { options, pictures: [`/pictures/${picture}`] });
+  expect(answer.device).toBe('wasm');
+  expect(answer.reason).toMatch(reason);
+  expect(answer.tokens).toEqual([captions[picture]!.fp32!.tokens]);
+  await page.context().close();
+});
+
+test.each([
+  ['broken shaders', BROKEN_SHADERS],
+  ['no WebGPU', NO_WEBGPU],
+])("%s: device 'webgpu' is refused", async (_, prelude) => {
+  server.workerPrelude = prelude;
+  const page = await openPage(browser, server.url);
+  const refused = await refusal(page, { options: { ...options, device: 'webgpu' } });
+  expect(refused.code).toBe('DeviceError');
+  expect(refused.hint).toMatch(/works|another/);
+  await page.context().close();
+});
+
+test('a bundle whose golden is wrong is refused on WebAssembly too', async () => {
+  const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  for (const one of Object.values<{ logits: number[] }>(manifest.golden.expected))
+    one.logits[3]! += 1;
+  const page = await openPage(browser, server.url);
+  await page.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
+  const refused = await refusal(page, { options: { device: 'wasm' } });
+  expect(refused.code).toBe('DeviceError');
+  expect(refused.message).toMatch(
+    /wasm gives other results than recorded: first logits are off by 1/,
+  );
+});
