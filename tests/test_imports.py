@@ -73,9 +73,10 @@ ALLOWED = {
     "families": {"families", "graph", "checkpoint", "errors", "bundle"},
     "runtime": {"runtime", "errors", "bundle"},
     "export": {
-        "export", "families", "graph", "checkpoint", "runtime", "errors", "bundle", "__version__",
+        "export", "families", "graph", "checkpoint", "runtime", "errors", "bundle", "builtin",
+        "__version__",
     },
-    "verify": {"verify", "runtime", "checkpoint", "errors", "bundle"},
+    "verify": {"verify", "runtime", "checkpoint", "errors", "bundle", "builtin"},
 }  # fmt: skip
 
 

@@ -14,10 +14,17 @@ import pytest
 from tests.checkpoints import write_prefix_checkpoint
 from tests.export.comparing import contents
 from tests.export.test_same_model import write_adapter
-from vlmport import source
+from vlmport import builtin
 from vlmport.bundle import MANIFEST, Bundle
-from vlmport.errors import AdapterError, BundleError, OptionError, SourceError, WeightError
-from vlmport.export import exporter
+from vlmport.errors import (
+    AdapterError,
+    BundleError,
+    ExportError,
+    OptionError,
+    SourceError,
+    WeightError,
+)
+from vlmport.export import export, exporter
 from vlmport.source import cache_folder, load, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +80,7 @@ def test_a_home_folder_is_found(
 def test_a_builtin_name_is_its_checkpoint(
     tiny_checkpoint: Path, exports: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(source, "builtin_models", lambda: {"figures": tiny_checkpoint})
+    monkeypatch.setattr(builtin, "builtin_models", lambda: {"figures": tiny_checkpoint})
     monkeypatch.chdir(tmp_path)
     assert resolve("figures").manifest.name == "figures"
     assert exports == [tiny_checkpoint]
@@ -83,6 +90,25 @@ def test_a_builtin_name_is_its_checkpoint(
     write_prefix_checkpoint(tmp_path / "figures", seed=1)
     resolve("figures")
     assert exports[1:] == [Path("figures")]
+
+
+def test_export_knows_builtin_names(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(builtin, "builtin_models", lambda: {"figures": tiny_checkpoint})
+    bundle = export("figures", tmp_path / "out", precisions="fp32")
+    assert bundle.manifest.name == "figures"
+
+
+def test_a_precision_asked_for_by_name_is_exported_alone(tmp_path: Path) -> None:
+    """4 bits can't hold a width of 48, but this model runs in float32."""
+    narrow = {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 8, "num_key_value_heads": 2}
+    folder = write_prefix_checkpoint(tmp_path / "narrow", text=narrow)
+    with pytest.raises(ExportError, match="embedding of width 48") as caught:
+        load(folder)
+    assert caught.value.hint == "export this model as fp32"
+    with load(folder, precision="fp32") as vlm:
+        assert vlm.precisions == ("fp32",)
 
 
 def test_a_changed_checkpoint_is_exported_anew(tmp_path: Path, exports: list[Path]) -> None:

@@ -31,6 +31,9 @@ AUTO = "auto"
 # Precision → the Hub's file suffix.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 
+# What an export holds if nothing else is asked for: `auto` finds its choice for each device there.
+DEFAULT_PRECISIONS = ("fp32", "q8", "q4")
+
 # What people write in a mixed precision such as 'vision=q4,decoder=fp32'.
 SHORT_NAMES = {
     "vision": "vision_encoder",

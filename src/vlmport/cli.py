@@ -101,7 +101,12 @@ def caption(
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
     model: Model = "shapes",
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="auto, fp32, q4, or 'vision=fp32,decoder=q4'.")
+        str,
+        typer.Option(
+            "--precision",
+            "-p",
+            help="auto, fp32, q8, q4, … or vision=q8,decoder=q4.",
+        ),
     ] = "auto",
     device: Device = "cpu",
     max_new_tokens: Annotated[
@@ -204,23 +209,23 @@ def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> Vl
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", metavar="SRC")],
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint folder, Hub id or built-in name.", metavar="SRC")
+    ],
     out: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="OUT")],
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="Precisions, with commas.")
-    ] = "fp32,q4",
+        str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16.")
+    ] = "fp32,q8,q4",
     adapter: Adapter = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
     revision: Revision = None,
 ) -> None:
     """Export a checkpoint to a bundle: graphs, tokenizer, manifest, model card."""
-    from vlmport.builtin import builtin_models
     from vlmport.export import export as export_bundle
 
-    is_builtin = source in builtin_models() and not Path(source).exists()
     with export_progress() as progress:
         bundle = export_bundle(
-            builtin_models()[source] if is_builtin else source,
+            source,
             out,
             precisions=precision,
             adapter=adapter,
@@ -255,7 +260,6 @@ def verify(
     ] = None,
 ) -> None:
     """Prove a bundle right against transformers on PyTorch, rung by rung."""
-    from vlmport.builtin import builtin_models
     from vlmport.errors import OptionError
     from vlmport.verify import verify as verify_bundle
 
@@ -263,10 +267,9 @@ def verify(
         raise OptionError(
             f"--json {json_file}: no folder {json_file.parent}", hint="make the folder first"
         )
-    is_builtin = reference in builtin_models() and not Path(reference).exists()
     result = verify_bundle(
         bundle,
-        builtin_models()[reference] if is_builtin else reference,
+        reference,
         precisions=None if precision is None else precision.split(","),
         adapter=adapter,
         images=images,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from vlmport import __version__
-from vlmport.builtin import builtin_models
-from vlmport.bundle import MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
+from vlmport.builtin import builtin_folder, builtin_models
+from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import BundleError, OptionError
@@ -46,7 +46,7 @@ def load(
     """A model ready to caption, from a built-in name, a bundle, a checkpoint folder or a Hub id.
 
     Args:
-        precision: auto, fp32, q4, or a mix such as 'vision=fp32,decoder=q4'.
+        precision: auto, fp32, fp16, q8, q4, q4f16, or a mix such as 'vision=fp32,decoder=q4'.
         device: cpu, or another that the installed ONNX Runtime offers.
         threads: threads of ONNX Runtime, by default all cores.
         adapter: a PEFT folder, merged into a checkpoint when it is exported.
@@ -55,14 +55,20 @@ def load(
 
     Raises VlmportError: the message says what is wrong, `hint` what to do.
     """
-    bundle = resolve(source, adapter=adapter, revision=revision, progress=progress)
+    bundle = resolve(
+        source,
+        precisions=_needed(precision),
+        adapter=adapter,
+        revision=revision,
+        progress=progress,
+    )
     return VLM.open(bundle, precision=precision, device=device, threads=threads)
 
 
 def resolve(
     source: str | Path,
     *,
-    precisions: Sequence[str] = tuple(SUFFIXES),
+    precisions: Sequence[str] = DEFAULT_PRECISIONS,
     adapter: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -72,8 +78,7 @@ def resolve(
     Raises as `export` and `Bundle.open` do.
     """
     local = Path(source).expanduser().exists()
-    builtin = None if local else builtin_models().get(str(source))
-    folder = find_folder(builtin or source, revision)
+    folder = find_folder(builtin_folder(source) or source, revision)
     if is_bundle(folder):
         if adapter is not None:
             raise OptionError(
@@ -108,6 +113,17 @@ def resolve(
         if (cached := _open_cached(out)) is not None:
             return cached
         raise
+
+
+def _needed(precision: str) -> tuple[str, ...]:
+    """What to export of a checkpoint, so that this request can be served.
+
+    One that is asked for by name is exported alone: it may be the only one that the model allows.
+    """
+    if precision in SUFFIXES:
+        return (precision,)
+    mixed = (part.partition("=")[2].strip() for part in precision.split(","))
+    return tuple(dict.fromkeys([*DEFAULT_PRECISIONS, *(one for one in mixed if one in SUFFIXES)]))
 
 
 def cache_folder() -> Path:

@@ -15,3 +15,10 @@ def builtin_models() -> dict[str, Path]:
     """Name → checkpoint folder."""
     root = Path(str(resources.files(__name__)))
     return {name: root / name for name in DESCRIPTIONS}
+
+
+def builtin_folder(source: str | Path) -> Path | None:
+    """The checkpoint of a built-in name; None for any other, and where a folder has that name."""
+    if Path(source).expanduser().exists():
+        return None
+    return builtin_models().get(str(source))

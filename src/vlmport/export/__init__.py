@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from vlmport.export.exporter import DEFAULT_PRECISIONS, Progress, export
+from vlmport.export.exporter import Progress, export
 
-__all__ = ["DEFAULT_PRECISIONS", "Progress", "export"]
+__all__ = ["Progress", "export"]

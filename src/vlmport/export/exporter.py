@@ -11,7 +11,17 @@ import onnx
 import onnx_ir as ir
 
 from vlmport import __version__
-from vlmport.bundle import ANY, SUFFIXES, Bundle, Manifest, Variant, hash_folder, write_manifest
+from vlmport.builtin import builtin_folder
+from vlmport.bundle import (
+    ANY,
+    DEFAULT_PRECISIONS,
+    SUFFIXES,
+    Bundle,
+    Manifest,
+    Variant,
+    hash_folder,
+    write_manifest,
+)
 from vlmport.checkpoint import Checkpoint, locate_adapter
 from vlmport.errors import ExportError, VlmportError
 from vlmport.export.assign import Assignment
@@ -24,8 +34,6 @@ from vlmport.families.base import Family
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
 from vlmport.graph.weights import Weight
-
-DEFAULT_PRECISIONS = ("fp32", "q8", "q4")
 
 # A graph with more weights than this keeps them in a file beside it.
 INLINE_BYTES = 16 * 1024 * 1024
@@ -74,10 +82,10 @@ def export(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint folder or Hub id to a bundle in `out`.
+    """Export a checkpoint folder, Hub id or built-in model to a bundle in `out`.
 
     Args:
-        precisions: names, or one string with commas: fp32, q4.
+        precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16.
         adapter: a PEFT folder whose LoRA is merged into the weights.
         force: overwrite a bundle that is there.
         revision: branch, tag or commit of a Hub id.
@@ -92,7 +100,7 @@ def export(
     chosen = parse_precisions(list(precisions) if not isinstance(precisions, str) else precisions)
     out = Path(out)
     check_target(out, force=force)
-    checkpoint = Checkpoint.open(source, revision=revision)
+    checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     with atomic_folder(out, force=force) as folder:

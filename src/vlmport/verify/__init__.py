@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from vlmport.builtin import builtin_folder
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import locate, locate_adapter
 from vlmport.errors import BundleError, DependencyError, SourceError
@@ -46,7 +47,8 @@ def verify(
     """Run the parity ladder and write its result into vlmport.json and the model card.
 
     Args:
-        reference: the checkpoint that the bundle was exported from: a folder or a Hub id.
+        reference: the checkpoint that the bundle was exported from: a folder, a Hub id or a
+            built-in name.
         precisions: which to verify; None for all that the bundle holds.
         adapter: the PEFT folder that was merged at export, if one was.
         images: pictures beside the drawn ones, which are always there.
@@ -62,7 +64,7 @@ def verify(
     for name in names:
         bundle.manifest.choose(name)
     pictures = [*drawn_pictures(), *named_pictures(images or ())]
-    truth = _load_reference(bundle, locate(reference), adapter)
+    truth = _load_reference(bundle, locate(builtin_folder(reference) or reference), adapter)
     _check_same_model(bundle, truth, reference)
     models = {name: VLM.open(bundle, precision=name) for name in names}
     try:
