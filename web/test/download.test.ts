@@ -1,0 +1,146 @@
+import { createHash, randomBytes } from 'node:crypto';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import { BundleFiles, runsOf } from '../src/bundle/download.js';
+import { CHUNK_BYTES, type Manifest } from '../src/bundle/manifest.js';
+import { sha256, sha256Plain } from '../src/bundle/sha256.js';
+import type { Store } from '../src/bundle/store.js';
+
+const digest = (bytes: Uint8Array) => createHash('sha256').update(bytes).digest('hex');
+const whole = new Uint8Array(randomBytes(2 * CHUNK_BYTES + 12_345)); // two chunks and a bit
+const chunks = [0, 1, 2].map(i => whole.subarray(i * CHUNK_BYTES, (i + 1) * CHUNK_BYTES));
+const hashes = chunks.map(digest);
+const files = { big: { size: whole.length, sha256: digest(whole), chunks: hashes } };
+
+class MemoryStore implements Store {
+  readonly problem = null;
+  readonly kept = new Map<string, Uint8Array<ArrayBuffer>>();
+  getChunk = async (hash: string) => this.kept.get(hash) ?? null;
+  putChunk = async (hash: string, bytes: Uint8Array<ArrayBuffer>) =>
+    void this.kept.set(hash, bytes.slice());
+  deleteChunk = async (hash: string) => void this.kept.delete(hash);
+  getManifest = async () => null;
+  putManifest = async () => {};
+}
+
+type Answer = (start: number, end: number) => Response;
+
+const partial: Answer = (start, end) =>
+  new Response(whole.slice(start, end), {
+    status: 206,
+    headers: { 'content-range': `bytes ${start}-${end - 1}/${whole.length}` },
+  });
+
+let store: MemoryStore;
+let asked: [number, number][];
+let answers: Answer[];
+let loaded: number;
+
+beforeEach(() => {
+  [store, asked, answers, loaded] = [new MemoryStore(), [], [], 0];
+  vi.stubGlobal('fetch', async (_: URL, { headers }: { headers?: { range: string } } = {}) => {
+    const [, start = 0, last] = /bytes=(\d+)-(\d+)/.exec(headers?.range ?? '') ?? [];
+    const span = [Number(start), last ? Number(last) + 1 : whole.length] as [number, number];
+    asked.push(span);
+    return (answers.shift() ?? partial)(...span);
+  });
+  vi.useFakeTimers({
+    toFake: ['setTimeout', 'clearTimeout'],
+    shouldAdvanceTime: true,
+    advanceTimeDelta: 400,
+  });
+});
+afterEach(() => {
+  vi.unstubAllGlobals();
+  vi.useRealTimers();
+});
+
+function open(signal = new AbortController().signal): BundleFiles {
+  const manifest = { files } as unknown as Manifest;
+  const bundle = new BundleFiles(new URL('http://host/'), manifest, store, signal);
+  bundle.onBytes = count => (loaded += count);
+  return bundle;
+}
+
+test('a file comes in one request, and its chunks are kept', async () => {
+  expect(digest(await open().read('big'))).toBe(files.big.sha256);
+  expect(asked).toEqual([[0, whole.length]]);
+  expect([...store.kept.keys()]).toEqual(hashes);
+  expect(loaded).toBe(whole.length);
+});
+
+test('only what is missing is asked for', async () => {
+  await store.putChunk(hashes[1]!, chunks[1]!);
+  expect(digest(await open().read('big'))).toBe(files.big.sha256);
+  expect(asked).toEqual([
+    [0, CHUNK_BYTES],
+    [2 * CHUNK_BYTES, whole.length],
+  ]);
+  expect(loaded).toBe(whole.length);
+});
+
+test('a kept chunk that was altered is fetched again', async () => {
+  for (const [i, hash] of hashes.entries()) await store.putChunk(hash, chunks[i]!);
+  store.kept.get(hashes[0]!)![7]! ^= 1;
+  expect(digest(await open().read('big'))).toBe(files.big.sha256);
+  expect(asked).toEqual([[0, CHUNK_BYTES]]);
+  expect(digest(store.kept.get(hashes[0]!)!)).toBe(hashes[0]);
+});
+
+test('what breaks off goes on from that very byte', async () => {
+  const cut = CHUNK_BYTES + 1000;
+  answers = [() => partial(0, cut)];
+  expect(digest(await open().read('big'))).toBe(files.big.sha256);
+  expect(asked).toEqual([
+    [0, whole.length],
+    [cut, whole.length],
+  ]);
+  expect(loaded).toBe(whole.length);
+});
+
+test('a server without ranges sends it all, and what is there already is skipped', async () => {
+  await store.putChunk(hashes[0]!, chunks[0]!);
+  answers = [() => new Response(whole)];
+  expect(digest(await open().read('big'))).toBe(files.big.sha256);
+  expect(loaded).toBe(whole.length);
+});
+
+test('a spoiled chunk is fetched again from its start, and no other', async () => {
+  const spoiled = whole.slice();
+  spoiled[CHUNK_BYTES + 5]! ^= 1;
+  answers = [() => new Response(spoiled)];
+  expect(digest(await open().read('big'))).toBe(files.big.sha256);
+  expect(asked).toEqual([
+    [0, whole.length],
+    [CHUNK_BYTES, whole.length],
+  ]);
+  expect(loaded).toBe(whole.length);
+});
+
+test('a range that is not the one asked for is no good', async () => {
+  await store.putChunk(hashes[0]!, chunks[0]!);
+  answers = Array.from({ length: 5 }, () => () => partial(0, 10));
+  await expect(open().read('big')).rejects.toThrow(/asked for byte 8388608, got 'bytes 0-9/);
+});
+
+test('an abort while it waits to try again', async () => {
+  const controller = new AbortController();
+  answers = [() => (controller.abort(), new Response(null, { status: 503 }))];
+  await expect(open(controller.signal).read('big')).rejects.toThrow('aborted');
+});
+
+test('neighbours are one run', () => {
+  expect(runsOf([])).toEqual([]);
+  expect(runsOf([0, 1, 4, 6, 7])).toEqual([
+    [0, 2],
+    [4, 5],
+    [6, 8],
+  ]);
+});
+
+test('SHA-256 in plain JavaScript is the same at every length round a block', async () => {
+  for (const length of [0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000]) {
+    const bytes = whole.slice(0, length);
+    expect(sha256Plain(bytes)).toBe(digest(bytes));
+    expect(await sha256(bytes)).toBe(digest(bytes));
+  }
+});

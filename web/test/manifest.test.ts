@@ -1,0 +1,135 @@
+import { readFileSync } from 'node:fs';
+import { expect, test } from 'vitest';
+import { choose, parseManifest, precisionName } from '../src/bundle/manifest.js';
+import { type Json, firstProblem } from '../src/bundle/schema.js';
+import schema from '../src/bundle/vlmport.schema.json' with { type: 'json' };
+
+const hash = 'ab'.repeat(32);
+const names = ['vision_encoder', 'embed_tokens', 'decoder_model_merged'];
+
+/** A manifest of two precisions; `change` spoils it. */
+function manifest(change: (raw: ReturnType<typeof whole>) => void = () => {}): string {
+  const raw = whole();
+  change(raw);
+  return JSON.stringify(raw);
+}
+
+function whole() {
+  const variant = (model: string) => ({ model, data: [] as string[] });
+  const files: Record<string, { size: number; sha256: string; chunks: string[] }> = {};
+  const components: Record<string, Record<string, { model: string; data: string[] }>> = {
+    image_processor: { any: variant('onnx/image_processor.onnx') },
+  };
+  for (const name of names) {
+    components[name] = { fp32: variant(`onnx/${name}.onnx`), q4: variant(`onnx/${name}_q4.onnx`) };
+  }
+  for (const forms of Object.values(components)) {
+    for (const { model } of Object.values(forms)) {
+      files[model] = { size: 10, sha256: hash, chunks: [hash] };
+    }
+  }
+  const auto = (one: string) => Object.fromEntries(names.map(name => [name, one]));
+  return {
+    format: 'vlmport',
+    version: 1,
+    producer: 'a test',
+    name: 'tiny',
+    family: 'prefix',
+    components,
+    auto: { cpu: auto('fp32'), webgpu: auto('q4') } as Record<string, Record<string, string>>,
+    files,
+    dims: {
+      hidden_size: 8,
+      num_hidden_layers: 1,
+      num_key_value_heads: 1,
+      head_dim: 8,
+      vocab_size: 9,
+      context_length: 64,
+    },
+    cache: { past: 'past.', present: 'present.', axes: ['b', 'h', 's', 'd'] },
+    prompt: {
+      image_placeholder: '<image>',
+      placeholder_token_id: 8,
+      image_token_id: 8,
+      caption: [{ role: 'user' }],
+    },
+    generation: {
+      stop_token_ids: [0],
+      pad_token_id: 0,
+      max_new_tokens: 30,
+      processors_see_prompt: false,
+      defaults: {},
+    },
+    pixels: { resample: 'bicubic', equals: 'Pillow 13' },
+    golden: {
+      image: { width: 1, height: 1, rgb: 'AAAA' },
+      copies: 1,
+      prefill_tokens: 64,
+      expected: {},
+    },
+    parity: null,
+  };
+}
+
+test('the schema is the one that Python reads', () => {
+  const read = (path: string) => readFileSync(new URL(path, import.meta.url), 'utf8');
+  const ours = read('../src/bundle/vlmport.schema.json');
+  expect(ours).toBe(read('../../src/vlmport/vlmport.schema.json'));
+});
+
+test('a whole manifest is read', () => {
+  expect(parseManifest(manifest(), 'here').name).toBe('tiny');
+});
+
+test.each<[string, (raw: ReturnType<typeof whole>) => void, RegExp]>([
+  ['newer', raw => (raw.version = 2), /manifest version 2; this @vlmport\/web reads up to 1/],
+  ['other format', raw => (raw.format = 'x'), /manifest\.format must be "vlmport"/],
+  ['missing', raw => Reflect.deleteProperty(raw, 'golden'), /manifest\.golden is missing/],
+  ['unknown', raw => Object.assign(raw, { more: 1 }), /manifest\.more is not known/],
+  ['type', raw => Object.assign(raw.dims, { head_dim: 1.5 }), /dims\.head_dim must be integer/],
+  ['minimum', raw => (raw.golden.prefill_tokens = 63), /prefill_tokens must be at least 64/],
+  ['twice', raw => raw.generation.stop_token_ids.push(0), /stop_token_ids has an item twice/],
+  ['pattern', raw => (raw.components.image_processor!.any!.model = '../x'), /model must match/],
+  ['up', raw => (raw.files['../x'] = raw.files['onnx/embed_tokens.onnx']!), /x is not known/],
+  ['enum', raw => (raw.pixels.resample = 'box'), /resample must be one of/],
+  ['items', raw => raw.cache.axes.push('e'), /axes has too many items/],
+  ['unlisted', raw => delete raw.files['onnx/embed_tokens.onnx'], /onnx is not in files/],
+  [
+    'chunks',
+    raw => (raw.files['onnx/embed_tokens.onnx']!.size = 9e6),
+    /1 chunk hashes, expected 2/,
+  ],
+  ['auto', raw => (raw.auto.cpu!.embed_tokens = 'q8'), /auto\.cpu: no embed_tokens in q8/],
+])('%s: a spoiled manifest is refused', (_, change, message) => {
+  expect(() => parseManifest(manifest(change), 'here')).toThrow(message);
+});
+
+test('what is not JSON is refused', () => {
+  expect(() => parseManifest('<html>', 'here')).toThrow(/^here: not JSON/);
+});
+
+test('a schema keyword that is not known here fails', () => {
+  expect(() => firstProblem(1, { oneOf: [] }, 'x')).toThrow(/keyword oneOf/);
+  const keywords = new Set<string>();
+  const walk = (part: Json): void => {
+    if (typeof part !== 'object' || part === null) return;
+    for (const one of Object.values(part)) walk(one);
+    Object.keys(part).forEach(key => keywords.add(key));
+  };
+  walk(schema as Json);
+  expect(keywords.has('oneOf')).toBe(false);
+});
+
+test('precisions: auto, one for all, a mix', () => {
+  const read = parseManifest(manifest(), 'here');
+  const named = (precision: string, device: string) =>
+    precisionName(choose(read, precision, device));
+  expect(named('auto', 'webgpu')).toBe('q4');
+  expect(named('auto', 'wasm')).toBe('fp32'); // no line of its own: the CPU's
+  expect(named('q4', 'wasm')).toBe('q4');
+  expect(named('decoder=q4', 'wasm')).toBe(
+    'vision_encoder=fp32,embed_tokens=fp32,decoder_model_merged=q4',
+  );
+  expect(() => choose(read, 'q44', 'wasm')).toThrow(/'q44' is not in .*did you mean 'q4'/);
+  expect(() => choose(read, 'decode=q4', 'wasm')).toThrow(/no component 'decode'/);
+});
