@@ -304,6 +304,14 @@ def test_four_bit_embeddings_shifted(tiny: Tiny, broken: Bundle) -> None:
     assert_first_broken(tiny.climb(broken, "q4"), "merged_embeds")
 
 
+def test_caches_exchanged_in_four_bits(tiny: Tiny, broken: Bundle) -> None:
+    """Seen even in a random model, where exchanged keys hardly change what is said."""
+    edit_graph(broken, DECODER, lambda m: swap_outputs(m, "present.0.key", "present.1.key"), "q4")
+    (row,) = (row for row in tiny.climb(broken, "q4").failures if row.rung == "cached_decode")
+    assert [measure.name for measure in row.measures if not measure.passed] == ["self kl"]
+    assert tiny.climb(tiny.bundle, "q4").rows[RUNGS.index("cached_decode")].passed
+
+
 def test_eight_bit_tower_without_a_weight(tiny: Tiny, broken: Bundle) -> None:
     edit_tensor(broken, VISION, "layers.1.mlp.fc2.weight_scales", np.zeros_like, precision="q4")
     assert_first_broken(tiny.climb(broken, "q4"), "vision_features")

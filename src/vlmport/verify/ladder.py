@@ -189,6 +189,10 @@ class Ladder:
             "worst": metrics.worst_error(ours, truth),
             "typical": metrics.typical_error(ours, truth),
             "self": max(metrics.worst_error(ours, whole), metrics.worst_error(last, whole[-1:])),
+            "self kl": max(
+                metrics.mean_divergence(ours[P - 1 :], whole[P - 1 :]),
+                metrics.mean_divergence(last, whole[-1:]),
+            ),
             "kl": metrics.mean_divergence(ours[P - 1 :], truth[P - 1 :]),
         }, None
 

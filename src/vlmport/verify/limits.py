@@ -106,7 +106,10 @@ COSINE = "4 bits in blocks of 32 leave a row at 0.992 or more; with a zero point
 DIVERGENCE = "one matrix of the decoder unpacked in another order costs 0.3 nats or more"
 AGREEMENT = "near ties may flip, one token in five may not"
 REGRET = "other words may be as good: what counts is how likely the reference finds them"
-STEPS = "activations are rounded to 8 bits, so a last digit can become a step; a lost cache is 1"
+STEPS = (
+    "q8 scales activations by all rows of a call, so chunks round otherwise: 0.001 nats. Caches of "
+    "two layers exchanged cost 0.1 in a random model, 1.5 in a trained one"
+)
 
 CLOSE: Mapping[str, Mapping[str, Limit]] = FIXED | {
     "vision_features": {"cosine": Limit(0.98, "", COSINE, at_least=True)},
@@ -120,7 +123,7 @@ CLOSE: Mapping[str, Mapping[str, Limit]] = FIXED | {
     },
     "cached_decode": {
         "kl": Limit(0.2, "nats", DIVERGENCE),
-        "self": Limit(0.1, "std", STEPS),
+        "self kl": Limit(0.05, "nats", STEPS),
     },
     "greedy_tokens": {"regret": Limit(0.3, "nats a token", REGRET)},
     "end_to_end": {"regret": Limit(0.3, "nats a token", REGRET)},
