@@ -19,7 +19,7 @@ from tests.verify.surgery import edit_tensor
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, DependencyError, ImageError, SourceError
 from vlmport.verify import metrics, parity_markdown, verify
-from vlmport.verify.limits import CLOSE, EXACT, LIKELY_CAUSES, RUNGS, Limit
+from vlmport.verify.limits import CLOSE, EXACT, HALF, LIKELY_CAUSES, RUNGS, Limit
 from vlmport.verify.pictures import SIZES, drawn_pictures
 from vlmport.verify.report import Measure, Report, Row
 
@@ -132,8 +132,8 @@ def test_a_card_without_marks_is_left_alone(tiny: Tiny, broken: Bundle) -> None:
 
 
 def test_every_rung_has_limits_and_a_cause() -> None:
-    assert set(EXACT) == set(CLOSE) == set(LIKELY_CAUSES) == set(RUNGS)
-    for limits in (EXACT, CLOSE):
+    assert set(EXACT) == set(CLOSE) == set(HALF) == set(LIKELY_CAUSES) == set(RUNGS)
+    for limits in (EXACT, CLOSE, HALF):
         for rung in RUNGS:
             assert all(limit.reason for limit in limits[rung].values()), rung
 
