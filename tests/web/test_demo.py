@@ -1,0 +1,138 @@
+"""The server behind `vlmport demo`, with a page of its own instead of the built one."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlmport import demo
+from vlmport.bundle import Bundle
+from vlmport.errors import DependencyError, OptionError
+
+WASM = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "web_page"
+    (folder / "assets").mkdir(parents=True)
+    (folder / "index.html").write_text("<title>page</title>")
+    (folder / "assets/ort.wasm").write_bytes(WASM)
+    (tmp_path / "secret.txt").write_text("secret")
+    monkeypatch.setattr(demo, "page_folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def server(page: Path, tiny_bundle: Path) -> Iterator[demo.DemoServer]:
+    server = demo.make_server(Bundle.open(tiny_bundle), 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.close()
+
+
+def ask(
+    server: demo.DemoServer, path: str, method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        told = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, told, answer.read()
+    finally:
+        connection.close()
+
+
+def test_the_page_is_isolated(server: demo.DemoServer) -> None:
+    status, headers, body = ask(server, "/?precision=fp32")
+    assert (status, body) == (200, b"<title>page</title>")
+    assert headers["cross-origin-opener-policy"] == "same-origin"
+    assert headers["cross-origin-embedder-policy"] == "require-corp"
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    assert headers["cache-control"] == "no-cache"
+
+
+def test_assets_have_their_type_and_are_kept(server: demo.DemoServer) -> None:
+    status, headers, body = ask(server, "/assets/ort.wasm")
+    assert (status, body) == (200, WASM)
+    assert headers["content-type"] == "application/wasm"
+    assert "immutable" in headers["cache-control"]
+
+
+def test_every_file_of_the_bundle_and_no_other(
+    server: demo.DemoServer, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for name in ["vlmport.json", *server.bundle.manifest.files]:
+        assert ask(server, f"/bundle/{name}")[2] == (tiny_bundle / name).read_bytes()
+    for path in (
+        "/bundle/nothing",
+        "/bundle/../secret.txt",
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/assets",
+        "/bundle/",
+        f"//{tmp_path}/secret.txt",
+    ):
+        assert ask(server, path)[0] == 404, path
+
+
+def test_byte_ranges(server: demo.DemoServer) -> None:
+    status, headers, body = ask(server, "/assets/ort.wasm", Range="bytes=100-199")
+    assert (status, body) == (206, WASM[100:200])
+    assert headers["content-range"] == f"bytes 100-199/{len(WASM)}"
+    assert ask(server, "/assets/ort.wasm", Range=f"bytes={len(WASM)}-")[0] == 416
+
+
+@pytest.mark.parametrize(
+    ("header", "span"),
+    [
+        (None, (0, 10)),
+        ("bytes=0-", (0, 10)),
+        ("bytes=3-5", (3, 6)),
+        ("bytes=3-99", (3, 10)),
+        ("bytes=-4", (6, 10)),
+        ("bytes=-99", (0, 10)),
+        ("bytes=9-", (9, 10)),
+        ("bytes=10-", None),
+        ("bytes=-0", None),
+        ("bytes=5-3", (0, 10)),
+        ("bytes=1-2,4-5", (0, 10)),
+        ("bytes=-", (0, 10)),
+        ("lines=1-2", (0, 10)),
+    ],
+)
+def test_parse_range(header: str | None, span: tuple[int, int] | None) -> None:
+    assert demo.parse_range(header, 10) == span
+
+
+def test_head_has_no_body(server: demo.DemoServer) -> None:
+    status, headers, body = ask(server, "/assets/ort.wasm", "HEAD")
+    assert (status, headers["content-length"], body) == (200, str(len(WASM)), b"")
+
+
+def test_another_sites_name_is_refused(server: demo.DemoServer) -> None:
+    assert ask(server, "/", Host="evil.example")[0] == 403
+    assert ask(server, "/", Host=f"localhost:{server.server_address[1]}")[0] == 200
+
+
+def test_a_port_that_is_taken(server: demo.DemoServer) -> None:
+    port = server.server_address[1]
+    with pytest.raises(OptionError, match=f"port {port}: another program listens there"):
+        demo.make_server(server.bundle, port)
+    with pytest.raises(OptionError, match="port 99999"):
+        demo.make_server(server.bundle, 99999)
+
+
+def test_a_page_that_is_not_built(page: Path, tiny_bundle: Path) -> None:
+    (page / "index.html").unlink()
+    with pytest.raises(DependencyError, match="the page is not built") as error:
+        demo.make_server(Bundle.open(tiny_bundle), 0)
+    assert "npm run build" in str(error.value.hint)
