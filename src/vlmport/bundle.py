@@ -23,6 +23,7 @@ import fastjsonschema
 from vlmport.errors import BundleError, did_you_mean
 
 MANIFEST = "vlmport.json"
+CARD = "README.md"  # people edit it before they publish, so the manifest does not list it
 VERSION = 1
 CHUNK_BYTES = 8 * 1024 * 1024
 ANY = "any"  # the precision of a component that has only one form
@@ -257,11 +258,8 @@ class Bundle:
         return forms[precision if precision in forms else ANY]
 
     def with_parity(self, parity: Mapping[str, Any]) -> Bundle:
-        """Write a verify result into the manifest; README.md's entry is renewed too."""
-        files = dict(self.manifest.files)
-        if (self.folder / "README.md").is_file():
-            files["README.md"] = hash_file(self.folder / "README.md")
-        manifest = dataclasses.replace(self.manifest, parity=parity, files=files)
+        """Write a verify result into the manifest."""
+        manifest = dataclasses.replace(self.manifest, parity=parity)
         write_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 
@@ -292,11 +290,11 @@ def _is_as_listed(path: Path, entry: FileEntry) -> bool:
 
 
 def hash_folder(folder: Path) -> dict[str, FileEntry]:
-    """The entries of all files below a folder but the manifest, sorted by path."""
+    """The entries of all files below a folder but the manifest and the card, sorted by path."""
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )
-    return {name: hash_file(folder / name) for name in names if name != MANIFEST}
+    return {name: hash_file(folder / name) for name in names if name not in (MANIFEST, CARD)}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -339,8 +337,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     _check_references(manifest, folder / MANIFEST)
     partial = folder / f".{MANIFEST}.partial"
     text = json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, folder / MANIFEST)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @functools.cache
