@@ -26,8 +26,9 @@ from training.shapes.scenes import (
 )
 
 IGNORE = -100
+CELLS, LENGTHS = 16, 6  # parts of a patch's geometry
 RELATIONS = ("above", "below", "left of", "right of")
-# What each patch is asked while the tower is pretrained, and how many answers there are.
+# What there is to know of each patch (for notes and tower), and how many answers there are.
 # 0 means "no object here"; `relation` is to the next named object, 5 for the last one.
 PATCH_QUESTIONS: dict[str, int] = {
     "background": len(BACKGROUNDS),
@@ -42,11 +43,13 @@ TOUCHED = 0.01  # patches between the two are asked nothing about objects
 
 
 class Batch(NamedTuple):
-    """B scenes: [B,size,size,3] uint8, [B,S] int64 (0-padded), [B,N,6] patch answers, if asked."""
+    """B scenes: pictures [B,size,size,3] uint8 if drawn, caption ids [B,S] int64 (0-padded),
+    patch answers [B,N,6] int64 and patch geometry [B,N,22] float32."""
 
     images: torch.Tensor
     ids: torch.Tensor
     answers: torch.Tensor
+    geometry: torch.Tensor
 
 
 class DrawnBatches(Dataset[Batch]):
@@ -60,11 +63,11 @@ class DrawnBatches(Dataset[Batch]):
         tokenizer: Tokenizer,
         image_size: int,
         grid: int,
-        answered: bool,
+        drawn: bool,
     ) -> None:
         self.stage, self.steps, self.batch_size = stage, steps, batch_size
         self.tokenizer, self.image_size, self.grid = tokenizer, image_size, grid
-        self.answered = answered
+        self.drawn = drawn
 
     def __len__(self) -> int:
         return self.steps
@@ -74,10 +77,14 @@ class DrawnBatches(Dataset[Batch]):
         # Three objects are the hard case: half of the batch.
         counts = [rng.choice((1, 2, 2, 3, 3, 3)) for _ in range(self.batch_size)]
         scenes = [random_scene(rng, count) for count in counts]
-        images = np.stack([squash(draw(scene), self.image_size) for scene in scenes])
-        answers = [patch_answers(s, self.image_size, self.grid) for s in scenes if self.answered]
+        images = [squash(draw(scene), self.image_size) for scene in scenes if self.drawn]
+        answers = [patch_answers(scene, self.image_size, self.grid) for scene in scenes]
+        geometry = [patch_geometry(scene, self.image_size, self.grid) for scene in scenes]
         ids = encode_captions(self.tokenizer, [caption(scene) for scene in scenes])
-        return Batch(torch.from_numpy(images), ids, torch.from_numpy(np.array(answers)))
+        pictures, known, places = (
+            torch.from_numpy(np.array(part)) for part in (images, answers, geometry)
+        )
+        return Batch(pictures, ids, known, places)
 
 
 def drawn_batches(
@@ -87,10 +94,10 @@ def drawn_batches(
     tokenizer: Tokenizer,
     image_size: int,
     grid: int,
-    answered: bool,
+    drawn: bool,
 ) -> DataLoader[Batch]:
     """A loader over `DrawnBatches` in order, drawn by one worker process."""
-    data = DrawnBatches(stage, steps, batch_size, tokenizer, image_size, grid, answered)
+    data = DrawnBatches(stage, steps, batch_size, tokenizer, image_size, grid, drawn)
     return DataLoader(data, batch_size=None, shuffle=False, num_workers=1, prefetch_factor=8)
 
 
@@ -109,14 +116,32 @@ def caption_labels(ids: torch.Tensor) -> torch.Tensor:
     return ids.masked_fill(ended, IGNORE)
 
 
+def note_ids(answers: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """[B,N,6] patch answers -> [B,N,6] ids of the caption's words for them; 0 for no word."""
+    words = {
+        "background": tuple(BACKGROUNDS),
+        "shape": ("", *SHAPES),
+        "colour": ("", *PALETTE),
+        "size": ("", *("" if size == "medium" else size for size in SIZES)),
+        "rank": ("", "", "", ""),
+        "relation": ("", *RELATIONS, ""),
+    }
+    table = torch.zeros(len(PATCH_QUESTIONS), 1 + max(PATCH_QUESTIONS.values()), dtype=torch.int64)
+    for row, question in zip(table, PATCH_QUESTIONS, strict=True):
+        for answer, word in enumerate(words[question]):
+            row[answer] = tokenizer.encode(f" {word}").ids[0] if word else 0
+    # An ignored answer falls on the last column, which stays 0.
+    columns = answers.masked_fill(answers == IGNORE, table.shape[1] - 1)
+    return table[torch.arange(len(PATCH_QUESTIONS)), columns]
+
+
 def patch_answers(scene: Scene, image_size: int, grid: int) -> np.ndarray:
     """[grid², 6] int64: the answers to `PATCH_QUESTIONS` at each patch, row by row."""
     answers = np.zeros((grid * grid, len(PATCH_QUESTIONS)), np.int64)
-    coverage = np.stack([_coverage(scene, thing, image_size, grid) for thing in scene.things])
-    answers[coverage.max(axis=0) > TOUCHED, 1:] = IGNORE
+    coverage, owner = _owners(scene, image_size, grid)
+    answers[coverage > TOUCHED, 1:] = IGNORE
     for index, thing in enumerate(scene.things):
-        covered = coverage[index] >= min(COVERED, coverage[index].max())
-        answers[covered, 1:] = _thing_answers(scene, index, thing)
+        answers[owner == index, 1:] = _thing_answers(scene, index, thing)
     answers[:, 0] = tuple(BACKGROUNDS).index(scene.background)
     return answers
 
@@ -133,15 +158,48 @@ def _thing_answers(scene: Scene, index: int, thing: Thing) -> list[int]:
     ]
 
 
-def _coverage(scene: Scene, thing: Thing, image_size: int, grid: int) -> np.ndarray:
-    """[grid²] share of each patch that the thing covers, on the squashed picture."""
+def patch_geometry(scene: Scene, image_size: int, grid: int) -> np.ndarray:
+    """[grid², 22] float32, lengths in patches.
+
+    0-15: covered share of the patch's 4 x 4 cells. 16-19: left, top, right and bottom of the
+    patch's object, from the patch's centre. 20-21: centre of the next named object, likewise.
+    NaN where there is none.
+    """
+    mask = _mask(scene, scene.things, image_size).reduce(image_size // (4 * grid))
+    cells = np.asarray(mask, np.float32).reshape(grid, 4, grid, 4).transpose(0, 2, 1, 3) / 255
+    centres = np.stack(np.meshgrid(*[np.arange(grid) + 0.5] * 2), axis=-1).reshape(-1, 2)
+    lengths = np.full((grid * grid, 6), np.nan)
+    _, owner = _owners(scene, image_size, grid)
+    unit = grid / np.array([scene.width, scene.height])
+    for index, thing in enumerate(scene.things):
+        here = owner == index
+        box = np.reshape(thing.box, (2, 2)) * unit
+        lengths[here, :4] = (box - centres[here, None]).reshape(-1, 4)
+        for following in scene.things[index + 1 : index + 2]:
+            centre = np.array([following.cx, following.cy]) * unit
+            lengths[here, 4:] = centre - centres[here]
+    return np.concatenate([cells.reshape(-1, 16), lengths], axis=1).astype(np.float32)
+
+
+def _owners(scene: Scene, image_size: int, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """[grid²] greatest share that one thing covers, and that thing's index or -1."""
+    patch = image_size // grid
+    masks = [_mask(scene, (thing,), image_size).reduce(patch) for thing in scene.things]
+    coverage = np.stack([np.asarray(mask, np.float32).reshape(-1) / 255 for mask in masks])
+    owner = np.full(grid * grid, -1)
+    for index, share in enumerate(coverage):
+        owner[share >= min(COVERED, share.max())] = index
+    return coverage.max(axis=0), owner
+
+
+def _mask(scene: Scene, things: tuple[Thing, ...], image_size: int) -> Image.Image:
+    """Mode L, 255 where the things are on the squashed picture."""
     mask = Image.new("L", (image_size, image_size), 0)
-    corners = [
-        (
-            (thing.cx + thing.side * u) / scene.width * image_size,
-            (thing.cy + thing.side * v) / scene.height * image_size,
-        )
-        for u, v in OUTLINES[thing.shape]
-    ]
-    ImageDraw.Draw(mask).polygon(corners, fill=255)
-    return np.asarray(mask.reduce(image_size // grid), np.float32).reshape(-1) / 255
+    x, y = image_size / scene.width, image_size / scene.height
+    for thing in things:
+        corners = [
+            ((thing.cx + thing.side * u) * x, (thing.cy + thing.side * v) * y)
+            for u, v in OUTLINES[thing.shape]
+        ]
+        ImageDraw.Draw(mask).polygon(corners, fill=255)
+    return mask
