@@ -97,14 +97,13 @@ def resolve(
 
     name = folder.resolve().name if local else str(source)
     try:
-        if out.exists() and not is_bundle(out):
-            shutil.rmtree(out)  # damaged beyond what export would replace
+        if out.exists():
+            shutil.rmtree(out)  # damaged, and in a folder of our own
         return export(
             folder,
             out,
             precisions=precisions,
             adapter=adapter_folder,
-            force=out.exists(),
             name=name,
             progress=progress,
         )

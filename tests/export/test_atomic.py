@@ -184,11 +184,50 @@ def test_the_disk_that_is_full_is_said_so(
 
 def test_force_replaces_all_of_the_old(own_bundle_folder: Path, tmp_path: Path) -> None:
     checkpoint = write_prefix_checkpoint(tmp_path / "captioner", seed=1)
-    (own_bundle_folder / "notes.txt").write_text("mine", encoding="utf-8")
     export(checkpoint, own_bundle_folder, precisions="fp32", force=True)
     export(checkpoint, tmp_path / "fresh", precisions="fp32")
     assert contents(own_bundle_folder) == contents(tmp_path / "fresh")
     assert os.stat(own_bundle_folder).st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", ".git/HEAD", "onnx/mine.onnx", "ckpt/config.json"]
+)
+def test_force_deletes_nothing_that_is_not_ours(
+    foreign: str, own_bundle_folder: Path, tiny_checkpoint: Path
+) -> None:
+    path = own_bundle_folder / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine", encoding="utf-8")
+    error = refused(tiny_checkpoint, own_bundle_folder, force=True)
+    assert f"holds 1 files that are not the bundle's, so it is not overwritten: '{foreign}'" in str(
+        error
+    )
+
+
+def test_a_checkpoint_inside_the_target_is_not_lost(own_bundle_folder: Path) -> None:
+    inside = write_prefix_checkpoint(own_bundle_folder / "checkpoint")
+    refused(inside, own_bundle_folder, force=True)
+
+
+def test_a_link_is_followed_and_stays(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export(tiny_checkpoint, tmp_path / "link", precisions="fp32")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/vlmport.json").is_file()
+
+
+def test_here_and_home_are_folders_too(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(tiny_checkpoint, ".", precisions="fp32")
+    assert (tmp_path / "here/vlmport.json").is_file()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export(tiny_checkpoint, "~/there", precisions="fp32")
+    assert (tmp_path / "there/vlmport.json").is_file()
 
 
 # The target

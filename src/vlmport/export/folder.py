@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlmport.bundle import MANIFEST
-from vlmport.errors import ExportError
+from vlmport.bundle import CARD, MANIFEST, read_manifest
+from vlmport.errors import ExportError, some_names
 
 
 @contextlib.contextmanager
@@ -19,8 +19,8 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends without error.
 
     On any error, Ctrl-C included, the temporary folder is removed and `out` is as it was.
-    Raises ExportError if `out` exists (without `force`), is not a bundle (with it), or the disk
-    is full.
+    Raises ExportError if `out` exists (without `force`), holds anything but a bundle (with it), or
+    the disk is full.
     """
     check_target(out, force=force)
     new_parents = [parent for parent in out.parents if not parent.exists()]
@@ -74,6 +74,19 @@ def check_target(out: Path, *, force: bool) -> None:
         )
     if not force:
         raise ExportError(f"{out}: there is a bundle already", hint="--force overwrites it")
+    if foreign := _foreign(out):
+        raise ExportError(
+            f"{out}: holds {len(foreign)} files that are not the bundle's, so it is not "
+            f"overwritten: {some_names(foreign, limit=4)}",
+            hint="move them away, or export to a new folder",
+        )
+
+
+def _foreign(out: Path) -> list[str]:
+    """Files below a bundle that its manifest does not list. Raises BundleError."""
+    ours = {MANIFEST, CARD, *read_manifest(out / MANIFEST).files}
+    found = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    return [name for name in found if name not in ours]
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -62,16 +62,7 @@ class LlamaConfig:
 
         Raises ConfigError for values that this decoder does not compute.
         """
-        rope = subsection(raw, "rope_parameters", where) or subsection(raw, "rope_scaling", where)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(
-                f"{where}: rope_type={kind!r}, expected 'default'",
-                hint="scaled rotary embeddings are not supported yet",
-            )
-        if "rope_theta" in rope:
-            raw = {**raw, "rope_theta": rope["rope_theta"]}
-        config = read_config(cls, raw, where)
+        config = read_config(cls, {**raw, **_rope_theta(raw, where)}, where)
         config.check_heads(where)
         return config
 
@@ -106,6 +97,27 @@ class LlamaConfig:
     @property
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def _rope_theta(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_theta`, from wherever a config says it. Raises ConfigError for scaled rotary angles.
+
+    transformers 5 writes `rope_parameters`, 4 `rope_scaling`; where both stand they must agree.
+    """
+    sections = [subsection(raw, name, where) for name in ("rope_parameters", "rope_scaling")]
+    kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in sections if rope}
+    if kinds - {"default"}:
+        raise ConfigError(
+            f"{where}: rope_type={', '.join(sorted(map(repr, kinds)))}, expected 'default'",
+            hint="scaled rotary embeddings are not supported yet",
+        )
+    thetas = [rope["rope_theta"] for rope in (*sections, raw) if "rope_theta" in rope]
+    if any(theta != thetas[0] for theta in thetas):
+        raise ConfigError(
+            f"{where}: rope_theta is given as {', '.join(map(repr, thetas))}",
+            hint="rope_parameters, rope_scaling and rope_theta must agree",
+        )
+    return {"rope_theta": thetas[0]} if thetas else {}
 
 
 class Step:
