@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -59,6 +61,56 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path):
         assert not file.closed
 
 
+def test_a_pipe_is_read_whole(tmp_path: Path):
+    """As in `vlmport caption <(cat a.png)` and `/dev/stdin`: it can't be sought in."""
+    data = encoded(Image.fromarray(RGB), "PNG")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=(data,))
+    writer.start()
+    np.testing.assert_array_equal(open_image(fifo), RGB)
+    writer.join()
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    with open(read, "rb", buffering=0) as file:
+        np.testing.assert_array_equal(open_image(file), RGB)
+        assert not file.closed
+
+
+class Stream:
+    """A file-like object with `read` alone, which fails after its data if told so."""
+
+    def __init__(self, data: bytes | str, error: OSError | None = None):
+        self.data, self.error = data, error
+
+    def read(self, size: int) -> bytes | str:
+        if self.error and not self.data:
+            raise self.error
+        given, self.data = self.data[:size], self.data[size:]
+        return given
+
+
+def test_streams_that_fail_or_never_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = encoded(Image.fromarray(RGB), "PNG")
+    np.testing.assert_array_equal(open_image(Stream(data)), RGB)  # type: ignore[arg-type]
+    failing = Stream(data[:50], OSError(5, "Input/output error"))
+    assert "the file: can't be read: Input/output error" in refused(failing)
+    assert "can't be read" in refused(Stream("text"))
+    assert "can't be read: it gives str" in refused(io.StringIO("text"))
+    with (tmp_path / "closed.png").open("wb+") as file:
+        file.write(data)
+        np.testing.assert_array_equal(open_image(file), RGB)  # from the start, as Pillow reads
+    assert "closed.png: can't be read: seek of closed file" in refused(file)
+    monkeypatch.setattr("vlmport.runtime.images.MAX_STREAM", 99)
+    assert "more than 0 MB" in refused(Stream(data))
+    assert "is it one picture" not in refused(data[:99])  # of streams only
+
+
+def test_a_name_that_no_file_can_have():
+    assert "File name too long" in refused("a" * 300)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int):
     image = Image.fromarray(SMOOTH)
@@ -82,6 +134,21 @@ def test_alpha_is_laid_on_white(mode: str):
     front = 0 if gray else 204  # a colour of Pillow's standard palette
     want = [255, 255 - (255 - front) / 3, 255 - (255 - front) * 2 / 3, front]
     np.testing.assert_allclose(open_image(image)[0, :, 0], want, atol=1)
+
+
+def test_premultiplied_alpha_is_laid_on_white():
+    for mode in ("LA", "RGBA"):
+        image = Image.new(mode, (2, 2), (0, 85) if mode == "LA" else (0, 0, 0, 85))
+        premultiplied = image.convert(mode[:-1] + "a")
+        np.testing.assert_array_equal(open_image(premultiplied), 170)
+
+
+def test_a_transparent_color_of_16_bits_becomes_white():
+    data = encoded(Image.fromarray(np.array([[300, 301, 40_000]], np.uint16)), "PNG")
+    plain = open_image(data)[0, :, 0].tolist()
+    assert plain == [1, 1, 156]
+    declared = encoded(Image.open(io.BytesIO(data)), "PNG", transparency=300)
+    assert open_image(declared)[0, :, 0].tolist() == [255, 1, 156]
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
@@ -127,6 +194,7 @@ def test_sixteen_bit_gray_is_scaled_not_clipped():
         (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
         (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
         (np.array([[7, 7, 7]], np.int32), [7, 7, 7]),
+        (np.array([[-7, -7, -7]], np.int32), [0, 0, 0]),
     ],
 )
 def test_wide_gray(values: np.ndarray, want: list[int]):
@@ -219,6 +287,35 @@ def test_half_a_file_is_refused(form: str, share: float, monkeypatch: pytest.Mon
     data = encoded(Image.fromarray(big), form)
     message = refused(data[: int(len(data) * share)])
     assert "damaged or truncated" in message
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_only_the_promised_formats_are_read():
+    """Pillow's reader of EPS starts Ghostscript, and few need the others."""
+    for form in ("PPM", "TGA", "EPS", "PDF", "ICO", "PCX"):
+        assert "not a picture" in refused(encoded(Image.fromarray(SMOOTH), form)), form
+
+
+def test_pictures_are_decoded_side_by_side(monkeypatch: pytest.MonkeyPatch):
+    """Pillow's settings are strict while any thread decodes, and then as the program set them."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    meeting = threading.Barrier(2, timeout=10)
+    load = ImageFile.ImageFile.load
+
+    def met(self: ImageFile.ImageFile) -> object:
+        meeting.wait()
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", met)
+    data = encoded(Image.fromarray(RGB), "BMP")
+    results: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: results.append(open_image(data))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 

@@ -4,16 +4,14 @@ Traps:
 - Pillow decodes lazily and is content with half a JPEG: the size is checked before anything is
   decoded, and a truncated file is refused.
 - Pillow's `convert("RGB")` clips 16-bit gray and drops transparency: both are dealt with here.
+- Pillow's settings are global to the process, see `_StrictPillow`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,6 +26,12 @@ if TYPE_CHECKING:
     ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
+MAX_STREAM = 4 * MAX_PIXELS  # bytes of a pipe: more than any picture of so many pixels needs
+CHUNK = 1 << 20
+
+# Not all that Pillow knows: some of its readers start other programs (EPS), most are hardly used.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+HINT_FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP and TIFF are read"
 
 # What a file that is no picture begins with → what it is.
 LOOKS_LIKE = {
@@ -47,30 +51,58 @@ LOOKS_LIKE = {
     b"\x7fELF": "a program",
     b"MZ": "a program",
 }
-HINT_FORMATS = "PNG, JPEG, WebP, GIF, BMP and TIFF are read"
 
-_lock = threading.Lock()
+
+class _StrictPillow:
+    """Our own size limit in place of Pillow's, and a truncated file is an error.
+
+    Pillow keeps both settings in its modules. They are ours while any thread is in here; the
+    last one to leave puts back what the first one found.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._found: tuple[int | None, bool] = (None, False)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._found = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = self._found
+
+
+_strict_pillow = _StrictPillow()
 
 
 def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
     """Read a picture as RGB, upright (EXIF), transparency laid on white, the first frame.
 
     Args:
-        source: a path, the bytes of a file, an open binary file, a Pillow image, or an array of
-            uint8 [H, W, 3], [H, W, 4] or [H, W].
+        source: a path, the bytes of a file, an open binary file (a pipe too), a Pillow image, or
+            an array of uint8 [H, W, 3], [H, W, 4] or [H, W].
 
     Raises ImageError for whatever is no whole picture, and for more than MAX_PIXELS pixels.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _pixels(source, "the image")
+        with _strict_pillow:
+            return _pixels(source, "the image")
     file, name = _open_source(source)
-    with contextlib.ExitStack() as stack:
+    try:
+        seekable, head = _start(file, name)
+        with _strict_pillow:
+            return _pixels(_identify(seekable, head, name), name)
+    finally:
         if file is not source:
-            stack.enter_context(file)
-        stack.enter_context(_strict_pillow())
-        return _pixels(_identify(file, name), name)
+            file.close()
 
 
 def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
@@ -107,9 +139,9 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
     if name.startswith(("http://", "https://")):
         raise ImageError(f"{name}: a URL is not fetched", hint="download it and give its path")
     path = Path(name)
-    if path.is_dir():
-        raise ImageError(f"{name}: a folder", hint="name a picture in it")
     try:
+        if path.is_dir():
+            raise ImageError(f"{name}: a folder", hint="name a picture in it")
         return path.open("rb"), name
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file", hint=_neighbours(path)) from None
@@ -118,15 +150,43 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
         raise ImageError(f"{name}: {reason}", hint="is it readable?") from error
 
 
-def _identify(file: BinaryIO, name: str) -> Image.Image:
+def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, bytes]:
+    """The file from its start, in memory where it can't go back there, and its first bytes."""
+    try:
+        try:
+            file.seek(0)
+        except (AttributeError, OSError):  # a pipe
+            file = _in_memory(file, name)
+        head = file.read(64)
+        file.seek(0)
+        if not isinstance(head, bytes):
+            raise TypeError(f"it gives {type(head).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(
+            f"{name}: can't be read: {reason}", hint="is it open, and in binary mode?"
+        ) from error
+    return file, head
+
+
+def _in_memory(file: BinaryIO, name: str) -> BinaryIO:
+    copy = io.BytesIO()
+    while chunk := file.read(CHUNK):
+        copy.write(chunk)
+        if copy.tell() > MAX_STREAM:
+            raise ImageError(
+                f"{name}: more than {MAX_STREAM // 1_000_000} MB", hint="is it one picture?"
+            )
+    copy.seek(0)
+    return copy
+
+
+def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
     """Open without decoding, and refuse what is empty, no picture, or too large."""
-    start = file.tell()
-    head = file.read(64)
-    file.seek(start)
     if not head:
         raise ImageError(f"{name}: empty (0 bytes)", hint="was it downloaded whole?")
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: {_looks_like(head)}", hint=HINT_FORMATS) from None
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
@@ -143,13 +203,13 @@ def _pixels(image: Image.Image, name: str) -> UInt8[np.ndarray, "H W 3"]:
         image.load()
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise _damaged(name, error) from error
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_gray(image)
-    if image.has_transparency_data or image.mode in ("RGBa", "La"):
-        return _on_white(image)
     try:
+        if image.mode.startswith("I") or image.mode == "F":
+            return _from_gray(image)
+        if image.has_transparency_data or image.mode == "RGBa":
+            return _on_white(image)
         return np.array(image.convert("RGB"))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ImageError(
             f"{name}: pixels of mode {image.mode} are not supported", hint="save it as PNG"
         ) from error
@@ -157,6 +217,8 @@ def _pixels(image: Image.Image, name: str) -> UInt8[np.ndarray, "H W 3"]:
 
 def _on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     """Lay a picture with transparency on white."""
+    if image.mode == "La":  # Pillow turns it into LA only
+        image = image.convert("LA")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
@@ -167,8 +229,10 @@ def _from_gray(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 
     16 bits are scaled (65535 becomes 255). 32-bit and float have no fixed white: values within
     0 … 255 (floats within 0 … 1 too) are taken as such, others are stretched to their own range.
+    A gray that the file declares transparent is white.
     """
-    values = np.asarray(image, np.float64)
+    stored = np.asarray(image)
+    values = stored.astype(np.float64)
     values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
@@ -178,8 +242,10 @@ def _from_gray(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     elif image.mode == "I" and low >= 0 and 255 < high <= 65535:
         values /= 257.0  # what Pillow makes of some 16-bit files
     elif low < 0 or high > 255:
-        values = (values - low) * 255.0 / (high - low)
+        values = (values - low) * 255.0 / ((high - low) or 1.0)
     gray = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        gray[stored == transparent] = 255
     return np.repeat(gray[:, :, None], 3, axis=2)
 
 
@@ -192,22 +258,6 @@ def _check_size(width: int, height: int, name: str) -> None:
             f"{MAX_PIXELS // 1_000_000} million",
             hint="scale it down first",
         )
-
-
-@contextlib.contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Our own size limit in place of Pillow's; a truncated file is an error; no warnings.
-
-    Pillow keeps these settings in its modules: they are put back, and threads take turns.
-    """
-    with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
