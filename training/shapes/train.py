@@ -17,6 +17,7 @@ stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the 
 """
 
 import argparse
+import hashlib
 import math
 import random
 import time
@@ -317,6 +318,9 @@ def train(out: Path, seed: int, scale: float) -> None:
         replace(stage, steps=max(1, round(stage.steps * scale)))
         for stage in (LANGUAGE, NOTES, TOWER, CAPTION)
     )
+    # Results of another seed or length are not taken up.
+    stages = (language_stage, notes_stage, tower_stage)
+    recipe = hashlib.sha256(repr((seed, stages)).encode()).hexdigest()[:8]
     work = out.with_name(f"{out.name}-stages")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed)
@@ -330,7 +334,7 @@ def train(out: Path, seed: int, scale: float) -> None:
         "again": (tower, lambda: train_tower("again", tower_stage, tower, tokenizer, seed)),
     }
     for name, (module, run) in runs.items():
-        _stage(module, work / f"{name}.pt", seed, run)
+        _stage(module, work / f"{name}-{recipe}.pt", seed, run)
     torch.manual_seed(seed)
     model = PrefixVLM(tower, wrap_lora(language, LORA_R, LORA_ALPHA, LORA_DROPOUT))
     config = checkpoint_config(
