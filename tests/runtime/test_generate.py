@@ -11,6 +11,7 @@ from tests.runtime import toy
 from vlmport.errors import DeviceError, OptionError, PromptError
 from vlmport.runtime.components import Components
 from vlmport.runtime.generate import Generation, Row, new_row
+from vlmport.runtime.model import VLM
 from vlmport.runtime.options import GenerationOptions
 
 WEIGHTS = toy.Weights.random()
@@ -82,7 +83,7 @@ def test_min_new_tokens_masks_the_stop_tokens(components: Components):
     row.min_new_tokens = 4
     tokens = run(components, row)[0]
     assert free[0] not in tokens[:4]
-    assert len(tokens) >= 5 or row.stop_reason == "stop"
+    assert len(tokens) >= 5
 
 
 @pytest.mark.parametrize("at", range(12))
@@ -137,13 +138,18 @@ def test_an_interrupt_between_two_rows_of_a_step(components: Components, monkeyp
 def test_the_context_ends_a_row(own_bundle):
     """A context of 20 holds 15 tokens of prompt and feeds 5 more; a sixth comes for free."""
     components = Components.open(own_bundle(context=20), threads=1)
-    rows = row_of(15, tokens=100), row_of(20, tokens=100)
+    rows = [new_row(components, embeds_of(length), GenerationOptions(100)) for length in (15, 20)]
+    for row in rows:
+        row.stop_token_ids = frozenset()
     assert [len(tokens) for tokens in run(components, *rows)] == [6, 1]
     assert [row.stop_reason for row in rows] == ["length", "length"]
     with pytest.raises(PromptError, match="the prompt has 21 tokens, the model's context is 20"):
         Generation(components, [row_of(21)])
     with pytest.raises(PromptError, match="the prompt is empty"):
         Generation(components, [row_of(0)])
+    with pytest.raises(PromptError, match="7 tokens after 15, the model's context is 20") as caught:
+        Generation(components, [row_of(15, tokens=7)])
+    assert caught.value.hint == "at most 6"
 
 
 def test_no_rows_at_all(components: Components):
@@ -193,6 +199,21 @@ def test_a_row_under_the_bundles_defaults(components: Components):
     assert (row.max_new_tokens, row.stop_token_ids) == (12, frozenset({0}))
     row = new_row(components, embeds_of(3), GenerationOptions(5, min_new_tokens=2))
     assert (row.max_new_tokens, row.min_new_tokens) == (5, 2)
+
+
+def test_min_new_tokens_is_never_cut_in_silence(own_bundle, vlm: VLM):
+    """Neither by the bundle's default length, which is 12, nor by the context."""
+    with pytest.raises(OptionError, match="more than this model's default max_new_tokens=12") as e:
+        vlm.caption(toy.picture(), min_new_tokens=40)
+    assert e.value.hint == "give max_new_tokens too, at least 40"
+    assert vlm.features.misses == 0  # said before anything was encoded
+    caption = vlm.caption(toy.picture(), min_new_tokens=40, max_new_tokens=40)
+    assert len(caption.token_ids) == 40
+    components = Components.open(own_bundle(context=20), threads=1)
+    options = GenerationOptions(100, min_new_tokens=7)
+    assert new_row(components, embeds_of(14), options).max_new_tokens == 7
+    with pytest.raises(OptionError, match="the context allows 6 after a prompt of 15 tokens"):
+        new_row(components, embeds_of(15), options)
 
 
 @pytest.mark.parametrize(

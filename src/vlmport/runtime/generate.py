@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from vlmport.errors import DeviceError, PromptError
+from vlmport.errors import DeviceError, OptionError, PromptError
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components
 from vlmport.runtime.options import GenerationOptions
@@ -78,12 +78,16 @@ class Generation:
     """
 
     def __init__(self, components: Components, rows: Sequence[Row]):
-        """Raises PromptError for a prompt longer than the context, before anything runs."""
+        """Raises PromptError for a row that may leave the context, before anything runs."""
         limit = components.manifest.dims.context_length
         for row in rows:
-            check_length(components, len(row.embeds))
-            # The last token is never fed back, so it needs no room.
-            row.max_new_tokens = min(row.max_new_tokens, limit - len(row.embeds) + 1)
+            room = room_for_tokens(components, len(row.embeds))
+            if row.max_new_tokens > room:
+                raise PromptError(
+                    f"{row.max_new_tokens} tokens after {len(row.embeds)}, the model's context is "
+                    f"{limit}",
+                    hint=f"at most {room}",
+                )
         self.components = components
         self.rows = list(rows)
         self.seconds = {"prefill": 0.0, "decode": 0.0}
@@ -160,8 +164,11 @@ class Generation:
             self.seconds[phase] += time.perf_counter() - start
 
 
-def check_length(components: Components, tokens: int) -> None:
-    """Raise PromptError for a prompt that is empty or longer than the context."""
+def room_for_tokens(components: Components, tokens: int) -> int:
+    """How many new tokens the context allows after a prompt of so many.
+
+    Raises PromptError for a prompt that is empty or longer than the context.
+    """
     limit = components.manifest.dims.context_length
     if not tokens:
         raise PromptError("the prompt is empty", hint="give it a text or a picture")
@@ -170,16 +177,38 @@ def check_length(components: Components, tokens: int) -> None:
             f"the prompt has {tokens} tokens, the model's context is {limit}",
             hint="fewer or smaller pictures, or a shorter prompt",
         )
+    return limit - tokens + 1  # the last token is never fed back
+
+
+def most_new_tokens(components: Components, tokens: int, options: GenerationOptions) -> int:
+    """How many tokens a prompt of so many may be answered with: what is asked for, else the
+    bundle's default, and no more than the context allows.
+
+    Raises PromptError as `room_for_tokens` does, OptionError where that is below min_new_tokens.
+    """
+    room = room_for_tokens(components, tokens)
+    wanted = options.max_new_tokens or components.manifest.generation.max_new_tokens
+    least = options.min_new_tokens
+    if least > room:
+        raise OptionError(
+            f"min_new_tokens={least}, the context allows {room} after a prompt of {tokens} tokens",
+            hint="lower it, or give fewer or smaller pictures or a shorter prompt",
+        )
+    if least > wanted:
+        raise OptionError(
+            f"min_new_tokens={least} is more than this model's default max_new_tokens={wanted}",
+            hint=f"give max_new_tokens too, at least {least}",
+        )
+    return min(wanted, room)
 
 
 def new_row(
     components: Components, embeds: Float[np.ndarray, "S D"], options: GenerationOptions
 ) -> Row:
-    """A row under the bundle's stop tokens and default length."""
-    spec = components.manifest.generation
+    """A row under the bundle's stop tokens. Raises as `most_new_tokens` does."""
     return Row(
         embeds,
-        max_new_tokens=options.max_new_tokens or spec.max_new_tokens,
-        stop_token_ids=frozenset(spec.stop_token_ids),
+        max_new_tokens=most_new_tokens(components, len(embeds), options),
+        stop_token_ids=frozenset(components.manifest.generation.stop_token_ids),
         min_new_tokens=options.min_new_tokens,
     )

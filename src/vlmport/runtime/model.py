@@ -15,7 +15,7 @@ from vlmport.bundle import Bundle
 from vlmport.errors import PromptError
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.features import FeatureCache
-from vlmport.runtime.generate import Generation, Row, StopReason, check_length, new_row
+from vlmport.runtime.generate import Generation, Row, StopReason, most_new_tokens, new_row
 from vlmport.runtime.images import open_image
 from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.prompt import Message, Prompter, check_messages
@@ -189,7 +189,7 @@ class VLM:
         start = time.perf_counter()
         pictures = [self.features.process(open_image(image)) for image in chat.images]
         ids = self.prompter.splice(text, [picture.prompt_ids for picture in pictures])
-        check_length(self.components, len(ids))
+        most_new_tokens(self.components, len(ids), options)  # refused here, it has cost little
         features = [self.features.encode(picture) for picture in pictures]
         seconds = time.perf_counter() - start
         row = new_row(self.components, self._embed(ids, features), options)
