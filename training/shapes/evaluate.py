@@ -1,7 +1,8 @@
-"""Exact match of a written checkpoint: `python -m training.shapes.evaluate FOLDER`.
+"""Exact match of a checkpoint or a bundle: `python -m training.shapes.evaluate FOLDER`.
 
-Reads the folder back from disk (so after rounding to half precision), captions held-out scenes
-greedily and compares whole captions.
+Captions held-out scenes greedily and compares whole captions. A checkpoint is read back from disk
+(so after rounding to half precision) and run by PyTorch; a bundle is run by vlmport, at
+`--precision`.
 """
 
 import argparse
@@ -10,9 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from training.shapes.checkpoint import read_checkpoint
 from training.shapes.scenes import Scene, caption, draw, pixel_values, random_scene
 
 HELD_OUT_SEED = 20_000
@@ -25,8 +24,20 @@ def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
     return [random_scene(rng) for _ in range(count)]
 
 
-def captions_of(folder: Path, scenes: list[Scene], batch_size: int = 100) -> list[str]:
-    """The model's greedy caption of each scene."""
+def captions_by_vlmport(folder: Path, scenes: list[Scene], precision: str) -> list[str]:
+    """A bundle's greedy caption of each scene."""
+    import vlmport
+
+    with vlmport.load(folder, precision=precision) as model:
+        return [model.caption(draw(scene)).text for scene in scenes]
+
+
+def captions_by_torch(folder: Path, scenes: list[Scene], batch_size: int = 100) -> list[str]:
+    """A checkpoint's greedy caption of each scene."""
+    import torch
+
+    from training.shapes.checkpoint import read_checkpoint
+
     model, config, tokenizer = read_checkpoint(folder)
     size = config["vision_config"]["image_size"]
     captions: list[str] = []
@@ -40,6 +51,7 @@ def captions_of(folder: Path, scenes: list[Scene], batch_size: int = 100) -> lis
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", default="auto", help="of a bundle")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--at-least", type=float, default=97.0, help="percent")
@@ -47,7 +59,10 @@ def main() -> int:
 
     scenes = held_out(arguments.scenes, arguments.seed)
     right = [caption(scene) for scene in scenes]
-    given = captions_of(arguments.folder, scenes)
+    if (arguments.folder / "vlmport.json").is_file():
+        given = captions_by_vlmport(arguments.folder, scenes, arguments.precision)
+    else:
+        given = captions_by_torch(arguments.folder, scenes)
     wrong = [(r, g) for r, g in zip(right, given, strict=True) if r != g]
     percent = 100 * (1 - len(wrong) / len(scenes))
     for r, g in wrong[:SHOWN_MISTAKES]:
