@@ -13,7 +13,7 @@ from onnxscript import nn
 from tests.graph.running import InMemory, open_graph
 from vlmport.errors import ExportError, WeightError
 from vlmport.export.assign import Assignment
-from vlmport.graph.builder import GraphBuilder, add_output, new_graph
+from vlmport.graph.builder import GraphBuilder, add_output, new_graph, to_model
 from vlmport.graph.layers import Embedding, Linear
 from vlmport.graph.weights import (
     FLOAT16,
@@ -200,6 +200,20 @@ def test_gather_reads_what_was_written(form: Format) -> None:
     expected = expected if form.bits is None else round_trip(expected, form)
     np.testing.assert_array_equal(y, expected[[[8, 0], [10, 9]]])
     assert not y[1].any()
+
+
+def test_an_8_bit_embedding_needs_no_operator_that_a_build_may_lack() -> None:
+    """WebAssembly kernels for GatherBlockQuantized are not in every build of ONNX Runtime."""
+    builder = new_graph("embedding")
+    ids = builder.input("ids", INT64, ["rows", "columns"])
+    add_output(
+        builder,
+        Embedding(9, 64, form=INT8)(builder.op, ids),
+        "rows",
+        FLOAT,
+        ["rows", "columns", 64],
+    )
+    assert {node.domain for node in to_model(builder).graph} == {""}
 
 
 def test_an_embedding_that_blocks_do_not_divide_is_refused() -> None:

@@ -117,6 +117,8 @@ class Embedding(nn.Module):
     def _gather(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         if self.form.bits is None:
             return op.Gather(self.weight, ids)
+        if self.form.bits == 8:
+            return self._gather_bytes(op, ids)
         return op.GatherBlockQuantized(
             self.weight_quantized,
             ids,
@@ -127,6 +129,18 @@ class Embedding(nn.Module):
             quantize_axis=1,
             _domain=MICROSOFT,
         )
+
+    def _gather_bytes(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
+        """GatherBlockQuantized by standard operators, to the bit.
+
+        ONNX Runtime's WebAssembly kernels have the operator in the plain build only; the build
+        with WebGPU, which transformers.js takes for every device, lacks it.
+        """
+        levels = op.Cast(op.Gather(self.weight_quantized, ids), to=self.form.dtype)  # [B, S, D]
+        blocks = op.Reshape(levels, [0, 0, -1, self.form.block_size])  # [B, S, blocks, block]
+        scales = op.Unsqueeze(op.Gather(self.weight_scales, ids), [-1])  # [B, S, blocks, 1]
+        zero = op.CastLike(128.0, blocks)
+        return op.Reshape(op.Mul(op.Sub(blocks, zero), scales), [0, 0, -1])  # [B, S, D]
 
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
