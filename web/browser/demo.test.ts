@@ -28,9 +28,9 @@ async function captionSample(page: Page): Promise<string> {
 test('a visit, and a second one with the server stopped and the page loaded again', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
   const page = await (await browser.newContext()).newPage();
-  await page.goto(`${server.url}?precision=fp32`);
+  await page.goto(server.url);
   const first = await captionSample(page);
-  expect(first).toBe(captions[SAMPLE]!.fp32!.text);
+  expect(first).toBe(captions[SAMPLE]!.q8!.text);
   await page.evaluate(() => navigator.serviceWorker.ready);
   await page.waitForFunction(() => navigator.serviceWorker.controller !== null);
   await server.stop();
@@ -45,8 +45,8 @@ test.runIf(process.env.VLMPORT_WEB_DEMO)('`vlmport demo` serves it', async () =>
   const errors: string[] = [];
   page.on('pageerror', error => errors.push(error.message));
   page.on('console', message => message.type() === 'error' && errors.push(message.text()));
-  await page.goto(`${process.env.VLMPORT_WEB_DEMO}?precision=fp32`);
-  expect(await captionSample(page)).toBe(captions[SAMPLE]!.fp32!.text);
+  await page.goto(process.env.VLMPORT_WEB_DEMO!);
+  expect(await captionSample(page)).toBe(captions[SAMPLE]!.q8!.text);
   expect(await page.evaluate(() => crossOriginIsolated)).toBe(true);
   expect(await page.textContent('#fact-device')).toMatch(/^WebAssembly/);
   expect(errors).toEqual([]);

@@ -71,10 +71,13 @@ function whole() {
   };
 }
 
-test('the schema is the one that Python reads', () => {
-  const read = (path: string) => readFileSync(new URL(path, import.meta.url), 'utf8');
+test('the schema is the one that Python reads, but for its words', () => {
+  const read = (path: string) => {
+    const text = readFileSync(new URL(path, import.meta.url), 'utf8');
+    return JSON.parse(text, (key, value) => (key === 'description' ? undefined : value));
+  };
   const ours = read('../src/bundle/vlmport.schema.json');
-  expect(ours).toBe(read('../../src/vlmport/vlmport.schema.json'));
+  expect(ours).toEqual(read('../../src/vlmport/vlmport.schema.json'));
 });
 
 test('a whole manifest is read', () => {

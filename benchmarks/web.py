@@ -1,0 +1,217 @@
+"""Captions in Chromium: this package beside transformers.js on the same bundle, and Python.
+
+    python benchmarks/web.py [--repeats N] [--webgpu]
+    python benchmarks/web.py --memory           # peak memory of loading 200 MB of weights
+
+Both clients run in the same browser on the same machine, one after the other, each in a page of
+its own. The time to the first token counts from the picture's file. `--webgpu` adds a GPU in
+software (SwiftShader), which says that it works and nothing about speed. Prints a table, then one
+line of JSON. Needs `make test` to have run once, which installs and builds what is used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmport.builtin import builtin_models
+from vlmport.bundle import Bundle
+from vlmport.demo import DemoServer
+from vlmport.export import export
+from vlmport.runtime.model import VLM
+
+ROOT = Path(__file__).parents[1]
+BUILT = ROOT / "web/browser/built"
+MODULES = ROOT / "tests/transformers_js/node_modules"
+PICTURE = "red_circle_orange_star_blue_star.png"
+IMPORTS = {
+    "@huggingface/transformers": "./tjs/transformers.web.js",
+    "onnxruntime-web/webgpu": "./tjs/ort.webgpu.bundle.min.mjs",
+    "onnxruntime-common": "./tjs/common/index.js",
+}
+WIDTH, HEIGHT = 4000, 3000
+# What is loaded to measure memory: 200 MB of float32 weights, nearly all in the decoder.
+LARGE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 2304,
+    "vocab_size": 1024,
+}
+
+
+def write_page(folder: Path) -> None:
+    """The browser tests' page, with transformers.js and the pictures beside it."""
+    shutil.copytree(BUILT, folder)
+    transformers, ort = MODULES / "@huggingface/transformers/dist", MODULES / "onnxruntime-web/dist"
+    (folder / "tjs").mkdir()
+    shutil.copy(transformers / "transformers.web.js", folder / "tjs")
+    for name in ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify"):
+        for file in ort.glob(f"{name}*"):
+            if file.suffix != ".map":
+                shutil.copy(file, folder / "tjs")
+    shutil.copytree(MODULES / "onnxruntime-common/dist/esm", folder / "tjs/common")
+    html = (folder / "index.html").read_text()
+    imports = f'<script type="importmap">{json.dumps({"imports": IMPORTS})}</script>'
+    (folder / "index.html").write_text(html.replace("<head>", f"<head>{imports}"))
+    shutil.copy(ROOT / "examples" / PICTURE, folder / "picture.png")
+    photo(folder / "photo.jpg")
+
+
+def photo(path: Path) -> None:
+    """A picture as large as a telephone's, with detail everywhere."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, 12, (HEIGHT, WIDTH))
+    waves = [128 + 80 * np.sin(x / a + y / b) + noise for a, b in ((90, 70), (50, -80), (-30, 60))]
+    pixels = np.clip(np.stack(waves, -1), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, quality=90)
+
+
+@contextmanager
+def serving(page: Path, bundle: Bundle) -> Iterator[str]:
+    server = DemoServer(page, bundle)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.url
+    server.shutdown()
+    thread.join()
+    server.close()
+
+
+def in_chromium(url: str, **task: Any) -> dict[str, Any]:
+    task = {"bundle": "/bundle/", "picture": "/picture.png", "photo": None} | task
+    command = ["node", str(ROOT / "benchmarks/web.mjs"), url, json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def in_python(bundle: Bundle, precision: str, threads: int, repeats: int) -> dict[str, Any]:
+    runs = []
+    with VLM.open(bundle, precision=precision, threads=threads) as vlm:
+        for repeat in range(-1, repeats):
+            vlm.features.clear()
+            caption = vlm.caption(ROOT / "examples" / PICTURE)
+            tokens, times = len(caption.token_ids), caption.timings
+            first = 1000 * (times["image"] + times["prefill"])
+            per_second = (tokens - 1) / times["decode"]
+            if repeat >= 0:
+                runs.append({"first": first, "perSecond": per_second, "text": caption.text})
+    return {"runs": runs, "photos": [], "load": None, "browser": None}
+
+
+def speed(folder: Path, repeats: int, webgpu: bool) -> list[dict[str, Any]]:
+    bundle = export(builtin_models()["shapes"], folder / "bundle", precisions="fp32,q8,q4")
+    write_page(folder / "page")
+    devices = [("wasm", precision, threads) for precision in ("fp32", "q8") for threads in (1, 2)]
+    rows = []
+    with serving(folder / "page", bundle) as url:
+        for device, precision, threads in devices + [("webgpu", "q4", 1)] * webgpu:
+            for client in ("vlmport", "transformers"):
+                task = {"device": device, "precision": precision, "threads": threads}
+                photo = "/photo.jpg" if device == "wasm" else None
+                got = in_chromium(url, client=client, repeats=repeats, photo=photo, **task)
+                rows.append({"client": client, **task, **summary(got)})
+                print(line(rows[-1]), flush=True)
+    for precision in ("fp32", "q8", "q4"):
+        for threads in (1, 2):
+            got = in_python(bundle, precision, threads, repeats)
+            task = {"device": "cpu", "precision": precision, "threads": threads}
+            rows.append({"client": "python", **task, **summary(got)})
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def summary(got: dict[str, Any]) -> dict[str, Any]:
+    def median(values: list[float]) -> float | None:
+        return round(statistics.median(values), 1) if values else None
+
+    return {
+        "first_ms": median([one["first"] for one in got["runs"]]),
+        "tokens_per_s": median([one["perSecond"] for one in got["runs"]]),
+        "photo_ms": median(got["photos"]),
+        "load_ms": got["load"] and round(got["load"]),
+        "text": got["runs"][0]["text"],
+        "browser": got["browser"],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    name = f"{row['client']} {row['device']} {row['precision']} {row['threads']} threads"
+    numbers = (row[key] for key in ("load_ms", "first_ms", "tokens_per_s", "photo_ms"))
+    return f"{name:36}" + "".join(f"{'' if one is None else one:>12}" for one in numbers)
+
+
+def memory(folder: Path) -> list[dict[str, Any]]:
+    """The peak of the page's process over that of a page with a tiny bundle."""
+    sys.path.insert(0, str(ROOT))
+    from tests.checkpoints import write_prefix_checkpoint
+
+    write_page(folder / "page")
+    peaks, sizes = {}, {}
+    for name, text in (("tiny", None), ("large", LARGE)):
+        source = write_prefix_checkpoint(folder / f"{name}-checkpoint", text=text, lora=False)
+        bundle = export(source, folder / name, precisions="fp32,q8,q4")
+        for device, precision in (("wasm", "fp32"), ("wasm", "q8")):
+            task = {"device": device, "precision": precision, "threads": 1, "repeats": 1}
+            with serving(folder / "page", bundle) as url:
+                got = in_chromium(url, client="vlmport", **task)
+            peaks[name, device, precision] = got["peak"]
+            choice = bundle.manifest.choose(precision, device)
+            variants = [bundle.variant(one, form) for one, form in choice.items()]
+            paths = [path for one in variants for path in (one.model, *one.data)]
+            sizes[name, device, precision] = sum(bundle.manifest.files[path].size for path in paths)
+    rows = []
+    for (name, device, precision), peak in peaks.items():
+        if name == "tiny":
+            continue
+        tiny = ("tiny", device, precision)
+        weights = sizes[name, device, precision] - sizes[tiny]
+        times = (peak - peaks[tiny]) / weights
+        rows.append({"device": device, "precision": precision, "weights": weights, "times": times})
+        told = f"{weights / 1e6:.0f} MB of weights, peak {(peak - peaks[tiny]) / 1e6:.0f} MB over"
+        print(f"{device} {precision}: {told} a tiny model's: {times:.2f} times the weights")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--webgpu", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    given = parser.parse_args()
+    if not BUILT.is_dir() or not MODULES.is_dir():
+        sys.exit("the pages are not built: run `make test` once")
+    with tempfile.TemporaryDirectory() as folder:
+        if given.memory:
+            rows = memory(Path(folder))
+        else:
+            print(
+                f"{'':36}"
+                + "".join(f"{one:>12}" for one in ("load ms", "first ms", "tok/s", "12 MP ms"))
+            )
+            rows = speed(Path(folder), given.repeats, given.webgpu)
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    print(json.dumps({"rows": rows, **machine}))
+
+
+if __name__ == "__main__":
+    main()
