@@ -2,12 +2,17 @@
 # make test   installs everything that the tests need, then runs all of them
 # make check  formatter, linter, type checker
 # make clean  removes what the others made
+#
+# PyTorch is needed by the tests only. On Linux its default build brings CUDA; to save gigabytes,
+# set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-NODE_TESTS := tests/transformers_js
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Node.js comes from PyPI with the other requirements, so that its version is known.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test check clean
 .DELETE_ON_ERROR:
@@ -15,7 +20,7 @@ NODE_TESTS := tests/transformers_js
 demo: $(VENV)/installed
 	@$(BIN)/vlmport caption examples/red_square.png
 
-test: $(VENV)/installed-dev $(NODE_TESTS)/node_modules/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/installed-dev
@@ -31,22 +36,15 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing vlmport into $(VENV) …'
-	@$(PIP) --editable .
+	@$(PIP) --quiet --editable .
 	@touch $@
 
 # torch first and alone, so that a CPU build that pip already knows of is taken.
-$(VENV)/installed-dev: $(VENV)/installed
-	@echo 'Installing what the tests need: torch, transformers, pytest …'
-	@$(PIP) torch
-	@$(PIP) --editable '.[verify]' --requirement requirements-dev.txt
-	@touch $@
-
-$(NODE_TESTS)/node_modules/installed: $(NODE_TESTS)/package-lock.json
-	@command -v npm >/dev/null || \
-	  { echo 'Node.js 20 or newer is needed for the transformers.js test: https://nodejs.org'; exit 1; }
-	@echo 'Installing transformers.js for its test …'
-	@cd $(NODE_TESTS) && ONNXRUNTIME_NODE_INSTALL=skip npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	@echo 'Installing what the tests need: torch, transformers, pytest, Node.js …'
+	@$(PIP) --progress-bar off torch
+	@$(PIP) --quiet --editable '.[verify]' --requirement requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NODE_TESTS)/node_modules
+	rm -rf $(VENV) tests/transformers_js/node_modules web/node_modules
