@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,11 @@ from vlmport.bundle import (
     CHUNK_BYTES,
     MANIFEST,
     Bundle,
+    Dims,
     FileEntry,
+    GenerationSpec,
     Manifest,
+    PromptSpec,
     hash_file,
     hash_folder,
     is_bundle,
@@ -71,10 +75,18 @@ def test_the_manifest_holds_what_a_runtime_needs(tiny_bundle: Path) -> None:
     assert manifest.parity is None
 
 
-def test_the_schema_in_the_docs_is_the_packages() -> None:
-    root = Path(__file__).parents[1]
-    packaged = root / "src/vlmport/vlmport.schema.json"
-    assert (root / "docs/vlmport.schema.json").read_bytes() == packaged.read_bytes()
+def test_the_schema_in_the_docs_describes_what_an_export_writes(document: dict[str, Any]) -> None:
+    path = Path(__file__).parents[1] / "docs/vlmport.schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    validate = fastjsonschema.compile(schema)
+    validate(document)
+    assert set(schema["required"]) == set(document)
+    for key in document:
+        with pytest.raises(fastjsonschema.JsonSchemaValueException):
+            validate({name: value for name, value in document.items() if name != key})
+    for key, record in {"dims": Dims, "prompt": PromptSpec, "generation": GenerationSpec}.items():
+        fields = {field.name for field in dataclasses.fields(record)}
+        assert set(schema["properties"][key]["required"]) == fields == set(document[key])
 
 
 def test_every_field_of_the_dataclass_is_in_the_schema(document: dict[str, Any]) -> None:
@@ -130,6 +142,34 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an auto of no component": (
         lambda raw: raw["auto"]["cpu"].update(audio_encoder="fp32"),
         "auto.cpu: no audio_encoder in fp32",
+    ),
+    "logits without ids": (
+        lambda raw: raw["golden"]["expected"]["q4"]["logits"].pop(),
+        "golden.expected.q4: 63 logits for 64 ids",
+    ),
+    "a logit of no token": (
+        lambda raw: raw["golden"]["expected"]["q4"]["logit_ids"].append(113),
+        "golden.expected.q4: logit id 113 is not in the vocabulary",
+    ),
+    "no logits": (
+        lambda raw: raw["golden"]["expected"]["fp32"].update(logits=[], logit_ids=[]),
+        "logit_ids must contain at least 1 items",
+    ),
+    "a logit that no float32 holds": (
+        lambda raw: raw["golden"]["expected"]["fp32"]["logits"].__setitem__(0, 10**400),
+        "logits[0] must be smaller than or equal to 1e+38",
+    ),
+    "a golden past the context": (
+        lambda raw: raw["dims"].update(context_length=80),
+        "golden.expected.fp32: takes 90 positions, the context is 80",
+    ),
+    "a golden of all memory": (
+        lambda raw: raw["golden"].update(copies=10**11),
+        "manifest.golden.copies must be smaller than or equal to 64",
+    ),
+    "a missing chunk": (
+        lambda raw: raw["files"][DECODER]["chunks"].clear(),
+        f"{DECODER}: 0 chunk hashes, expected 1",
     ),
     "no cpu": (lambda raw: raw["auto"].pop("cpu"), "manifest.auto must contain ['cpu']"),
 }
@@ -324,73 +364,21 @@ def test_parity_is_added(own_bundle_folder: Path) -> None:
     assert Bundle.open(own_bundle_folder, check_hashes=True).manifest.parity == parity
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_a_parity_that_json_cannot_hold_is_refused(own_bundle_folder: Path, value: Any) -> None:
+    before = (own_bundle_folder / MANIFEST).read_bytes()
+    parity = {"reference": "torch", "passed": False, "rows": [{"worst": value}]}
+    with pytest.raises(BundleError, match=r"vlmport\.json: can't be written") as caught:
+        Bundle.open(own_bundle_folder).with_parity(parity)
+    assert caught.value.hint
+    with pytest.raises(BundleError, match="must contain"):
+        Bundle.open(own_bundle_folder).with_parity({"passed": True})
+    assert (own_bundle_folder / MANIFEST).read_bytes() == before
+    assert not list(own_bundle_folder.glob("*.partial"))
+
+
 def test_the_card_may_be_edited(own_bundle_folder: Path) -> None:
     (own_bundle_folder / "README.md").write_text("my own words", encoding="utf-8")
     Bundle.open(own_bundle_folder, check_hashes=True)
     (own_bundle_folder / "README.md").unlink()
     Bundle.open(own_bundle_folder, check_hashes=True)
-
-
-# Choosing
-
-VISION, EMBED, LM = "vision_encoder", "embed_tokens", "decoder_model_merged"
-CHOICES = {
-    "auto": ("q8", "q4", "q4"),
-    "fp32": ("fp32", "fp32", "fp32"),
-    "q4": ("q4", "q4", "q4"),
-    "vision=fp32": ("fp32", "q4", "q4"),
-    "vision_encoder=fp32, decoder=fp32": ("fp32", "q4", "fp32"),
-    "embed=fp32,vision=q4": ("q4", "fp32", "q4"),
-}
-
-
-@pytest.mark.parametrize(("asked", "expected"), CHOICES.items())
-def test_precisions_are_chosen(asked: str, expected: tuple[str, ...], tiny_bundle: Path) -> None:
-    chosen = read_manifest(tiny_bundle / MANIFEST).choose(asked)
-    names = (VISION, EMBED, LM)
-    assert chosen == {"image_processor": "any", **dict(zip(names, expected, strict=True))}
-
-
-def test_auto_follows_the_device(tiny_bundle: Path) -> None:
-    manifest = read_manifest(tiny_bundle / MANIFEST)
-    assert manifest.choose("auto", "wasm")[LM] == "q8"
-    assert manifest.choose("auto", "a device of tomorrow") == manifest.choose("auto", "cpu")
-    assert manifest.choose("vision=q4", "wasm")[LM] == "q8"
-
-
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [
-        ("fp16", "precision 'fp16' is not in this bundle (component vision_encoder)"),
-        ("Q4", "precision 'Q4' is not in this bundle"),
-        ("", "precision '' is not in this bundle"),
-        ("any", "precision 'any' is not in this bundle"),
-        ("vision=fp16", "precision 'fp16' is not in this bundle (component vision_encoder)"),
-        ("vison=q4", "no component 'vison' (did you mean 'vision'?)"),
-        ("=", "no component ''"),
-        ("vision=q4,decoder", "precision '' is not in this bundle"),
-    ],
-)
-def test_what_is_not_there_is_not_chosen(asked: str, expected: str, tiny_bundle: Path) -> None:
-    manifest = read_manifest(tiny_bundle / MANIFEST)
-    with pytest.raises(BundleError) as caught:
-        manifest.choose(asked)
-    assert expected in str(caught.value)
-    assert caught.value.hint
-    assert ("adds it" in caught.value.hint) == ("fp16" in asked)  # what export knows
-
-
-def test_a_precision_counts_when_every_component_has_it(
-    tiny_bundle: Path, tmp_path: Path, document: dict[str, Any]
-) -> None:
-    raw = copy.deepcopy(document)
-    del raw["components"][VISION]["q4"]
-    for choice in raw["auto"].values():
-        choice[VISION] = "fp32"
-    write_json(tmp_path / MANIFEST, raw)
-    manifest = read_manifest(tmp_path / MANIFEST)
-    assert manifest.precisions == ("fp32", "q8")
-    assert manifest.choose("auto")[VISION] == "fp32"
-    with pytest.raises(BundleError, match="component vision_encoder") as caught:
-        manifest.choose("q4")
-    assert caught.value.hint == "it holds fp32, q8; `vlmport export --precision q4` adds it"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -20,27 +19,16 @@ from typing import Any
 
 import fastjsonschema
 
-from vlmport.errors import BundleError, did_you_mean
+from vlmport.errors import BundleError
+from vlmport.hashing import CHUNK_BYTES, FileEntry, hash_file
+from vlmport.precisions import ANY, choose, complete
+from vlmport.precisions import DEFAULT_PRECISIONS as DEFAULT_PRECISIONS
+from vlmport.precisions import SUFFIXES as SUFFIXES
+from vlmport.precisions import split_precisions as split_precisions
 
 MANIFEST = "vlmport.json"
 CARD = "README.md"  # people edit it before they publish, so the manifest does not list it
 VERSION = 1
-CHUNK_BYTES = 8 * 1024 * 1024
-ANY = "any"  # the precision of a component that has only one form
-AUTO = "auto"
-
-# Precision → the Hub's file suffix.
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
-
-# What an export holds if nothing else is asked for: `auto` finds its choice for each device there.
-DEFAULT_PRECISIONS = ("fp32", "q8", "q4")
-
-# What people write in a mixed precision such as 'vision=q4,decoder=fp32'.
-SHORT_NAMES = {
-    "vision": "vision_encoder",
-    "embed": "embed_tokens",
-    "decoder": "decoder_model_merged",
-}
 
 
 @dataclass(frozen=True)
@@ -49,15 +37,6 @@ class Variant:
 
     model: str
     data: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """Size in bytes, SHA-256 of the whole and of each 8 MiB."""
-
-    size: int
-    sha256: str
-    chunks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -163,53 +142,14 @@ class Manifest:
     @property
     def precisions(self) -> tuple[str, ...]:
         """The precisions in which every component exists, in the order of SUFFIXES."""
-        complete = [
-            name
-            for name in SUFFIXES
-            if all(name in forms or ANY in forms for forms in self.components.values())
-        ]
-        return tuple(complete)
+        return complete(self.components)
 
     def choose(self, precision: str, device: str = "cpu") -> dict[str, str]:
-        """Component → precision for a request: 'auto', 'fp32', or 'vision_encoder=q4,…'.
+        """Component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
 
         Raises BundleError for a precision that the bundle does not hold.
         """
-        if "=" in precision:
-            chosen = self._default(device) | self._parse_mix(precision)
-        elif precision == AUTO:
-            chosen = self._default(device)
-        else:
-            chosen = dict.fromkeys(self.components, precision)
-        return {name: self._check(name, chosen[name]) for name in self.components}
-
-    def _default(self, device: str) -> dict[str, str]:
-        return dict.fromkeys(self.components, ANY) | dict(self.auto.get(device, self.auto["cpu"]))
-
-    def _parse_mix(self, text: str) -> dict[str, str]:
-        parts = (part.partition("=") for part in text.replace(" ", "").split(","))
-        mix = {SHORT_NAMES.get(name, name): value for name, _, value in parts}
-        for name in mix:
-            if name not in self.components:
-                raise BundleError(
-                    f"precision {text!r}: no component {name!r}"
-                    f"{did_you_mean(name, [*SHORT_NAMES, *self.components])}",
-                    hint=f"components of this bundle: {', '.join(self.components)}",
-                )
-        return mix
-
-    def _check(self, name: str, precision: str) -> str:
-        forms = self.components[name]
-        if precision in forms:
-            return precision
-        if ANY in forms:
-            return ANY
-        adds = f"; `vlmport export --precision {precision}` adds it" * (precision in SUFFIXES)
-        raise BundleError(
-            f"precision {precision!r} is not in this bundle (component {name})"
-            f"{did_you_mean(precision, forms)}",
-            hint=f"it holds {', '.join(forms)}{adds}",
-        )
+        return choose(self.components, self.auto, precision, device)
 
 
 @dataclass(frozen=True)
@@ -258,7 +198,7 @@ class Bundle:
         return forms[precision if precision in forms else ANY]
 
     def with_parity(self, parity: Mapping[str, Any]) -> Bundle:
-        """Write a verify result into the manifest."""
+        """Write a verify result into the manifest. Raises BundleError where JSON can't hold it."""
         manifest = dataclasses.replace(self.manifest, parity=parity)
         write_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
@@ -267,17 +207,6 @@ class Bundle:
 def is_bundle(folder: Path) -> bool:
     """Whether the folder holds a manifest."""
     return (folder / MANIFEST).is_file()
-
-
-def hash_file(path: Path) -> FileEntry:
-    """Size, SHA-256 and chunk hashes of a file, read once."""
-    whole, chunks, size = hashlib.sha256(), [], 0
-    with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            whole.update(block)
-            chunks.append(hashlib.sha256(block).hexdigest())
-            size += len(block)
-    return FileEntry(size, whole.hexdigest(), tuple(chunks))
 
 
 def _is_as_listed(path: Path, entry: FileEntry) -> bool:
@@ -331,12 +260,21 @@ def _refuse_constant(name: str) -> float:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Validate and write vlmport.json; a reader sees the old file or the new, never half."""
+    """Validate and write vlmport.json; a reader sees the old file or the new, never half.
+
+    Raises BundleError for what no reader would take, such as numbers that are not finite.
+    """
     raw = {"format": "vlmport", "version": VERSION} | _plain(dataclasses.asdict(manifest))
-    _validator()(raw)
+    try:
+        _validator()(raw)
+        text = json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError) as error:  # the schema's errors are ValueErrors too
+        raise BundleError(
+            f"{folder / MANIFEST}: can't be written: {error}",
+            hint="the file is as it was; JSON has no NaN and no infinity",
+        ) from error
     _check_references(manifest, folder / MANIFEST)
     partial = folder / f".{MANIFEST}.partial"
-    text = json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, folder / MANIFEST)
@@ -400,7 +338,7 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
 
 
 def _check_references(manifest: Manifest, path: Path) -> Manifest:
-    """What a schema can't say: each named file is listed, each auto choice exists."""
+    """What a schema can't say: named files are listed, auto choices exist, lengths agree."""
     problems = []
     for component, forms in manifest.components.items():
         for variant in forms.values():
@@ -418,6 +356,28 @@ def _check_references(manifest: Manifest, path: Path) -> Manifest:
             if component not in choice and ANY not in forms
         ]
         problems += [f"auto.{device}: no choice for {component}" for component in open_choices]
+    problems += _wrong_lengths(manifest)
     if problems:
         raise BundleError(f"{path}: {'; '.join(problems)}", hint="export the bundle again")
     return manifest
+
+
+def _wrong_lengths(manifest: Manifest) -> list[str]:
+    """Lists whose lengths disagree with each other or with a number that stands beside them."""
+    problems = []
+    for name, entry in manifest.files.items():
+        expected = -(-entry.size // CHUNK_BYTES)
+        if len(entry.chunks) != expected:
+            problems.append(f"{name}: {len(entry.chunks)} chunk hashes, expected {expected}")
+    for precision, one in manifest.golden.expected.items():
+        where = f"golden.expected.{precision}"
+        if len(one.logits) != len(one.logit_ids):
+            problems.append(f"{where}: {len(one.logits)} logits for {len(one.logit_ids)} ids")
+        if max(one.logit_ids) >= manifest.dims.vocab_size:
+            problems.append(f"{where}: logit id {max(one.logit_ids)} is not in the vocabulary")
+        needed = manifest.golden.prefill_tokens + len(one.tokens) - 1
+        if needed > manifest.dims.context_length:
+            problems.append(
+                f"{where}: takes {needed} positions, the context is {manifest.dims.context_length}"
+            )
+    return problems

@@ -43,14 +43,25 @@ def describe(bundle: Bundle, console: Console) -> None:
 
 
 def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
-    """Run the golden input at every precision; whether all gave what the manifest expects."""
+    """Run the golden input at every precision; whether all gave what the manifest expects.
+
+    A precision without a golden fails: nothing is known of it.
+    """
     from vlmport.runtime.components import Components
     from vlmport.runtime.probe import check_golden
 
-    passed = True
-    for precision in bundle.manifest.golden.expected:
+    golden = bundle.manifest.golden
+    precisions = bundle.manifest.precisions
+    passed = bool(precisions)
+    if not precisions:
+        _print(console, "probe: no precision of this bundle has all components, so nothing was run")
+    for precision in precisions:
+        if precision not in golden.expected:
+            _print(console, f"probe {precision}: no golden is recorded, so nothing was run")
+            passed = False
+            continue
         components = Components.open(bundle, precision=precision, device=device)
-        report = check_golden(components, bundle.manifest.golden)
+        report = check_golden(components, golden)
         _print(console, f"probe {report}")
         passed = passed and report.ok
     return passed
@@ -88,8 +99,16 @@ def _ports(bundle: Bundle, variant: Variant) -> Iterator[str]:
         tensors = [v for v in values if not v.name.startswith((cache.past, cache.present))]
         for value in tensors:
             tensor = value.type.tensor_type
-            kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            kind = _type_name(tensor.elem_type)
             dims = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
             yield f"{way} {value.name} {kind}[{dims}]"
         if rest := [value for value in values if value not in tensors]:
             yield f"{way} {rest[0].name} … {rest[-1].name}, {len(rest)} cache tensors"
+
+
+def _type_name(code: int) -> str:
+    """Such as 'float16'; a file from elsewhere may hold a number that ONNX gives no name."""
+    try:
+        return onnx.TensorProto.DataType.Name(code).lower()
+    except ValueError:
+        return f"type {code}, unknown"

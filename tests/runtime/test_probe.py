@@ -183,6 +183,34 @@ def test_another_number_of_image_tokens(components, expected):
     assert "the prompt has 70 tokens, recorded were 80" in report.problems
 
 
+@pytest.mark.parametrize("ids", [10, 0])
+def test_fewer_logits_than_ids(components, expected, ids: int):
+    """In a hand-written manifest: what can't be compared has not passed."""
+    short = dataclasses.replace(expected, logits=expected.logits[:ids])
+    report = check_golden(components, GOLDEN, short)
+    assert not report.ok
+    assert f"{ids} of {len(expected.logit_ids)} recorded logits can be compared" in str(report)
+
+
+def test_logits_of_another_vocabulary(components, expected):
+    wide = dataclasses.replace(expected, logit_ids=(*expected.logit_ids[:-1], 10**30))
+    assert "the vocabulary has 113 entries" in str(check_golden(components, GOLDEN, wide))
+
+
+def test_a_golden_longer_than_the_context_is_refused_before_it_takes_memory(components, expected):
+    golden = dataclasses.replace(GOLDEN, copies=10**11)
+    with pytest.raises(BundleError, match="takes 1400000000000 tokens, the context is 200"):
+        check_golden(components, golden, expected)
+    long = dataclasses.replace(expected, tokens=expected.tokens * 10)
+    with pytest.raises(BundleError, match="takes 229 tokens, the context is 200"):
+        check_golden(components, GOLDEN, long)
+
+
+def test_a_short_context_is_probed_as_far_as_it_reaches(own_bundle, expected):
+    bundle = own_bundle(context=75)
+    assert record_golden(Components.open(bundle, threads=1), GOLDEN).tokens == expected.tokens[:6]
+
+
 def test_a_precision_without_a_golden(components: Components):
     with pytest.raises(BundleError, match="no golden is recorded for precision 'fp32'") as caught:
         check_golden(components)

@@ -1,0 +1,87 @@
+"""What `inspect` shows of bundles that nobody vouches for, and when a probe has proved nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vlmport import cli
+from vlmport.bundle import MANIFEST, Bundle, read_manifest
+from vlmport.inspection import describe, probe_bundle
+
+VISION = "onnx/vision_encoder.onnx"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Bundle:
+    """The bundle after its manifest was changed; files are not compared with it."""
+    raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    change(raw)
+    (folder / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
+    return Bundle(folder, read_manifest(folder / MANIFEST))
+
+
+def probe(bundle: Bundle) -> tuple[bool, str]:
+    text = io.StringIO()
+    return probe_bundle(bundle, "cpu", Console(file=text)), text.getvalue()
+
+
+def test_a_type_that_onnx_has_no_name_for_is_shown(own_bundle_folder: Path) -> None:
+    model = onnx.load(own_bundle_folder / VISION)
+    model.graph.input[0].type.tensor_type.elem_type = 999
+    onnx.save(model, own_bundle_folder / VISION)
+    text = io.StringIO()
+    manifest = read_manifest(own_bundle_folder / MANIFEST)
+    describe(Bundle(own_bundle_folder, manifest), Console(file=text, width=200))
+    assert "in  pixel_values type 999, unknown[batch_size, 3, 30, 30]" in text.getvalue()
+
+
+def test_a_probe_without_any_golden_fails(own_bundle_folder: Path) -> None:
+    edit(own_bundle_folder, lambda raw: raw["golden"].update(expected={}))
+    done = CliRunner().invoke(cli.app, ["inspect", str(own_bundle_folder), "--probe"])
+    assert done.exit_code == 1
+    for precision in ("fp32", "q8", "q4"):
+        assert f"probe {precision}: no golden is recorded, so nothing was run" in done.stdout
+
+
+def test_a_probe_without_one_golden_fails(own_bundle_folder: Path) -> None:
+    passed, text = probe(edit(own_bundle_folder, lambda raw: raw["golden"]["expected"].pop("q8")))
+    assert not passed
+    assert "probe q8: no golden is recorded" in text
+    assert "fp32 on cpu: as recorded" in text
+    assert "q4 on cpu: as recorded" in text
+
+
+def test_a_probe_of_no_whole_precision_fails(own_bundle_folder: Path) -> None:
+    def mix(raw: dict[str, Any]) -> None:
+        del raw["components"]["vision_encoder"]["q4"]
+        for precision in ("fp32", "q8"):
+            del raw["components"]["decoder_model_merged"][precision]
+        for choice in raw["auto"].values():
+            choice |= {"vision_encoder": "q8", "decoder_model_merged": "q4"}
+
+    passed, text = probe(edit(own_bundle_folder, mix))
+    assert not passed
+    assert "no precision of this bundle has all components" in text
+
+
+@pytest.mark.parametrize("wrong", [{"copies": 10**11}, {"prefill_tokens": 10**11}])
+def test_a_golden_that_would_take_all_memory_is_refused(
+    own_bundle_folder: Path, wrong: dict[str, int]
+) -> None:
+    raw = json.loads((own_bundle_folder / MANIFEST).read_text(encoding="utf-8"))
+    raw["golden"] |= wrong
+    (own_bundle_folder / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
+    done = CliRunner().invoke(
+        cli.app, ["inspect", str(own_bundle_folder), "--probe"], catch_exceptions=False
+    )
+    assert done.exit_code == 2
+    assert "golden" in done.stderr
+    assert "hint: " in done.stderr
