@@ -16,7 +16,8 @@ from tests.runtime import toy
 from vlmport.bundle import CacheLayout
 from vlmport.errors import BundleError, PromptError
 from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components, Decoder
+from vlmport.runtime.components import Components
+from vlmport.runtime.decoder import Decoder
 
 WEIGHTS = toy.Weights.random()
 TOLERANCE = 2e-3  # of logits up to 40

@@ -16,6 +16,7 @@ from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, ImageError, OptionError, PromptError, TokenizerError
 from vlmport.export import export
+from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.model import VLM, Caption
 
@@ -233,10 +234,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A real export of a tiny prefix captioner; q4 needs widths that 32 divides."""
     folder = tmp_path_factory.mktemp("prefix")
     source = write_prefix_checkpoint(folder / "checkpoint", text={"hidden_size": 32})
-    return export(source, folder / "bundle", precisions=("fp32", "q4"))
+    return export(source, folder / "bundle", precisions=("fp32", "q8", "q4"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "q4", "auto", "vision=q4,decoder=fp32"])
+@pytest.mark.parametrize("precision", ["fp32", "q8", "q4", "auto", "vision=q4,decoder=fp32"])
 def test_an_exported_captioner(exported: Bundle, precision: str):
     """Batch, stream, and the plain growing cache all give one text."""
     vlm = VLM.open(exported, precision=precision, threads=1)
@@ -248,6 +249,31 @@ def test_an_exported_captioner(exported: Bundle, precision: str):
     for rgb, caption in zip(pictures, alone, strict=True):
         want = growing_cache_tokens(vlm.components, rgb, len(caption.token_ids))
         assert list(caption.token_ids) == want
+
+
+@pytest.mark.parametrize(("precision", "alone"), [("fp32", False), ("q8", True), ("q4", False)])
+def test_a_rows_logits_do_not_depend_on_its_neighbours(
+    exported: Bundle, precision: str, alone: bool
+):
+    """q8 scales activations by all rows of a call: two in one call would be off by 0.02 std."""
+    decoder = Components.open(exported, precision=precision, threads=1).decoder
+    assert decoder.row_by_row == alone
+    rng = np.random.default_rng(0)
+    width = exported.manifest.dims.hidden_size
+    prompts = [rng.standard_normal((length, width)).astype("f4") for length in (5, 9, 3)]
+    new = (
+        rng.standard_normal((4, 3, 1, width)).astype("f4")
+        * np.array([1, 5, 0.2], "f4")[:, None, None]
+    )
+    together = KeyValueCache(decoder, 3, 20, 20)
+    single = [KeyValueCache(decoder, 1, 20, 20) for _ in prompts]
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(together.prefill(row, prompt), single[row].prefill(0, prompt))
+    for step in new:
+        scores = together.step(step)
+        for row, cache in enumerate(single):
+            want = cache.step(step[row : row + 1])[0]
+            np.testing.assert_allclose(scores[row], want, rtol=0, atol=0 if alone else 2e-6)
 
 
 def growing_cache_tokens(components: Components, rgb: np.ndarray, steps: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 Past and present are the same memory, bound once for each number of rows. A prompt is run one row
 at a time through views of its row (GroupQueryAttention takes several new tokens after a past only
-at one row); then all rows step together, each at its own length.
+at one row); then all rows step together, each at its own length. Where a decoder scales activations
+by all rows of a call, rows step one by one too, so that no text depends on its neighbours.
 
 Traps:
 - ONNX Runtime's `get_outputs()` is in binding order: outputs are written into buffers of our own
@@ -23,7 +24,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vlmport.errors import BundleError, PromptError
-from vlmport.runtime.components import Decoder
+from vlmport.runtime.decoder import Decoder
 from vlmport.runtime.sessions import ORT_ERRORS, first_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ to_ort = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
 
 @dataclass(frozen=True)
 class _BoundStep:
-    """One token for each of `rows` rows: its binding, and the arrays that it reads and writes."""
+    """One token for each of some rows: its binding, and the arrays that it reads and writes."""
 
     binding: ort.IOBinding
     feeds: dict[str, np.ndarray]
@@ -58,7 +59,7 @@ class KeyValueCache:
         self.lengths = np.zeros(rows, np.int64)
         self.offsets = np.zeros(rows, np.int64)
         self.buffers = [port.empty(rows, self.capacity) for port in decoder.ports]
-        self._steps: dict[int, _BoundStep] = {}
+        self._steps: dict[tuple[int, int], _BoundStep] = {}  # by first row and number
 
     @property
     def rows(self) -> int:
@@ -132,16 +133,24 @@ class KeyValueCache:
     def step(self, embeds: Float[np.ndarray, "B 1 D"]) -> Float32[np.ndarray, "B V"]:
         """Append one token to each of the first B rows and return their logits.
 
-        The logits are a view that the next step overwrites. Rows past B are left alone.
+        The logits may be a view that the next step overwrites. Rows past B are left alone.
         Raises PromptError where a row is at the end of the context, before anything runs.
         """
         B = len(embeds)
-        lengths = self.lengths[:B]
+        self.reserve(int(self.lengths[:B].max()) + 1)
+        if not self.decoder.row_by_row:
+            return self._step(0, embeds)
+        return np.concatenate([self._step(row, embeds[row : row + 1]) for row in range(B)])
+
+    def _step(self, first: int, embeds: Float[np.ndarray, "B 1 D"]) -> Float32[np.ndarray, "B V"]:
+        """One call of the decoder, for B rows from `first` on."""
+        B = len(embeds)
+        rows = slice(first, first + B)
+        lengths = self.lengths[rows]
         total = int(lengths.max()) + 1
-        self.reserve(total)
-        bound = self._steps.get(B) or self._bind_step(B, embeds.shape[-1])
+        bound = self._steps.get((first, B)) or self._bind_step(rows, embeds.shape[-1])
         bound.feeds["inputs_embeds"][...] = embeds
-        bound.feeds["position_ids"][..., 0] = lengths + self.offsets[:B]
+        bound.feeds["position_ids"][..., 0] = lengths + self.offsets[rows]
         mask = bound.mask[: B * total].reshape(B, total)
         if B > 1:  # one row's mask is all ones and stays so
             np.less_equal(np.arange(total), lengths[:, None], out=mask)
@@ -150,18 +159,19 @@ class KeyValueCache:
         lengths += 1
         return bound.logits[:, 0].astype(np.float32, copy=False)
 
-    def _bind_step(self, rows: int, width: int) -> _BoundStep:
+    def _bind_step(self, rows: slice, width: int) -> _BoundStep:
+        B = rows.stop - rows.start
         axes = (3,) if self.decoder.positions_rank == 3 else ()
-        mask = np.ones(rows * self.capacity, np.int64)
-        logits = np.empty((rows, 1, self.decoder.vocab_size), self.decoder.logits_dtype)
+        mask = np.ones(B * self.capacity, np.int64)
+        logits = np.empty((B, 1, self.decoder.vocab_size), self.decoder.logits_dtype)
         feeds = {
-            "inputs_embeds": np.zeros((rows, 1, width), np.float32),
-            "position_ids": np.zeros((*axes, rows, 1), np.int64),
+            "inputs_embeds": np.zeros((B, 1, width), np.float32),
+            "position_ids": np.zeros((*axes, B, 1), np.int64),
             "num_logits_to_keep": np.array(1, np.int64),
         }
-        binding = self._bind(feeds, [buffer[:rows] for buffer in self.buffers], logits)
+        binding = self._bind(feeds, [buffer[rows] for buffer in self.buffers], logits)
         bound = _BoundStep(binding, feeds, mask, logits)
-        self._steps[rows] = bound
+        self._steps[rows.start, B] = bound
         return bound
 
     def _bind(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import onnxruntime as ort
 
-from vlmport.bundle import ANY, Bundle, CacheLayout, Manifest
+from vlmport.bundle import ANY, Bundle, Manifest
 from vlmport.errors import BundleError, ImageError, OptionError, PromptError, did_you_mean
+from vlmport.runtime.decoder import Decoder, scales_by_call
 from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
 
 if TYPE_CHECKING:
@@ -39,61 +40,6 @@ class ProcessedImage:
 
     inputs: dict[str, np.ndarray]
     prompt_ids: Int64[np.ndarray, " T"]
-
-
-@dataclass(frozen=True)
-class CachePort:
-    """One cache tensor: its input, its output, and the sizes that never change."""
-
-    past: str
-    present: str
-    heads: int
-    head_dim: int
-    dtype: np.dtype
-
-    def empty(self, rows: int, capacity: int = 0) -> np.ndarray:
-        """Zeros [rows, K, capacity, head_dim]."""
-        return np.zeros((rows, self.heads, capacity, self.head_dim), self.dtype)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The decoder's session and what its inputs and outputs are."""
-
-    session: ort.InferenceSession
-    ports: tuple[CachePort, ...]
-    inputs: frozenset[str]
-    vocab_size: int
-    logits_dtype: np.dtype
-    positions_rank: int  # 2: [B, S]; 3: [3, B, S], positions in time, height and width
-
-    @classmethod
-    def of(cls, session: ort.InferenceSession, layout: CacheLayout, where: str) -> Decoder:
-        """Pair cache inputs and outputs by name. Raises BundleError where one has no partner."""
-        inputs = {one.name: one for one in session.get_inputs()}
-        outputs = {one.name: one for one in session.get_outputs()}
-        unknown = [name for name in ("inputs_embeds", "attention_mask") if name not in inputs]
-        if unknown or "logits" not in outputs:
-            raise BundleError(
-                f"{where}: no {unknown[0] if unknown else 'logits'}; it has "
-                f"{', '.join(inputs)} → {', '.join(outputs)}",
-                hint="export the bundle again",
-            )
-        logits = outputs["logits"]
-        if not isinstance(logits.shape[-1], int):
-            raise BundleError(
-                f"{where}: logits have shape {logits.shape}, expected a fixed size at the end",
-                hint="export the bundle again",
-            )
-        positions = inputs.get("position_ids")
-        return cls(
-            session,
-            _pair_cache(inputs, outputs, layout, where),
-            frozenset(inputs),
-            logits.shape[-1],
-            _dtype(logits, where),
-            len(positions.shape) if positions else 2,
-        )
 
 
 class Components:
@@ -159,7 +105,10 @@ class Components:
         """The decoder's session with its cache names paired."""
         if self._decoder is None:
             session = self.session(DECODER)
-            self._decoder = Decoder.of(session, self.manifest.cache, DECODER)
+            path = self.bundle.path(self.bundle.variant(DECODER, self.choice[DECODER]).model)
+            self._decoder = Decoder.of(
+                session, self.manifest.cache, DECODER, row_by_row=scales_by_call(path)
+            )
         return self._decoder
 
     def close(self) -> None:
@@ -304,42 +253,6 @@ def merge_image_features(
     merged = embeds.copy()
     merged[at] = features
     return merged
-
-
-def _pair_cache(
-    inputs: Mapping[str, Any], outputs: Mapping[str, Any], layout: CacheLayout, where: str
-) -> tuple[CachePort, ...]:
-    pasts = [name for name in inputs if name.startswith(layout.past)]
-    presents = {name for name in outputs if name.startswith(layout.present)}
-    partner = {name: layout.present + name.removeprefix(layout.past) for name in pasts}
-    lonely = [name for name in pasts if partner[name] not in presents]
-    lonely += sorted(presents - set(partner.values()))
-    if lonely or not pasts:
-        named = ", ".join(lonely[:4]) or f"nothing begins with {layout.past!r}"
-        raise BundleError(
-            f"{where}: cache tensors without a partner: {named}", hint="export the bundle again"
-        )
-    ports = []
-    for name in pasts:
-        _, heads, _, head_dim = inputs[name].shape
-        if not isinstance(heads, int) or not isinstance(head_dim, int):
-            raise BundleError(
-                f"{where}: {name} has shape {inputs[name].shape}, expected fixed sizes at 1 and 3",
-                hint="export the bundle again",
-            )
-        dtype = _dtype(inputs[name], where)
-        ports.append(CachePort(name, partner[name], heads, head_dim, dtype))
-    return tuple(ports)
-
-
-def _dtype(value: Any, where: str) -> np.dtype:
-    """The numpy type of an input or output."""
-    if value.type not in DTYPES:
-        raise BundleError(
-            f"{where}: {value.name} is {value.type}, which numpy can't hold",
-            hint="export the bundle in another precision",
-        )
-    return DTYPES[value.type]
 
 
 def _run(
