@@ -121,6 +121,9 @@ test('PrefixConditioningVLM is a face of the same, and refuses what is not there
     await model.loadModel('./bundle/', { onProgress: (_, percent) => percents.push(percent) });
     await attempt(model.caption(url));
     await attempt(model.generate(url, { maxLength: 30, numBeams: 1, doSample: false }));
+    const data = new Float32Array(3 * 64 * 64);
+    await attempt(model.generate({ dims: [1, 3, 64, 64], data }));
+    await attempt(model.generate({ dims: [1, 3, 9], data }));
     await attempt(model.generate(url, { numBeams: 3 }));
     await attempt(model.generate(url, { doSample: true }));
     await attempt(model.generate(url, { temperature: 0.5 }));
@@ -129,7 +132,11 @@ test('PrefixConditioningVLM is a face of the same, and refuses what is not there
   }, url);
   expect(found.last).toBe(100);
   expect(found.said[0]).toBe('no model is loaded');
-  expect(found.said.slice(3)).toEqual([
+  expect(found.said[3]).toMatch(/^(a|two|three) /);
+  expect(found.said[4]).toMatch(
+    /^pixel values \[1,3,9\], but the vision encoder takes pixel_values/,
+  );
+  expect(found.said.slice(5)).toEqual([
     'numBeams=3 is not there yet',
     'doSample=true is not there yet',
     'temperature=0.5 is not there yet',

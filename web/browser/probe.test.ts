@@ -2,6 +2,7 @@
 
 import type { Browser } from 'playwright-core';
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
+import type * as Vlmport from '../src/index.js';
 import type { TestServer } from './server.js';
 import { ask, expected, launch, openPage, refusal, startServer } from './support.js';
 
@@ -48,6 +49,15 @@ const BROKEN_SHADERS = `
 const NO_DEVICE = `
   GPUAdapter.prototype.requestDevice = () => Promise.reject(new Error('the driver crashed'));`;
 
+// The device goes away when the first picture is read.
+const LOST_LATER = `
+  const plain = GPUAdapter.prototype.requestDevice, read = createImageBitmap;
+  GPUAdapter.prototype.requestDevice = async function (wanted) {
+    const device = await plain.call(this, wanted);
+    globalThis.createImageBitmap = (...picture) => (device.destroy(), read(...picture));
+    return device;
+  };`;
+
 const NO_WEBGPU = `Object.defineProperty(navigator, 'gpu', { value: undefined });`;
 
 test.each([
@@ -75,6 +85,24 @@ test.each([
   const refused = await refusal(page, { options: { ...options, device: 'webgpu' } });
   expect(refused.code).toBe('DeviceError');
   expect(refused.hint).toMatch(/works|another/);
+  await page.context().close();
+});
+
+test('a GPU that is lost while it runs is left in the middle', async () => {
+  server.workerPrelude = LOST_LATER;
+  const page = await openPage(browser, server.url);
+  const found = await page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const vlm = await VLM.load('/bundle/', { threads: 1 });
+    const before = vlm.device;
+    const { tokenIds } = await vlm.caption(url);
+    const { device, precision, reason } = vlm;
+    vlm.dispose();
+    return { before, device, precision, reason, tokenIds };
+  }, `/pictures/${picture}`);
+  expect(found).toMatchObject({ before: 'webgpu', device: 'wasm' });
+  expect(found.reason).toMatch(/^WebGPU failed while it ran: /);
+  expect(found.tokenIds).toEqual(captions[picture]![found.precision]!.tokens);
   await page.context().close();
 });
 

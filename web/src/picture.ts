@@ -11,6 +11,12 @@ export interface RawImage {
   readonly channels: number;
 }
 
+/** What a processor of transformers.js makes of a picture, float32 [1, 3, height, width]. */
+export interface PixelValues {
+  readonly dims: readonly number[];
+  readonly data: Float32Array;
+}
+
 export type PictureSource =
   | Blob // a File is one
   | string
@@ -20,7 +26,8 @@ export type PictureSource =
   | OffscreenCanvas
   | ImageData
   | ImageBitmap
-  | RawImage;
+  | RawImage
+  | PixelValues;
 
 /** Throws ImageError for what is no picture. The source itself is left as it is. */
 export async function toPicture(source: PictureSource): Promise<Picture> {
@@ -39,6 +46,9 @@ export async function toPicture(source: PictureSource): Promise<Picture> {
     return { kind: 'pixels', width, height, channels: 4, data: Uint8Array.from(data) };
   }
   if (isRawImage(source)) return fromRawImage(source);
+  if (isPixelValues(source)) {
+    return { kind: 'values', dims: [...source.dims], data: Float32Array.from(source.data) };
+  }
   const message = `a picture can't be ${describe(source)}`;
   const hint = 'a File, Blob, URL, <img>, canvas, ImageData, ImageBitmap or RawImage';
   throw new VlmportError('ImageError', message, hint);
@@ -47,7 +57,7 @@ export async function toPicture(source: PictureSource): Promise<Picture> {
 /** What of a picture moves to the worker instead of being copied. */
 export function transferOf(picture: Picture): Transferable[] {
   if (picture.kind === 'bitmap') return [picture.bitmap];
-  return picture.kind === 'pixels' ? [picture.data.buffer] : [];
+  return picture.kind === 'pixels' || picture.kind === 'values' ? [picture.data.buffer] : [];
 }
 
 function fromUrl(source: string | URL): Picture {
@@ -109,6 +119,12 @@ function isRawImage(source: unknown): source is RawImage {
   const { data, width, height, channels } = source as Partial<RawImage>;
   const bytes = data instanceof Uint8Array || data instanceof Uint8ClampedArray;
   return bytes && [width, height, channels].every(value => typeof value === 'number');
+}
+
+function isPixelValues(source: unknown): source is PixelValues {
+  if (typeof source !== 'object' || source === null) return false;
+  const { data, dims } = source as Partial<PixelValues>;
+  return data instanceof Float32Array && Array.isArray(dims);
 }
 
 const describe = (value: unknown) =>

@@ -43,7 +43,7 @@ export class PrefixConditioningVLM {
     return (await this.loaded().caption(image)).text;
   }
 
-  /** Text for a picture, of which `RawImage` and all that `caption` takes are pixel values here. */
+  /** Text for pixel values [1, 3, height, width], or for a picture. */
   async generate(pixelValues: PictureSource, options: PrefixGenerateOptions = {}): Promise<string> {
     checkNames(options, ['maxLength', 'numBeams', 'temperature', 'doSample']);
     const { maxLength = 30, numBeams = 1, temperature = 1, doSample = false } = options;

@@ -15,6 +15,12 @@ export type Picture =
       readonly height: number;
       readonly channels: 1 | 3 | 4;
       readonly data: Uint8Array<ArrayBuffer> | Uint8ClampedArray<ArrayBuffer>;
+    }
+  // What another program has made of a picture: the vision encoder's one input.
+  | {
+      readonly kind: 'values';
+      readonly dims: readonly number[];
+      readonly data: Float32Array<ArrayBuffer>;
     };
 
 export interface Progress {

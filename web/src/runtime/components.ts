@@ -5,7 +5,13 @@
  */
 
 import type { BundleFiles } from '../bundle/download.js';
-import { type Choice, type Manifest, precisionName, variantOf } from '../bundle/manifest.js';
+import {
+  type Choice,
+  type Golden,
+  type Manifest,
+  precisionName,
+  variantOf,
+} from '../bundle/manifest.js';
 import { VlmportError, firstLine } from '../errors.js';
 import type { Rgb } from './images.js';
 import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
@@ -126,6 +132,25 @@ export class Components {
     }
   }
 
+  /**
+   * What another program's processor has made of one picture. The ids that stand for it are those
+   * of the golden picture: right where every picture takes the same.
+   */
+  async processValues(dims: readonly number[], data: Float32Array): Promise<ProcessedImage> {
+    const { inputMetadata } = this.session(VISION);
+    const [input] = inputMetadata;
+    const shape = input?.isTensor ? input.shape : [];
+    const fits = dims.length === shape.length && shape.every((n, i) => isName(n) || n === dims[i]);
+    if (inputMetadata.length !== 1 || !fits || !input) {
+      const wanted = inputMetadata.map(one => `${one.name} [${one.isTensor ? one.shape : ''}]`);
+      const message = `pixel values [${dims}], but the vision encoder takes ${wanted.join(', ')}`;
+      throw new VlmportError('ImageError', message, 'give the picture itself');
+    }
+    const { inputs, promptIds } = await this.processImage(goldenImage(this.manifest.golden));
+    Object.values(inputs).forEach(tensor => tensor.dispose());
+    return { inputs: { [input.name]: this.tensor('float32', data, dims) }, promptIds };
+  }
+
   /** Image features [T, D] of the processor's output, which is disposed. */
   async encodeImage({ inputs }: ProcessedImage): Promise<Rows> {
     try {
@@ -213,6 +238,14 @@ async function releaseAll(sessions: ReadonlyMap<string, Session>): Promise<void>
   for (const session of sessions.values()) await session.release();
 }
 
+/** The golden picture's pixels. */
+export function goldenImage({ image: { width, height, rgb } }: Golden): Rgb {
+  const data = Uint8Array.from(atob(rgb), letter => letter.charCodeAt(0));
+  if (data.length === width * height * 3) return { width, height, data };
+  const message = `golden.image: not ${height}x${width}x3 bytes`;
+  throw new VlmportError('BundleError', message, 'export the bundle again');
+}
+
 /**
  * Embeddings with features, in order, over the rows where the id is the image token's.
  *
@@ -271,6 +304,7 @@ function decoderOf(session: Session, manifest: Manifest): Decoder {
   };
 }
 
+const isName = (size: number | string) => typeof size === 'string';
 const isSize = (size: unknown): size is number => typeof size === 'number' && size > 0;
 
 function integers(tensor: Tensor | undefined): number[] {

@@ -18,7 +18,7 @@ import type {
   Picture,
   Progress,
 } from '../protocol.js';
-import { Components, graphFiles } from './components.js';
+import { Components, type ProcessedImage, graphFiles } from './components.js';
 import { generate } from './generate.js';
 import { openImage } from './images.js';
 import { probe } from './probe.js';
@@ -100,11 +100,11 @@ export class Engine {
     signal: AbortSignal,
   ): Promise<CaptionData> {
     const start = performance.now();
-    const rgb = await openImage(picture, signal);
+    const open = await opened(picture, signal);
     let said = false;
     const onPiece = (text: string) => ((said = true), hear.onPiece(text));
     try {
-      return await caption(this.ready, rgb, options, { onPiece, start }, signal);
+      return await caption(this.ready, open, options, { onPiece, start }, signal);
     } catch (error) {
       const cause = asVlmportError(error, 'DeviceError');
       const hopeless = this.options.device !== 'auto' || this.info.device === 'wasm';
@@ -113,7 +113,7 @@ export class Engine {
       hear.onChange(this.info);
       if (said)
         throw new VlmportError('DeviceError', cause.message, 'try again: now on WebAssembly');
-      return caption(this.ready, rgb, options, { onPiece, start }, signal);
+      return caption(this.ready, open, options, { onPiece, start }, signal);
     }
   }
 
@@ -181,16 +181,28 @@ function untrusted(device: Device, problems: readonly string[]): VlmportError {
   return new VlmportError('DeviceError', message, hint);
 }
 
+type Opened = (components: Components) => Promise<ProcessedImage>;
+
+/** A picture that was read once, whichever device it then runs on. */
+async function opened(picture: Picture, signal: AbortSignal): Promise<Opened> {
+  if (picture.kind === 'values') {
+    const { dims, data } = picture;
+    return components => components.processValues(dims, data);
+  }
+  const rgb = await openImage(picture, signal);
+  return components => components.processImage(rgb);
+}
+
 /** Template → ids with pictures spliced in → embeddings with features over image rows → text. */
 async function caption(
   { components, prompter }: Ready,
-  rgb: Parameters<Components['processImage']>[0],
+  open: Opened,
   options: CaptionOptions,
   { onPiece, start }: { onPiece: (text: string) => void; start: number },
   signal: AbortSignal,
 ): Promise<CaptionData> {
   const { prompt, generation, dims } = components.manifest;
-  const processed = await components.processImage(rgb);
+  const processed = await open(components);
   const ids = prompter.splice(prompter.encode(prompter.render(prompt.caption)), [
     processed.promptIds,
   ]);

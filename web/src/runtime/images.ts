@@ -7,7 +7,10 @@
  */
 
 import { VlmportError, firstLine } from '../errors.js';
-import type { Picture } from '../protocol.js';
+import type { Picture as AnyPicture } from '../protocol.js';
+
+/** A picture whose pixels are to be read. */
+export type Picture = Exclude<AnyPicture, { kind: 'values' }>;
 
 const MAX_PIXELS = 100_000_000;
 const FORMATS = 'PNG, JPEG, WebP, GIF, BMP and AVIF are read';

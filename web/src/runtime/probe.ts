@@ -4,8 +4,8 @@
  */
 
 import type { Golden, GoldenExpectation } from '../bundle/manifest.js';
-import { VlmportError, asVlmportError } from '../errors.js';
-import type { Components } from './components.js';
+import { asVlmportError } from '../errors.js';
+import { type Components, goldenImage } from './components.js';
 import { generate } from './generate.js';
 
 /** What is wrong, in plain words; an empty list means that the device can be trusted. */
@@ -62,13 +62,4 @@ function logitsProblem(scores: Float32Array, expected: GoldenExpectation): strin
   if (largest <= expected.tolerance) return null;
   const allowed = expected.tolerance.toPrecision(3);
   return `first logits are off by ${largest.toPrecision(3)}, allowed ${allowed}`;
-}
-
-function goldenImage({ image: { width, height, rgb } }: Golden) {
-  const data = Uint8Array.from(atob(rgb), letter => letter.charCodeAt(0));
-  if (data.length !== width * height * 3) {
-    const message = `golden.image: not ${height}x${width}x3 bytes`;
-    throw new VlmportError('BundleError', message, 'export the bundle again');
-  }
-  return { width, height, data };
 }
