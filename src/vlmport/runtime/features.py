@@ -17,33 +17,41 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8
 
 MAX_BYTES = 256 * 1024 * 1024
+SMALL = 1024  # bytes: pixels are larger, the sizes of a picture's grid are not
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture whose place in the prompt is known; what its features come from."""
+    """A picture whose place in the prompt is known.
+
+    Attributes:
+        inputs: what the image processor gave. Once there are features, pixels are dropped: what
+            is left is small, or not for the vision encoder (a grid, for the positions).
+    """
 
     key: bytes
     prompt_ids: Int64[np.ndarray, " T"]
-    inputs: Mapping[str, np.ndarray] | None
+    inputs: Mapping[str, np.ndarray]
     features: Float[np.ndarray, "T D"] | None
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [self.prompt_ids, *self.inputs.values(), self.features]
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 class FeatureCache:
     """The most recently used pictures, up to `max_bytes` of features; 0 keeps none.
 
     Attributes:
+        nbytes: of all that is kept.
         hits, misses: how often a picture was here, and how often it was encoded.
     """
 
     def __init__(self, components: Components, max_bytes: int = MAX_BYTES):
         self.components, self.max_bytes = components, max_bytes
-        self.hits = self.misses = 0
+        self.nbytes = self.hits = self.misses = 0
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(_nbytes(picture) for picture in self._kept.values())
 
     def process(
         self, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
@@ -63,27 +71,30 @@ class FeatureCache:
             self.hits += 1
             self._keep(picture)
             return picture.features
-        assert picture.inputs is not None
         self.misses += 1
         features = self.components.encode_image(picture.inputs)
-        self._keep(Picture(picture.key, picture.prompt_ids, None, features))
+        encoded = self.components.vision_inputs
+        left = {
+            name: value
+            for name, value in picture.inputs.items()
+            if name not in encoded or value.nbytes <= SMALL
+        }
+        self._keep(Picture(picture.key, picture.prompt_ids, left, features))
         return features
 
     def _keep(self, picture: Picture) -> None:
-        if _nbytes(picture) > self.max_bytes:
+        if picture.nbytes > self.max_bytes:
             return
+        if picture.key not in self._kept:
+            self.nbytes += picture.nbytes
         self._kept[picture.key] = picture
         self._kept.move_to_end(picture.key)
         while self.nbytes > self.max_bytes:
-            self._kept.popitem(last=False)
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
         self._kept.clear()
-
-
-def _nbytes(picture: Picture) -> int:
-    assert picture.features is not None
-    return picture.prompt_ids.nbytes + picture.features.nbytes
+        self.nbytes = 0
 
 
 def content_hash(
@@ -91,4 +102,6 @@ def content_hash(
 ) -> bytes:
     """SHA-256 of shape, options and pixels."""
     told = json.dumps([rgb.shape, dict(options or {})], sort_keys=True, default=repr)
-    return hashlib.sha256(told.encode() + b"\0" + np.ascontiguousarray(rgb).data).digest()
+    digest = hashlib.sha256(told.encode() + b"\0")
+    digest.update(np.ascontiguousarray(rgb).data)
+    return digest.digest()
