@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from tests.runtime import toy
 from vlmport.bundle import Bundle, Variant
 from vlmport.errors import BundleError, DeviceError, ImageError, OptionError, PromptError
-from vlmport.runtime.components import Components, Decoder, merge_image_features
+from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.decoder import Decoder
 
 WEIGHTS = toy.Weights.random()
 
@@ -52,6 +54,16 @@ def test_the_number_of_image_tokens_follows_the_picture(components, height: int,
     np.testing.assert_allclose(features, processed.inputs["patches"] @ WEIGHTS["vision"], atol=1e-5)
     corner = rgb[:4, :4].reshape(-1) / np.float32(255)
     np.testing.assert_allclose(processed.inputs["patches"][0], corner, rtol=1e-6)
+
+
+def test_an_image_processor_without_prompt_ids(own_bundle):
+    bundle = own_bundle()
+    path = bundle.path("onnx/image_processor.onnx")
+    graph = onnx.load(path)
+    graph.graph.output.pop()
+    onnx.save(graph, path)
+    with pytest.raises(BundleError, match="image_processor: no output 'prompt_ids'; it has patch"):
+        Components.open(bundle, threads=1).process_image(toy.picture())
 
 
 def test_pictures_need_not_be_contiguous(components: Components):

@@ -216,6 +216,12 @@ def test_min_new_tokens_is_never_cut_in_silence(own_bundle, vlm: VLM):
         new_row(components, embeds_of(15), options)
 
 
+def test_numbers_of_numpys_are_numbers():
+    options = GenerationOptions(np.int64(3), min_new_tokens=np.uint8(2))
+    assert (type(options.max_new_tokens), type(options.min_new_tokens)) == (int, int)
+    assert options == GenerationOptions(3, 2)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -78,6 +78,33 @@ def test_pictures_together_give_what_each_gives_alone(bundle, sizes, new: int):
     assert [one.counts for one in together] == [one.counts for one in alone]
 
 
+def test_many_pictures_come_in_batches(vlm: VLM, monkeypatch: pytest.MonkeyPatch):
+    """Memory grows with the batch, not with the list."""
+    sizes = []
+    run = vlm._run
+    monkeypatch.setattr(vlm, "_run", lambda prompts: sizes.append(len(prompts)) or run(prompts))
+    pictures = [toy.picture(seed) for seed in range(19)]
+    captions = vlm.caption(pictures, max_new_tokens=2)
+    assert sizes == [8, 8, 3]
+    by_two = vlm.caption_each(iter(pictures), batch_size=2, max_new_tokens=2)
+    assert next(by_two).token_ids == captions[0].token_ids
+    assert sizes == [8, 8, 3, 2]  # the rest waits until it is asked for
+    assert [one.token_ids for one in by_two] == [one.token_ids for one in captions[1:]]
+    with pytest.raises(OptionError, match="batch_size=0, expected a whole number of at least 1"):
+        vlm.caption_each(pictures, batch_size=0)
+
+
+def test_a_bad_picture_leaves_the_others(vlm: VLM, monkeypatch: pytest.MonkeyPatch):
+    good = toy.picture()
+    results = list(vlm.caption_each([good, "absent.png", toy.picture(0, 80, 80), good]))
+    want = vlm.caption(good).token_ids
+    assert [type(one) for one in results] == [Caption, ImageError, PromptError, Caption]
+    assert [one.token_ids for one in results if isinstance(one, Caption)] == [want, want]
+    monkeypatch.setattr(vlm, "_run", None)  # `caption` refuses them before anything runs
+    with pytest.raises(ImageError, match="no such file"):
+        vlm.caption([good, "absent.png"])
+
+
 def test_a_list_gives_a_list(vlm: VLM):
     assert isinstance(vlm.caption(toy.picture()), Caption)
     assert vlm.caption([]) == []
@@ -121,6 +148,31 @@ def test_feature_memory_is_bounded(vlm: VLM):
     vlm.features.max_bytes = 0
     vlm.caption([toy.picture(5), toy.picture(5)])
     assert vlm.features.misses == misses + 3
+
+
+def test_what_is_small_or_not_for_the_encoder_is_kept(vlm: VLM, monkeypatch: pytest.MonkeyPatch):
+    """Pixels go once there are features; a grid, from which positions follow, stays."""
+    process = vlm.components.process_image
+    grid, mask = np.array([[1, 3, 4]]), np.zeros(5000, bool)
+
+    def with_grid(*args):
+        processed = process(*args)
+        return dataclasses.replace(
+            processed, inputs={**processed.inputs, "grid": grid, "mask": mask}
+        )
+
+    monkeypatch.setattr(vlm.components, "process_image", with_grid)
+    picture = vlm.features.process(toy.picture())
+    assert set(picture.inputs) == {"patches", "grid", "mask"}
+    vlm.features.encode(picture)
+    kept = vlm.features.process(toy.picture())
+    assert set(kept.inputs) == {"grid", "mask"}
+    assert vlm.features.nbytes == kept.nbytes == 12 * toy.HIDDEN * 4 + 14 * 8 + 24 + 5000
+    vlm.features.encode(kept)
+    assert vlm.features.nbytes == kept.nbytes
+    monkeypatch.setattr("vlmport.runtime.features.SMALL", 1 << 20)
+    vlm.features.encode(vlm.features.process(toy.picture(1)))
+    assert "patches" in vlm.features.process(toy.picture(1)).inputs
 
 
 def test_image_features_need_not_fit_together(vlm: VLM):

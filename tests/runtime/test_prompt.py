@@ -47,6 +47,23 @@ def test_text_becomes_a_part_and_pictures_are_filled_in_order():
     assert chat.messages[1]["content"] == [IMAGE_PART, text_part("and"), IMAGE_PART, IMAGE_PART]
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ("a.png", "got 'a.png'"),
+        (Path("a.png"), "got one PosixPath"),
+        (toy.picture(), "got one ndarray"),
+        (b"png", "got one bytes"),
+    ],
+)
+def test_one_picture_in_place_of_a_list(images: Any, said: str):
+    """Its characters or rows are not pictures."""
+    with pytest.raises(PromptError, match="images must be a list of pictures") as caught:
+        check_messages([user(IMAGE_PART)], images)
+    assert said in str(caught.value)
+    assert caught.value.hint == "put it into a list: images=[…]"
+
+
 def test_the_callers_messages_are_left_alone():
     part = {"type": "image", "image": "own"}
     check_messages([user(part)])
@@ -160,6 +177,7 @@ LOOP = "{% for i in [1, 2, 3] %}"
         ("{% set n = namespace(x=0) %}" + LOOP + "{% set n.x = i %}{% endfor %}{{ n.x }}", "3"),
         ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
         ("{{ dict(a=1)['a'] }}", "1"),
+        ("{{ dict.fromkeys(['a', 'b'], 2)['b'] }}", "2"),
     ],
 )
 def test_the_template_language_is_that_of_transformers(template: str, want: str):
@@ -214,6 +232,19 @@ def test_tokenizer_files_that_are_missing_or_broken(bundle, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_bytes((bundle.folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match="not JSON"):
+        Prompter(tmp_path, bundle.manifest.prompt)
+    for value, said in {
+        "[]": r"tokenizer_config\.json: expected an object, got \[\]",
+        '{"chat_template": [{"name": "default"}]}': "no readable chat template: 'template'",
+        '{"chat_template": ["x"]}': "no readable chat template",
+        '{"chat_template": 5}': "chat_template is 5",
+    }.items():
+        (tmp_path / "tokenizer_config.json").write_text(value)
+        with pytest.raises(TokenizerError, match=said):
+            Prompter(tmp_path, bundle.manifest.prompt)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match="no readable chat template"):
         Prompter(tmp_path, bundle.manifest.prompt)
 
 

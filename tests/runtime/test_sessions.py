@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from tests.runtime import toy
 from vlmport.errors import BundleError, DeviceError, OptionError
 from vlmport.runtime import sessions
+from vlmport.runtime.components import Components
 from vlmport.runtime.sessions import CPU, Device, open_session
 
 
@@ -106,10 +107,23 @@ def test_external_data_that_is_not_whole(tmp_path: Path, damage: str):
         open_session(path)
 
 
-@pytest.mark.parametrize("threads", [0, -1, True])
+def test_there_is_one_cpu():
+    with pytest.raises(DeviceError, match="device 'cpu:3': cpu has no index") as caught:
+        Device.parse("cpu:3")
+    assert caught.value.hint == "give 'cpu' alone"
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, "2", 2.0])
 def test_bad_thread_counts(bundle, threads: int):
-    with pytest.raises(OptionError, match="threads="):
+    with pytest.raises(OptionError, match="threads=.*, expected a whole number of at least 1"):
         open_session(bundle.path("onnx/embed_tokens.onnx"), threads=threads)
+    with pytest.raises(OptionError, match="threads="):  # at once, not with the first picture
+        Components.open(bundle, threads=threads)
+
+
+def test_a_thread_count_of_numpys(bundle):
+    assert type(Components.open(bundle, threads=np.int64(2)).threads) is int
+    open_session(bundle.path("onnx/embed_tokens.onnx"), threads=np.int64(2))
 
 
 def test_numpy_helper_reads_what_the_toy_writes(bundle):

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from vlmport.bundle import ANY, Bundle, Manifest
 from vlmport.errors import BundleError, ImageError, OptionError, PromptError, did_you_mean
 from vlmport.runtime.decoder import Decoder, scales_by_call
+from vlmport.runtime.options import whole_number
 from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
 
 if TYPE_CHECKING:
@@ -68,8 +69,10 @@ class Components:
         """Choose the graphs; sessions open at first use, each with up to `threads` threads.
 
         Raises BundleError for a bad bundle or a precision that it lacks, DeviceError for a device
-        that this ONNX Runtime lacks.
+        that this ONNX Runtime lacks, OptionError for a thread count below 1.
         """
+        if threads is not None:
+            threads = whole_number("threads", threads, 1)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         place = Device.parse(device)
         return cls(bundle, bundle.manifest.choose(precision, place.name), place, threads)
@@ -101,6 +104,11 @@ class Components:
         return self._sessions[component]
 
     @property
+    def vision_inputs(self) -> frozenset[str]:
+        """The inputs of the vision encoder."""
+        return frozenset(one.name for one in self.session(VISION).get_inputs())
+
+    @property
     def decoder(self) -> Decoder:
         """The decoder's session with its cache names paired."""
         if self._decoder is None:
@@ -124,7 +132,7 @@ class Components:
         """Resize, normalise and lay out one picture; `options` are further inputs of the graph.
 
         Raises OptionError for an option that the graph does not have, ImageError where the graph
-        refuses the picture.
+        refuses the picture, BundleError where it gives no prompt ids.
         """
         session = self.session(IMAGE)
         feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, options or {})}
@@ -137,6 +145,11 @@ class Components:
                 hint="is it extremely narrow?",
             ) from error
         outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
+        if "prompt_ids" not in outputs:
+            raise BundleError(
+                f"{IMAGE}: no output 'prompt_ids'; it has {', '.join(outputs)}",
+                hint="export the bundle again",
+            )
         prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
         return ProcessedImage(
             {name: np.asarray(value) for name, value in outputs.items()}, prompt_ids

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 import numpy as np
 
 from vlmport.bundle import Bundle
-from vlmport.errors import PromptError
+from vlmport.errors import ImageError, PromptError
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.features import FeatureCache
 from vlmport.runtime.generate import Generation, Row, StopReason, most_new_tokens, new_row
 from vlmport.runtime.images import open_image
-from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.options import GenerationOptions, whole_number
 from vlmport.runtime.prompt import Message, Prompter, check_messages
 from vlmport.runtime.text import TextStream
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
     from vlmport.runtime.images import ImageSource
+
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -124,20 +127,73 @@ class VLM:
         self.close()
 
     @overload
-    def caption(self, images: ImageSource, **options: Any) -> Caption: ...
+    def caption(
+        self, images: ImageSource, *, batch_size: int = BATCH_SIZE, **options: Any
+    ) -> Caption: ...
     @overload
-    def caption(self, images: list[Any] | tuple[Any, ...], **options: Any) -> list[Caption]: ...
-    def caption(self, images: Any, **options: Any) -> Caption | list[Caption]:
-        """Caption one picture, or several together; options are those of GenerationOptions.
+    def caption(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> list[Caption]: ...
+    def caption(
+        self, images: Any, *, batch_size: int = BATCH_SIZE, **options: Any
+    ) -> Caption | list[Caption]:
+        """Caption one picture, or several; options are those of GenerationOptions.
 
-        Raises ImageError, PromptError or OptionError, before anything is generated.
+        Args:
+            batch_size: pictures that are generated together. Each has the caption that it would
+                have alone; memory grows with this number, not with that of the pictures.
+
+        Raises ImageError, PromptError or OptionError, before its batch is generated.
         """
         if not isinstance(images, list | tuple):
-            return self.caption([images], **options)[0]
+            return self.caption([images], batch_size=batch_size, **options)[0]
+        captions: list[Caption] = []
+        for batch in self._batches(images, batch_size, options):
+            for prompt in batch:
+                if not isinstance(prompt, _Prompt):
+                    raise prompt
+            captions += self._run([prompt for prompt in batch if isinstance(prompt, _Prompt)])
+        return captions
+
+    def caption_each(
+        self, images: Iterable[ImageSource], *, batch_size: int = BATCH_SIZE, **options: Any
+    ) -> Iterator[Caption | ImageError | PromptError]:
+        """Captions in the order of the pictures, as their batches are done.
+
+        Where a picture can't be captioned its error comes in its place, and the others are
+        captioned all the same. Arguments are those of `caption`. Raises OptionError here, not at
+        the first caption.
+        """
+        return self._results(self._batches(images, batch_size, options))
+
+    def _results(
+        self, batches: Iterable[Sequence[_Prompt | ImageError | PromptError]]
+    ) -> Iterator[Caption | ImageError | PromptError]:
+        for batch in batches:
+            captions = iter(self._run([one for one in batch if isinstance(one, _Prompt)]))
+            for one in batch:
+                yield next(captions) if isinstance(one, _Prompt) else one
+
+    def _batches(
+        self, images: Iterable[ImageSource], batch_size: int, options: Mapping[str, Any]
+    ) -> Iterator[list[_Prompt | ImageError | PromptError]]:
+        """Prompts for captions, or what is wrong with a picture, batch by batch."""
+        size = whole_number("batch_size", batch_size, 1)
         checked = GenerationOptions.of(options)
         asked = self.components.manifest.prompt.caption
-        prompts = [self._prompt(asked, [image], checked) for image in images]
-        return self._run(prompts)
+
+        def prepared(image: ImageSource) -> _Prompt | ImageError | PromptError:
+            try:
+                return self._prompt(asked, [image], checked)
+            except (ImageError, PromptError) as error:
+                return error
+
+        rest = iter(images)
+        return iter(lambda: [prepared(image) for image in itertools.islice(rest, size)], [])
 
     def generate(
         self, messages: Sequence[Message], images: Sequence[ImageSource] = (), **options: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,17 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
-            _check_int("max_new_tokens", self.max_new_tokens, 1)
-        _check_int("min_new_tokens", self.min_new_tokens, 0)
+            self._set("max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, 1))
+        self._set("min_new_tokens", whole_number("min_new_tokens", self.min_new_tokens, 0))
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise OptionError(
                 f"min_new_tokens={self.min_new_tokens} is more than "
                 f"max_new_tokens={self.max_new_tokens}",
                 hint="raise one or lower the other",
             )
+
+    def _set(self, name: str, value: int) -> None:
+        object.__setattr__(self, name, value)  # a frozen dataclass may still tidy its own fields
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> GenerationOptions:
@@ -47,9 +51,15 @@ class GenerationOptions:
         return cls(**given)
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def whole_number(name: str, value: Any, least: int) -> int:
+    """An int, numpy's too. Raises OptionError for anything else, and below `least`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         raise OptionError(
             f"{name}={value!r}, expected a whole number of at least {least}",
-            hint=f"for example {name}={max(least, 30)}",
+            hint=f"for example {name}={max(least, 8)}",
         )
+    return number

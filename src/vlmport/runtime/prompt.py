@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 ROLES = ("system", "user", "assistant", "tool")
+AGAIN = "download or export the bundle again"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 Message = Mapping[str, Any]
@@ -114,6 +115,11 @@ def check_messages(messages: Sequence[Message], images: Sequence[Any] = ()) -> C
             f"messages must be a list of at least one message, got {_kind(messages)}",
             hint='[{"role": "user", "content": [{"type": "image"}]}]',
         )
+    if not isinstance(images, list | tuple):
+        raise PromptError(
+            f"images must be a list of pictures, got {_one_picture(images)}",
+            hint="put it into a list: images=[…]",
+        )
     given, found, checked = list(images), [], []
     waiting = 0
     for number, message in enumerate(messages):
@@ -188,10 +194,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 class SafeDict:
-    """`dict(…)` for templates, without the type itself."""
+    """`dict(…)` and `dict.fromkeys(…)` for templates, without the type itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 class SafeNamespace(Namespace):
@@ -264,12 +273,16 @@ def _raise_exception(message: str) -> None:
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """tokenizer_config.json's template ('default' of several), else chat_template.jinja."""
     template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {one["name"]: one["template"] for one in template}
-        template = named.get("default")
     path = folder / "chat_template.jinja"
-    if template is None and path.is_file():
-        template = path.read_text(encoding="utf-8")
+    try:
+        if isinstance(template, list):
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        if template is None and path.is_file():
+            template = path.read_text(encoding="utf-8")
+        if not isinstance(template, str | None):
+            raise TypeError(f"chat_template is {_kind(template)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{folder}: no readable chat template: {error}", hint=AGAIN) from error
     return template
 
 
@@ -277,11 +290,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TokenizerError(
-            f"{path}: not JSON: {error}", hint="download or export the bundle again"
-        ) from error
+        raise TokenizerError(f"{path}: not JSON: {error}", hint=AGAIN) from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: expected an object, got {_kind(value)}", hint=AGAIN)
+    return value
+
+
+def _one_picture(value: Any) -> str:
+    """A path as it is written, anything else by its type: an array's pixels say nothing."""
+    return _kind(value) if isinstance(value, str) else f"one {type(value).__name__}"
 
 
 def _content(token: Any) -> str | None:

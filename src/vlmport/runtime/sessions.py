@@ -20,7 +20,8 @@ from onnxruntime.capi import (
     onnxruntime_pybind11_state as native,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from vlmport.errors import BundleError, DeviceError, OptionError, did_you_mean
+from vlmport.errors import BundleError, DeviceError, did_you_mean
+from vlmport.runtime.options import whole_number
 
 CPU = "CPUExecutionProvider"
 
@@ -36,6 +37,7 @@ PROVIDERS = {
     "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
     "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
 }
+INDEXED = ("cuda", "tensorrt", "directml", "migraphx")  # of these there may be several
 ALIASES = {"dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
 
 # ONNX Runtime's element types that a bundle may use.
@@ -82,6 +84,8 @@ class Device:
                 f"device {text!r} is unknown{did_you_mean(name, PROVIDERS)}",
                 hint=f"known: {', '.join(PROVIDERS)}; here: {', '.join(available_devices())}",
             )
+        if index and name not in INDEXED:
+            raise DeviceError(f"device {text!r}: {name} has no index", hint=f"give {name!r} alone")
         provider, package = PROVIDERS[name]
         if provider not in ort.get_available_providers():
             raise DeviceError(
@@ -117,8 +121,8 @@ def open_session(
     Raises BundleError for a missing or corrupt graph or its data, DeviceError when the device
     did not come up, OptionError for a thread count below 1.
     """
-    if threads is not None and (isinstance(threads, bool) or threads < 1):
-        raise OptionError(f"threads={threads!r}, expected a positive number", hint="or leave it")
+    if threads is not None:
+        threads = whole_number("threads", threads, 1)
     if not path.is_file():
         raise BundleError(f"{path}: missing", hint="download or export the bundle again")
     try:
@@ -149,7 +153,7 @@ def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
     """The device's provider, and the CPU for the few nodes (shapes) that belong there."""
     if device.provider == CPU:
         return [CPU]
-    if device.name in ("cuda", "tensorrt", "directml", "migraphx"):
+    if device.name in INDEXED:
         return [(device.provider, {"device_id": str(device.index)}), CPU]
     return [device.provider, CPU]
 
