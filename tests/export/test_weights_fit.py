@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from tests.checkpoints import write_prefix_checkpoint, write_weights
 from tests.export.test_same_model import write_adapter
+from vlmport.checkpoint import LazyTensor
 from vlmport.errors import AdapterError, VlmportError, WeightError
-from vlmport.export import export
+from vlmport.export import assign, export
 
 ROOT = Path(__file__).parents[2]
 LAYER = "language_model.base_model.model.model.layers.1."
@@ -94,6 +95,25 @@ def test_many_faults_are_counted(checkpoint: Path) -> None:
     text = str(export_changed(checkpoint, drop_the_tower))
     assert "37 of 60 weights unset: 'vision_encoder.embeddings.patch_embedding.bias'" in text
     assert "… and 29 more" in text
+
+
+def test_a_checkpoint_of_another_model_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near names are costly: they are looked for where they are shown, among what is left over."""
+    asked: list[tuple[str, set[str]]] = []
+
+    def record(name: str, known: Iterable[str]) -> str:
+        asked.append((name, set(known)))
+        return ""
+
+    monkeypatch.setattr(assign, "did_you_mean", record)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(300)]
+    ours = {f"ours.{name}" for name in names} | {"head.unused"}
+    tensors = {name: cast(LazyTensor, None) for name in ours}
+    assignment = assign.Assignment(tensors, wanted=set(names), missing=set(names))
+    with pytest.raises(WeightError, match=r"300 of 300 weights unset: .* and 292 more"):
+        assignment.finish(lambda key: key == "head.unused")
+    assert [name for name, _ in asked] == sorted(names)[:8]
+    assert all(known == ours - {"head.unused"} for _, known in asked)
 
 
 def test_an_untied_head_that_is_missing_is_explained(tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ class Assignment:
     Attributes:
         tensors: the checkpoint, by name.
         used: names that some graph reads.
-        missing, misshapen: messages, each naming a tensor.
+        missing: names that the checkpoint lacks.
+        misshapen: name → message.
+        wanted: names that some graph asks for.
     """
 
     tensors: Mapping[str, LazyTensor]
     used: set[str] = field(default_factory=set)
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
     misshapen: dict[str, str] = field(default_factory=dict)
     wanted: set[str] = field(default_factory=set)
 
@@ -40,7 +42,7 @@ class Assignment:
             self.wanted.add(key)
             tensor = self.tensors.get(key)
             if tensor is None:
-                self.missing[key] = f"{key!r}{did_you_mean(key, self._spare())}"
+                self.missing.add(key)
             elif tuple(tensor.shape) != value.source_shape:
                 self.misshapen[key] = (
                     f"{key!r} {list(tensor.shape)}, expected {list(value.source_shape)}"
@@ -56,19 +58,17 @@ class Assignment:
         if self.missing:
             parts.append(
                 f"{len(self.missing)} of {len(self.wanted)} weights unset: "
-                f"{_listed(self.missing.values())}"
+                f"{_listed(self.missing, lambda key: repr(key) + did_you_mean(key, surplus))}"
             )
         if self.misshapen:
             parts.append(
-                f"{len(self.misshapen)} of another shape: {_listed(self.misshapen.values())}"
+                f"{len(self.misshapen)} of another shape: "
+                f"{_listed(self.misshapen, self.misshapen.__getitem__)}"
             )
         if surplus:
             parts.append(f"{len(surplus)} tensors have no place: {some_names(surplus)}")
         if parts:
             raise WeightError("; ".join(parts), hint=self._hint(surplus))
-
-    def _spare(self) -> list[str]:
-        return [key for key in self.tensors if key not in self.used]
 
     def _hint(self, surplus: list[str]) -> str:
         if any(key.endswith("lm_head.weight") for key in self.missing):
@@ -78,10 +78,11 @@ class Assignment:
         return "does config.json belong to these weights?"
 
 
-def _listed(messages: Iterable[str], limit: int = 8) -> str:
-    ordered = sorted(messages)
+def _listed(names: Iterable[str], message: Callable[[str], str], limit: int = 8) -> str:
+    """Messages of the first names; past `limit` the rest is counted and costs nothing."""
+    ordered = sorted(names)
     rest = f", … and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + rest
+    return ", ".join(message(name) for name in ordered[:limit]) + rest
 
 
 def _lazy(weight: Weight, tensor: LazyTensor, on_bytes: OnBytes) -> ir.LazyTensor:
