@@ -288,6 +288,8 @@ def test_only_the_pooling_head_may_be_left_over(folder: Path) -> None:
     assert family.is_unused("vision_encoder.head.probe")
     assert not family.is_unused("vision_encoder.header.weight")
     assert not family.is_unused("language_model.lm_head.weight")
+    headless = read(folder, vision={"vision_use_head": False})
+    assert not headless.is_unused("vision_encoder.head.probe")  # then the config is another's
 
 
 # Files

@@ -44,7 +44,8 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
     transformers.js reads the template only there.
     """
     tokenizer = read_tokenizer(checkpoint.folder)
-    tokenizer.add_special_tokens([t for t in hub.new_tokens if tokenizer.token_to_id(t) is None])
+    # Those that have an id too: an ordinary entry of the vocabulary is not found in a text as one.
+    tokenizer.add_special_tokens(list(hub.new_tokens))
     config = checkpoint.json("tokenizer_config.json") or {}
     config.pop("auto_map", None)
     config |= {"chat_template": hub.chat_template, **_keep_prompts_bare(tokenizer)}
@@ -95,7 +96,9 @@ def write_card(
         tags=["onnx", "vlmport"],
     )
     rows = "\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items())
-    body = CARD.format(name=name, rows=rows, start=PARITY_START, end=PARITY_END)
+    body = CARD.format(
+        name=name, what=hub.description, rows=rows, start=PARITY_START, end=PARITY_END
+    )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
 
 
@@ -115,7 +118,7 @@ def _source_card(folder: Path) -> dict[str, Any]:
 CARD = """\
 # {name}
 
-ONNX export of an image captioner, written by vlmport. `vlmport.json` lists every file with its
+ONNX export of {what}, written by vlmport. `vlmport.json` lists every file with its
 size and SHA-256, and everything that a program needs to run the model.
 
 ```sh

@@ -58,6 +58,7 @@ class HubFiles:
         chat_template: Jinja; written beside the tokenizer and into tokenizer_config.json.
         new_tokens: special tokens to add to the tokenizer, in the order of their ids.
         pipeline_tag: the Hub's name of the task.
+        description: what the model is, such as 'an image captioner'.
     """
 
     config: Mapping[str, Any]
@@ -67,6 +68,7 @@ class HubFiles:
     chat_template: str
     new_tokens: tuple[str, ...]
     pipeline_tag: str
+    description: str
 
 
 class Family(ABC):

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeGuard
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +36,7 @@ from vlmport.checkpoint import (
 from vlmport.checkpoint.tokenizer import new_token_id, read_tokenizer
 from vlmport.errors import ConfigError
 from vlmport.families.base import Family, HubFiles, without_sampling
+from vlmport.families.generation import Generation
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.image import image_input, rescale_and_normalize
 from vlmport.graph.layers import ACTIVATIONS, Linear
@@ -140,8 +141,7 @@ class PrefixCaptioner(Family):
     text: LlamaConfig
     pixel_config: PixelConfig
     image_token_id: int
-    stop_token_ids: tuple[int, ...]
-    pad_token_id: int
+    settings: Generation
     raw_vision: Mapping[str, Any]
     raw_text: Mapping[str, Any]
 
@@ -153,15 +153,13 @@ class PrefixCaptioner(Family):
         vision = subsection(vision, "vision_config", f"{CONFIG}: vision_config") or vision
         _check_types(vision, text)
         tokenizer = read_tokenizer(checkpoint.folder)
-        stops = _stop_ids(checkpoint, text)
         return cls(
             config=read_config(PrefixConfig, raw, CONFIG),
             vision=SiglipVisionConfig.read(vision, f"{CONFIG}: vision_config"),
             text=LlamaConfig.read(text, f"{CONFIG}: text_config"),
             pixel_config=_pixel_config(checkpoint, vision),
             image_token_id=new_token_id(tokenizer, IMAGE_TOKEN),
-            stop_token_ids=stops,
-            pad_token_id=_pad_id(text, stops),
+            settings=Generation.read(checkpoint, text, f"{CONFIG}: text_config"),
             raw_vision=vision,
             raw_text=text,
         )
@@ -179,7 +177,8 @@ class PrefixCaptioner(Family):
         return tied_head(tensors, self.text, LANGUAGE_MODEL)
 
     def is_unused(self, key: str) -> bool:
-        return key.startswith("vision_encoder.head.")  # the pooling head: captions read patches
+        """The pooling head, where the config has one: captions read patches."""
+        return self.vision.vision_use_head and key.startswith("vision_encoder.head.")
 
     # Graphs
 
@@ -245,13 +244,18 @@ class PrefixCaptioner(Family):
         return PromptSpec(IMAGE_TOKEN, self.image_token_id, self.image_token_id, (caption,))
 
     @property
+    def max_new_tokens(self) -> int:
+        """generation_config.json's; distilvit2 itself writes a length into config.json only."""
+        return self.settings.max_new_tokens or self.config.max_length
+
+    @property
     def generation(self) -> GenerationSpec:
         return GenerationSpec(
-            stop_token_ids=self.stop_token_ids,
-            pad_token_id=self.pad_token_id,
-            max_new_tokens=self.config.max_length,
+            stop_token_ids=self.settings.stop_token_ids,
+            pad_token_id=self.settings.pad_token_id,
+            max_new_tokens=self.max_new_tokens,
             processors_see_prompt=False,  # generate(inputs_embeds=…) shows them new tokens only
-            defaults={},
+            defaults=self.settings.defaults,
         )
 
     @property
@@ -266,7 +270,6 @@ class PrefixCaptioner(Family):
     def hub_files(self) -> HubFiles:
         """The layout of transformers.js' llava, whose graphs and prompt ours are."""
         size, pixels = self.vision.image_size, self.pixel_config
-        stop = list(self.stop_token_ids)
         return HubFiles(
             config={
                 "architectures": ["LlavaForConditionalGeneration"],
@@ -277,8 +280,8 @@ class PrefixCaptioner(Family):
                 "vision_feature_select_strategy": "full",
                 "projector_hidden_act": "gelu",
                 "tie_word_embeddings": False,
-                "eos_token_id": stop,
-                "pad_token_id": self.pad_token_id,
+                "eos_token_id": list(self.settings.stop_token_ids),
+                "pad_token_id": self.settings.pad_token_id,
                 "vision_config": dict(self.raw_vision),
                 "text_config": {
                     **without_sampling(self.raw_text),
@@ -305,15 +308,11 @@ class PrefixCaptioner(Family):
                 "num_additional_image_tokens": 0,
                 "vision_feature_select_strategy": "full",
             },
-            generation_config={
-                "do_sample": False,
-                "eos_token_id": stop,
-                "pad_token_id": self.pad_token_id,
-                "max_new_tokens": self.config.max_length,
-            },
+            generation_config=self.settings.hub_config(self.max_new_tokens),
             chat_template=CHAT_TEMPLATE,
             new_tokens=(IMAGE_TOKEN,),
-            pipeline_tag="image-to-text",
+            pipeline_tag="image-to-text",  # it takes no text, as image-text-to-text would promise
+            description="an image captioner",
         )
 
 
@@ -330,29 +329,6 @@ def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
             f"{CONFIG}: {'; '.join(wrong)}",
             hint="vlmport exports prefix captioners of a SigLIP encoder and a Llama-type decoder",
         )
-
-
-def _stop_ids(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[int, ...]:
-    """generation_config.json's eos ids, else the decoder's. Raises ConfigError without any."""
-    generation = checkpoint.json("generation_config.json") or {}
-    eos = generation.get("eos_token_id", text.get("eos_token_id"))
-    ids: list[Any] = eos if isinstance(eos, list) else [eos]
-    if not ids or not all(_is_id(one) for one in ids):
-        raise ConfigError(
-            f"{CONFIG}: text_config: eos_token_id is {eos!r}, expected an id or a list of ids",
-            hint="without a stop token no caption would end",
-        )
-    return tuple(dict.fromkeys(ids))
-
-
-def _pad_id(text: Mapping[str, Any], stops: tuple[int, ...]) -> int:
-    """The decoder's; where it has none (null, or -1 in old configs), the stop token."""
-    pad = text.get("pad_token_id")
-    return pad if _is_id(pad) else stops[0]
-
-
-def _is_id(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _pixel_config(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> PixelConfig:
