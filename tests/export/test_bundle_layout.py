@@ -10,12 +10,15 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto
+from PIL import Image
 from tokenizers import Tokenizer
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
 from vlmport.bundle import Bundle, hash_folder
+from vlmport.errors import ExportError
 from vlmport.export import export
 from vlmport.families import FAMILIES
+from vlmport.runtime.model import VLM
 
 FILES = {
     "README.md",
@@ -183,6 +186,42 @@ def test_the_tokenizer_has_the_image_token_and_the_template(tiny_bundle: Path) -
     assert config["eos_token"] == "<|endoftext|>"
 
 
+def test_an_image_token_among_the_ordinary_ones_is_found(tmp_path: Path) -> None:
+    """A vocabulary may list it without telling the tokenizer to look for it in texts."""
+    folder = write_prefix_checkpoint(tmp_path / "captioner")
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["<image>"] = vocabulary.pop("Ġqu", None) or vocabulary.pop("qu")
+    raw["model"]["merges"] = [one for one in raw["model"]["merges"] if list(one) != ["q", "u"]]
+    write_json(folder / "tokenizer.json", raw)
+    before = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    image = before.token_to_id("<image>")
+    assert before.encode("<image>").ids != [image]
+    bundle = export(folder, tmp_path / "out", precisions="fp32")
+    assert bundle.manifest.prompt.placeholder_token_id == image < 113
+    with VLM.open(bundle) as vlm:
+        caption = vlm.caption(Image.new("RGB", (20, 20)), max_new_tokens=2)
+    assert caption.counts["image_tokens"] == 25
+
+
+def test_a_template_without_the_picture_is_not_exported(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmport.families.prefix.CHAT_TEMPLATE", "{{ '<picture>' }}")
+    with pytest.raises(ExportError, match="holds no picture: 1 picture for 0 placeholders") as e:
+        export(tiny_checkpoint, tmp_path / "out", precisions="fp32")
+    assert e.value.hint == "does the checkpoint's tokenizer cut '<image>' into pieces?"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_of_the_folder_one_is_in_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_prefix_checkpoint(tmp_path / "captioner")
+    monkeypatch.chdir(folder)
+    assert export(".", tmp_path / "out", precisions="fp32").manifest.name == "captioner"
+
+
 def test_what_training_left_in_the_tokenizer_is_taken_off(tmp_path: Path) -> None:
     """Truncation and padding of the training would change prompts."""
     folder = write_prefix_checkpoint(tmp_path / "captioner")
@@ -230,6 +269,9 @@ def test_every_precision_has_its_suffix_and_its_cache(
                 assert dtype == cache, (precision, name)
         assert types["inputs_embeds"] == types["logits"] == TensorProto.FLOAT
     assert bundle.manifest.auto["cuda"]["vision_encoder"] == "fp16"
+    tolerance = {name: one.tolerance for name, one in bundle.manifest.golden.expected.items()}
+    assert tolerance["fp16"] < 3 * tolerance["fp32"]  # half precision is no quantization
+    assert tolerance["q8"] > 10 * tolerance["fp16"]
 
 
 def test_transformers_js_finds_its_dtypes(tiny_bundle: Path) -> None:
@@ -271,6 +313,7 @@ def test_the_card_keeps_the_sources_licence_and_base_model(tmp_path: Path) -> No
     assert "library_name: transformers.js" in front
     assert "pipeline_tag: image-to-text" in front
     assert "# org/captioner" in text
+    assert "ONNX export of an image captioner, written by vlmport" in text
     assert "| `fp32` | float32 throughout" in text
     assert "Not verified yet" in text
 

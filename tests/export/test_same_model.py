@@ -172,6 +172,39 @@ def test_large_graphs_keep_their_weights_beside_them(
     Bundle.open(tmp_path / "out", check_hashes=True)
 
 
+def test_external_data_is_split_as_browsers_need_it(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the files that transformers.js counts: no suffix, _1, _2, …"""
+    monkeypatch.setattr(exporter, "INLINE_BYTES", 30_000)
+    monkeypatch.setattr(exporter, "DATA_FILE_BYTES", 30_000)
+    bundle = export(tiny_checkpoint, tmp_path / "out", precisions="fp32")
+    decoder = "onnx/decoder_model_merged.onnx"
+    files = bundle.variant("decoder_model_merged", "fp32").data
+    assert len(files) > 2
+    assert files == (f"{decoder}_data", *(f"{decoder}_data_{i}" for i in range(1, len(files))))
+    assert all(0 < bundle.manifest.files[name].size <= 30_000 for name in files)
+    stored = {path.name for path in (tmp_path / "out/onnx").glob("decoder*_data*")}
+    assert stored == {Path(name).name for name in files}
+    config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    declared = config["transformers.js_config"]["use_external_data_format"]
+    assert declared["decoder_model_merged.onnx"] == len(files)
+    ours, theirs = first_logits(tmp_path / "out"), first_logits(tiny_bundle)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_tensor_larger_than_a_part_has_its_own(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
+    monkeypatch.setattr(exporter, "DATA_FILE_BYTES", 1)
+    bundle = export(tiny_checkpoint, tmp_path / "out", precisions="fp32")
+    graph = onnx.load(tmp_path / "out/onnx/embed_tokens.onnx", load_external_data=False).graph
+    large = [one for one in graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+    assert len(bundle.variant("embed_tokens", "fp32").data) == len(large)
+    assert np.isfinite(first_logits(tmp_path / "out")).all()
+
+
 def test_external_data_is_the_same_twice(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.runtime import toy
 from vlmport.errors import ExportError, WeightError
 from vlmport.export import export
 from vlmport.export.soundness import LIMIT, check_float16, half_magnitudes
@@ -51,3 +53,11 @@ def test_what_is_measured_are_the_float16_tensors(tmp_path: Path) -> None:
     pixels = {"pixel_values": np.zeros((1, 3, 30, 30), np.float32)}
     assert half_magnitudes(bundle.path("onnx/vision_encoder.onnx"), pixels) == {}
     assert len(half_magnitudes(bundle.path("onnx/vision_encoder_fp16.onnx"), pixels)) > 30
+
+
+def test_positions_have_the_axes_that_the_decoder_wants(tmp_path: Path) -> None:
+    """[3, batch, sequence] for models with positions in height and width."""
+    for rank in (2, 3):
+        folder = tmp_path / str(rank)
+        bundle = toy.write_bundle(folder, positions_rank=rank, cache_dtype=TensorProto.FLOAT16)
+        assert 0 < check_float16(bundle, "fp32")["decoder_model_merged"] < LIMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from vlmport.export.assign import Assignment
 from vlmport.export.files import write_card, write_hub_files
 from vlmport.export.folder import atomic_folder, check_space, check_target
 from vlmport.export.golden import golden_input, record
-from vlmport.export.soundness import check_float16
+from vlmport.export.soundness import check_float16, check_prompt
 from vlmport.families import family_of
 from vlmport.families.base import Family
 from vlmport.graph.builder import GraphBuilder, to_model
@@ -37,6 +38,8 @@ from vlmport.graph.weights import Weight
 
 # A graph with more weights than this keeps them in a file beside it.
 INLINE_BYTES = 16 * 1024 * 1024
+# Browsers hold less than 2 GB in one buffer, so external data is split below that.
+DATA_FILE_BYTES = 2_000_000_000
 # Shape constants must stay in the graph: ONNX Runtime refuses them in external files.
 EXTERNAL_THRESHOLD = 1024
 
@@ -97,8 +100,8 @@ def export(
         ExportError: `out` exists, an unknown precision, a full disk.
         In each case `out` is left as it was.
     """
-    chosen = parse_precisions(list(precisions) if not isinstance(precisions, str) else precisions)
-    out = Path(out)
+    chosen = parse_precisions(precisions)
+    out = Path(out).expanduser().resolve()  # through links, and '.' is a folder with a name
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)
@@ -157,12 +160,13 @@ def _nbytes(value: ir.Value) -> int:
 
 
 def _write_model(job: Job, folder: Path) -> None:
-    """Save and check one graph; weights past INLINE_BYTES go to `<file>_data`."""
+    """Save and check one graph; weights past INLINE_BYTES go to files beside it."""
     path = folder / job.file
     path.parent.mkdir(exist_ok=True)
-    external = f"{path.name}_data" if job.weight_bytes > INLINE_BYTES else None
     try:
-        ir.save(job.model, path, external_data=external, size_threshold_bytes=EXTERNAL_THRESHOLD)
+        if job.weight_bytes > INLINE_BYTES:
+            _move_weights_out(job.model.graph, path)
+        ir.save(job.model, path)
     except ir.serde.SerdeError as error:  # wraps what a weight raised when it was read
         raise _user_error(error) from error
     try:
@@ -172,6 +176,40 @@ def _write_model(job: Job, folder: Path) -> None:
         raise ExportError(
             f"{job.file}: not a valid ONNX graph: {line}", hint="please report this"
         ) from error
+
+
+def _move_weights_out(graph: ir.Graph, path: Path) -> None:
+    """Write large initializers to `<path>_data`, `<path>_data_1`, …, the Hub's names for parts.
+
+    A part holds up to DATA_FILE_BYTES, or one tensor that is larger by itself.
+    """
+    parts: list[list[ir.Value]] = [[]]
+    room = DATA_FILE_BYTES
+    for value in graph.initializers.values():
+        if (size := _nbytes(value)) <= EXTERNAL_THRESHOLD:
+            continue
+        if parts[-1] and size > room:
+            parts.append([])
+            room = DATA_FILE_BYTES
+        parts[-1].append(value)
+        room -= size
+    for number, values in enumerate(part for part in parts if part):
+        name = data_file(path.name, number)
+        tensors = [value.const_value for value in values if value.const_value is not None]
+        moved = ir.external_data.convert_tensors_to_external(tensors, path.parent, name)
+        for value, tensor in zip(values, moved, strict=True):
+            value.const_value = tensor
+
+
+def data_file(graph: str, number: int) -> str:
+    """A graph's external data file, as transformers.js numbers them."""
+    return f"{graph}_data_{number}" if number else f"{graph}_data"
+
+
+def _data_files(folder: Path, graph: str) -> tuple[str, ...]:
+    """The external data files of a graph that was written."""
+    names = (data_file(graph, number) for number in itertools.count())
+    return tuple(itertools.takewhile(lambda name: (folder / name).is_file(), names))
 
 
 def _user_error(error: BaseException) -> BaseException:
@@ -188,9 +226,8 @@ def _write_manifest(
     """The files around the graphs, the golden probe (which runs every graph), the manifest."""
     components: dict[str, dict[str, Variant]] = {}
     for job in jobs:
-        data = f"{job.file}_data"
-        external = (data,) if (folder / data).is_file() else ()
-        components.setdefault(job.component, {})[job.precision] = Variant(job.file, external)
+        variant = Variant(job.file, _data_files(folder, job.file))
+        components.setdefault(job.component, {})[job.precision] = variant
     precisions = [p for p in PRECISIONS if any(job.precision == p for job in jobs)]
     auto = _auto(components, precisions)
     hub = family.hub_files()
@@ -213,6 +250,7 @@ def _write_manifest(
     )
     write_manifest(folder, manifest)
     bundle = Bundle.open(folder)
+    check_prompt(bundle)
     for precision in precisions:
         if PRECISIONS[precision].is_half:
             check_float16(bundle, precision)
@@ -255,13 +293,6 @@ def _transformers_js(
 
 def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str, Variant]]) -> str:
     """One line of the model card: what the precision is, and how many megabytes to fetch."""
-    meaning = {
-        "fp32": "float32 throughout",
-        "fp16": "float16 throughout, float32 at the edges",
-        "q8": "8-bit weights and activations",
-        "q4": "4-bit decoder, embedding and head; 8-bit vision tower",
-        "q4f16": "as q4, in float16 where q4 is in float32",
-    }
     files = [
         file
         for forms in components.values()
@@ -270,9 +301,10 @@ def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str
         for file in (variant.model, *variant.data)
     ]
     size = sum((folder / file).stat().st_size for file in files)
-    return f"{meaning[precision]}; {size / 1e6:.1f} MB"
+    return f"{PRECISIONS[precision].meaning}; {size / 1e6:.1f} MB"
 
 
 def _default_name(source: str | Path, checkpoint: Checkpoint) -> str:
     """The Hub id as it was given, or the folder's name."""
-    return checkpoint.folder.name if Path(source).exists() else str(source)
+    local = Path(source).expanduser().exists()
+    return checkpoint.folder.resolve().name if local else str(source)

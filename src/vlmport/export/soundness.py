@@ -1,24 +1,53 @@
-"""Whether a float16 graph stays within float16: by running it in float32 and looking.
+"""Whether what was written can be used: the prompt's pictures find their place, float16 suffices.
 
-Running the float16 graph itself on a CPU proves nothing, because ONNX Runtime computes most of it
-in float32 and the overflow would first be seen on somebody's GPU.
+float16 is tried by running the graph in float32 and looking. Running the float16 graph itself on a
+CPU proves nothing, because ONNX Runtime computes most of it in float32 and the overflow would first
+be seen on somebody's GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from vlmport.bundle import Bundle
-from vlmport.errors import ExportError
+from vlmport.errors import ExportError, PromptError, TokenizerError
+
+if TYPE_CHECKING:
+    from vlmport.runtime.components import Components
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
 SUFFIX = "::largest"
+
+
+def check_prompt(bundle: Bundle) -> None:
+    """Ask for a caption of the golden picture up to its token ids, from the files as written.
+
+    Raises ExportError where the picture would not find its placeholder.
+    """
+    from vlmport.runtime.components import Components
+    from vlmport.runtime.probe import golden_image
+    from vlmport.runtime.prompt import Prompter, check_messages
+
+    spec = bundle.manifest.prompt
+    picture = golden_image(bundle.manifest.golden)
+    try:
+        chat = check_messages(spec.caption, [picture])
+        prompter = Prompter(bundle.folder, spec)
+        ids = prompter.encode(prompter.render(chat.messages))
+        processed = Components.open(bundle).process_image(picture)
+        prompter.splice(ids, [processed.prompt_ids])
+    except (PromptError, TokenizerError) as error:
+        raise ExportError(
+            f"the prompt for a caption holds no picture: {error}",
+            hint=f"does the checkpoint's tokenizer cut {spec.image_placeholder!r} into pieces?",
+        ) from error
 
 
 def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
@@ -36,7 +65,7 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
     decoder = {
         "inputs_embeds": embeds[None],
         "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.asarray(components.position_ids(ids)).reshape(1, -1),
+        "position_ids": _with_batch(components, components.position_ids(ids)),
         "num_logits_to_keep": np.array(0, np.int64),
     }
     largest = {}
@@ -54,6 +83,14 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
             )
         largest[component] = max(magnitudes.values(), default=0.0)
     return largest
+
+
+def _with_batch(components: Components, positions: np.ndarray) -> np.ndarray:
+    """[S] or [3, S] → [1, S] or, where the decoder wants three axes, [3, 1, S]."""
+    rank = components.decoder.positions_rank
+    if rank == 3:
+        positions = np.broadcast_to(positions, (3, positions.shape[-1]))
+    return np.expand_dims(positions, rank - 2)
 
 
 def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:

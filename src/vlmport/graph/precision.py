@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vlmport.bundle import SUFFIXES
+from vlmport.bundle import SUFFIXES, split_precisions
 from vlmport.errors import ExportError, did_you_mean
 from vlmport.graph.weights import (
     FLOAT16,
@@ -20,9 +21,14 @@ from vlmport.graph.weights import (
 
 @dataclass(frozen=True)
 class Precision:
-    """The form of each part's matrices. Norms, biases and convolutions stay float32."""
+    """The form of each part's matrices. Norms, biases and convolutions stay float32.
+
+    Attributes:
+        meaning: what it is, in the words of the model card.
+    """
 
     name: str
+    meaning: str
     vision: Format
     embed: Format
     decoder: Format
@@ -41,28 +47,40 @@ class Precision:
 
 
 # A 4-bit tower is slower than an 8-bit one and much less exact, so q4 keeps its tower at 8 bits.
-PRECISIONS = {
-    "fp32": Precision("fp32", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
-    "fp16": Precision("fp16", FLOAT16, FLOAT16, FLOAT16, FLOAT16),
-    "q8": Precision("q8", vision=W8A8, embed=INT8, decoder=W8A8, head=W8A8),
-    "q4": Precision("q4", vision=INT8, embed=INT4, decoder=INT4, head=INT4),
-    "q4f16": Precision(
-        "q4f16", vision=INT8_FLOAT16, embed=INT4_FLOAT16, decoder=INT4_FLOAT16, head=INT4_FLOAT16
+_ALL = (
+    Precision("fp32", "float32 throughout", FLOAT32, FLOAT32, FLOAT32, FLOAT32),
+    Precision(
+        "fp16", "float16 throughout, float32 at the edges", FLOAT16, FLOAT16, FLOAT16, FLOAT16
     ),
-}
-ALIASES = {"int8": "q8"}
+    Precision("q8", "8-bit weights and activations", W8A8, embed=INT8, decoder=W8A8, head=W8A8),
+    Precision(
+        "q4",
+        "4-bit decoder, embedding and head; 8-bit vision tower",
+        vision=INT8,
+        embed=INT4,
+        decoder=INT4,
+        head=INT4,
+    ),
+    Precision(
+        "q4f16",
+        "as q4, in float16 where q4 is in float32",
+        vision=INT8_FLOAT16,
+        embed=INT4_FLOAT16,
+        decoder=INT4_FLOAT16,
+        head=INT4_FLOAT16,
+    ),
+)
+PRECISIONS = {precision.name: precision for precision in _ALL}
 
 
-def parse_precisions(names: str | tuple[str, ...] | list[str]) -> tuple[Precision, ...]:
+def parse_precisions(names: str | Iterable[str]) -> tuple[Precision, ...]:
     """'fp32,q4' or a sequence of names → precisions, each once. Raises ExportError."""
-    if isinstance(names, str):
-        names = [name.strip() for name in names.split(",") if name.strip()]
-    names = [ALIASES.get(name, name) for name in names]
-    unknown = [name for name in names if name not in PRECISIONS]
-    if unknown or not names:
+    wanted = split_precisions(names)
+    unknown = [name for name in wanted if name not in PRECISIONS]
+    if unknown or not wanted:
         what = ", ".join(repr(name) + did_you_mean(name, PRECISIONS) for name in unknown)
         raise ExportError(
             f"unknown precision {what}" if unknown else "no precision named",
             hint=f"choose from {', '.join(PRECISIONS)}",
         )
-    return tuple(PRECISIONS[name] for name in dict.fromkeys(names))
+    return tuple(PRECISIONS[name] for name in wanted)
