@@ -102,13 +102,21 @@ def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
             for name, found in captions.items():
                 caption = vlm.caption(EXAMPLES / name)
                 found[precision] = {"tokens": caption.token_ids, "text": caption.text}
+    with VLM.open(bundle, precision="fp32") as vlm:
+        rgb = open_image(EXAMPLES / next(iter(captions)))
+        (values,) = vlm.components.process_image(rgb).inputs.values()
     pixels = {}
     for path in kinds:
         rgb = open_image(path)
         height, width, _ = rgb.shape
         digest = hashlib.sha256(rgb.tobytes()).hexdigest()
         pixels[path.name] = {"width": width, "height": height, "sha256": digest}
-    return {"precisions": bundle.manifest.precisions, "captions": captions, "pixels": pixels}
+    return {
+        "precisions": bundle.manifest.precisions,
+        "captions": captions,
+        "pixels": pixels,
+        "pixelValues": {"dims": values.shape, "data": values.ravel().tolist()},
+    }
 
 
 @pytest.fixture(scope="session")

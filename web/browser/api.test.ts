@@ -10,7 +10,7 @@ interface Page_ {
   readonly vlmport: typeof Vlmport;
 }
 
-const { captions } = expected();
+const { captions, pixelValues } = expected();
 const picture = Object.keys(captions)[0]!;
 const url = `/pictures/${picture}`;
 const { tokens, text } = captions[picture]!.fp32!;
@@ -106,33 +106,35 @@ test('unknown options and values are refused, with the nearest known', async () 
   expect(await load({ threads: 0 })).toMatchObject({ code: 'OptionError' });
   expect(await load({ precision: 'q3', device: 'wasm' })).toMatchObject({
     code: 'BundleError',
-    message: /precision 'q3' is not in this bundle/,
+    message: expect.stringMatching(/^precision 'q3' is not in this bundle/),
   });
 });
 
 test('PrefixConditioningVLM is a face of the same, and refuses what is not there yet', async () => {
-  const found = await page.evaluate(async url => {
-    const { PrefixConditioningVLM } = (globalThis as unknown as Page_).vlmport;
-    const model = new PrefixConditioningVLM();
-    const said: string[] = [];
-    const attempt = async (work: Promise<string>) => said.push(await work.catch(e => e.message));
-    await attempt(model.caption(url));
-    const percents: number[] = [];
-    await model.loadModel('./bundle/', { onProgress: (_, percent) => percents.push(percent) });
-    await attempt(model.caption(url));
-    await attempt(model.generate(url, { maxLength: 30, numBeams: 1, doSample: false }));
-    const data = new Float32Array(3 * 64 * 64);
-    await attempt(model.generate({ dims: [1, 3, 64, 64], data }));
-    await attempt(model.generate({ dims: [1, 3, 9], data }));
-    await attempt(model.generate(url, { numBeams: 3 }));
-    await attempt(model.generate(url, { doSample: true }));
-    await attempt(model.generate(url, { temperature: 0.5 }));
-    model.dispose();
-    return { said, last: percents.at(-1) };
-  }, url);
+  const found = await page.evaluate(
+    async ({ url, pixelValues }) => {
+      const { PrefixConditioningVLM } = (globalThis as unknown as Page_).vlmport;
+      const model = new PrefixConditioningVLM();
+      const said: string[] = [];
+      const attempt = async (work: Promise<string>) => said.push(await work.catch(e => e.message));
+      await attempt(model.caption(url));
+      const percents: number[] = [];
+      await model.loadModel('./bundle/', { onProgress: (_, percent) => percents.push(percent) });
+      await attempt(model.caption(url));
+      await attempt(model.generate(url, { maxLength: 30, numBeams: 1, doSample: false }));
+      const data = Float32Array.from(pixelValues.data);
+      await attempt(model.generate({ dims: pixelValues.dims, data }));
+      await attempt(model.generate({ dims: [1, 3, 9], data }));
+      await attempt(model.generate(url, { numBeams: 3 }));
+      await attempt(model.generate(url, { doSample: true }));
+      await attempt(model.generate(url, { temperature: 0.5 }));
+      model.dispose();
+      return { said, last: percents.at(-1) };
+    },
+    { url, pixelValues },
+  );
   expect(found.last).toBe(100);
   expect(found.said[0]).toBe('no model is loaded');
-  expect(found.said[3]).toMatch(/^(a|two|three) /);
   expect(found.said[4]).toMatch(
     /^pixel values \[1,3,9\], but the vision encoder takes pixel_values/,
   );
@@ -141,5 +143,6 @@ test('PrefixConditioningVLM is a face of the same, and refuses what is not there
     'doSample=true is not there yet',
     'temperature=0.5 is not there yet',
   ]);
-  expect(found.said[1]).toBe(found.said[2]);
+  // The face takes 'auto', which is q8 on WebAssembly.
+  expect(found.said.slice(1, 4)).toEqual(Array(3).fill(captions[picture]!.q8!.text));
 });

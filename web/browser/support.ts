@@ -15,6 +15,8 @@ export interface Expected {
   readonly captions: Readonly<
     Record<string, Readonly<Record<string, { tokens: number[]; text: string }>>>
   >;
+  /** What the image processor makes of the first picture of `captions`. */
+  readonly pixelValues: { readonly dims: readonly number[]; readonly data: readonly number[] };
   /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
   readonly pixels: Readonly<Record<string, { width: number; height: number; sha256: string }>>;
 }
