@@ -32,7 +32,7 @@ SHAPES = ROOT / "src/vlmport/builtin/shapes"
 VERSION = json.loads((HERE / "package.json").read_text())["dependencies"][
     "@huggingface/transformers"
 ]
-SUFFIXES = {"fp32": "", "q4": "_q4"}
+SUFFIXES = {"fp32": "", "q8": "_quantized", "q4": "_q4"}
 MODELS = ("embed_tokens", "vision_encoder", "decoder_model_merged")
 
 Client = Callable[..., dict[str, Any]]
@@ -281,6 +281,38 @@ def test_weights_in_a_file_of_their_own(client: Client, pictures: list[Path], tm
     answer = client(folder, pictures, "fp32")
     check_captions(folder, pictures, answer)
     check_files(folder, answer)
+
+
+def test_weights_in_several_files(
+    client: Client,
+    tiny: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As a model beyond 2 GB has them."""
+    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
+    monkeypatch.setattr(exporter, "DATA_FILE_BYTES", 30_000)
+    folder = export(tiny.parent / "source", tmp_path / "bundle", precisions="fp32").folder
+    assert (folder / "onnx/decoder_model_merged.onnx_data_2").is_file()
+    answer = client(folder, pictures, "fp32")
+    check_captions(folder, pictures, answer)
+    check_files(folder, answer)
+
+
+def test_bad_words_of_the_source_are_not_said(
+    client: Client, tiny: Path, pictures: list[Path], tmp_path: Path
+):
+    """Nor is anything sampled, whatever the source did."""
+    said = client(tiny, pictures, "fp32")["fed"]["alone"][0]["ids"]
+    source = Path(shutil.copytree(tiny.parent / "source", tmp_path / "source"))
+    settings = {"bad_words_ids": [[said[0]], said[2:4]], "do_sample": True, "temperature": 2.0}
+    write_json(source / "generation_config.json", settings)
+    folder = export(source, tmp_path / "bundle", precisions="fp32").folder
+    first, again = (client(folder, pictures)["fed"]["alone"][0]["ids"] for _ in range(2))
+    assert first == again
+    assert said[0] not in first
+    assert said[2:4] not in [first[i : i + 2] for i in range(len(first))]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "q4"])
