@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,10 +25,9 @@ from vlmport.errors import ImageError, PromptError, VlmportError
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
-    from vlmport.runtime.model import VLM, Caption
+    from vlmport.runtime.model import VLM
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-BATCH = 8  # pictures captioned together
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -64,7 +64,8 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, … as the installed ONNX Runtime offers.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.", min=1)]
 Adapter = Annotated[
-    Path | None, typer.Option(help="PEFT folder whose LoRA is merged in.", metavar="DIR")
+    str | None,
+    typer.Option(help="PEFT folder or Hub id, whose LoRA is merged in.", metavar="SRC"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 
@@ -124,6 +125,7 @@ def caption(
 
     if stream and as_json:
         raise OptionError("--stream and --json contradict each other", hint="choose one")
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
     with export_progress() as progress:
         vlm = load(
             model,
@@ -148,46 +150,19 @@ def caption(
 def _print_captions(
     vlm: VLM, paths: list[Path], options: dict[str, Any], *, as_json: bool
 ) -> VlmportError | None:
-    """Caption in batches. A bad picture is reported and the others are captioned all the same."""
+    """A bad picture is reported and the others are captioned all the same."""
     failure: VlmportError | None = None
-    for start in range(0, len(paths), BATCH):
-        batch = paths[start : start + BATCH]
-        for path, result in zip(batch, _caption_together(vlm, batch, options), strict=True):
-            if isinstance(result, VlmportError):
-                report(result)
-                failure = result
-            elif as_json:
-                row = {"image": str(path), "caption": result.text}
-                row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-            else:
-                print(f"{path}: {result.text}" if len(paths) > 1 else result.text, flush=True)
-    return failure
-
-
-def _caption_together(
-    vlm: VLM, paths: list[Path], options: dict[str, Any]
-) -> list[Caption | VlmportError]:
-    """The captions of a batch; each picture that can't be captioned has its error in its place."""
-    from vlmport.runtime.images import open_image
-
-    results: dict[int, Caption | VlmportError] = {}
-    pictures = {}
-    for i, path in enumerate(paths):
-        try:
-            pictures[i] = open_image(path)
-        except ImageError as error:
-            results[i] = error
-    try:
-        captions: list[Caption] = vlm.caption([*pictures.values()], **options) if pictures else []
-        results |= dict(zip(pictures, captions, strict=True))
-    except (ImageError, PromptError) as error:  # one of them, and no caption was made
-        if len(pictures) == 1:
-            results |= dict.fromkeys(pictures, error)
+    for path, result in zip(paths, vlm.caption_each(paths, **options), strict=True):
+        if isinstance(result, VlmportError):
+            report(result)
+            failure = result
+        elif as_json:
+            row = {"image": str(path), "caption": result.text}
+            row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
-            alone = {i: _caption_together(vlm, [paths[i]], options)[0] for i in pictures}
-            results |= alone
-    return [results[i] for i in range(len(paths))]
+            print(f"{path}: {result.text}" if len(paths) > 1 else result.text, flush=True)
+    return failure
 
 
 def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:
@@ -237,7 +212,7 @@ def export(
     precisions = ", ".join(bundle.manifest.precisions)
     next_step = ["vlmport", "verify", str(out), "--reference", source]
     if adapter is not None:
-        next_step += ["--adapter", str(adapter)]
+        next_step += ["--adapter", adapter]
     say(f"{out}: {precisions}, {size / 1e6:.1f} MB")
     say(f"next: {shlex.join(next_step)}")
 

@@ -115,7 +115,7 @@ def test_there_is_one_cpu():
 
 @pytest.mark.parametrize("threads", [0, -1, True, "2", 2.0])
 def test_bad_thread_counts(bundle, threads: int):
-    with pytest.raises(OptionError, match="threads=.*, expected a whole number of at least 1"):
+    with pytest.raises(OptionError, match=r"threads=.*, expected a whole number of at least 1"):
         open_session(bundle.path("onnx/embed_tokens.onnx"), threads=threads)
     with pytest.raises(OptionError, match="threads="):  # at once, not with the first picture
         Components.open(bundle, threads=threads)
