@@ -18,7 +18,16 @@ TORCH = {"torch", "transformers", "peft", "torchvision"}
 # Words of one family or of the models in it. The registry is families/, and checkpoint/ only
 # speaks of a family where it gives an example.
 FAMILY_WORDS = re.compile(r"prefix_conditioning|siglip|llava|distilvit|smolvlm|qwen|llama", re.I)
-GENERIC = ["runtime", "export", "bundle.py", "cli.py", "source.py", "inspection.py", "errors.py"]
+GENERIC = [
+    "runtime",
+    "export",
+    "tokenizer.py",
+    "bundle.py",
+    "cli.py",
+    "source.py",
+    "inspection.py",
+    "errors.py",
+]
 
 
 def name_of(path: Path) -> str:
@@ -70,13 +79,14 @@ ALLOWED = {
     "hashing.py": set(),
     "precisions.py": {"errors"},
     "errors.py": set(),
+    "tokenizer.py": {"errors"},
     "checkpoint": {"checkpoint", "errors"},
     "graph": {"graph", "checkpoint", "errors", "bundle"},
-    "families": {"families", "graph", "checkpoint", "errors", "bundle"},
-    "runtime": {"runtime", "errors", "bundle"},
+    "families": {"families", "graph", "checkpoint", "errors", "bundle", "tokenizer"},
+    "runtime": {"runtime", "errors", "bundle", "tokenizer"},
     "export": {
         "export", "families", "graph", "checkpoint", "runtime", "errors", "bundle", "builtin",
-        "__version__",
+        "tokenizer", "__version__",
     },
     "verify": {"verify", "runtime", "checkpoint", "errors", "bundle", "builtin"},
 }  # fmt: skip

@@ -14,8 +14,8 @@ from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle
 from vlmport.runtime.components import Components
 from vlmport.runtime.generate import Generation, Row
-from vlmport.runtime.prompt import read_tokenizer
 from vlmport.runtime.text import TextStream
+from vlmport.tokenizer import read_tokenizer
 
 STORIES = shared_testdata("weights", "stories260K")
 RANDOM = {

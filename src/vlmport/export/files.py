@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer
 
 from vlmport.checkpoint import Checkpoint
-from vlmport.checkpoint.tokenizer import read_tokenizer
 from vlmport.families.base import HubFiles
+from vlmport.tokenizer import read_tokenizer
 
 PARITY_START, PARITY_END = "<!-- parity -->", "<!-- /parity -->"
 

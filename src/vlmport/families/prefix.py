@@ -33,7 +33,6 @@ from vlmport.checkpoint import (
     read_config,
     subsection,
 )
-from vlmport.checkpoint.tokenizer import new_token_id, read_tokenizer
 from vlmport.errors import ConfigError
 from vlmport.families.base import Family, HubFiles, without_sampling
 from vlmport.families.generation import Generation
@@ -45,6 +44,7 @@ from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample, resize
 from vlmport.graph.precision import Precision
 from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
 from vlmport.graph.weights import Format
+from vlmport.tokenizer import new_token_id, read_tokenizer
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 IMAGE_TOKEN = "<image>"

@@ -15,10 +15,10 @@ import numpy as np
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from tokenizers import Tokenizer
 
 from vlmport.bundle import PromptSpec
 from vlmport.errors import PromptError, TokenizerError, did_you_mean
+from vlmport.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -48,7 +48,9 @@ class Prompter:
 
     def __init__(self, folder: Path, spec: PromptSpec):
         self.spec = spec
-        self.tokenizer = read_tokenizer(folder)
+        self.tokenizer = read_tokenizer(folder, hint=AGAIN)
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         config = _read_json(folder / "tokenizer_config.json")
         self._special = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
         self._template = _template(folder, config)
@@ -175,22 +177,6 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         f"{where}: expected a text or an image part, got {_kind(part)}",
         hint='{"type": "text", "text": "…"} or {"type": "image"}',
     )
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """A bundle's tokenizer, without padding or truncation. Raises TokenizerError."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise TokenizerError(f"{path}: missing", hint="download or export the bundle again")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for every fault
-        raise TokenizerError(
-            f"{path}: {error}", hint="download or export the bundle again"
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 class SafeDict:

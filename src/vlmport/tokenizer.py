@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tokenizer."""
+"""Reading tokenizer.json, a checkpoint's or a bundle's."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from tokenizers import Tokenizer
 
 from vlmport.errors import TokenizerError
 
+SAVE_AGAIN = "write it with AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint or bundle folder. Raises TokenizerError."""
+
+def read_tokenizer(folder: Path, *, hint: str = SAVE_AGAIN) -> Tokenizer:
+    """The tokenizer of a folder. Raises TokenizerError with this hint."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise TokenizerError(
-            f"{folder}: no tokenizer.json",
-            hint="write one with AutoTokenizer.from_pretrained(…).save_pretrained(folder)",
-        )
+        raise TokenizerError(f"{folder}: no tokenizer.json", hint=hint)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for every fault
-        raise TokenizerError(
-            f"{path}: {error}", hint="copy the tokenizer files from the base model again"
-        ) from error
+        raise TokenizerError(f"{path}: {error}", hint=hint) from error
 
 
 def new_token_id(tokenizer: Tokenizer, token: str) -> int:
