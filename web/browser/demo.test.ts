@@ -1,7 +1,7 @@
 /** The demo page, and a second visit to it without a server. */
 
 import { fileURLToPath } from 'node:url';
-import type { Browser, Page } from 'playwright-core';
+import type { Browser, BrowserContextOptions, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { expected, folders, launch } from './support.js';
 import { TestServer } from './server.js';
@@ -16,6 +16,13 @@ beforeAll(async () => {
 });
 afterAll(() => browser.close());
 
+/** A visitor who has never been here. */
+async function visitor(options: BrowserContextOptions = {}): Promise<Page> {
+  const page = await (await browser.newContext(options)).newPage();
+  page.setDefaultTimeout(120_000);
+  return page;
+}
+
 async function captionSample(page: Page): Promise<string> {
   await page.waitForSelector('#facts:not([hidden])');
   await page.click('#samples button');
@@ -27,7 +34,7 @@ async function captionSample(page: Page): Promise<string> {
 
 test('a visit, and a second one with the server stopped and the page loaded again', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
-  const page = await (await browser.newContext()).newPage();
+  const page = await visitor();
   await page.goto(server.url);
   const first = await captionSample(page);
   expect(first).toBe(captions[SAMPLE]!.q8!.text);
@@ -41,7 +48,7 @@ test('a visit, and a second one with the server stopped and the page loaded agai
 });
 
 test.runIf(process.env.VLMPORT_WEB_DEMO)('`vlmport demo` serves it', async () => {
-  const page = await (await browser.newContext()).newPage();
+  const page = await visitor();
   const errors: string[] = [];
   page.on('pageerror', error => errors.push(error.message));
   page.on('console', message => message.type() === 'error' && errors.push(message.text()));
@@ -58,7 +65,7 @@ test.each([
   ['phone', 360, 740],
 ])('nothing is wider than the page: %s', async (_, width, height) => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
-  const page = await (await browser.newContext({ viewport: { width, height } })).newPage();
+  const page = await visitor({ viewport: { width, height } });
   await page.goto(server.url);
   await captionSample(page);
   expect(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth)).toBe(true);
@@ -68,7 +75,7 @@ test.each([
 
 test('what goes wrong is said, with a hint', async () => {
   const server = await TestServer.start({ '/': BUILT });
-  const page = await (await browser.newContext()).newPage();
+  const page = await visitor();
   await page.goto(`${server.url}?model=/elsewhere/`);
   await page.waitForSelector('#error:not([hidden])');
   expect(await page.textContent('#error-message')).toMatch(/vlmport\.json: the server says 404/);

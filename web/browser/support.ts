@@ -70,6 +70,7 @@ export function launch({ webgpu = false, args = [] as string[] } = {}): Promise<
 /** A new page of the tests' server, with the package loaded. */
 export async function openPage(browser: Browser, url: string): Promise<Page> {
   const page = await (await browser.newContext()).newPage();
+  page.setDefaultTimeout(120_000);
   if (process.env.VERBOSE) page.on('console', message => console.log(message.text()));
   await page.goto(url);
   await page.waitForFunction(() => 'vlmport' in globalThis);

@@ -142,7 +142,8 @@ async function requestGpu(): Promise<GPUDevice> {
 
 function requestDevice(adapter: GPUAdapter): Promise<GPUDevice> {
   const wanted: GPUFeatureName[] = ['shader-f16'];
-  const smallest = adapter.info.subgroupMinSize ?? SMALLEST_SUBGROUP;
+  const info = adapter.info as GPUAdapterInfo | undefined; // older browsers have none
+  const smallest = info?.subgroupMinSize ?? SMALLEST_SUBGROUP;
   if (smallest > SMALLEST_SUBGROUP) wanted.push('subgroups');
   return adapter.requestDevice({
     requiredFeatures: wanted.filter(feature => adapter.features.has(feature)),
