@@ -221,9 +221,10 @@ async function openGraph(
   onOpen: (name: string) => void,
 ): Promise<Session> {
   const [model = '', ...data] = paths;
+  const folder = model.slice(0, model.lastIndexOf('/') + 1); // data lies in it or below
   const external = [];
   for (const path of data) {
-    external.push({ path: path.slice(path.lastIndexOf('/') + 1), data: await files.read(path) });
+    external.push({ path: path.slice(folder.length), data: await files.read(path) });
   }
   const bytes = await files.read(model);
   onOpen(name);
