@@ -12,16 +12,18 @@ from tests.verify.surgery import copied
 from vlmport.bundle import Bundle
 from vlmport.export import export
 from vlmport.runtime.model import VLM
-from vlmport.verify.ladder import Ladder, Truth, max_new_tokens
+from vlmport.verify.ladder import Ladder, max_new_tokens
+from vlmport.verify.limits import RUNGS
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Reference
 from vlmport.verify.reference import load_reference
 from vlmport.verify.report import Report
+from vlmport.verify.truth import Truth
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """A random checkpoint, its bundle, and the truth for one picture."""
+class Case:
+    """A checkpoint, its bundle, and the truth for one picture."""
 
     checkpoint: Path
     bundle: Bundle
@@ -36,23 +38,44 @@ class Tiny:
         return Report(self.reference.versions, tuple(ladder.climb(precision)))
 
 
+def case(checkpoint: Path, bundle: Bundle, picture: Picture) -> Case:
+    token = bundle.manifest.prompt.image_token_id
+    reference = load_reference(checkpoint, image_token_id=token)
+    truth = Truth.of(reference, picture, max_new_tokens(bundle.manifest), token)
+    return Case(checkpoint, bundle, reference, picture, truth)
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """An untied head: with a tied one, a random model says one token for ever."""
     folder = tmp_path_factory.mktemp("verify")
     checkpoint = write_prefix_checkpoint(
         folder / "checkpoint", text={"tie_word_embeddings": False}, config={"max_length": 12}
     )
     bundle = export(checkpoint, folder / "bundle", precisions=("fp32", "q4"))
-    prompt = bundle.manifest.prompt
-    reference = load_reference(checkpoint, image_token_id=prompt.image_token_id)
-    picture = drawn_pictures()[1]
-    limit = max_new_tokens(bundle.manifest)
-    truth = Truth.of(reference, picture, limit, prompt.image_token_id)
-    return Tiny(checkpoint, bundle, reference, picture, truth)
+    return case(checkpoint, bundle, drawn_pictures()[1])
 
 
 @pytest.fixture
-def broken(tiny: Tiny, tmp_path: Path) -> Bundle:
+def broken(tiny: Case, tmp_path: Path) -> Bundle:
     """A copy of the tiny bundle, to be broken."""
     return copied(tiny.bundle, tmp_path / "broken")
+
+
+def assert_first_broken(report: Report, rung: str) -> None:
+    """It is this rung, and every rung below it passed."""
+    assert report.first_broken is not None, "nothing broke"
+    assert report.first_broken.rung == rung, report.summary
+    assert [row.rung for row in report.rows] == list(RUNGS)
+
+
+def value(report: Report, rung: str, name: str) -> float:
+    """A measure of the one row of this rung."""
+    (row,) = (row for row in report.rows if row.rung == rung)
+    return next(measure.value for measure in row.measures if measure.name == name)
+
+
+def failing(report: Report, rung: str) -> set[str]:
+    """The measures of a rung that are past their limits."""
+    (row,) = (row for row in report.rows if row.rung == rung)
+    return {measure.name for measure in row.measures if not measure.passed}

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from tests.checkpoints import write_prefix_checkpoint
-from tests.verify.conftest import Tiny
-from tests.verify.surgery import append_to_output, edit_graph, edit_tensor, renewed, swap_outputs
-from vlmport.bundle import Bundle, Manifest
+from tests.verify import breaks
+from tests.verify.breaks import DECODER, VISION
+from tests.verify.conftest import Case, assert_first_broken, failing, value
+from tests.verify.surgery import copied, edit_graph, edit_tensor, swap_outputs
+from vlmport.bundle import Bundle
+from vlmport.errors import VerificationError
 from vlmport.export import export
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components
-from vlmport.runtime.model import VLM
-from vlmport.runtime.prompt import Prompter
-from vlmport.verify import ladder, verify
+from vlmport.verify import verify
 from vlmport.verify.ladder import run_ladder
-from vlmport.verify.limits import CLOSE, RUNGS
+from vlmport.verify.limits import FOUR_BITS, RUNGS
 from vlmport.verify.reference import load_reference
 from vlmport.verify.report import Report
-
-VISION, DECODER = "vision_encoder", "decoder_model_merged"
-
-
-def assert_first_broken(report: Report, rung: str) -> None:
-    """It is this rung, and every rung below it passed."""
-    assert report.first_broken is not None, "nothing broke"
-    assert report.first_broken.rung == rung, report.summary
-    assert [row.rung for row in report.rows] == list(RUNGS)
+from vlmport.verify.truth import Truth
 
 
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
@@ -63,175 +53,64 @@ def test_green(tmp_path: Path, projection: Any, spelling: Any) -> None:
     ],
     ids=str,
 )
-def test_other_checkpoints_are_green(tmp_path: Path, tiny: Tiny, changes: dict[str, Any]) -> None:
+def test_other_checkpoints_are_green(tmp_path: Path, tiny: Case, changes: dict[str, Any]) -> None:
     checkpoint = write_prefix_checkpoint(tmp_path / "checkpoint", **changes)
     bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32")
     reference = load_reference(checkpoint, image_token_id=bundle.manifest.prompt.image_token_id)
-    model = VLM.open(bundle, precision="fp32")
-    report = Report("", run_ladder(reference, {"fp32": model}, [tiny.picture]))
+    report = Report("", run_ladder(reference, bundle, ["fp32"], [tiny.picture]))
     assert report.passed, report.summary
 
 
-def test_tiny_is_whole(tiny: Tiny) -> None:
+def test_tiny_is_whole(tiny: Case) -> None:
     """Before anything is broken; and its tokens differ, so that a wrong one can show."""
     report = tiny.climb(tiny.bundle)
     assert report.passed, report.summary
     assert len(set(tiny.truth.made.tokens.tolist())) > 4
 
 
-# Each entry breaks what one rung looks at and nothing below it.
+@pytest.mark.parametrize(("rung", "damage"), breaks.BUNDLE, ids=lambda x: getattr(x, "__name__", x))
+def test_broken_bundle(tiny: Case, broken: Bundle, rung: str, damage) -> None:
+    assert_first_broken(tiny.climb(damage(broken, "fp32")), rung)
 
 
-def fewer_ids(bundle: Bundle) -> Bundle:
-    return edit_tensor(bundle, "image_processor", "image_token_ids", lambda ids: ids[:-1])
+@pytest.mark.parametrize(
+    ("rung", "damage"), breaks.RUNTIME, ids=lambda x: getattr(x, "__name__", x)
+)
+def test_broken_runtime(tiny: Case, monkeypatch: pytest.MonkeyPatch, rung: str, damage) -> None:
+    damage(monkeypatch, len(tiny.truth.prompt_ids))
+    assert_first_broken(tiny.climb(tiny.bundle), rung)
 
 
-def one_other_id(bundle: Bundle) -> Bundle:
-    return edit_tensor(
-        bundle,
-        "image_processor",
-        "image_token_ids",
-        lambda ids: ids - np.eye(1, 25, 3, dtype=np.int64)[0],
-    )
+def test_small_faults(tiny: Case, tmp_path: Path) -> None:
+    """Seen in fp32, where nothing is rounded; what LoRA with another scale does, at its least."""
 
-
-def wrong_image_token(bundle: Bundle) -> Bundle:
-    """The reference's prompt is made with the manifest's id, the graph's with the true one."""
-
-    def change(manifest: Manifest) -> Manifest:
-        prompt = dataclasses.replace(manifest.prompt, image_token_id=7)
-        return dataclasses.replace(manifest, prompt=prompt)
-
-    return renewed(bundle, change)
-
-
-def change_pixels(bundle: Bundle, operator: str, value: np.ndarray) -> Bundle:
-    return edit_graph(
-        bundle,
-        "image_processor",
-        lambda model: append_to_output(model, "pixel_values", operator, value),
-    )
-
-
-def no_mean(bundle: Bundle) -> Bundle:
-    """(x - mean) / std, without the mean of 0.5, is one more."""
-    return change_pixels(bundle, "Add", np.float32(1))
-
-
-def other_std(bundle: Bundle) -> Bundle:
-    return change_pixels(bundle, "Mul", np.float32(0.5 / 0.505))
-
-
-def one_level_off(bundle: Bundle) -> Bundle:
-    """One of 2,700 values, by the least that a resize can be wrong by: 1/255 of the range."""
-    change = np.zeros((1, 3, 30, 30), np.float32)
-    change[0, 1, 12, 20] = 2 / 255
-    return change_pixels(bundle, "Add", change)
-
-
-def bgr(bundle: Bundle) -> Bundle:
-    """Swap red and blue at the graph's input."""
-
-    def change(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            for at, name in enumerate(node.input):
-                node.input[at] = "swapped" if name == "image" else name
-        order = onnx.helper.make_tensor("order", onnx.TensorProto.INT64, [3], [2, 1, 0])
-        model.graph.initializer.append(order)
-        gather = onnx.helper.make_node("Gather", ["image", "order"], ["swapped"], axis=2)
-        model.graph.node.insert(0, gather)
-
-    return edit_graph(bundle, "image_processor", change)
-
-
-def zero_vision_weight(bundle: Bundle) -> Bundle:
-    return edit_tensor(bundle, VISION, "layers.1.mlp.fc2.weight", np.zeros_like)
-
-
-def projection_bias(bundle: Bundle) -> Bundle:
-    return edit_tensor(bundle, VISION, "projection.projection.bias", lambda bias: bias + 0.01)
-
-
-def swap_embeddings(bundle: Bundle) -> Bundle:
-    """Two of 113 rows."""
-
-    def swap(table: np.ndarray) -> np.ndarray:
-        table[[40, 41]] = table[[41, 40]]
-        return table
-
-    return edit_tensor(bundle, "embed_tokens", "embed_tokens.weight", swap)
-
-
-def decoder_weight(bundle: Bundle) -> Bundle:
-    """What LoRA merged with another scale would do, at its smallest."""
-    return edit_tensor(bundle, DECODER, "layers.1.self_attn.v_proj.weight", lambda w: w * 1.01)
-
-
-def zero_head_row(bundle: Bundle) -> Bundle:
     def zero(head: np.ndarray) -> np.ndarray:
         head[:, 90] = 0
         return head
 
-    return edit_tensor(bundle, DECODER, "lm_head.weight", zero)
+    def fresh() -> Bundle:
+        return copied(tiny.bundle, tmp_path / str(len(list(tmp_path.iterdir()))))
+
+    bias = edit_tensor(fresh(), breaks.VISION, "projection.projection.bias", lambda x: x + 0.01)
+    assert_first_broken(tiny.climb(bias), "vision_features")
+    name = "layers.1.self_attn.v_proj.weight"
+    scale = breaks.scaled(fresh(), breaks.DECODER, name, 1.01, "fp32")
+    assert_first_broken(tiny.climb(scale), "first_logits")
+    row = edit_tensor(fresh(), breaks.DECODER, "lm_head.weight", zero)
+    assert_first_broken(tiny.climb(row), "first_logits")
 
 
-def caches_of_wrong_layers(bundle: Bundle) -> Bundle:
-    return edit_graph(bundle, DECODER, lambda m: swap_outputs(m, "present.0.key", "present.1.key"))
-
-
-def stops_early(bundle: Bundle) -> Bundle:
-    """A stop id more than the model has: the third of the tokens that the reference makes."""
-
-    def change(manifest: Manifest) -> Manifest:
-        generation = dataclasses.replace(manifest.generation, stop_token_ids=(0, 44))
-        return dataclasses.replace(manifest, generation=generation)
-
-    return renewed(bundle, change)
-
-
-def two_pictures_asked(bundle: Bundle) -> Bundle:
-    """The manifest's caption messages hold a picture too many."""
-
-    def change(manifest: Manifest) -> Manifest:
-        prompt = dataclasses.replace(manifest.prompt, caption=manifest.prompt.caption * 2)
-        return dataclasses.replace(manifest, prompt=prompt)
-
-    return renewed(bundle, change)
-
-
-BREAKS: list[tuple[str, Callable[[Bundle], Bundle]]] = [
-    ("prompt_ids", fewer_ids),
-    ("prompt_ids", one_other_id),
-    ("pixels", no_mean),
-    ("pixels", other_std),
-    ("pixels", one_level_off),
-    ("pixels", bgr),
-    ("vision_features", zero_vision_weight),
-    ("vision_features", projection_bias),
-    ("merged_embeds", swap_embeddings),
-    ("first_logits", decoder_weight),
-    ("first_logits", zero_head_row),
-    ("cached_decode", caches_of_wrong_layers),
-    ("greedy_tokens", stops_early),
-    ("end_to_end", two_pictures_asked),
-]
-
-
-@pytest.mark.parametrize(("rung", "damage"), BREAKS, ids=lambda x: getattr(x, "__name__", x))
-def test_broken_bundle(tiny: Tiny, broken: Bundle, rung: str, damage) -> None:
-    assert_first_broken(tiny.climb(damage(broken)), rung)
-
-
-def test_wrong_image_token(tiny: Tiny, broken: Bundle) -> None:
+def test_wrong_image_token(tiny: Case, broken: Bundle) -> None:
     """Through verify itself, which hands the manifest's id to the reference."""
-    report = verify(wrong_image_token(broken), tiny.checkpoint, precisions=["fp32"])
+    report = verify(breaks.wrong_image_token(broken, "fp32"), tiny.checkpoint)
     assert report.first_broken is not None
     assert report.first_broken.rung == "prompt_ids"
 
 
-def test_every_embedding_row_is_seen(tiny: Tiny, broken: Bundle) -> None:
+def test_every_embedding_row_is_seen(tiny: Case, broken: Bundle) -> None:
     """Each picture compares a third of the table; together they see any row."""
-    report = verify(swap_embeddings(broken), tiny.checkpoint, precisions=["fp32"])
+    broken = breaks.swap_embeddings(broken, "fp32")
+    report = verify(broken, tiny.checkpoint, precisions=["fp32"])
     assert {row.rung for row in report.failures} == {"merged_embeds"}
     assert len(report.failures) == 2  # rows 40 and 41 belong to two pictures
 
@@ -252,7 +131,7 @@ def test_every_embedding_row_is_seen(tiny: Tiny, broken: Bundle) -> None:
     ids=str,
 )
 def test_slightly_wrong_everywhere(
-    tiny: Tiny, tmp_path: Path, rung: str, misread: dict[str, Any]
+    tiny: Case, tmp_path: Path, rung: str, misread: dict[str, Any]
 ) -> None:
     """The gentlest faults of an exporter: GELU by tanh or not, an epsilon, the rotary base, LoRA
     with another scale or left out. No single number is far off."""
@@ -269,12 +148,7 @@ def test_slightly_wrong_everywhere(
     assert {row.rung for row in report.failures} <= {rung, "cached_decode", *RUNGS[-2:]}
 
 
-def value(report: Report, rung: str, name: str) -> float:
-    (row,) = (row for row in report.rows if row.rung == rung)
-    return next(measure.value for measure in row.measures if measure.name == name)
-
-
-def test_four_bits_unpacked_wrongly(tiny: Tiny, broken: Bundle) -> None:
+def test_four_bits_unpacked_wrongly(tiny: Case, broken: Bundle) -> None:
     """The head's low and high halves of bytes swapped. (A matrix further down would not do: what
     a random model says hardly depends on any one of them.)"""
     whole = tiny.climb(tiny.bundle, "q4")
@@ -286,14 +160,14 @@ def test_four_bits_unpacked_wrongly(tiny: Tiny, broken: Bundle) -> None:
         precision="q4",
     )
     damaged = tiny.climb(broken, "q4")
-    limit = CLOSE["first_logits"]["kl"]
+    limit = FOUR_BITS["first_logits"]["kl"]
     assert limit.holds(value(whole, "first_logits", "kl"))
     assert not limit.holds(value(damaged, "first_logits", "kl"))
     assert_first_broken(damaged, "first_logits")
     assert tiny.climb(broken, "fp32").passed
 
 
-def test_four_bit_embeddings_shifted(tiny: Tiny, broken: Bundle) -> None:
+def test_four_bit_embeddings_shifted(tiny: Case, broken: Bundle) -> None:
     """A zero point that is off by one step."""
 
     def shift(packed: np.ndarray) -> np.ndarray:
@@ -304,116 +178,101 @@ def test_four_bit_embeddings_shifted(tiny: Tiny, broken: Bundle) -> None:
     assert_first_broken(tiny.climb(broken, "q4"), "merged_embeds")
 
 
-def test_caches_exchanged_in_four_bits(tiny: Tiny, broken: Bundle) -> None:
+def test_caches_exchanged_in_four_bits(tiny: Case, broken: Bundle) -> None:
     """Seen even in a random model, where exchanged keys hardly change what is said."""
     edit_graph(broken, DECODER, lambda m: swap_outputs(m, "present.0.key", "present.1.key"), "q4")
     (row,) = (row for row in tiny.climb(broken, "q4").failures if row.rung == "cached_decode")
-    assert [measure.name for measure in row.measures if not measure.passed] == ["self kl"]
+    assert [one.name for one in row.measures if not one.passed] == ["self kl", "bound kl"]
     assert tiny.climb(tiny.bundle, "q4").rows[RUNGS.index("cached_decode")].passed
 
 
-def test_eight_bit_tower_without_a_weight(tiny: Tiny, broken: Bundle) -> None:
+def test_eight_bit_tower_without_a_weight(tiny: Case, broken: Bundle) -> None:
     edit_tensor(broken, VISION, "layers.1.mlp.fc2.weight_scales", np.zeros_like, precision="q4")
     assert_first_broken(tiny.climb(broken, "q4"), "vision_features")
 
 
-# What no file holds is broken in the runtime itself.
+@pytest.fixture
+def lanczos(tmp_path: Path) -> tuple[Path, Bundle]:
+    """A checkpoint whose processor resizes by Lanczos, and its bundle."""
+    checkpoint = write_prefix_checkpoint(tmp_path / "checkpoint", config={"max_length": 4})
+    half = [0.5, 0.5, 0.5]
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "resample": 1,
+        "size": {"height": 30, "width": 30},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": half,
+        "image_std": half,
+    }
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(processor))
+    return checkpoint, export(checkpoint, tmp_path / "bundle", precisions="fp32")
 
 
-def test_shifted_positions(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Components.position_ids
-    monkeypatch.setattr(Components, "position_ids", lambda *a, **k: plain(*a, **k) + 1)
+@pytest.mark.parametrize(
+    ("values", "levels", "failing"), [(4, 1, set()), (9, 1, {"wrong"}), (1, 2, {"levels"})]
+)
+def test_lanczos(tiny: Case, lanczos, values: int, levels: int, failing: set[str]) -> None:
+    """A handful of values may be one level off, and no more; with other filters none may."""
+    checkpoint, bundle = lanczos
+    broken = breaks.levels_off(bundle, values, levels)
+    report = verify(broken, checkpoint, images=[tiny.picture.image])
+    rows = [row for row in report.rows if row.rung == "pixels"]
+    assert rows
+    for row in rows:
+        assert {one.name for one in row.measures if not one.passed} == failing, row.describe()
+
+
+# Findings that need words
+
+
+def test_batches_alone(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the bound cache's own measure can see rows that are mixed up."""
+    breaks.cache_that_mixes_rows(monkeypatch, 0)
     report = tiny.climb(tiny.bundle)
-    assert_first_broken(report, "position_ids")
+    assert {row.rung for row in report.failures} == {"cached_decode"}
+    assert failing(report, "cached_decode") == {"bound"}
 
 
-def test_positions_that_restart(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right at once, wrong after a cache."""
-    plain = Components.position_ids
-    monkeypatch.setattr(Components, "position_ids", lambda self, ids, past=0: plain(self, ids))
-    assert_first_broken(tiny.climb(tiny.bundle), "position_ids")
-
-
-def test_features_in_another_order(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ladder.merge_image_features
-    monkeypatch.setattr(
-        ladder,
-        "merge_image_features",
-        lambda embeds, ids, features, token: plain(embeds, ids, features[::-1], token),
+def test_margins_are_given(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks.cache_that_forgets(monkeypatch, len(tiny.truth.prompt_ids))
+    (row,) = (row for row in tiny.climb(tiny.bundle).failures if row.rung == "greedy_tokens")
+    assert re.fullmatch(
+        r"token \d+: \d+ \(bundle's margin [\d.]+\), reference \d+ \(margin [\d.]+\)", row.detail
     )
-    report = tiny.climb(tiny.bundle)
-    assert_first_broken(report, "merged_embeds")
-    assert not tiny.climb(tiny.bundle, "q4").rows[3].passed
 
 
-def test_cache_not_fed_back(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Components.decode
-
-    def forgetful(self, embeds, mask, positions, past=None, num_logits_to_keep=0):
-        past = past and {name: np.zeros_like(value) for name, value in past.items()}
-        return plain(self, embeds, mask, positions, past, num_logits_to_keep)
-
-    monkeypatch.setattr(Components, "decode", forgetful)
-    report = tiny.climb(tiny.bundle)
-    assert_first_broken(report, "cached_decode")
-    assert [row.rung for row in report.failures] == ["cached_decode"]
-
-
-def test_positions_that_restart_with_each_chunk(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = Components.decode
-
-    def restarting(self, embeds, mask, positions, past=None, num_logits_to_keep=0):
-        positions = np.arange(embeds.shape[1])[None]
-        return plain(self, embeds, mask, positions, past, num_logits_to_keep)
-
-    monkeypatch.setattr(Components, "decode", restarting)
-    assert_first_broken(tiny.climb(tiny.bundle), "cached_decode")
-
-
-def test_logits_kept_of_the_wrong_row(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """num_logits_to_keep = 1 must give the last position's."""
-    plain = Components.decode
-
-    def first_row(self, embeds, mask, positions, past=None, num_logits_to_keep=0):
-        logits, presents = plain(self, embeds, mask, positions, past)
-        return logits[:, :num_logits_to_keep] if num_logits_to_keep else logits, presents
-
-    monkeypatch.setattr(Components, "decode", first_row)
-    assert_first_broken(tiny.climb(tiny.bundle), "cached_decode")
-
-
-def test_runtime_cache_that_forgets(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runtime's own cache writes each new token over the last of the prompt."""
-    plain, P = KeyValueCache.step, len(tiny.truth.prompt_ids)
-
-    def stuck(self, embeds):
-        self.lengths[:] = P - 1
-        return plain(self, embeds)
-
-    monkeypatch.setattr(KeyValueCache, "step", stuck)
-    report = tiny.climb(tiny.bundle)
-    assert_first_broken(report, "greedy_tokens")
-    detail = report.first_broken.detail
-    assert "bundle's margin" in detail
-    assert "reference" in detail
-
-
-def test_runtime_that_adds_a_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A BOS before the picture, as some ports of this model have it."""
-    plain = Prompter.encode
-    monkeypatch.setattr(Prompter, "encode", lambda self, text: np.insert(plain(self, text), 0, 0))
-    assert_first_broken(tiny.climb(tiny.bundle), "end_to_end")
-
-
-def test_an_exception_is_a_finding(tiny: Tiny, broken: Bundle) -> None:
+def test_an_exception_is_a_finding(tiny: Case, broken: Bundle) -> None:
     """Not a traceback: the rung is named, the others are still tried."""
-    report = tiny.climb(two_pictures_asked(broken))
+    report = tiny.climb(breaks.two_pictures_asked(broken, "fp32"))
     assert report.first_broken.error.startswith("PromptError: ")
     assert [row.rung for row in report.failures] == ["end_to_end"]
 
 
-def test_stop_is_told_from_another_token(tiny: Tiny, broken: Bundle) -> None:
-    report = tiny.climb(stops_early(broken))
-    assert report.first_broken.detail == "3 tokens, the reference 12, equal up to there"
+@pytest.mark.parametrize("method", ["embeds", "logits"])
+def test_an_exception_of_the_reference_is_not(
+    tiny: Case, broken: Bundle, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(tiny.reference), method, fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tiny.climb(breaks.stops_early(broken, "fp32"))
+
+
+def test_stop_is_told_from_another_token(tiny: Case, broken: Bundle) -> None:
+    report = tiny.climb(breaks.stops_early(broken, "fp32"))
+    assert report.first_broken.detail == (
+        "stop ids [0, 44], the reference [0]; 3 tokens, the reference 12, equal up to there"
+    )
+
+
+def test_a_reference_that_contradicts_itself(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generate counts positions itself: those that the ladder uses must be the same."""
+    kind, plain = type(tiny.reference), type(tiny.reference).position_ids
+    monkeypatch.setattr(kind, "position_ids", lambda self, ids: plain(self, ids) // 2)
+    with pytest.raises(VerificationError, match="the reference contradicts itself"):
+        Truth.of(tiny.reference, tiny.picture, 4, tiny.bundle.manifest.prompt.image_token_id)

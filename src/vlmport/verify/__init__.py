@@ -9,30 +9,27 @@ docs/verification.md explains the rungs. torch, transformers and peft are import
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL
 from rich.console import Console
 
 from vlmport.builtin import builtin_folder
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import locate, locate_adapter
-from vlmport.errors import BundleError, DependencyError, SourceError
-from vlmport.runtime.model import VLM
-from vlmport.verify.ladder import run_ladder
+from vlmport.errors import DependencyError, SourceError
+from vlmport.verify.ladder import Progress, run_ladder
 from vlmport.verify.pictures import drawn_pictures, named_pictures
 from vlmport.verify.protocol import Reference
+from vlmport.verify.recording import UnrecordedError, record
 from vlmport.verify.report import Measure, Report, Row, parity_markdown
 
 if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource
 
-__all__ = ["Measure", "Report", "Row", "parity_markdown", "verify"]
-
-CARD = "README.md"
-PARITY = re.compile(r"(<!-- parity -->\n).*?(\n?<!-- /parity -->)", re.DOTALL)
+__all__ = ["Measure", "Report", "Row", "UnrecordedError", "parity_markdown", "verify"]
 
 
 def verify(
@@ -41,8 +38,10 @@ def verify(
     *,
     precisions: Sequence[str] | None = None,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     images: Sequence[ImageSource] | None = None,
     console: Console | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Run the parity ladder and write its result into vlmport.json and the model card.
 
@@ -51,51 +50,47 @@ def verify(
             built-in name.
         precisions: which to verify; None for all that the bundle holds.
         adapter: the PEFT folder that was merged at export, if one was.
+        revision: branch, tag or commit, where the reference is a Hub id.
         images: pictures beside the drawn ones, which are always there.
         console: where to print the report; None prints nothing.
+        progress: called with (done checks, all checks, what is next).
 
     Returns the report, whether it passed or not. Raises:
-        DependencyError: torch, transformers or peft is not installed.
+        DependencyError: torch, transformers or peft is not installed, or another Pillow.
         SourceError: the checkpoint is not found, or is that of another model.
+        UnrecordedError: all is done and printed, but the bundle can't be written; it has the
+            report.
         BundleError, ConfigError, WeightError, AdapterError, ImageError: as their names say.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     names = list(precisions or bundle.manifest.precisions)
     for name in names:
         bundle.manifest.choose(name)
+    _check_pillow(bundle.manifest.pixels.equals)
     pictures = [*drawn_pictures(), *named_pictures(images or ())]
-    truth = _load_reference(bundle, locate(builtin_folder(reference) or reference), adapter)
+    folder = locate(builtin_folder(reference) or reference, revision)
+    truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
-    models = {name: VLM.open(bundle, precision=name) for name in names}
-    try:
-        rows = run_ladder(truth, models, pictures)
-    finally:
-        for model in models.values():
-            model.close()
-    report = Report(truth.versions, rows)
-    record(bundle, report)
+    report = Report(truth.versions, run_ladder(truth, bundle, names, pictures, progress))
     if console is not None:
         report.print(console)
+    record(bundle, report)
     return report
 
 
-def record(bundle: Bundle, report: Report) -> Bundle:
-    """Put a result into the model card, between its marks, and into vlmport.json.
+def _check_pillow(equals: str) -> None:
+    """Pillow resizes the reference's pictures, and its arithmetic changes between major versions.
 
-    Raises BundleError where the folder can't be written.
+    Raises DependencyError for another than the manifest's.
     """
-    parity = report.to_json()
-    card = bundle.folder / CARD
-    try:
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            table = parity_markdown(parity)
-            card.write_text(PARITY.sub(lambda m: m[1] + table + m[2], text), encoding="utf-8")
-        return bundle.with_parity(parity)
-    except OSError as error:
-        raise BundleError(
-            f"{bundle.folder}: the result can't be written: {error}", hint="is it read-only?"
-        ) from error
+    program, _, version = equals.partition(" ")
+    major, installed = version.split(".")[0], PIL.__version__.split(".")[0]
+    if program == "Pillow" and major != installed:
+        raise DependencyError(
+            f"the bundle's pixels equal those of Pillow {version}, installed is {PIL.__version__}, "
+            f"which may resize otherwise",
+            hint=f'pip install "pillow=={major}.*"',
+        )
 
 
 def _load_reference(bundle: Bundle, folder: Path, adapter: str | Path | None) -> Reference:

@@ -9,6 +9,7 @@ P prompt tokens, S prompt and new tokens, T image tokens, D hidden, V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,64 +17,39 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmport.bundle import Manifest
+from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import VlmportError
 from vlmport.runtime import generate
+from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.model import VLM
 from vlmport.runtime.sessions import ORT_ERRORS
 from vlmport.verify import metrics
 from vlmport.verify.limits import RUNGS, limits_of
 from vlmport.verify.pictures import Picture
-from vlmport.verify.protocol import Generated, Reference
+from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Measure, Row
+from vlmport.verify.truth import Truth
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 MAX_NEW_TOKENS = 32
+Progress = Callable[[int, int, str], None]  # rungs done, all rungs, what is next
 Found = tuple[dict[str, float], str | None]  # measures, and a detail for the reader
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What the reference makes of one picture, from the bottom rung to the top.
+class BrokenError(Exception):
+    """The bundle raised an error; the text of this one is the finding."""
 
-    Attributes:
-        prompt_ids, pixels, features: of the picture alone.
-        made: greedy tokens and their logits.
-        ids: prompt_ids and all new tokens but the last, which is never fed back.
-        embeds, position_ids, logits: of ids.
-    """
 
-    prompt_ids: Int[np.ndarray, " P"]
-    pixels: Mapping[str, np.ndarray]
-    features: Float[np.ndarray, "T D"]
-    made: Generated
-    ids: Int[np.ndarray, " S"]
-    embeds: Float[np.ndarray, "S D"]
-    position_ids: Int[np.ndarray, "... S"]
-    logits: Float[np.ndarray, "S V"]
-
-    @classmethod
-    def of(
-        cls, reference: Reference, picture: Picture, max_new_tokens: int, image_token_id: int
-    ) -> Truth:
-        """Run the reference from the picture to the tokens, then once over all of them.
-
-        An image token that the model itself says can't be fed back: the tokens end there.
-        """
-        prompt_ids = reference.prompt_ids(picture.image)
-        pixels = reference.pixels(picture.image)
-        features = reference.vision_features(pixels)
-        made = reference.generate(reference.embeds(prompt_ids, features), max_new_tokens)
-        if image_token_id in made.tokens:
-            end = made.tokens.tolist().index(image_token_id) + 1
-            made = Generated(made.tokens[:end], made.logits[:end])
-        ids = np.concatenate([prompt_ids, made.tokens[:-1]])
-        embeds, positions = reference.embeds(ids, features), reference.position_ids(ids)
-        logits = reference.logits(embeds, positions)
-        return cls(prompt_ids, pixels, features, made, ids, embeds, positions, logits)
+@contextlib.contextmanager
+def bundle_runs() -> Iterator[None]:
+    """Round each call of the bundle's side: an error there is a finding, the reference's is not."""
+    try:
+        yield
+    except (VlmportError, *ORT_ERRORS) as error:
+        raise BrokenError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -97,13 +73,12 @@ class Ladder:
 
     def climb(self, precision: str) -> Iterator[Row]:
         """Every rung in order, whether or not one before it broke."""
-        limits = limits_of(precision)
+        limits = limits_of(precision, self.components.manifest.pixels.resample)
         for rung in RUNGS:
             try:
                 values, detail = getattr(self, f"_{rung}")()
-            except (VlmportError, *ORT_ERRORS) as error:  # then that is the finding
-                text = f"{type(error).__name__}: {error}"
-                yield Row(self.picture.name, precision, rung, (), error=text)
+            except BrokenError as error:
+                yield Row(self.picture.name, precision, rung, (), error=str(error))
                 continue
             measures = tuple(
                 Measure(name, values[name], limit) for name, limit in limits[rung].items()
@@ -111,22 +86,31 @@ class Ladder:
             yield Row(self.picture.name, precision, rung, measures, detail=detail)
 
     def _prompt_ids(self) -> Found:
-        ours = self.components.process_image(self.picture.rgb).prompt_ids
+        with bundle_runs():
+            ours = self.components.process_image(self.picture.rgb).prompt_ids
         wrong = metrics.unequal(ours, self.truth.prompt_ids)
         detail = f"{len(ours)} ids, expected {len(self.truth.prompt_ids)}" if wrong else None
         return {"wrong": wrong}, detail
 
     def _pixels(self) -> Found:
-        ours, truth = self.components.process_image(self.picture.rgb).inputs, self.truth.pixels
+        """Grey levels tell a weight that was rounded to its neighbour from another filter."""
+        truth, inf = self.truth.pixels, float("inf")
+        with bundle_runs():
+            ours = self.components.process_image(self.picture.rgb).inputs
         absent = sorted(truth.keys() - ours.keys())
         if absent:
-            return {"wrong": float("inf")}, f"the image processor has no {', '.join(absent)}"
+            detail = f"the image processor has no {', '.join(absent)}"
+            return {"wrong": inf, "levels": inf}, detail
         wrong = sum(metrics.unequal(ours[name], truth[name]) for name in truth)
         error = max(metrics.max_error(ours[name], truth[name]) for name in truth)
-        return {"wrong": wrong}, f"largest difference {error:.3g}" if wrong else None
+        levels = error / self.reference.grey_level
+        detail = f"largest difference {error:.3g}, {levels:.3g} grey levels" if wrong else None
+        return {"wrong": wrong, "levels": levels}, detail
 
     def _vision_features(self) -> Found:
-        ours, truth = self.components.encode_image(self.truth.pixels), self.truth.features
+        with bundle_runs():
+            ours = self.components.encode_image(self.truth.pixels)
+        truth = self.truth.features
         return {
             "worst": metrics.worst_error(ours, truth),
             "typical": metrics.typical_error(ours, truth),
@@ -141,30 +125,34 @@ class Ladder:
         words = words[words != image_token_id]
         ids = np.concatenate([words[::2], truth.prompt_ids, words[1::2]])
         expected = self.reference.embeds(ids, truth.features)
-        embeds = self.components.embed(ids[None])[0]
-        ours = merge_image_features(embeds, ids, truth.features, image_token_id)
+        with bundle_runs():
+            embeds = self.components.embed(ids[None])[0]
+            ours = merge_image_features(embeds, ids, truth.features, image_token_id)
         text = ids != image_token_id
         return {
             "wrong": metrics.unequal(ours, expected),
             "cosine": metrics.least_cosine(ours[text], expected[text]),
+            "8 bits": metrics.rounding_steps(ours[text], expected[text], 8),
+            "4 bits": metrics.rounding_steps(ours[text], expected[text], 4),
             "wrong features": metrics.unequal(ours[~text], expected[~text]),
         }, None
 
     def _position_ids(self) -> Found:
-        """At once, and in two parts as prefill and decode ask for them."""
-        ids, P = self.truth.ids, len(self.truth.prompt_ids)
-        whole = self.components.position_ids(ids)
-        parts = [self.components.position_ids(ids[:P])]
-        if len(ids) > P:
-            parts.append(self.components.position_ids(ids[P:], past=P))
-        wrong = metrics.unequal(whole, self.truth.position_ids)
-        wrong += metrics.unequal(np.concatenate(parts, axis=-1), self.truth.position_ids)
+        """Of a prompt that ends with the picture, and of one with text after it. Decode steps
+        count on from the cache's lengths: the next rungs but one see that."""
+        truth, P = self.truth, len(self.truth.prompt_ids)
+        with bundle_runs():
+            whole = self.components.position_ids(truth.ids)
+            prompt = self.components.position_ids(truth.prompt_ids)
+        wrong = metrics.unequal(whole, truth.position_ids)
+        wrong += metrics.unequal(prompt, truth.position_ids[..., :P])
         return {"wrong": wrong}, None
 
     def _first_logits(self) -> Found:
         """One pass without a cache. KL and agreement where a token is predicted: at the prompt's
         last position and at the reference's tokens after it; before, nobody asks."""
-        ours, _ = self._decode(0, len(self.truth.ids))
+        with bundle_runs():
+            ours, _ = self._decode(0, len(self.truth.ids))
         truth, first = self.truth.logits, len(self.truth.prompt_ids) - 1
         return {
             "worst": metrics.worst_error(ours, truth),
@@ -174,44 +162,81 @@ class Ladder:
         }, None
 
     def _cached_decode(self) -> Found:
-        """The prompt in two chunks, then token by token, against one pass of each side."""
-        P, S = len(self.truth.prompt_ids), len(self.truth.ids)
-        cuts = [0, P // 2, *range(P, S + 1)]
-        past, parts = None, []
-        for start, stop in itertools.pairwise(cuts):
-            logits, past = self._decode(start, stop, past)
-            parts.append(logits)
-        ours = np.concatenate(parts)
-        whole, _ = self._decode(0, S)
-        last, _ = self._decode(0, S, keep=1)
-        truth = self.truth.logits
+        """The prompt in two chunks, then token by token, with a cache that grows and with the
+        runtime's own, against one pass of each side."""
+        S, truth, first = len(self.truth.ids), self.truth.logits, len(self.truth.prompt_ids) - 1
+        with bundle_runs():
+            ours, bound = self._grown_decode(), self._bound_decode()
+            whole, _ = self._decode(0, S)
+            last, _ = self._decode(0, S, keep=1)
         return {
             "worst": metrics.worst_error(ours, truth),
             "typical": metrics.typical_error(ours, truth),
+            "bound": metrics.worst_error(bound, truth),
             "self": max(metrics.worst_error(ours, whole), metrics.worst_error(last, whole[-1:])),
             "self kl": max(
-                metrics.mean_divergence(ours[P - 1 :], whole[P - 1 :]),
+                metrics.mean_divergence(ours[first:], whole[first:]),
                 metrics.mean_divergence(last, whole[-1:]),
             ),
-            "kl": metrics.mean_divergence(ours[P - 1 :], truth[P - 1 :]),
+            "bound kl": metrics.mean_divergence(bound[first:], whole[first:]),
+            "kl": metrics.mean_divergence(ours[first:], truth[first:]),
         }, None
+
+    def _grown_decode(self) -> Float[np.ndarray, "S V"]:
+        """By the graph's plain form: each pass is fed the presents of the one before."""
+        P, S = len(self.truth.prompt_ids), len(self.truth.ids)
+        past, parts = None, []
+        for start, stop in itertools.pairwise(sorted({0, P // 2, *range(P, S + 1)})):
+            logits, past = self._decode(start, stop, past)
+            parts.append(logits)
+        return np.concatenate(parts)
+
+    def _bound_decode(self) -> Float[np.ndarray, "S V"]:
+        """By the cache that ships: the middle one of three rows of unequal lengths, which step
+        together; positions of steps are the cache's own. Its buffers grow on the way."""
+        truth, P, S = self.truth, len(self.truth.prompt_ids), len(self.truth.ids)
+        limit = self.components.manifest.dims.context_length
+        cache = KeyValueCache(self.components.decoder, rows=3, capacity=P + 1, limit=limit)
+        cache.prefill(0, truth.embeds[: (P + 1) // 2])
+        cache.prefill(2, truth.embeds[:P])
+        parts = []
+        for start, stop in itertools.pairwise(sorted({0, P // 2, P})):
+            positions = truth.position_ids[..., start:stop]
+            parts.append(cache.prefill(1, truth.embeds[start:stop], positions, keep=0))
+        for at in range(P, S):
+            logits = cache.step(np.repeat(truth.embeds[None, at : at + 1], 3, axis=0))
+            parts.append(logits[1:2].copy())
+        return np.concatenate(parts)
 
     def _greedy_tokens(self) -> Found:
         """The runtime's own loop, fed the reference's embeddings of the prompt."""
-        P = len(self.truth.prompt_ids)
+        P, generation = len(self.truth.prompt_ids), self.components.manifest.generation
+        stops = frozenset(generation.stop_token_ids)
         row = generate.Row(
             self.truth.embeds[:P],
             max_new_tokens=self.max_new_tokens,
-            stop_token_ids=frozenset(self.components.manifest.generation.stop_token_ids),
+            stop_token_ids=stops,
             positions=self.truth.position_ids[..., :P],
         )
-        generate.Generation(self.components, [row]).run()
-        return self._judge(np.asarray(row.tokens, np.int64))
+        with bundle_runs():
+            generate.Generation(self.components, [row]).run()
+        values, detail = self._judge(np.asarray(row.tokens, np.int64))
+        expected = frozenset(self.reference.stop_token_ids)
+        if stops != expected:
+            ids = f"stop ids {sorted(stops)}, the reference {sorted(expected)}"
+            detail = f"{ids}; {detail}" if detail else ids
+        return values | {"stop ids": len(stops ^ expected)}, detail
 
     def _end_to_end(self) -> Found:
         """The picture through the runtime, as `vlmport caption` runs it."""
-        caption = self.model.caption(self.picture.rgb, max_new_tokens=self.max_new_tokens)
-        return self._judge(np.asarray(caption.token_ids, np.int64))
+        with bundle_runs():
+            caption = self.model.caption(self.picture.rgb, max_new_tokens=self.max_new_tokens)
+        values, detail = self._judge(np.asarray(caption.token_ids, np.int64))
+        given, expected = caption.counts["prompt_tokens"], len(self.truth.prompt_ids)
+        if given != expected:
+            counts = f"a prompt of {given} tokens, expected {expected}"
+            detail = f"{counts}; {detail}" if detail else counts
+        return values | {"prompt": abs(given - expected)}, detail
 
     @property
     def max_new_tokens(self) -> int:
@@ -219,16 +244,29 @@ class Ladder:
 
     def _judge(self, tokens: Int[np.ndarray, " N"]) -> Found:
         """Tokens against the reference's, and what the reference thinks of them."""
-        truth = self.truth
-        wrong = _wrong_tokens(tokens, truth.made.tokens)
-        logits = truth.logits
-        if wrong:
-            ids = np.concatenate([truth.prompt_ids, tokens[:-1]])
-            embeds = self.reference.embeds(ids, truth.features)
-            logits = self.reference.logits(embeds, self.reference.position_ids(ids))
-        regret = metrics.regret(tokens, logits[len(truth.prompt_ids) - 1 :])
-        detail = self._first_difference(tokens) if wrong else None
-        return {"wrong": wrong, "regret": regret}, detail
+        wrong = _wrong_tokens(tokens, self.truth.made.tokens)
+        if not wrong:
+            return {"wrong": 0, "regret": 0}, None
+        with bundle_runs():
+            detail = self._first_difference(tokens)
+        return {"wrong": wrong, "regret": self._regret(tokens)}, detail
+
+    def _regret(self, tokens: Int[np.ndarray, " N"]) -> float:
+        """Nats a token by which the reference likes its own choices better, and an end before
+        max_new_tokens without a stop token of its own as one more choice, in full. Infinite where
+        the text goes on after such a token: `generate` never does."""
+        stops, image = self.reference.stop_token_ids, self.components.manifest.prompt.image_token_id
+        ended = tokens[-1] not in stops and len(tokens) < self.max_new_tokens
+        if np.isin(tokens[:-1], stops).any():
+            return float("inf")
+        if image in tokens:  # it can't be fed back
+            tokens, ended = tokens[: tokens.tolist().index(image) + 1], False
+        ids = np.concatenate([self.truth.prompt_ids, tokens if ended else tokens[:-1]])
+        embeds = self.reference.embeds(ids, self.truth.features)
+        logits = self.reference.logits(embeds, self.reference.position_ids(ids))
+        logits = logits[len(self.truth.prompt_ids) - 1 :]
+        regret = metrics.regret(tokens, logits[: len(tokens)])
+        return regret + metrics.end_regret(logits[-1], stops) if ended else regret
 
     def _first_difference(self, tokens: Int[np.ndarray, " N"]) -> str:
         """Where the tokens part, with the margins of both sides at that place."""
@@ -270,20 +308,30 @@ def _wrong_tokens(ours: Int[np.ndarray, " N"], truth: Int[np.ndarray, " M"]) -> 
 
 def run_ladder(
     reference: Reference,
-    models: Mapping[str, VLM],
+    bundle: Bundle,
+    precisions: Sequence[str],
     pictures: Sequence[Picture],
-    progress: Callable[[Row], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Row, ...]:
-    """All rungs for every picture and every precision's model."""
-    manifest = next(iter(models.values())).components.manifest
-    image_token_id = manifest.prompt.image_token_id
-    rows = []
-    for number, picture in enumerate(pictures):
-        truth = Truth.of(reference, picture, max_new_tokens(manifest), image_token_id)
-        for precision, model in models.items():
-            ladder = Ladder(model, reference, picture, truth, (number, len(pictures)))
-            for row in ladder.climb(precision):
-                rows.append(row)
-                if progress is not None:
-                    progress(row)
+    """All rungs for every precision and every picture.
+
+    One precision at a time, so that beside the reference only its sessions are in memory.
+    `progress` is told of each rung: how many are done, of how many, and what is next.
+    """
+    tell = progress or (lambda done, total, what: None)
+    total = len(RUNGS) * len(pictures) * len(precisions)
+    manifest, rows = bundle.manifest, []
+    truths = []
+    for picture in pictures:
+        tell(0, total, f"reference, {picture.name}")
+        most, image_token_id = max_new_tokens(manifest), manifest.prompt.image_token_id
+        truths.append(Truth.of(reference, picture, most, image_token_id))
+    for precision in precisions:
+        with VLM.open(bundle, precision=precision) as model:
+            for number, (picture, truth) in enumerate(zip(pictures, truths, strict=True)):
+                tell(len(rows), total, f"{precision}, {picture.name}")
+                ladder = Ladder(model, reference, picture, truth, (number, len(pictures)))
+                for row in ladder.climb(precision):
+                    rows.append(row)
+                    tell(len(rows), total, f"{precision}, {picture.name}")
     return tuple(rows)

@@ -6,12 +6,15 @@ tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
+
+BLOCK = 32  # values of a row that share a scale
 
 
 def unequal(ours: Shaped[np.ndarray, ...], truth: Shaped[np.ndarray, ...]) -> int:
@@ -54,6 +57,23 @@ def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]
     return float((np.sum(a * b, axis=-1) / np.maximum(norms, 1e-30)).min(initial=1.0))
 
 
+def rounding_steps(
+    ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"], bits: int
+) -> float:
+    """The largest difference in steps of the truth's own block of 32 values of a row.
+
+    A step is what symmetric rounding to `bits` bits has to take: the largest of the block by
+    2^(bits-1). Infinite where the shapes differ, or where a block of zeros is not one.
+    """
+    if ours.shape != truth.shape:
+        return float("inf")
+    pad = ((0, 0), (0, -truth.shape[1] % BLOCK))
+    error = np.pad(np.abs(ours.astype(np.float64) - truth), pad).reshape(-1, BLOCK).max(-1)
+    step = np.pad(np.abs(truth), pad).reshape(-1, BLOCK).max(-1) / 2 ** (bits - 1)
+    steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0), where=step > 0)
+    return float(steps.max(initial=0))
+
+
 def log_softmax(logits: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "S V"]:
     """Log-probabilities in nats, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
@@ -84,6 +104,18 @@ def regret(tokens: Int[np.ndarray, " S"], truth: Float[np.ndarray, "S V"]) -> fl
         return float("inf")
     log_p = log_softmax(truth)
     return float((log_p.max(-1) - log_p[np.arange(len(tokens)), tokens]).mean())
+
+
+def end_regret(logits: Float[np.ndarray, " V"], stop_token_ids: Collection[int]) -> float:
+    """Nats by which the truth likes an end of the text less than its own choice at this place.
+
+    0 where its choice is a stop token, infinite where it has none.
+    """
+    stops = [token for token in stop_token_ids if token < len(logits)]
+    if not stops:
+        return float("inf")
+    log_p = log_softmax(logits[None])[0]
+    return float(log_p.max() - log_p[stops].max())
 
 
 def margin(logits: Float[np.ndarray, " V"]) -> float:

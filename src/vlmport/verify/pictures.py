@@ -6,6 +6,7 @@ is shrunk, a tall one, and a strip that is smaller than any model's input and is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,15 @@ def _draw(width: int, height: int, seed: int) -> Image.Image:
 
 
 def named_pictures(images: Sequence[ImageSource]) -> list[Picture]:
-    """The user's pictures, opened as the runtime opens them. Raises ImageError."""
-    pictures = []
+    """The user's pictures, opened as the runtime opens them. Raises ImageError.
+
+    Each has a name of its own: reports go by it.
+    """
+    pictures: dict[str, Picture] = {}
     for number, image in enumerate(images):
         path = image if isinstance(image, str | Path) else getattr(image, "filename", None)
-        name = Path(path).name if path else f"picture {number + 1}"
-        pictures.append(Picture(name, Image.fromarray(open_image(image))))
-    return pictures
+        plain = Path(path).name if path else f"picture {number + 1}"
+        others = (f"{plain} ({again})" for again in itertools.count(2))
+        name = next(name for name in itertools.chain([plain], others) if name not in pictures)
+        pictures[name] = Picture(name, Image.fromarray(open_image(image)))
+    return list(pictures.values())

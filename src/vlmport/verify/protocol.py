@@ -31,11 +31,13 @@ class Reference(Protocol):
         versions: the programs that the numbers come from, for the report.
         dims: the checkpoint's sizes under the names of `vlmport.bundle.Dims`.
         stop_token_ids: the ids at which the model's own `generate` stops.
+        grey_level: what one level of 255 comes to in `pixels`, at the most.
     """
 
     versions: str
     dims: Mapping[str, int]
     stop_token_ids: tuple[int, ...]
+    grey_level: float
 
     def prompt_ids(self, image: Image.Image) -> Int[np.ndarray, " T"]:
         """The ids that stand in the prompt for this picture."""

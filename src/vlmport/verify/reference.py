@@ -17,12 +17,13 @@ B batch, S sequence, T image tokens, D hidden, V vocabulary, N new tokens.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import peft
@@ -35,6 +36,7 @@ from torch import nn
 
 from vlmport.errors import AdapterError, ConfigError, PromptError, SourceError, WeightError
 from vlmport.errors import some_names as some
+from vlmport.verify.configs import llama_config, read_config, stop_token_ids
 from vlmport.verify.protocol import Generated, Reference
 
 if TYPE_CHECKING:
@@ -53,6 +55,25 @@ DECODER_DIMS = (
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # distilvit2's choice for llama
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def quietly(method: Method) -> Method:
+    """Without gradients, on the reference's own number of threads; the caller's is put back."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any) -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                return method(self, *args)
+        finally:
+            torch.set_num_threads(before)
+
+    return cast(Method, run)
+
+
 def load_reference(
     folder: str | Path, *, image_token_id: int, adapter: str | Path | None = None
 ) -> Reference:
@@ -66,7 +87,7 @@ def load_reference(
     Raises SourceError, ConfigError, WeightError or AdapterError.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in REFERENCES:
         raise ConfigError(
@@ -92,7 +113,7 @@ class PrefixReference:
         # A whole SigLIP config holds both towers'.
         raw_vision = config["vision_config"].get("vision_config", config["vision_config"])
         vision = transformers.SiglipVisionConfig(**raw_vision)
-        text = transformers.LlamaConfig(**_llama_config(config["text_config"]))
+        text = transformers.LlamaConfig(**llama_config(config["text_config"]))
         state = _read_state(folder)
         lora = any(".lora_A." in name for name in state)
         self.model = PrefixModel(vision, text, config, lora=lora)
@@ -100,12 +121,13 @@ class PrefixReference:
         if adapter is not None:
             self.model.language_model = add_adapter(self.model.language_model, Path(adapter))
         self.model.eval().requires_grad_(False)
-        set_threads(sum(weight.numel() for weight in self.model.parameters()))
+        self.threads = useful_threads(sum(weight.numel() for weight in self.model.parameters()))
         self.image_token_id = image_token_id
         size, patch = config_int(vision, "image_size"), config_int(vision, "patch_size")
         self.image_tokens = (size // patch) ** 2
         self.processor = _siglip_processor(folder, size)
-        self.stop_token_ids = _stop_token_ids(folder, text)
+        self.grey_level = self.processor.rescale_factor / min(self.processor.image_std)
+        self.stop_token_ids = stop_token_ids(folder, text.eos_token_id)
         self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
         self.versions = (
             f"transformers {transformers.__version__}, torch {torch.__version__}, "
@@ -120,14 +142,14 @@ class PrefixReference:
         """`pixel_values` float32 [1,3,size,size] in [-1,1], by SigLIP's processor on Pillow."""
         return {"pixel_values": self.processor(images=image, return_tensors="np")["pixel_values"]}
 
-    @torch.no_grad()
+    @quietly
     def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
         """The last hidden state, after post_layernorm, projected to the decoder's width."""
         pixels = torch.from_numpy(np.asarray(inputs["pixel_values"], np.float32))
         hidden = self.model.vision_encoder(pixel_values=pixels).last_hidden_state
         return self.model.projection(hidden)[0].numpy()
 
-    @torch.no_grad()
+    @quietly
     def embeds(
         self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T D"]
     ) -> Float[np.ndarray, "S D"]:
@@ -144,7 +166,7 @@ class PrefixReference:
         """0 … S-1, as a llama counts when nobody gives it positions."""
         return np.arange(len(ids), dtype=np.int64)
 
-    @torch.no_grad()
+    @quietly
     def logits(
         self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, " S"]
     ) -> Float[np.ndarray, "S V"]:
@@ -157,7 +179,7 @@ class PrefixReference:
         )
         return output.logits[0].numpy()
 
-    @torch.no_grad()
+    @quietly
     def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
         """`language_model.generate(inputs_embeds=…)`, greedy; positions are left to it."""
         settings = transformers.GenerationConfig(
@@ -317,31 +339,12 @@ def _spell(name: str, has_level: bool) -> str:
     return VISION + ("vision_model." if has_level else "") + rest
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{folder}: no config.json", hint="give the folder that was exported")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-
-
 def config_int(config: transformers.PreTrainedConfig, name: str) -> int:
     """A size that must be one whole number; some configs allow a pair."""
     value = getattr(config, name)
     if not isinstance(value, int):
         raise ConfigError(f"config.json: {name} is {value!r}, expected a whole number")
     return value
-
-
-def _llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("model_type") != "llama":
-        raise ConfigError(
-            f"config.json: text_config.model_type {config.get('model_type')!r}",
-            hint="the reference knows 'llama'",
-        )
-    return dict(config)
 
 
 def _read_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -375,21 +378,11 @@ def _siglip_processor(folder: Path, size: int) -> Any:
     )
 
 
-def _stop_token_ids(folder: Path, text: transformers.LlamaConfig) -> tuple[int, ...]:
-    """The eos ids of generation_config.json if there is one, else the decoder's."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    value: int | Sequence[int] | None = generation.get("eos_token_id", text.eos_token_id)
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-def set_threads(weights: int) -> None:
+def useful_threads(weights: int) -> int:
     """As many threads as a model of this size can use, and as this process may."""
     # In a container they are fewer than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, min(cpus, weights // WEIGHTS_A_THREAD)))
+    return max(1, min(cpus, weights // WEIGHTS_A_THREAD))
 
 
 REFERENCES: Mapping[str, Callable[..., Reference]] = {"prefix_conditioning_vlm": PrefixReference}

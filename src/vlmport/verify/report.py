@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmport.verify.limits import LIKELY_CAUSES, RUNGS, Limit
+from vlmport.verify.limits import LIKELY_CAUSES, ROUNDED, RUNGS, Limit
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,11 @@ class Report:
     @property
     def likely_cause(self) -> str | None:
         """Where to look, in plain words; None where all passed."""
-        return LIKELY_CAUSES[self.first_broken.rung] if self.first_broken else None
+        if self.first_broken is None:
+            return None
+        exact = [row.passed for row in self.rows if row.precision == "fp32"]
+        beside = f"{ROUNDED}; else " if exact and all(exact) else ""
+        return beside + LIKELY_CAUSES[self.first_broken.rung]
 
     @property
     def summary(self) -> str:

@@ -1,0 +1,39 @@
+"""A checkpoint's JSON files, as the reference reads them: by itself, not by the export's code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmport.errors import ConfigError, SourceError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder}: no config.json", hint="give the folder that was exported")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
+def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("model_type") != "llama":
+        raise ConfigError(
+            f"config.json: text_config.model_type {config.get('model_type')!r}",
+            hint="the reference knows 'llama'",
+        )
+    return dict(config)
+
+
+def stop_token_ids(folder: Path, decoders: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The eos ids of generation_config.json if there is one, else the decoder's."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    value: int | Sequence[int] | None = generation.get("eos_token_id", decoders)
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
