@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -26,6 +27,7 @@ from vlmport.errors import ImageError, PromptError, VlmportError
 if TYPE_CHECKING:
     from vlmport.export import Progress
     from vlmport.runtime.model import VLM
+    from vlmport.verify.ladder import Progress as Climbed
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -233,27 +235,60 @@ def verify(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
     ] = None,
+    revision: Revision = None,
 ) -> None:
     """Prove a bundle right against transformers on PyTorch, rung by rung."""
-    from vlmport.errors import OptionError
+    from vlmport.verify import UnrecordedError
     from vlmport.verify import verify as verify_bundle
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OptionError(
-            f"--json {json_file}: no folder {json_file.parent}", hint="make the folder first"
-        )
-    result = verify_bundle(
-        bundle,
-        reference,
-        precisions=None if precision is None else precision.split(","),
-        adapter=adapter,
-        images=images,
-        console=stdout,
-    )
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        _check_writable(json_file)
+    unrecorded: UnrecordedError | None = None
+    with verify_progress() as progress:
+        try:
+            result = verify_bundle(
+                bundle,
+                reference,
+                precisions=None if precision is None else precision.split(","),
+                adapter=adapter,
+                revision=revision,
+                images=images,
+                console=stdout,
+                progress=progress,
+            )
+        except UnrecordedError as error:
+            result, unrecorded = error.report, error
+    if json_file is not None:
+        _write_json(json_file, result.to_json())
+    if unrecorded is not None:
+        raise unrecorded
     if not result.passed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise OptionError, before minutes of work, where --json can't be written."""
+    from vlmport.errors import OptionError
+
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"--json {path}: no folder {folder}", hint="make the folder first")
+    if path.is_dir():
+        raise OptionError(f"--json {path}: a folder, expected a file", hint="name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise OptionError(f"--json {path}: not writable", hint="check its permissions")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Raise OptionError where it can't be written."""
+    from vlmport.errors import OptionError
+
+    try:
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(
+            f"--json {path}: {error.strerror or error}", hint="is the disk full?"
+        ) from error
 
 
 @app.command()
@@ -301,5 +336,26 @@ def export_progress() -> Iterator[Progress | None]:
 
         def update(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=what, visible=True)
+
+        yield update
+
+
+@contextlib.contextmanager
+def verify_progress() -> Iterator[Climbed | None]:
+    """A bar on stderr while the ladder is climbed; none where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("verifying {task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what, visible=True)
+            if done == total:
+                bar.stop()  # the report comes now
 
         yield update
