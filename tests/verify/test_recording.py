@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from tests.verify.conftest import Case
+from vlmport import cli
 from vlmport.bundle import CARD, MANIFEST, Bundle
 from vlmport.cli import app
 from vlmport.verify import Report, UnrecordedError, parity_markdown, verify
@@ -180,3 +182,18 @@ def test_revision_is_handed_on(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> N
     done = run("verify", tiny.bundle.folder, "--reference", "a/b", "--revision", "v2")
     assert done.exit_code == 0
     assert asked["revision"] == "v2"
+
+
+def test_a_bar_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone before the report is printed."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(cli, "stderr", Console(file=terminal, force_terminal=True, width=80))
+    with cli.verify_progress() as progress:
+        assert progress is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with cli.verify_progress() as progress:
+        assert progress is not None
+        progress(3, 27, "q4, cat.png")
+        progress(27, 27, "q4, cat.png")
+        assert "verifying q4, cat.png" in terminal.getvalue()
+        assert "27/27" in terminal.getvalue()
