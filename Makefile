@@ -1,6 +1,7 @@
 # make demo   creates .venv, installs vlmport, captions the example picture
 # make test   installs everything that the tests need, then runs all of them
 # make check  formatter, linter, type checker
+# make wheel  builds the wheel, the demo page inside
 # make clean  removes what the others made
 #
 # PyTorch is needed by the tests only. On Linux its default build brings CUDA; to save gigabytes,
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # Node.js comes from PyPI with the other requirements, so that its version is known.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -46,5 +47,11 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@$(PIP) --quiet --editable '.[verify]' --requirement requirements-dev.txt
 	@touch $@
 
+wheel: $(VENV)/installed-dev
+	cd web && ONNXRUNTIME_NODE_INSTALL=skip npm ci --ignore-scripts --no-audit --no-fund
+	cd web && npm run build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls -lh dist/*.whl
+
 clean:
-	rm -rf $(VENV) tests/transformers_js/node_modules web/node_modules
+	rm -rf $(VENV) dist tests/transformers_js/node_modules
+	rm -rf web/node_modules web/dist web/browser/built src/vlmport/web_page

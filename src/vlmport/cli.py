@@ -310,6 +310,23 @@ def inspect(
 
 
 @app.command()
+def demo(
+    model: Model = "shapes",
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8000,
+) -> None:
+    """Serve a page that captions in the browser, with a model in it."""
+    from vlmport.demo import make_server
+    from vlmport.source import resolve
+
+    with export_progress() as progress:
+        bundle = resolve(model, progress=progress)
+    server = make_server(bundle, port)
+    print(server.url, flush=True)
+    with contextlib.closing(server), contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+@app.command()
 def models() -> None:
     """List the built-in models and the supported families."""
     from vlmport.builtin import DESCRIPTIONS
