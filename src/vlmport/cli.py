@@ -215,6 +215,8 @@ def export(
     next_step = ["vlmport", "verify", str(out), "--reference", source]
     if adapter is not None:
         next_step += ["--adapter", adapter]
+    if revision is not None:
+        next_step += ["--revision", revision]
     say(f"{out}: {precisions}, {size / 1e6:.1f} MB")
     say(f"next: {shlex.join(next_step)}")
 
