@@ -148,6 +148,7 @@ def environment(
 
 def test_the_code_is_formatted_and_typed(node: str) -> None:
     run(node, "prettier", "--check", ".")
+    run(node, "tsc", "--project", "tsconfig.build.json")  # the pages import the built package
     run(node, "tsc", "--project", "tsconfig.build.json", "--noEmit")
     run(node, "tsc")
 
