@@ -23,7 +23,7 @@ GENERIC = [
     "export",
     "tokenizer.py",
     "bundle.py",
-    "cli.py",
+    "cli",
     "source.py",
     "inspection.py",
     "errors.py",
@@ -64,7 +64,7 @@ def loaded_by(code: str) -> set[str]:
 
 def test_there_are_modules_to_look_at() -> None:
     names = {name_of(path) for path in MODULES}
-    assert {"cli.py", "runtime/model.py", "families/prefix.py", "verify/reference.py"} <= names
+    assert {"cli/caption.py", "runtime/model.py", "families/prefix.py", "verify/reference.py"} <= names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -16,9 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from tests.verify.conftest import Case
-from vlmport import cli
 from vlmport.bundle import CARD, MANIFEST, Bundle
-from vlmport.cli import app
+from vlmport.cli import app, console
+from vlmport.cli.console import verify_progress
 from vlmport.verify import Report, UnrecordedError, parity_markdown, verify
 from vlmport.verify.limits import Limit
 from vlmport.verify.recording import record
@@ -187,11 +187,11 @@ def test_revision_is_handed_on(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_bar_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is gone before the report is printed."""
     terminal = io.StringIO()
-    monkeypatch.setattr(cli, "stderr", Console(file=terminal, force_terminal=True, width=80))
-    with cli.verify_progress() as progress:
+    monkeypatch.setattr(console, "stderr", Console(file=terminal, force_terminal=True, width=80))
+    with verify_progress() as progress:
         assert progress is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli.verify_progress() as progress:
+    with verify_progress() as progress:
         assert progress is not None
         progress(3, 27, "q4, cat.png")
         progress(27, 27, "q4, cat.png")

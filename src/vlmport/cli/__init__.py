@@ -1,0 +1,21 @@
+"""The command line: thin faces over the Python functions of the same names, a module a command.
+
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed
+(`verify`, `inspect --probe`), 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+# Commands are listed by --help in the order of their import.
+from vlmport.cli import caption as caption  # isort: skip
+from vlmport.cli import export as export  # isort: skip
+from vlmport.cli import verify as verify  # isort: skip
+from vlmport.cli import inspect as inspect  # isort: skip
+from vlmport.cli import demo as demo  # isort: skip
+from vlmport.cli import models as models  # isort: skip
+from vlmport.cli.app import app as app
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="vlmport")

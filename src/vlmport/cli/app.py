@@ -1,0 +1,47 @@
+"""The application that commands are registered with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vlmport import __version__
+from vlmport.cli.console import report, say
+from vlmport.errors import VlmportError
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+class OneLineErrors(TyperGroup):
+    """Prints an error that the user can mend as one line and a hint, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VlmportError as error:
+            report(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            say("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Export small vision-language models to ONNX, prove the export right, run it anywhere.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"vlmport {__version__}")
+        raise typer.Exit()

@@ -1,0 +1,103 @@
+"""`vlmport caption`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlmport.cli.app import app
+from vlmport.cli.arguments import Adapter, Device, Model, Revision, Threads
+from vlmport.cli.console import export_progress, report
+from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
+
+if TYPE_CHECKING:
+    from vlmport.runtime.model import VLM
+
+
+@app.command()
+def caption(
+    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
+    model: Model = "shapes",
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            "-p",
+            help="auto, fp32, q8, q4, … or vision=q8,decoder=q4.",
+        ),
+    ] = "auto",
+    device: Device = "cpu",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most so many tokens a caption.", min=1)
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
+    threads: Threads = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+) -> None:
+    """Caption pictures."""
+    from vlmport.source import load
+
+    if stream and as_json:
+        raise OptionError("--stream and --json contradict each other", hint="choose one")
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
+    with export_progress() as progress:
+        vlm = load(
+            model,
+            precision=precision,
+            device=device,
+            threads=threads,
+            adapter=adapter,
+            revision=revision,
+            progress=progress,
+        )
+    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    with vlm:
+        worst = (
+            _stream_captions(vlm, images, options)
+            if stream
+            else _print_captions(vlm, images, options, as_json=as_json)
+        )
+    if worst is not None:
+        raise typer.Exit(worst.exit_code)
+
+
+def _print_captions(
+    vlm: VLM, paths: list[Path], options: dict[str, Any], *, as_json: bool
+) -> VlmportError | None:
+    """A bad picture is reported and the others are captioned all the same."""
+    failure: VlmportError | None = None
+    for path, result in zip(paths, vlm.caption_each(paths, **options), strict=True):
+        if isinstance(result, VlmportError):
+            report(result)
+            failure = result
+        elif as_json:
+            row = {"image": str(path), "caption": result.text}
+            row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        else:
+            print(f"{path}: {result.text}" if len(paths) > 1 else result.text, flush=True)
+    return failure
+
+
+def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:
+    """Caption one by one, each piece of text as it comes."""
+    failure: VlmportError | None = None
+    for path in paths:
+        try:
+            pieces = vlm.stream(path, **options)
+        except (ImageError, PromptError) as error:
+            report(error)
+            failure = error
+            continue
+        print(f"{path}: " if len(paths) > 1 else "", end="")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+    return failure

@@ -1,0 +1,71 @@
+"""What the commands say on stderr: one line a message, bars while they work."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from vlmport.errors import VlmportError
+
+if TYPE_CHECKING:
+    from vlmport.export import Progress
+    from vlmport.verify.ladder import Progress as Climbed
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+def report(error: VlmportError) -> None:
+    """One line, and a hint under it, on stderr."""
+    message = " ".join(str(error).splitlines())
+    say(f"error: {message}", style="red")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def say(text: str, style: str | None = None) -> None:
+    """One line on stderr, as it is: paths may hold brackets, and only terminals wrap."""
+    stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def export_progress() -> Iterator[Progress | None]:
+    """A bar on stderr that appears with the first bytes; none where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("exporting {task.description}"), BarColumn(), DownloadColumn())
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what, visible=True)
+
+        yield update
+
+
+@contextlib.contextmanager
+def verify_progress() -> Iterator[Climbed | None]:
+    """A bar on stderr while the ladder is climbed; none where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("verifying {task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what, visible=True)
+            if done == total:
+                bar.stop()  # the report comes now
+
+        yield update

@@ -1,0 +1,29 @@
+"""`vlmport demo`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated
+
+import typer
+
+from vlmport.cli.app import app
+from vlmport.cli.arguments import Model
+from vlmport.cli.console import export_progress
+
+
+@app.command()
+def demo(
+    model: Model = "shapes",
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8000,
+) -> None:
+    """Serve a page that captions in the browser, with a model in it."""
+    from vlmport.demo import make_server
+    from vlmport.source import resolve
+
+    with export_progress() as progress:
+        bundle = resolve(model, progress=progress)
+    server = make_server(bundle, port)
+    print(server.url, flush=True)
+    with contextlib.closing(server), contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

@@ -1,0 +1,50 @@
+"""`vlmport export`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmport.cli.app import app
+from vlmport.cli.arguments import Adapter, Revision
+from vlmport.cli.console import export_progress, say
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint folder, Hub id or built-in name.", metavar="SRC")
+    ],
+    out: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="OUT")],
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16.")
+    ] = "fp32,q8,q4",
+    adapter: Adapter = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Export a checkpoint to a bundle: graphs, tokenizer, manifest, model card."""
+    from vlmport.export import export as export_bundle
+
+    with export_progress() as progress:
+        bundle = export_bundle(
+            source,
+            out,
+            precisions=precision,
+            adapter=adapter,
+            force=force,
+            revision=revision,
+            progress=progress,
+        )
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    precisions = ", ".join(bundle.manifest.precisions)
+    next_step = ["vlmport", "verify", str(out), "--reference", source]
+    if adapter is not None:
+        next_step += ["--adapter", adapter]
+    if revision is not None:
+        next_step += ["--revision", revision]
+    say(f"{out}: {precisions}, {size / 1e6:.1f} MB")
+    say(f"next: {shlex.join(next_step)}")
