@@ -64,7 +64,7 @@ def loaded_by(code: str) -> set[str]:
 
 def test_there_are_modules_to_look_at() -> None:
     names = {name_of(path) for path in MODULES}
-    assert {"cli/caption.py", "runtime/model.py", "families/prefix.py", "verify/reference.py"} <= names
+    assert {"cli/caption.py", "runtime/model.py", "families/prefix.py"} <= names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
