@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
+from training.fitting import IGNORE
 from training.shapes.scenes import (
     BACKGROUNDS,
     OUTLINES,
@@ -25,7 +26,6 @@ from training.shapes.scenes import (
     squash,
 )
 
-IGNORE = -100
 CELLS, LENGTHS = 16, 6  # parts of a patch's geometry
 RELATIONS = ("above", "below", "left of", "right of")
 # What there is to know of each patch (for notes and tower), and how many answers there are.

@@ -18,13 +18,10 @@ stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the 
 
 import argparse
 import hashlib
-import math
 import random
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,6 +33,7 @@ from torch.nn.functional import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from training.fitting import Stage, fit, normalise, take_up, token_loss
 from training.shapes.batches import (
     CELLS,
     IGNORE,
@@ -61,21 +59,7 @@ IMAGE_SIZE, PATCH_SIZE = 96, 12
 GRID = IMAGE_SIZE // PATCH_SIZE
 MAX_LENGTH = 30
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 16, 0.0
-EMA_DECAY = 0.998
 NO_OBJECT_WEIGHT = 0.05
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Length and peak learning rate of one stage; `tower_rate` where the tower has its own."""
-
-    steps: int
-    batch_size: int
-    rate: float
-    tower_rate: float | None = None
-
 
 LANGUAGE = Stage(steps=500, batch_size=128, rate=2e-3)
 NOTES = Stage(steps=1500, batch_size=32, rate=2e-3)
@@ -151,7 +135,7 @@ def train_language(stage: Stage, model: LlamaForCausalLM, tokenizer: Tokenizer, 
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        return _token_loss(logits, caption_labels(ids)[:, 1:])
+        return token_loss(logits, caption_labels(ids)[:, 1:])
 
     fit("language", stage, [{"params": list(model.parameters())}], captions(), loss)
 
@@ -166,7 +150,7 @@ def train_notes(stage: Stage, model: LlamaForCausalLM, tokenizer: Tokenizer, see
         inputs = torch.cat([note, embed(batch.ids[:, :-1])], dim=1)
         hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, note.shape[1] - 1 :])
-        return _token_loss(logits, caption_labels(batch.ids))
+        return token_loss(logits, caption_labels(batch.ids))
 
     batches = _batches("notes", stage, tokenizer, seed)
     fit("notes", stage, [{"params": list(model.parameters())}], batches, loss)
@@ -221,69 +205,9 @@ def train_caption(
 
     def loss(batch: Batch) -> torch.Tensor:
         logits = model(normalise(batch.images), batch.ids)
-        return _token_loss(logits, caption_labels(batch.ids))
+        return token_loss(logits, caption_labels(batch.ids))
 
     fit("caption", stage, groups, _batches("caption", stage, tokenizer, seed), loss, save)
-
-
-def fit(
-    name: str,
-    stage: Stage,
-    groups: list[dict[str, Any]],
-    items: Iterable[Item],
-    loss_of: Callable[[Item], torch.Tensor],
-    save: Callable[[], object] | None = None,
-) -> None:
-    """AdamW, short warm-up, cosine decay, bfloat16 forward; leaves the moving average."""
-    weights = [weight for group in groups for weight in group["params"]]
-    optimizer = torch.optim.AdamW(
-        groups, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(stage.steps))
-    average = [weight.detach().clone() for weight in weights]
-    began, total = time.monotonic(), 0.0
-    for step, item in enumerate(items, start=1):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(item)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        scheduler.step()
-        torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - EMA_DECAY)
-        total += loss.item()
-        if step % 100 == 0:
-            rate = step * stage.batch_size / (time.monotonic() - began)
-            print(f"{name} {step}/{stage.steps} loss {total / 100:.4f} {rate:.0f}/s", flush=True)
-            total = 0.0
-        if save is not None and step % 500 == 0:
-            _swap(weights, average)
-            save()
-            _swap(weights, average)
-    _swap(weights, average)
-    print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
-
-
-def _swap(weights: list[nn.Parameter], average: list[torch.Tensor]) -> None:
-    for weight, mean in zip(weights, average, strict=True):
-        kept = weight.detach().clone()
-        weight.data.copy_(mean)
-        mean.copy_(kept)
-
-
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """[B,H,W,3] uint8 -> [B,3,H,W] float32 in [-1,1], as SigLIP's processor does."""
-    return ((images.float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
-
-
-def _schedule(steps: int) -> Callable[[int], float]:
-    warm = min(200, steps // 10 + 1)
-
-    def factor(step: int) -> float:
-        decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-        return min(1.0, (step + 1) / warm) * max(decay, 0.01)
-
-    return factor
 
 
 def _batches(name: str, stage: Stage, tokenizer: Tokenizer, seed: int) -> Iterable[Batch]:
@@ -296,20 +220,6 @@ def _batches(name: str, stage: Stage, tokenizer: Tokenizer, seed: int) -> Iterab
         GRID,
         drawn=name != "notes",
     )
-
-
-def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-
-
-def _stage(module: nn.Module, path: Path, seed: int, run: Callable[[], None]) -> None:
-    """Train a module by `run`, or take up its saved result."""
-    if path.exists():
-        module.load_state_dict(torch.load(path, weights_only=True))
-        return
-    torch.manual_seed(seed)
-    run()
-    torch.save(module.state_dict(), path)
 
 
 def train(out: Path, seed: int, scale: float) -> None:
@@ -334,7 +244,7 @@ def train(out: Path, seed: int, scale: float) -> None:
         "again": (tower, lambda: train_tower("again", tower_stage, tower, tokenizer, seed)),
     }
     for name, (module, run) in runs.items():
-        _stage(module, work / f"{name}-{recipe}.pt", seed, run)
+        take_up(module, work / f"{name}-{recipe}.pt", seed, run)
     torch.manual_seed(seed)
     model = PrefixVLM(tower, wrap_lora(language, LORA_R, LORA_ALPHA, LORA_DROPOUT))
     config = checkpoint_config(
