@@ -21,8 +21,9 @@ from PIL import Image
 from vlmport.errors import ConfigError
 from vlmport.graph import pillow_resize
 from vlmport.graph.builder import add_output, new_graph, to_model
-from vlmport.graph.pillow_coefficients import DIGIT, pillow_axis
+from vlmport.graph.pillow_coefficients import DIGIT, MAX_SIDE, pillow_axis
 from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample, resize
+from vlmport.runtime import images
 
 FILTERS = list(Resample)
 
@@ -137,6 +138,7 @@ FAR = [
     ((16384, 4), (1, 2)),
     ((3, 30000), (2, 7)),
     ((30000, 3), (40, 2)),
+    ((2, MAX_SIDE), (2, 30)),
 ]
 
 
@@ -147,6 +149,10 @@ FAR = [
 @pytest.mark.parametrize(("old", "new"), FAR)
 def test_shrinking_beyond_one_exact_sum(old, new, resample, make):
     assert_equal_to_pillow(make(*old), *new, resample)
+
+
+def test_runtimes_refuse_what_is_longer():
+    assert images.MAX_SIDE == MAX_SIDE
 
 
 def test_the_longest_sum_of_low_digits_is_an_exact_float32():
@@ -290,6 +296,7 @@ def graph_coefficients(size_in: int, size_out: int, resample: Resample) -> np.nd
         (16384, 1),
         (30000, 3),
         (5, 30000),
+        (MAX_SIDE, 30),
     ],
 )
 def test_coefficients_of_large_sizes_do_not_overflow(size_in, size_out, resample):

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from tests.shared_testdata import shared_testdata
 from vlmport.errors import ImageError
-from vlmport.runtime.images import MAX_PIXELS, open_image
+from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
 
 REAL = shared_testdata("images")
 RGB = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
@@ -344,6 +344,13 @@ def test_just_under_the_limit_is_read_without_a_warning():
     image = Image.new("1", (10_000, 9_500))
     assert MAX_PIXELS > 10_000 * 9_500
     assert open_image(encoded(image, "PNG")).shape == (9_500, 10_000, 3)
+
+
+def test_a_strip_past_the_longest_side_is_refused_before_it_is_decoded():
+    strip = np.zeros((1, MAX_SIDE + 1, 3), np.uint8)
+    for source in (png_header(MAX_SIDE + 1, 4), strip, strip.transpose(1, 0, 2)):
+        assert "pixels, the limit is 65536 a side" in refused(source)
+    assert open_image(strip[:, :-1]).shape == (1, MAX_SIDE, 3)
 
 
 def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ here every quantity is an integer or an exact fraction from the start.
 Dimensions, for one axis: I inputs, O outputs, M = max(I, O), G blocks of b outputs each, of which
 one reads K neighbouring inputs, its window. The last block repeats the last output.
 
-Sizes: for M up to 65,536 nothing overflows an int64. The weights are exact for bicubic while
+Sizes: for M up to MAX_SIDE nothing overflows an int64. The weights are exact for bicubic while
 16 M^4 / O < 2^49 or so (I = 4000 down to O = 8, I = 16,384 down to 2,048); beyond, they are rounded
 to more than 48 bits, about as much as Pillow's doubles keep.
 
@@ -29,6 +29,7 @@ import onnx_ir as ir
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import OpBuilder
 
+MAX_SIDE = 65_536  # runtimes refuse larger pictures
 DIGIT = 256  # the base of the two digits that a coefficient is cut into
 
 # The weights of one output are kept below 2^51 in sum: 12 more bits fit while they are divided.

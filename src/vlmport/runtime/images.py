@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_536  # up to here the image processor's integers hold; past it, it takes minutes too
 MAX_STREAM = 4 * MAX_PIXELS  # bytes of a pipe: more than any picture of so many pixels needs
 CHUNK = 1 << 20
 
@@ -88,7 +89,8 @@ def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
         source: a path, the bytes of a file, an open binary file (a pipe too), a Pillow image, or
             an array of uint8 [H, W, 3], [H, W, 4] or [H, W].
 
-    Raises ImageError for whatever is no whole picture, and for more than MAX_PIXELS pixels.
+    Raises ImageError for whatever is no whole picture, for more than MAX_PIXELS pixels, and for
+    more than MAX_SIDE in a row or a column.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -257,6 +259,11 @@ def _check_size(width: int, height: int, name: str) -> None:
             f"{name}: {width}x{height} is {width * height / 1e6:.0f} million pixels, the limit is "
             f"{MAX_PIXELS // 1_000_000} million",
             hint="scale it down first",
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(
+            f"{name}: {width}x{height} pixels, the limit is {MAX_SIDE} a side",
+            hint="cut it into pieces, or scale it down first",
         )
 
 
