@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import vlmport
-from training.shapes.evaluate import captions_by_vlmport, held_out
-from training.shapes.scenes import caption
+from vlmport.builtin.scenes import caption, draw, held_out
 from vlmport.bundle import SUFFIXES, Bundle
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +37,7 @@ def test_the_examples_are_captioned_right(precision: str, shapes: Bundle) -> Non
 def test_held_out_scenes_are_captioned_right(precision: str, at_least: int, shapes: Bundle) -> None:
     """q8 may cost one scene in a hundred, q4 three."""
     scenes = held_out(SCENES)
-    given = captions_by_vlmport(shapes.folder, scenes, precision)
-    right = sum(one == caption(scene) for one, scene in zip(given, scenes, strict=True))
+    with vlmport.load(shapes.folder, precision=precision) as model:
+        given = model.caption([draw(scene) for scene in scenes])
+    right = sum(str(one) == caption(scene) for one, scene in zip(given, scenes, strict=True))
     assert right >= at_least

@@ -1,5 +1,6 @@
 """The scenes keep their promise: one scene has one right caption, and it can be seen."""
 
+import hashlib
 import random
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -17,6 +18,7 @@ from training.shapes.scenes import (
     Thing,
     caption,
     draw,
+    held_out,
     is_clear,
     pixel_values,
     random_scene,
@@ -39,6 +41,30 @@ def test_same_seed_same_scene_and_picture() -> None:
         again = random_scene(random.Random(seed))
         assert again == expected
         assert draw(again).tobytes() == draw(expected).tobytes()
+
+
+def digest(scenes: list[Scene]) -> str:
+    """SHA-256 of captions, sizes and pixels."""
+    whole = hashlib.sha256()
+    for each in scenes:
+        image = draw(each)
+        whole.update(f"{image.mode} {image.size} {caption(each)}\n".encode())
+        whole.update(image.tobytes())
+    return whole.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("seed", "count", "expected"),
+    [
+        (20_000, 1000, "a5c4ff4d598e624e8381c25b631c8725fe0bee4482af2856b843bf17230a865e"),
+        (30_000, 400, "eb4c94067ef5d932c10fe7a9e1d1845bb2d8b0523afa5167aff29c4dec748593"),
+    ],
+)
+def test_the_held_out_scenes_are_what_they_were(seed: int, count: int, expected: str) -> None:
+    """Every figure of the built-in models is of these pictures (drawn by Pillow 13)."""
+    scenes = held_out(count, seed)
+    assert digest(scenes) == expected
+    assert digest(scenes[:-1]) != expected
 
 
 def test_enough_variety() -> None:
