@@ -1,65 +1,304 @@
-"""What a caller may ask of a generation."""
+"""What a caller may ask of a generation.
+
+Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23); what it
+only warns of is refused here. docs/decoding.md has the table.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vlmport.errors import OptionError, did_you_mean
+from vlmport.runtime import option_values as values
+from vlmport.runtime.option_values import TokenIds, whole_number
+
+__all__ = ["GenerationOptions", "whole_number"]
+
+# Options of HF that mean something only when tokens are drawn, and only with several beams.
+SAMPLING = (
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "seed",
+)
+BEAMS = ("early_stopping", "length_penalty")
+
+# Options of HF that are not computed here: the values that ask for nothing, and what to do.
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((None,), "prompt_lookup_num_tokens speculates without a second model"),
+    "bos_token_id": ((None,), "the bundle's prompt has it already"),
+    "constraints": ((None,), "give json_schema or regex"),
+    "diversity_penalty": ((None, 0.0), "num_return_sequences with do_sample=True gives variety"),
+    "dola_layers": ((None,), "leave it out"),
+    "eos_token_id": ((None,), "the bundle names its stop tokens; stop_strings adds to them"),
+    "force_words_ids": ((None,), "give json_schema or regex"),
+    "forced_bos_token_id": ((None,), "start the answer in the prompt instead"),
+    "guidance_scale": ((None, 1.0), "it would need a second, unconditional prompt"),
+    "low_memory": ((None, False), "leave it out"),
+    "max_time": ((None,), "read .stream(...) and stop when it is time"),
+    "num_beam_groups": ((None, 1), "num_return_sequences with do_sample=True gives variety"),
+    "output_scores": ((None, False), "logprobs=0 gives each token's log-probability"),
+    "output_logits": ((None, False), "logprobs=10 gives the ten best of each step"),
+    "pad_token_id": ((None,), "rows are never padded"),
+    "penalty_alpha": ((None, 0.0), "leave it out: contrastive search is not computed"),
+    "streamer": ((None,), "call .stream(...)"),
+    "token_healing": ((None, False), "leave it out"),
+    "use_cache": ((None, True), "the cache is always used"),
+    "watermarking_config": ((None,), "leave it out"),
+}
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Options of one generation, with the meaning that Hugging Face's `generate` gives them.
+    """Options of one generation. None, for any of them, is the value that does nothing.
 
     Attributes:
         max_new_tokens: stop after so many; None takes the bundle's default.
         min_new_tokens: before so many, the stop tokens can't be chosen.
+        max_length: the same as max_new_tokens, the prompt counted too.
+        min_length: the same as min_new_tokens, the prompt counted too.
+        stop_strings: texts that end an answer.
+        do_sample: draw tokens instead of taking the best.
+        num_beams: how many sequences beam search follows; 1 is none.
+        num_return_sequences: how many answers to return; more than 1 with beams or sampling.
+        seed: of the random stream, below 2**32; None draws one and reports it.
+        early_stopping: True, False or "never": when beam search stops.
+        length_penalty: a beam's score is divided by its length to this power.
+        sequence_bias: added to the score of each sequence's last token after its others.
+        encoder_repetition_penalty: above 1, tokens of the prompt get likelier.
+        repetition_penalty: above 1, tokens that were there get less likely.
+        no_repeat_ngram_size: no n-gram of so many tokens comes twice; 0 is none.
+        encoder_no_repeat_ngram_size: no n-gram of the prompt comes again; 0 is none.
+        bad_words_ids: sequences that are never completed.
+        forced_eos_token_id: chosen at the last place that max_new_tokens leaves.
+        remove_invalid_values: NaN becomes 0, infinities the largest number.
+        exponential_decay_length_penalty: (start, factor): stop tokens grow likelier from there.
+        suppress_tokens: never chosen.
+        begin_suppress_tokens: never chosen first.
+        temperature: scores are divided by it.
+        top_h: keep the best tokens up to this part of the entropy.
+        top_k: keep so many; 0 keeps all. 50 unless said otherwise, as in HF.
+        top_p: keep the best tokens that make up this probability.
+        min_p: keep what has at least this part of the best token's probability.
+        typical_p: keep the most typical tokens that make up this probability.
+        epsilon_cutoff: keep what is at least so probable.
+        eta_cutoff: the same, lower where the entropy is high.
+        renormalize_logits: make log-probabilities of the scores at the end.
+        logprobs: report each token's log-probability and so many alternatives; None reports none.
+        prompt_lookup_num_tokens: guess so many tokens at a time from the prompt.
+        max_matching_ngram_size: the longest n-gram that the guess looks up.
+        json_schema: the answer is JSON that fits this schema (an object, kept as its text).
+        regex: the answer matches this.
 
-    Raises OptionError for a value out of its range.
+    Raises OptionError for a value out of its range, and for two that contradict each other.
     """
 
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
+    max_length: int | None = None
+    min_length: int = 0
+    stop_strings: tuple[str, ...] = ()
+    do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    seed: int | None = None
+    early_stopping: bool | Literal["never"] = False
+    length_penalty: float = 1.0
+    sequence_bias: tuple[tuple[TokenIds, float], ...] = ()
+    encoder_repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[TokenIds, ...] = ()
+    forced_eos_token_id: TokenIds = ()
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: TokenIds = ()
+    begin_suppress_tokens: TokenIds = ()
+    temperature: float = 1.0
+    top_h: float | None = None
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    renormalize_logits: bool = False
+    logprobs: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
+    json_schema: str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            self._set("max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, 1))
-        self._set("min_new_tokens", whole_number("min_new_tokens", self.min_new_tokens, 0))
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise OptionError(
-                f"min_new_tokens={self.min_new_tokens} is more than "
-                f"max_new_tokens={self.max_new_tokens}",
-                hint="raise one or lower the other",
-            )
-
-    def _set(self, name: str, value: int) -> None:
-        object.__setattr__(self, name, value)  # a frozen dataclass may still tidy its own fields
+        for name, check in CHECKS.items():
+            value = getattr(self, name)
+            tidy = NOTHING[name] if value is None else check(name, value)
+            object.__setattr__(self, name, tidy)  # a frozen dataclass may still tidy itself
+        _refuse_contradictions(self)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> GenerationOptions:
         """From keyword arguments. Raises OptionError for unknown names, with the nearest known."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [f"{name!r}{did_you_mean(name, known)}" for name in given if name not in known]
-        if unknown:
-            raise OptionError(
-                f"unknown option {', '.join(unknown)}", hint=f"known: {', '.join(known)}"
-            )
-        return cls(**given)
+        return cls(**_without_refused(given, "option"))
+
+    @classmethod
+    def merged(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationOptions:
+        """The options of a call, over the defaults of generation_config.json.
+
+        The call wins. Defaults that its options leave without a meaning are dropped (a temperature
+        where it says do_sample=False), and names that no option has say nothing. An option given
+        as None is the value that does nothing, whatever the default.
+
+        Raises OptionError as the constructor does, and for unknown names in the call.
+        """
+        wanted = _without_refused(given, "option")
+        known = {
+            name: value for name, value in defaults.items() if name in CHECKS or name in REFUSED
+        }
+        asked = {name: value for name, value in known.items() if name not in given}
+        merged = _without_refused(asked, "generation_config.json:") | wanted
+        return cls(**_meaningful(merged, wanted))
+
+    def most_new_tokens(self, prompt_tokens: int) -> int | None:
+        """What max_new_tokens, else max_length, allows after such a prompt; None is no limit."""
+        if self.max_new_tokens is not None or self.max_length is None:
+            return self.max_new_tokens
+        return max(self.max_length - prompt_tokens, 0)
+
+    def least_new_tokens(self, prompt_tokens: int) -> int:
+        """What min_new_tokens, else min_length, asks for after such a prompt."""
+        return self.min_new_tokens or max(self.min_length - prompt_tokens, 0)
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
-    """An int, numpy's too. Raises OptionError for anything else, and below `least`."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise OptionError(
-            f"{name}={value!r}, expected a whole number of at least {least}",
-            hint=f"for example {name}={max(least, 8)}",
-        )
-    return number
+_POSITIVE = values.number_in("a number above 0", 1.2, lambda number: number > 0)
+_PART = values.number_in("a number above 0 and at most 1", 0.9, lambda number: 0 < number <= 1)
+_CUTOFF = values.number_in("a number from 0 to below 1", 3e-4, lambda number: 0 <= number < 1)
+
+CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": values.at_least(1),
+    "min_new_tokens": values.at_least(0),
+    "max_length": values.at_least(1),
+    "min_length": values.at_least(0),
+    "stop_strings": values.strings,
+    "do_sample": values.flag,
+    "num_beams": values.at_least(1, 65),
+    "num_return_sequences": values.at_least(1, 65),
+    "seed": values.at_least(0, 2**32),
+    "early_stopping": values.flag_or_never,
+    "length_penalty": values.number_in("a number", 1.0, lambda _: True),
+    "sequence_bias": values.sequence_bias,
+    "encoder_repetition_penalty": _POSITIVE,
+    "repetition_penalty": _POSITIVE,
+    "no_repeat_ngram_size": values.at_least(0),
+    "encoder_no_repeat_ngram_size": values.at_least(0),
+    "bad_words_ids": values.token_sequences,
+    "forced_eos_token_id": values.token_ids,
+    "remove_invalid_values": values.flag,
+    "exponential_decay_length_penalty": values.decay,
+    "suppress_tokens": values.token_ids,
+    "begin_suppress_tokens": values.token_ids,
+    "temperature": _POSITIVE,
+    "top_h": _PART,
+    "top_k": values.at_least(0),
+    "top_p": _PART,
+    "min_p": values.number_in("a number from 0 to 1", 0.05, lambda number: 0 <= number <= 1),
+    "typical_p": _PART,
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
+    "renormalize_logits": values.flag,
+    "logprobs": values.at_least(0),
+    "prompt_lookup_num_tokens": values.at_least(1),
+    "max_matching_ngram_size": values.at_least(1),
+    "json_schema": values.schema,
+    "regex": values.pattern,
+}
+
+DEFAULTS: Mapping[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(GenerationOptions)
+}
+NOTHING: Mapping[str, Any] = {**DEFAULTS, "top_k": 0}  # None asks for nothing, not for the default
+
+
+def _without_refused(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """The options among `given`. Raises OptionError for unknown names, and for what is refused."""
+    unknown = [name for name in given if name not in CHECKS and name not in REFUSED]
+    if unknown:
+        named = ", ".join(f"{name!r}{did_you_mean(name, CHECKS)}" for name in unknown)
+        raise OptionError(f"unknown option {named}", hint=f"known: {', '.join(CHECKS)}")
+    for name, (neutral, hint) in REFUSED.items():
+        if name in given and not any(given[name] is one or given[name] == one for one in neutral):
+            raise OptionError(f"{whose} {name}={given[name]!r} is not supported", hint=hint)
+    return {name: value for name, value in given.items() if name in CHECKS}
+
+
+def _says(options: Mapping[str, Any], name: str) -> Any:
+    """The value of an option among those given, else its default."""
+    value = options.get(name, DEFAULTS[name])
+    return NOTHING[name] if value is None else value
+
+
+def _meaningful(merged: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop, of what the call did not give, all that its options leave without a meaning."""
+    idle: set[str] = set()
+    samples, beams = _says(merged, "do_sample") is True, _says(merged, "num_beams")
+    if not samples:
+        idle.update(SAMPLING)
+    if beams == 1:
+        idle.update(BEAMS)
+        if not samples:
+            idle.add("num_return_sequences")
+    if {"max_length", "max_new_tokens"} & wanted.keys():
+        idle.update(("max_length", "max_new_tokens"))
+    if {"min_length", "min_new_tokens"} & wanted.keys():
+        idle.update(("min_length", "min_new_tokens"))
+    return {name: value for name, value in merged.items() if name in wanted or name not in idle}
+
+
+def _refuse_contradictions(options: GenerationOptions) -> None:
+    """Raise OptionError for the first two options that contradict each other."""
+    for holds, said, hint in _contradictions(options):
+        if holds:
+            raise OptionError(said, hint=hint)
+
+
+def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
+    """What may not be asked together: whether it is, what to say, what to do."""
+    o = options
+    most, least = o.max_new_tokens, o.min_new_tokens
+    set_ones, of_beams = _said(o, SAMPLING), _said(o, BEAMS)
+    return [
+        (
+            most is not None and least > most,
+            f"min_new_tokens={least} is more than max_new_tokens={most}",
+            "raise one or lower the other",
+        ),
+        (
+            not o.do_sample and bool(set_ones),
+            f"{' and '.join(set_ones)} without do_sample=True",
+            "give do_sample=True too, or leave it out: greedy and beam search draw nothing",
+        ),
+        (
+            o.num_beams == 1 and bool(of_beams),
+            f"{' and '.join(of_beams)} without beams",
+            "give num_beams=2 or more too, or leave it out",
+        ),
+        (
+            not o.do_sample and o.num_return_sequences > o.num_beams,
+            f"num_return_sequences={o.num_return_sequences} is more than num_beams={o.num_beams}",
+            "raise num_beams, or draw them with do_sample=True",
+        ),
+    ]
+
+
+def _said(options: GenerationOptions, names: Sequence[str]) -> list[str]:
+    """Those of the names whose option asks for something."""
+    return [name for name in names if getattr(options, name) not in (DEFAULTS[name], NOTHING[name])]

@@ -1,0 +1,162 @@
+"""Check one value of an option, and tidy it: numpy's numbers, lists and tuples are all welcome.
+
+Each function takes the option's name and the value, and raises OptionError that names both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
+
+from vlmport.errors import OptionError
+
+TokenIds = tuple[int, ...]
+
+
+def whole_number(name: str, value: Any, least: int, below: int | None = None) -> int:
+    """An int, numpy's too. Raises OptionError for anything else, and outside the range."""
+    number = _index(value)
+    if number is None or number < least or (below is not None and number >= below):
+        range_ = f"of at least {least}" if below is None else f"from {least} to {below - 1}"
+        raise OptionError(
+            f"{name}={value!r}, expected a whole number {range_}",
+            hint=f"for example {name}={max(least, 8)}",
+        )
+    return number
+
+
+def at_least(least: int, below: int | None = None) -> Callable[[str, Any], int]:
+    """A check for whole numbers from `least`."""
+    return lambda name, value: whole_number(name, value, least, below)
+
+
+def number_in(
+    expected: str, example: float, holds: Callable[[float], bool]
+) -> Callable[[str, Any], float]:
+    """A check for finite numbers of which `holds` is true."""
+
+    def check(name: str, value: Any) -> float:
+        try:
+            number = math.nan if isinstance(value, bool | str) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (math.isfinite(number) and holds(number)):
+            _refuse(name, value, expected, f"for example {name}={example}")
+        return number
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, numpy's too."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        _refuse(name, value, "True or False", f"{name}=True or {name}=False")
+    return bool(value)
+
+
+def flag_or_never(name: str, value: Any) -> bool | Literal["never"]:
+    """True, False or "never"."""
+    if isinstance(value, str) and value == "never":
+        return "never"
+    if type(value).__name__ not in ("bool", "bool_"):
+        _refuse(name, value, 'True, False or "never"', f"{name}=True stops soonest")
+    return bool(value)
+
+
+def token_ids(name: str, value: Any) -> TokenIds:
+    """Token ids, none of them twice. One alone is as good as a list of one."""
+    ids = _ids([value] if _index(value) is not None else value)
+    if ids is None:
+        _refuse(name, value, "token ids", f"for example {name}=[5, 17]")
+    return tuple(dict.fromkeys(ids))
+
+
+def token_sequences(name: str, value: Any) -> tuple[TokenIds, ...]:
+    """Sequences of token ids, each of at least one, none of them twice."""
+    sequences = [_ids(one) for one in value] if _is_list(value) else [None]
+    if not all(sequences):
+        _refuse(name, value, "a list of lists of token ids", f"for example {name}=[[5], [17, 4]]")
+    return tuple(dict.fromkeys(one for one in sequences if one))
+
+
+def sequence_bias(name: str, value: Any) -> tuple[tuple[TokenIds, float], ...]:
+    """HF's two forms: {(5, 17): -2.0} and [[[5, 17], -2.0]]. The last of two equals counts."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    found: dict[TokenIds, float] = {}
+    for pair in pairs if _is_list(pairs) else [None]:
+        ids = _ids(pair[0]) if _is_list(pair) and len(pair) == 2 else None
+        bias = pair[1] if ids else None
+        if not ids or isinstance(bias, bool | str | None) or math.isnan(bias):
+            _refuse(
+                name,
+                value,
+                "sequences of token ids with a number each",
+                f"for example {name}=[[[5, 17], -2.0]]",
+            )
+        found[ids] = float(bias)
+    return tuple(found.items())
+
+
+def decay(name: str, value: Any) -> tuple[int, float]:
+    """(start, factor): a whole number and a positive one."""
+    if not _is_list(value) or len(value) != 2:
+        _refuse(name, value, "(start, factor)", f"for example {name}=(15, 1.1)")
+    positive = number_in("a factor above 0", 1.1, lambda number: number > 0)
+    return whole_number(f"{name}[0]", value[0], 0), positive(f"{name}[1]", value[1])
+
+
+def strings(name: str, value: Any) -> tuple[str, ...]:
+    """One text or several, none of them empty, none of them twice."""
+    several = [value] if isinstance(value, str) else value
+    if not _is_list(several) or not all(isinstance(one, str) and one for one in several):
+        _refuse(name, value, "a text or several, none empty", f"for example {name}=['\\n\\n']")
+    return tuple(dict.fromkeys(several))
+
+
+def pattern(name: str, value: Any) -> str:
+    """A regular expression. Whether it can be one is for the grammar to say."""
+    if not isinstance(value, str) or not value:
+        _refuse(name, value, "a regular expression", f"for example {name}='(yes|no)'")
+    return value
+
+
+def schema(name: str, value: Any) -> str:
+    """A JSON schema, given as an object or as its text; its text."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(parsed) if isinstance(parsed, Mapping | bool) else None
+    except (TypeError, ValueError):
+        text = None
+    if text is None:
+        _refuse(name, value, "a JSON schema", f"for example {name}={{'type': 'object'}}")
+    return text
+
+
+def _refuse(name: str, value: Any, expected: str, hint: str) -> NoReturn:
+    raise OptionError(f"{name}={value!r}, expected {expected}", hint=hint)
+
+
+def _index(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _ids(value: Any) -> TokenIds | None:
+    """None unless it is a list of whole numbers from 0 on."""
+    if not _is_list(value):
+        value = value.tolist() if hasattr(value, "tolist") else None
+    ids = [_index(one) for one in value] if isinstance(value, Sequence) else [None]
+    return (
+        None
+        if any(one is None or one < 0 for one in ids)
+        else tuple(one for one in ids if one is not None)
+    )
