@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ import fastjsonschema
 
 from vlmport.errors import BundleError
 from vlmport.hashing import CHUNK_BYTES, FileEntry, hash_file
+from vlmport.json_files import load_json
 from vlmport.precisions import ANY, choose, complete
 from vlmport.precisions import DEFAULT_PRECISIONS as DEFAULT_PRECISIONS
 from vlmport.precisions import SUFFIXES as SUFFIXES
@@ -151,6 +152,16 @@ class Manifest:
         """
         return choose(self.components, self.auto, precision, device)
 
+    def files_of(self, choice: Mapping[str, str]) -> tuple[str, ...]:
+        """All files but the graphs (and their data) that this choice of precisions leaves out."""
+        chosen = {
+            name
+            for component, precision in choice.items()
+            for variant in (self.components[component][precision],)
+            for name in (variant.model, *variant.data)
+        }
+        return tuple(name for name in self.files if name in chosen or not _is_graph(name))
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -160,20 +171,31 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, check_hashes: bool = False) -> Bundle:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        check_hashes: bool = False,
+        needed: Collection[str] | None = None,
+    ) -> Bundle:
         """Read a bundle; sizes of all files are compared, with `check_hashes` the bytes too.
+
+        Args:
+            needed: the files that have to be there; None for all.
 
         Raises BundleError for a missing, malformed, newer, incomplete or altered bundle.
         """
         folder = Path(folder)
         bundle = cls(folder, read_manifest(folder / MANIFEST))
-        bundle.check(hashes=check_hashes)
+        bundle.check(hashes=check_hashes, needed=needed)
         return bundle
 
-    def check(self, *, hashes: bool = False) -> None:
+    def check(self, *, hashes: bool = False, needed: Collection[str] | None = None) -> None:
         """Compare the folder with the manifest. Raises BundleError naming every bad file."""
         problems = []
         for name, entry in self.manifest.files.items():
+            if needed is not None and name not in needed:
+                continue
             path = self.folder / name
             if not path.is_file():
                 problems.append(f"{name}: missing")
@@ -197,16 +219,15 @@ class Bundle:
         forms = self.manifest.components[component]
         return forms[precision if precision in forms else ANY]
 
-    def with_parity(self, parity: Mapping[str, Any]) -> Bundle:
-        """Write a verify result into the manifest. Raises BundleError where JSON can't hold it."""
-        manifest = dataclasses.replace(self.manifest, parity=parity)
-        write_manifest(self.folder, manifest)
-        return Bundle(self.folder, manifest)
-
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder holds a manifest."""
     return (folder / MANIFEST).is_file()
+
+
+def _is_graph(name: str) -> bool:
+    """A graph, or a part of its external data."""
+    return ".onnx" in name.rpartition("/")[2]
 
 
 def _is_as_listed(path: Path, entry: FileEntry) -> bool:
@@ -233,13 +254,8 @@ def read_manifest(path: Path) -> Manifest:
             f"{path.parent}: no {MANIFEST}, so this is not a vlmport bundle",
             hint="`vlmport export SRC OUT` writes one",
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON: {error}", hint="download or export again") from error
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}", hint="is it readable?") from error
-    version = raw.get("version") if isinstance(raw, dict) else None
+    raw = load_json(path, error=BundleError, hint="download or export again")
+    version = raw.get("version")
     if isinstance(version, int | float) and version > VERSION:
         raise BundleError(
             f"{path}: manifest version {version}; this vlmport reads up to {VERSION}",
@@ -253,10 +269,6 @@ def read_manifest(path: Path) -> Manifest:
             hint="the schema is docs/vlmport.schema.json; download or export again",
         ) from error
     return _check_references(_from_json(raw), path)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,36 +1,30 @@
 """A model source, whatever it is, to a bundle: built-in name, bundle, checkpoint or Hub id.
 
-A checkpoint is exported once, into the user's cache, and found there the next time. The cache is
-`$VLMPORT_CACHE`, by default the platform's cache folder; deleting it loses nothing.
+A checkpoint is exported once, into the user's cache, and found there the next time; see
+`bundle_cache.py`. Of a bundle on the Hub only the graphs that will run are fetched.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
-
-from vlmport import __version__
 from vlmport.builtin import builtin_folder, builtin_models
 from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
+from vlmport.bundle_cache import cache_folder, entry_name, open_entry, prune
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
-from vlmport.errors import BundleError, OptionError
+from vlmport.errors import OptionError
+from vlmport.precisions import canonical
 from vlmport.runtime.model import VLM
+from vlmport.runtime.sessions import Device
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
 
 __all__ = ["builtin_models", "cache_folder", "load", "resolve"]
-
-# What an export is made from; anything else in a folder does not change it.
-INGREDIENTS = ("*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*")
 
 
 def load(
@@ -58,6 +52,7 @@ def load(
     bundle = resolve(
         source,
         precisions=_needed(precision),
+        runs=(precision, Device.parse(device).name),
         adapter=adapter,
         revision=revision,
         progress=progress,
@@ -69,29 +64,32 @@ def resolve(
     source: str | Path,
     *,
     precisions: Sequence[str] = DEFAULT_PRECISIONS,
+    runs: tuple[str, str] | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """The bundle of a source; a checkpoint is exported into the cache unless it is there.
 
+    Args:
+        precisions: what to export of a checkpoint.
+        runs: what will run of a bundle, (precision, device): of one on the Hub no other graphs
+            are fetched. None fetches all.
+
     Raises as `export` and `Bundle.open` do.
     """
-    local = Path(source).expanduser().exists()
     folder = find_folder(builtin_folder(source) or source, revision)
+    local = Path(source).expanduser().exists()
     if is_bundle(folder):
         if adapter is not None:
             raise OptionError(
                 f"{source}: an adapter can't be merged into a bundle",
                 hint="export the checkpoint again with --adapter",
             )
-        if not local:
-            # A bundle on the Hub: so far only the small files at its root are here.
-            folder = fetch_files(str(source), revision, read_manifest(folder / MANIFEST).files)
-        return Bundle.open(folder)
+        return Bundle.open(folder) if local else _open_remote(str(source), folder, runs)
     adapter_folder = None if adapter is None else locate_adapter(adapter)
-    out = cache_folder() / _cache_name(folder, adapter_folder, precisions)
-    if (cached := _open_cached(out)) is not None:
+    out = cache_folder() / entry_name(folder, adapter_folder, precisions)
+    if (cached := open_entry(out)) is not None:
         return cached
     from vlmport.export import export  # takes a second to import, and most runs don't need it
 
@@ -99,7 +97,7 @@ def resolve(
     try:
         if out.exists():
             shutil.rmtree(out)  # damaged, and in a folder of our own
-        return export(
+        bundle = export(
             folder,
             out,
             precisions=precisions,
@@ -109,9 +107,24 @@ def resolve(
         )
     except Exception:
         # Another process may have exported the same in the meantime: then its bundle serves.
-        if (cached := _open_cached(out)) is not None:
+        if (cached := open_entry(out)) is not None:
             return cached
         raise
+    prune(out)
+    return bundle
+
+
+def _open_remote(repo: str, folder: Path, runs: tuple[str, str] | None) -> Bundle:
+    """A bundle on the Hub, of which only the small files at its root are here so far.
+
+    The rest is fetched at the same commit, which the snapshot's folder is named after. Raises
+    BundleError, before anything is fetched, for a precision that the bundle does not hold.
+    """
+    manifest = read_manifest(folder / MANIFEST)
+    needed = tuple(manifest.files)
+    if runs is not None:
+        needed = manifest.files_of(manifest.choose(*runs))
+    return Bundle.open(fetch_files(repo, folder.name, needed), needed=needed)
 
 
 def _needed(precision: str) -> tuple[str, ...]:
@@ -119,35 +132,7 @@ def _needed(precision: str) -> tuple[str, ...]:
 
     One that is asked for by name is exported alone: it may be the only one that the model allows.
     """
-    if precision in SUFFIXES:
-        return (precision,)
-    mixed = (part.partition("=")[2].strip() for part in precision.split(","))
+    if (name := canonical(precision)) in SUFFIXES:
+        return (name,)
+    mixed = (canonical(part.partition("=")[2]) for part in precision.split(","))
     return tuple(dict.fromkeys([*DEFAULT_PRECISIONS, *(one for one in mixed if one in SUFFIXES)]))
-
-
-def cache_folder() -> Path:
-    """Where exported bundles are kept for later runs."""
-    root = os.environ.get("VLMPORT_CACHE") or platformdirs.user_cache_path("vlmport")
-    return Path(root) / "bundles"
-
-
-def _open_cached(out: Path) -> Bundle | None:
-    """A bundle of the cache, or None if there is none or it is damaged."""
-    try:
-        return Bundle.open(out) if is_bundle(out) else None
-    except BundleError:
-        return None
-
-
-def _cache_name(folder: Path, adapter: Path | None, precisions: Sequence[str]) -> str:
-    """The checkpoint's name and a digest of all that the export depends on."""
-    ingredients = [_ingredients(one) for one in (folder, adapter) if one is not None]
-    what = json.dumps([__version__, sorted(precisions), ingredients])
-    return f"{folder.resolve().name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-
-
-def _ingredients(folder: Path) -> list[object]:
-    """Path, and name, size and time of each file: enough to see a change without reading."""
-    found = sorted(path for pattern in INGREDIENTS for path in folder.glob(pattern))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
-    return [str(folder.resolve()), stats]

@@ -235,7 +235,7 @@ def test_tokenizer_files_that_are_missing_or_broken(bundle, tmp_path: Path):
     with pytest.raises(TokenizerError, match="not JSON"):
         Prompter(tmp_path, bundle.manifest.prompt)
     for value, said in {
-        "[]": r"tokenizer_config\.json: expected an object, got \[\]",
+        "[]": r"tokenizer_config\.json: expected a JSON object, got a list",
         '{"chat_template": [{"name": "default"}]}': "no readable chat template: 'template'",
         '{"chat_template": ["x"]}': "no readable chat template",
         '{"chat_template": 5}': "chat_template is 5",

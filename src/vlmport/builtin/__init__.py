@@ -19,6 +19,5 @@ def builtin_models() -> dict[str, Path]:
 
 def builtin_folder(source: str | Path) -> Path | None:
     """The checkpoint of a built-in name; None for any other, and where a folder has that name."""
-    if Path(source).expanduser().exists():
-        return None
-    return builtin_models().get(str(source))
+    folder = builtin_models().get(str(source))
+    return None if folder is None or Path(source).exists() else folder

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
-from vlmport.checkpoint.config import Signed, Size, load_json, read_config, subsection
+from vlmport.checkpoint.config import Signed, Size, read_config, subsection
 from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
 from vlmport.errors import ConfigError, WeightError, some_names
+from vlmport.json_files import load_json
 
 __all__ = [
     "Checkpoint",

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmport.checkpoint.config import Size, load_json, read_config
+from vlmport.checkpoint.config import Size, read_config
 from vlmport.checkpoint.lora import LoraScale, Pair, merge_pairs
 from vlmport.checkpoint.names import MERGE_FIRST, canonical_names
 from vlmport.checkpoint.weights import LazyTensor, open_safetensors
 from vlmport.errors import AdapterError, ConfigError, WeightError, did_you_mean, some_names
+from vlmport.json_files import load_json
 
 __all__ = ["Adapter", "AdapterConfig", "merge_adapter"]
 

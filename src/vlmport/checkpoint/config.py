@@ -12,12 +12,11 @@ import json
 import math
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vlmport.errors import ConfigError, VlmportError, did_you_mean, some_names
+from vlmport.errors import ConfigError, did_you_mean, some_names
 
-__all__ = ["AtLeast", "Signed", "Size", "load_json", "read_config", "subsection"]
+__all__ = ["AtLeast", "Signed", "Size", "read_config", "subsection"]
 
 C = TypeVar("C")
 
@@ -65,37 +64,6 @@ def subsection(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
             hint="is the file of another model?",
         )
     return value or {}
-
-
-def load_json(
-    path: Path, *, error: type[VlmportError] = ConfigError, hint: str | None = None
-) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises `error` when the file is missing, unreadable, not JSON (with line and column; NaN and
-    Infinity are not JSON), nested too deep, or not an object.
-    """
-    hint = hint or "is the download complete?"
-    try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file", hint=hint) from None
-    except OSError as cause:
-        raise error(f"{path}: {cause.strerror or cause}", hint=hint) from cause
-    except json.JSONDecodeError as cause:
-        place = f"line {cause.lineno} column {cause.colno}"
-        raise error(f"{path}: not JSON at {place}: {cause.msg}", hint=hint) from cause
-    except RecursionError:
-        raise error(f"{path}: not JSON that can be read: nested too deep", hint=hint) from None
-    except ValueError as cause:  # not text, NaN, or a number of thousands of digits
-        raise error(f"{path}: not JSON: {cause}", hint=hint) from cause
-    if not isinstance(value, dict):
-        raise error(f"{path}: expected a JSON object, got {_kind(value)}", hint=hint)
-    return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _read_fields(
@@ -234,11 +202,6 @@ def _describe(hint: Any) -> str:
     names = {float: "a finite number", int: "an int of at least 0", bool: "true or false"}
     names |= {str: "a string", types.NoneType: "null", None: "null"}
     return names.get(hint, str(hint))
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return "null" if value is None else kinds.get(type(value), "a number")
 
 
 def _show(value: Any) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from vlmport.checkpoint.config import load_json
 from vlmport.checkpoint.names import canonical_names
 from vlmport.errors import WeightError, some_names
+from vlmport.json_files import load_json
 
 __all__ = ["LazyTensor", "StoredTensor", "Weights", "open_safetensors"]
 

@@ -18,6 +18,7 @@ from jinja2.utils import Namespace
 
 from vlmport.bundle import PromptSpec
 from vlmport.errors import PromptError, TokenizerError, did_you_mean
+from vlmport.json_files import load_json
 from vlmport.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Prompter:
         self.tokenizer = read_tokenizer(folder, hint=AGAIN)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        config = _read_json(folder / "tokenizer_config.json")
+        path = folder / "tokenizer_config.json"
+        config = load_json(path, error=TokenizerError, hint=AGAIN) if path.is_file() else {}
         self._special = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
         self._template = _template(folder, config)
 
@@ -270,18 +272,6 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     except (KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{folder}: no readable chat template: {error}", hint=AGAIN) from error
     return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not JSON: {error}", hint=AGAIN) from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: expected an object, got {_kind(value)}", hint=AGAIN)
-    return value
 
 
 def _one_picture(value: Any) -> str:
