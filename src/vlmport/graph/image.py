@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from vlmport.graph.builder import GraphBuilder, OpBuilder
 
-__all__ = ["image_input", "rescale_and_normalize"]
+__all__ = ["image_input", "normalized_planes", "rescale_and_normalize"]
 
 BYTES = np.arange(256)
 
@@ -29,8 +29,15 @@ def rescale_and_normalize(
     torchvision-backed ones fold scale into mean and std, and differ in the last bit.
     """
     planes = op.Transpose(pixels, perm=[2, 0, 1])  # [3, H, W], while it is still one byte each
+    return op.Unsqueeze(normalized_planes(op, planes, scale, mean, std), [0])
+
+
+def normalized_planes(
+    op: OpBuilder, planes: ir.Value, scale: float, mean: Sequence[float], std: Sequence[float]
+) -> ir.Value:
+    """The same for uint8 [..., 3, H, W]: float32 of that shape."""
     values = op.Sub(_rescale(op, planes, scale), _channels(op, mean))
-    return op.Unsqueeze(op.Div(values, _channels(op, std)), [0])
+    return op.Div(values, _channels(op, std))
 
 
 def _rescale(op: OpBuilder, planes: ir.Value, scale: float) -> ir.Value:
