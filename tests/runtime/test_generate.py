@@ -1,4 +1,4 @@
-"""The loop: the reference's tokens, alone and together, stopped, interrupted and cut short."""
+"""The loop, greedy: the reference's tokens, alone and together, stopped, interrupted, cut short."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from tests.runtime import toy
 from vlmport.errors import DeviceError, OptionError, PromptError
 from vlmport.runtime.components import Components
-from vlmport.runtime.generate import Generation, Row, new_row
+from vlmport.runtime.generate import Generation
 from vlmport.runtime.model import VLM
 from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.request import Request, new_request
+from vlmport.runtime.search import new_search
 
 WEIGHTS = toy.Weights.random()
 
@@ -22,19 +24,38 @@ def embeds_of(length: int, seed: int = 0) -> np.ndarray:
     return WEIGHTS["embed"][ids]
 
 
-def row_of(length: int, seed: int = 0, tokens: int = 12, stop: tuple[int, ...] = ()) -> Row:
-    return Row(embeds_of(length, seed), tokens, frozenset(stop))
+def search_of(tokens: int = 12, stop: tuple[int, ...] = (), **options):
+    return new_search(
+        GenerationOptions(**options),
+        prompt_ids=[],
+        processors_see_prompt=False,
+        stop_token_ids=stop,
+        pad_token_id=0,
+        max_new_tokens=tokens,
+        vocab_size=toy.VOCAB,
+    )
 
 
-def run(components: Components, *rows: Row) -> list[list[int]]:
-    Generation(components, rows).run()
-    return [row.tokens for row in rows]
+def request_of(
+    length: int, seed: int = 0, tokens: int = 12, stop: tuple[int, ...] = (), **options
+) -> Request:
+    return Request(embeds_of(length, seed), search_of(tokens, stop, **options), tokens)
+
+
+def stop_reason(request: Request) -> str | None:
+    (answer,) = request.search.results()
+    return answer.stop_reason
+
+
+def run(components: Components, *requests: Request) -> list[list[int]]:
+    Generation(components, requests).run()
+    return [list(request.tokens) for request in requests]
 
 
 def test_greedy_tokens_are_the_references(components: Components):
     want = toy.reference_greedy(WEIGHTS, embeds_of(17), 40)
     assert len(set(want)) > 3  # a text that says one thing only would prove little
-    assert run(components, row_of(17, tokens=40)) == [want]
+    assert run(components, request_of(17, tokens=40)) == [want]
 
 
 @settings(max_examples=20, deadline=None)
@@ -44,23 +65,23 @@ def test_greedy_tokens_are_the_references(components: Components):
 )
 def test_rows_together_give_what_each_gives_alone(bundle, asked, stop):
     components = Components.open(bundle, threads=1)
-    rows = [row_of(n, seed, new, tuple(stop)) for seed, (n, new) in enumerate(asked)]
-    alone = [row_of(n, seed, new, tuple(stop)) for seed, (n, new) in enumerate(asked)]
-    together = run(components, *rows)
-    assert together == [run(components, row)[0] for row in alone]
-    for tokens, (_, new), row in zip(together, asked, rows, strict=True):
+    requests = [request_of(n, seed, new, tuple(stop)) for seed, (n, new) in enumerate(asked)]
+    alone = [request_of(n, seed, new, tuple(stop)) for seed, (n, new) in enumerate(asked)]
+    together = run(components, *requests)
+    assert together == [run(components, one)[0] for one in alone]
+    for tokens, (_, new), request in zip(together, asked, requests, strict=True):
         assert not set(tokens[:-1]) & set(stop)
-        assert row.stop_reason == ("stop" if tokens[-1] in stop else "length")
+        assert stop_reason(request) == ("stop" if tokens[-1] in stop else "length")
         assert len(tokens) == new or tokens[-1] in stop
 
 
 def test_stop_ids_are_a_set(components: Components):
-    free = run(components, row_of(9))[0]
+    free = run(components, request_of(9))[0]
     later = next(token for token in free if token != free[0])
     first = free.index(later)
-    row = row_of(9, stop=(112, later))
-    assert run(components, row)[0] == free[: first + 1]
-    assert row.stop_reason == "stop"
+    request = request_of(9, stop=(112, later))
+    assert run(components, request)[0] == free[: first + 1]
+    assert stop_reason(request) == "stop"
 
 
 def test_finished_rows_cost_nothing(components: Components, monkeypatch: pytest.MonkeyPatch):
@@ -73,15 +94,20 @@ def test_finished_rows_cost_nothing(components: Components, monkeypatch: pytest.
         return embed(ids)
 
     monkeypatch.setattr(components, "embed", counted)
-    run(components, row_of(5, 0, 2), row_of(6, 1, 5), row_of(7, 2, 1), row_of(8, 3, 4))
+    run(
+        components,
+        request_of(5, 0, 2),
+        request_of(6, 1, 5),
+        request_of(7, 2, 1),
+        request_of(8, 3, 4),
+    )
     assert sizes == [3, 2, 2, 1]
 
 
 def test_min_new_tokens_masks_the_stop_tokens(components: Components):
-    free = run(components, row_of(9))[0]
-    row = row_of(9, stop=(free[0], toy.VOCAB + 5))  # an id that the head does not know
-    row.min_new_tokens = 4
-    tokens = run(components, row)[0]
+    free = run(components, request_of(9))[0]
+    stop = (free[0], toy.VOCAB + 5)  # an id that the head does not know
+    tokens = run(components, request_of(9, stop=stop, min_new_tokens=4))[0]
     assert free[0] not in tokens[:4]
     assert len(tokens) >= 5
 
@@ -90,9 +116,9 @@ def test_min_new_tokens_masks_the_stop_tokens(components: Components):
 def test_an_interrupt_leaves_rows_that_are_right(components: Components, monkeypatch, at: int):
     """Ctrl-C after any call of the decoder: what is there is a prefix, and it can go on."""
     asked = [(5, 0, 6), (9, 1, 9), (3, 2, 2)]
-    want = run(components, *(row_of(*one) for one in asked))
-    rows = [row_of(*one) for one in asked]
-    generation = Generation(components, rows)
+    want = run(components, *(request_of(*one) for one in asked))
+    requests = [request_of(*one) for one in asked]
+    generation = Generation(components, requests)
     session, calls = components.decoder.session, 0
     original = session.run_with_iobinding
 
@@ -108,57 +134,62 @@ def test_an_interrupt_leaves_rows_that_are_right(components: Components, monkeyp
         with pytest.raises(KeyboardInterrupt):
             generation.run()
         assert not generation.done
-    for row, whole in zip(rows, want, strict=True):
-        assert row.tokens == whole[: len(row.tokens)]
+    for request, whole in zip(requests, want, strict=True):
+        assert list(request.tokens) == whole[: len(request.tokens)]
     generation.run()
-    assert [row.tokens for row in rows] == want
+    assert [list(request.tokens) for request in requests] == want
 
 
-def test_an_interrupt_between_two_rows_of_a_step(components: Components, monkeypatch):
-    want = run(components, row_of(5, 0), row_of(9, 1))
-    rows = [row_of(5, 0), row_of(9, 1)]
-    choose, calls = Row.choose, 0
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_between_two_rows_of_a_step(components: Components, monkeypatch, when: str):
+    """Before the second request chooses, and when it has chosen but the loop does not know."""
+    want = run(components, request_of(5, 0), request_of(9, 1))
+    requests = [request_of(5, 0), request_of(9, 1)]
+    kind = type(requests[0].search)
+    choose, calls = kind.choose, 0
 
-    def interrupted(self: Row, scores: np.ndarray) -> int:
+    def interrupted(self, logits: np.ndarray):
         nonlocal calls
         calls += 1
+        if calls == 6 and when == "before":
+            raise KeyboardInterrupt
+        choice = choose(self, logits)
         if calls == 6:
             raise KeyboardInterrupt
-        return choose(self, scores)
+        return choice
 
-    monkeypatch.setattr(Row, "choose", interrupted)
-    generation = Generation(components, rows)
+    monkeypatch.setattr(kind, "choose", interrupted)
+    generation = Generation(components, requests)
     with pytest.raises(KeyboardInterrupt):
         generation.run()
-    assert [len(row.tokens) for row in rows] == [3, 2]
+    assert [len(request.tokens) for request in requests] == [3, 2 if when == "before" else 3]
     generation.run()
-    assert [row.tokens for row in rows] == want
+    assert [list(request.tokens) for request in requests] == want
 
 
 def test_the_context_ends_a_row(own_bundle):
     """A context of 20 holds 15 tokens of prompt and feeds 5 more; a sixth comes for free."""
-    components = Components.open(own_bundle(context=20), threads=1)
-    rows = [new_row(components, embeds_of(length), GenerationOptions(100)) for length in (15, 20)]
-    for row in rows:
-        row.stop_token_ids = frozenset()
-    assert [len(tokens) for tokens in run(components, *rows)] == [6, 1]
-    assert [row.stop_reason for row in rows] == ["length", "length"]
+    components = Components.open(own_bundle(context=20, stop=()), threads=1)
+    options = GenerationOptions(max_new_tokens=100)
+    requests = [new_request(components, embeds_of(length), options) for length in (15, 20)]
+    assert [len(tokens) for tokens in run(components, *requests)] == [6, 1]
+    assert [stop_reason(request) for request in requests] == ["length", "length"]
     with pytest.raises(PromptError, match="the prompt has 21 tokens, the model's context is 20"):
-        Generation(components, [row_of(21)])
+        Generation(components, [request_of(21)])
     with pytest.raises(PromptError, match="the prompt is empty"):
-        Generation(components, [row_of(0)])
+        Generation(components, [request_of(0)])
     with pytest.raises(PromptError, match="7 tokens after 15, the model's context is 20") as caught:
-        Generation(components, [row_of(15, tokens=7)])
+        Generation(components, [request_of(15, tokens=7)])
     assert caught.value.hint == "at most 6"
 
 
-def test_no_rows_at_all(components: Components):
+def test_no_requests_at_all(components: Components):
     assert run(components) == []
 
 
 def test_the_cache_grows_when_a_text_is_long(components: Components, monkeypatch):
     monkeypatch.setattr("vlmport.runtime.generate.FIRST_CAPACITY", 3)
-    assert run(components, row_of(6, tokens=60))[0] == toy.reference_greedy(
+    assert run(components, request_of(6, tokens=60))[0] == toy.reference_greedy(
         WEIGHTS, embeds_of(6), 60
     )
 
@@ -167,7 +198,7 @@ def test_scores_that_are_no_numbers_are_refused(components: Components):
     embeds = embeds_of(6)
     embeds[2] = np.nan
     with pytest.raises(DeviceError, match="scores are not finite at token 0") as caught:
-        run(components, Row(embeds, 5, frozenset()))
+        run(components, Request(embeds, search_of(5), 5))
     assert "--probe" in caught.value.hint
 
 
@@ -176,7 +207,7 @@ def test_a_stale_cache_changes_the_text(components: Components, monkeypatch, fau
     """The tests above can fail: each of these breaks the cache as real bugs do."""
     from vlmport.runtime.cache import KeyValueCache
 
-    want = run(components, row_of(9, 0), row_of(7, 1))
+    want = run(components, request_of(9, 0), request_of(7, 1))
     step = KeyValueCache.step
 
     def broken(self: KeyValueCache, embeds: np.ndarray) -> np.ndarray:
@@ -191,14 +222,17 @@ def test_a_stale_cache_changes_the_text(components: Components, monkeypatch, fau
         return step(self, embeds)
 
     monkeypatch.setattr(KeyValueCache, "step", broken)
-    assert run(components, row_of(9, 0), row_of(7, 1)) != want
+    assert run(components, request_of(9, 0), request_of(7, 1)) != want
 
 
-def test_a_row_under_the_bundles_defaults(components: Components):
-    row = new_row(components, embeds_of(3), GenerationOptions())
-    assert (row.max_new_tokens, row.stop_token_ids) == (12, frozenset({0}))
-    row = new_row(components, embeds_of(3), GenerationOptions(5, min_new_tokens=2))
-    assert (row.max_new_tokens, row.min_new_tokens) == (5, 2)
+def test_a_request_under_the_bundles_defaults(components: Components):
+    request = new_request(components, embeds_of(3), GenerationOptions())
+    assert request.max_new_tokens == 12
+    (tokens,) = run(components, request)
+    assert 0 not in tokens[:-1]
+    assert len(tokens) == 12 or tokens[-1] == 0
+    request = new_request(components, embeds_of(3), GenerationOptions(5, min_new_tokens=2))
+    assert (request.max_new_tokens, len(run(components, request)[0])) == (5, 5)
 
 
 def test_min_new_tokens_is_never_cut_in_silence(own_bundle, vlm: VLM):
@@ -211,9 +245,9 @@ def test_min_new_tokens_is_never_cut_in_silence(own_bundle, vlm: VLM):
     assert len(caption.token_ids) == 40
     components = Components.open(own_bundle(context=20), threads=1)
     options = GenerationOptions(100, min_new_tokens=7)
-    assert new_row(components, embeds_of(14), options).max_new_tokens == 7
+    assert new_request(components, embeds_of(14), options).max_new_tokens == 7
     with pytest.raises(OptionError, match="the context allows 6 after a prompt of 15 tokens"):
-        new_row(components, embeds_of(15), options)
+        new_request(components, embeds_of(15), options)
 
 
 def test_numbers_of_numpys_are_numbers():

@@ -13,7 +13,10 @@ from tests.runtime.llama import llama_logits, random_tensors, write_llama_bundle
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle
 from vlmport.runtime.components import Components
-from vlmport.runtime.generate import Generation, Row
+from vlmport.runtime.generate import Generation
+from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.request import Request
+from vlmport.runtime.search import new_search
 from vlmport.runtime.text import TextStream
 from vlmport.tokenizer import read_tokenizer
 
@@ -33,9 +36,20 @@ RANDOM = {
 
 def greedy(bundle: Bundle, *prompts: list[int], new_tokens: int) -> list[list[int]]:
     components = Components.open(bundle, threads=1)
-    rows = [Row(components.embed(np.array([ids]))[0], new_tokens, frozenset()) for ids in prompts]
-    Generation(components, rows).run()
-    return [row.tokens for row in rows]
+    requests = []
+    for ids in prompts:
+        search = new_search(
+            GenerationOptions(),
+            prompt_ids=ids,
+            processors_see_prompt=True,
+            stop_token_ids=(),
+            pad_token_id=0,
+            max_new_tokens=new_tokens,
+            vocab_size=components.decoder.vocab_size,
+        )
+        requests.append(Request(components.embed(np.array([ids]))[0], search, new_tokens))
+    Generation(components, requests).run()
+    return [list(request.tokens) for request in requests]
 
 
 @pytest.fixture(scope="module")

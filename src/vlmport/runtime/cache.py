@@ -13,10 +13,13 @@ Traps:
 - Bindings of older versions hold addresses, not arrays: what is bound is kept here.
 - A row's length is what counts, not the buffer's contents: what lies past it is never read, so a
   step may be run again, and a row may be cut back by setting its length.
+- Rows are copied only over rows that nobody continues, so that an interrupted `reorder` can be
+  done again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +44,15 @@ class _BoundStep:
     feeds: dict[str, np.ndarray]
     mask: Int64[np.ndarray, " B*capacity"]
     logits: Float[np.ndarray, "B 1 V"]
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """A row on its own: keys and values of the first `length` tokens, [K, length, head_dim]."""
+
+    length: int
+    offset: int
+    tensors: tuple[np.ndarray, ...]
 
 
 class KeyValueCache:
@@ -77,24 +89,81 @@ class KeyValueCache:
                 f"{length} tokens, the model's context is {self.limit}",
                 hint="fewer or smaller pictures, or a shorter prompt",
             )
-        if length <= self.capacity:
-            return
-        capacity = min(self.limit, max(length, 2 * self.capacity))
-        used = int(self.lengths.max())
+        if length > self.capacity:
+            self._grow(self.rows, min(self.limit, max(length, 2 * self.capacity)))
+
+    def reserve_rows(self, rows: int) -> None:
+        """Make room for so many rows. Memory that was never written costs nothing."""
+        if rows > self.rows:
+            self._grow(max(rows, 2 * self.rows), self.capacity)
+
+    def _grow(self, rows: int, capacity: int) -> None:
+        """Larger buffers with the same contents."""
+        used, old = int(self.lengths.max(initial=0)), self.rows
         self._steps.clear()
         for i, port in enumerate(self.decoder.ports):
-            grown = port.empty(self.rows, capacity)
-            grown[:, :, :used] = self.buffers[i][:, :, :used]
+            grown = port.empty(rows, capacity)
+            grown[:old, :, :used] = self.buffers[i][:old, :, :used]
             self.buffers[i] = grown
         self.capacity = capacity
+        self.lengths = np.append(self.lengths, np.zeros(rows - old, np.int64))
+        self.offsets = np.append(self.offsets, np.zeros(rows - old, np.int64))
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` a copy of row `source`."""
+    def reorder(
+        self, sources: Sequence[int], shared: Callable[[int, int], int] = lambda a, b: 0
+    ) -> list[int]:
+        """Let the rows 0 … len(sources)-1 be continuations of the rows `sources`.
+
+        A row that is continued where it is costs nothing; so the order is not kept.
+
+        Args:
+            shared: of two rows, how many tokens both hold alike from their start; those are not
+                copied.
+
+        Returns:
+            the row in which each continuation is. All of 0 … len(sources)-1 occur.
+        """
+        B = len(sources)
+        self.reserve_rows(B)
+        placed: list[int | None] = [None] * B
+        free = set(range(B))
+        for i, source in enumerate(sources):
+            if source in free:
+                placed[i] = source
+                free.remove(source)
+        for i, source in enumerate(sources):
+            if placed[i] is None:
+                likest = {target: shared(source, target) for target in sorted(free)}
+                target = max(likest, key=likest.__getitem__)
+                self.copy_row(source, target, min(likest[target], int(self.lengths[target])))
+                placed[i] = target
+                free.remove(target)
+        return [row for row in placed if row is not None]
+
+    def copy_row(self, source: int, target: int, start: int = 0) -> None:
+        """Make row `target` a copy of row `source`; the first `start` tokens are alike already."""
         used = int(self.lengths[source])
+        self.lengths[target] = start  # so much holds if what follows is interrupted
         for buffer in self.buffers:
-            buffer[target, :, :used] = buffer[source, :, :used]
+            buffer[target, :, start:used] = buffer[source, :, start:used]
         self.offsets[target] = self.offsets[source]
         self.lengths[target] = used
+
+    def keep(self, row: int) -> KeptRow:
+        """A copy of a row, which outlives this cache."""
+        used = int(self.lengths[row])
+        return KeptRow(
+            used,
+            int(self.offsets[row]),
+            tuple(buffer[row, :, :used].copy() for buffer in self.buffers),
+        )
+
+    def restore(self, row: int, kept: KeptRow) -> None:
+        """Make a row what was kept. Raises PromptError beyond the context."""
+        self.reserve(kept.length)
+        for buffer, tensor in zip(self.buffers, kept.tensors, strict=True):
+            buffer[row, :, : kept.length] = tensor
+        self.lengths[row], self.offsets[row] = kept.length, kept.offset
 
     def prefill(
         self,

@@ -1,160 +1,197 @@
-"""The loop: prompts in, tokens out, many rows together.
+"""The loop: requests in, tokens out, the rows of all of them together.
 
-A row's tokens are the only state. The cache's lengths follow from them before each step, and why
-a row stopped is computed from them; so a KeyboardInterrupt at any point leaves rows that are
-right, and a generation that can go on.
+A request is prefilled once, into one row of the cache. From then on each of its rows feeds one
+token a step, all rows of all requests in one call of the decoder, and each request's search
+chooses from the logits of its rows. Requests come and go between steps.
+
+The state is what each request has chosen (`Request.choices`) and which row of the cache holds
+what (`Generation._held`). Each changes at once, after the work that it stands for, and all else
+follows from them. So a KeyboardInterrupt at any point leaves requests that can be
+read, and a generation that can go on: what was interrupted is done again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from vlmport.errors import DeviceError, OptionError, PromptError
+from vlmport.errors import PromptError
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components
-from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.request import Request, room_for_tokens
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float32, Int64
+    from jaxtyping import Float32
 
-StopReason = Literal["stop", "length"]
 Made = TypeVar("Made")
 FIRST_CAPACITY = 256  # new tokens that the cache has room for before it first grows
 
 
-@dataclass
-class Row:
-    """One sequence.
+@dataclass(frozen=True)
+class _Held:
+    """What a row of the cache holds: the prompt of a request, and what its row `index` after
+    `applied` choices was made of, but for the last token, which is fed next."""
 
-    Attributes:
-        embeds: the prompt's embeddings, image features written in.
-        positions: of the prompt's tokens; None counts from 0.
-        offset: what the next position is beyond the number of tokens.
-        tokens: what has been generated, the stop token included.
-    """
-
-    embeds: Float[np.ndarray, "S D"]
-    max_new_tokens: int
-    stop_token_ids: frozenset[int]
-    min_new_tokens: int = 0
-    positions: Int64[np.ndarray, "... S"] | None = None
-    offset: int = 0
-    tokens: list[int] = field(default_factory=list)
+    request: Request
+    index: int = 0
+    applied: int = 0
 
     @property
-    def stop_reason(self) -> StopReason | None:
-        """Why the row is finished: a stop token, or its length; None while it is not."""
-        if self.tokens and self.tokens[-1] in self.stop_token_ids:
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_new_tokens else None
+    def length(self) -> int:
+        return self.request.length + self.applied - 1
 
-    def choose(self, scores: Float32[np.ndarray, " V"]) -> int:
-        """The next token id. Each row may mask its own scores, in place.
-
-        Raises DeviceError for scores that are not numbers.
-        """
-        if len(self.tokens) < self.min_new_tokens:
-            scores[[token for token in self.stop_token_ids if token < len(scores)]] = -np.inf
-        token = int(scores.argmax())
-        if not np.isfinite(scores[token]):
-            raise DeviceError(
-                f"the decoder's scores are not finite at token {len(self.tokens)}",
-                hint="`vlmport inspect --probe` tries this device; another precision may work",
-            )
-        return token
+    @property
+    def token(self) -> int:
+        return self.request.choices[self.applied - 1].tokens[self.index]
 
 
 class Generation:
-    """Generate for all rows: prompts run one by one, then all rows step together.
+    """Run requests, those given and those added later, until all are done.
 
     Attributes:
-        rows: in the order given, finished or not.
         seconds: time spent in 'prefill' and in 'decode'.
     """
 
-    def __init__(self, components: Components, rows: Sequence[Row]):
-        """Raises PromptError for a row that may leave the context, before anything runs."""
-        limit = components.manifest.dims.context_length
-        for row in rows:
-            room = room_for_tokens(components, len(row.embeds))
-            if row.max_new_tokens > room:
-                raise PromptError(
-                    f"{row.max_new_tokens} tokens after {len(row.embeds)}, the model's context is "
-                    f"{limit}",
-                    hint=f"at most {room}",
-                )
+    def __init__(self, components: Components, requests: Iterable[Request] = ()):
+        """Raises PromptError for a request that may leave the context, before anything runs."""
+        requests = list(requests)
+        for request in requests:
+            check_room(components, request)
         self.components = components
-        self.rows = list(rows)
         self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self._slots = list(rows)  # the row in each slot of the cache
-        longest = max((len(row.embeds) for row in rows), default=0)
-        ahead = min(FIRST_CAPACITY, max((row.max_new_tokens for row in rows), default=0))
-        self.cache = KeyValueCache(components.decoder, len(rows), longest + ahead, limit)
+        self._held = [_Held(request) for request in requests]  # by row of the cache
+        longest = max((request.length for request in requests), default=0)
+        ahead = min(FIRST_CAPACITY, max((one.max_new_tokens for one in requests), default=1))
+        rows = sum(request.search.rows for request in requests)
+        limit = components.manifest.dims.context_length
+        self.cache = KeyValueCache(components.decoder, rows, longest + ahead, limit)
+
+    def add(self, request: Request) -> None:
+        """Take on one more request; a step of its own prefills it.
+
+        Raises PromptError where it may leave the context.
+        """
+        check_room(self.components, request)
+        self._held = [*self._held, _Held(request)]
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not done, in no order."""
+        return list(dict.fromkeys(held.request for held in self._held if not held.request.done))
 
     @property
     def done(self) -> bool:
-        return all(row.stop_reason for row in self.rows)
+        return all(held.request.done for held in self._held)
 
     def run(self) -> None:
         """Generate to the end. After an interrupt it goes on where it stopped."""
-        for _ in self:
-            pass
-
-    def __iter__(self) -> Iterator[tuple[Row, int]]:
-        """Each row and its next token, as they come."""
-        for slot, row in enumerate(self._slots):
-            if not row.tokens:
-                yield row, self._timed("prefill", self._prefill, slot, row)
         while not self.done:
-            yield from self._timed("decode", self._step)
+            self.step()
 
-    def _prefill(self, slot: int, row: Row) -> int:
-        """Run a row's prompt; its first token."""
-        self.cache.lengths[slot] = 0
-        self.cache.offsets[slot] = row.offset
-        scores = self.cache.prefill(slot, row.embeds, row.positions)
-        token = row.choose(scores[-1])
-        row.tokens.append(token)
-        return token
+    def __iter__(self) -> Iterator[Request]:
+        """Each request each time it has got on, until all are done."""
+        while not self.done:
+            yield from self.step()
 
-    def _step(self) -> list[tuple[Row, int]]:
-        """One token more for each row that is not finished."""
-        self._compact()
-        slots = self._slots
-        for slot, row in enumerate(slots):
-            self.cache.lengths[slot] = len(row.embeds) + len(row.tokens) - 1
-        last = np.array([[row.tokens[-1]] for row in slots], np.int64)
+    def step(self) -> list[Request]:
+        """Prefill one request that waits, else decode one step of all; those that got on."""
+        waiting = [
+            row
+            for row, held in enumerate(self._held)
+            if not held.request.choices and not held.request.done
+        ]
+        if waiting:
+            return [self._timed("prefill", self._prefill, waiting[0])]
+        return self._timed("decode", self._decode)
+
+    def _prefill(self, row: int) -> Request:
+        """Run a request's prompt, and choose its first token."""
+        request = self._held[row].request
+        self.cache.reserve_rows(len(self._held))
+        self.cache.lengths[row], self.cache.offsets[row] = 0, request.offset
+        if request.prefix is not None:
+            self.cache.restore(row, request.prefix)
+            self.cache.offsets[row] = request.offset
+        logits = self.cache.prefill(row, request.embeds, request.positions)
+        self._choose(request, logits, row)
+        return request
+
+    def _decode(self) -> list[Request]:
+        """One token more for each row; several where a lone row guesses right."""
+        self._place()
+        held = self._held
+        if not held:
+            return []
+        for row, one in enumerate(held):
+            self.cache.lengths[row] = one.length
+            self.cache.offsets[row] = one.request.offset
+        if len(held) == 1 and (guess := held[0].request.guess()):
+            return [self._try(held[0], guess)]
+        last = np.array([[one.token] for one in held], np.int64)
         logits = self.cache.step(self.components.embed(last))
-        made = []
-        for row, scores in zip(slots, logits, strict=True):
-            token = row.choose(scores)
-            row.tokens.append(token)
-            made.append((row, token))
-        return made
+        rows: dict[Request, list[int]] = {}
+        for row, one in sorted(enumerate(held), key=lambda pair: pair[1].index):
+            rows.setdefault(one.request, []).append(row)
+        for request, own in rows.items():
+            together = own == list(range(own[0], own[0] + len(own)))
+            self._choose(request, logits[own[0] : own[-1] + 1] if together else logits[own], own)
+        return list(rows)
 
-    def _compact(self) -> None:
-        """Move live rows to the front of the cache, so that finished ones cost nothing.
+    def _try(self, held: _Held, guess: list[int]) -> Request:
+        """Feed a guess after the last token: each choice that it foresaw saves a step."""
+        request = held.request
+        embeds = self.components.embed(np.array([[held.token, *guess]], np.int64))[0]
+        logits = self.cache.prefill(0, embeds, keep=0)
+        for i, foreseen in enumerate([*guess, None]):
+            self.cache.lengths[0] = held.length + i + 1
+            self._choose(request, logits[i : i + 1], 0)
+            if request.done or request.choices[-1].tokens[0] != foreseen:
+                break
+        return request
 
-        Only slots of finished rows are written, and the list changes last: an interrupt on the
-        way loses nothing.
-        """
-        slots = self._slots
-        live = [slot for slot, row in enumerate(slots) if not row.stop_reason]
-        if len(live) == len(slots):
-            return
-        kept = slots[: len(live)]
-        holes = (slot for slot, row in enumerate(kept) if row.stop_reason)
-        for source in live:
-            if source >= len(live):
-                target = next(holes)
-                self.cache.copy_row(source, target)
-                kept[target] = slots[source]
-        self._slots = kept
+    def _choose(
+        self, request: Request, logits: Float32[np.ndarray, "n V"], rows: list[int]
+    ) -> None:
+        request.choose(logits)
+        if request.keep and request.done:
+            request.kept = self.cache.keep(rows[0])
+
+    def _place(self) -> None:
+        """Give each row that goes on a row of the cache, the first ones, so that what is finished
+        costs nothing; copy what goes on twice."""
+        before = self._held
+        at = {(one.request, one.index): row for row, one in enumerate(before)}
+        applied = {one.request: one.applied for one in before if not one.request.done}
+        after, sources = [], []
+        for request, start in applied.items():
+            fresh = request.choices[start:]
+            ancestors = [index for other, index in at if other is request]
+            if fresh:
+                ancestors = list(fresh[0].parents)
+                for choice in fresh[1:]:
+                    ancestors = [ancestors[parent] for parent in choice.parents]
+            for index, ancestor in enumerate(ancestors if fresh else sorted(ancestors)):
+                after.append(_Held(request, index, len(request.choices)))
+                sources.append(at[request, ancestor])
+
+        def shared(source: int, target: int) -> int:
+            """The prompt, and the tokens until two rows of a request parted."""
+            if target >= len(before) or before[target].request is not before[source].request:
+                return 0
+            one, other = before[source].index, before[target].index
+            step, request = before[source].applied, before[source].request
+            while step and one != other:
+                step -= 1
+                parents = request.choices[step].parents
+                one, other = parents[one], parents[other]
+            return request.length + step
+
+        rows = self.cache.reorder(sources, shared)
+        self._held = [one for _, one in sorted(zip(rows, after, strict=True), key=lambda p: p[0])]
 
     def _timed(self, phase: str, work: Callable[..., Made], *args: Any) -> Made:
         start = time.perf_counter()
@@ -164,51 +201,12 @@ class Generation:
             self.seconds[phase] += time.perf_counter() - start
 
 
-def room_for_tokens(components: Components, tokens: int) -> int:
-    """How many new tokens the context allows after a prompt of so many.
-
-    Raises PromptError for a prompt that is empty or longer than the context.
-    """
-    limit = components.manifest.dims.context_length
-    if not tokens:
-        raise PromptError("the prompt is empty", hint="give it a text or a picture")
-    if tokens > limit:
+def check_room(components: Components, request: Request) -> None:
+    """Raise PromptError where a request may leave the context."""
+    room = room_for_tokens(components, request.length)
+    if request.max_new_tokens > room:
         raise PromptError(
-            f"the prompt has {tokens} tokens, the model's context is {limit}",
-            hint="fewer or smaller pictures, or a shorter prompt",
+            f"{request.max_new_tokens} tokens after {request.length}, the model's context is "
+            f"{components.manifest.dims.context_length}",
+            hint=f"at most {room}",
         )
-    return limit - tokens + 1  # the last token is never fed back
-
-
-def most_new_tokens(components: Components, tokens: int, options: GenerationOptions) -> int:
-    """How many tokens a prompt of so many may be answered with: what is asked for, else the
-    bundle's default, and no more than the context allows.
-
-    Raises PromptError as `room_for_tokens` does, OptionError where that is below min_new_tokens.
-    """
-    room = room_for_tokens(components, tokens)
-    wanted = options.max_new_tokens or components.manifest.generation.max_new_tokens
-    least = options.min_new_tokens
-    if least > room:
-        raise OptionError(
-            f"min_new_tokens={least}, the context allows {room} after a prompt of {tokens} tokens",
-            hint="lower it, or give fewer or smaller pictures or a shorter prompt",
-        )
-    if least > wanted:
-        raise OptionError(
-            f"min_new_tokens={least} is more than this model's default max_new_tokens={wanted}",
-            hint=f"give max_new_tokens too, at least {least}",
-        )
-    return min(wanted, room)
-
-
-def new_row(
-    components: Components, embeds: Float[np.ndarray, "S D"], options: GenerationOptions
-) -> Row:
-    """A row under the bundle's stop tokens. Raises as `most_new_tokens` does."""
-    return Row(
-        embeds,
-        max_new_tokens=most_new_tokens(components, len(embeds), options),
-        stop_token_ids=frozenset(components.manifest.generation.stop_token_ids),
-        min_new_tokens=options.min_new_tokens,
-    )

@@ -13,50 +13,43 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 import numpy as np
 
 from vlmport.bundle import Bundle
-from vlmport.errors import ImageError, PromptError
+from vlmport.errors import ImageError, OptionError, PromptError
+from vlmport.runtime.answer import Answer, AnswerText, Caption
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.features import FeatureCache
-from vlmport.runtime.generate import Generation, Row, StopReason, most_new_tokens, new_row
+from vlmport.runtime.generate import Generation
+from vlmport.runtime.grammar import Grammar, Grammars
 from vlmport.runtime.images import open_image
 from vlmport.runtime.options import GenerationOptions, whole_number
 from vlmport.runtime.prompt import Message, Prompter, check_messages
-from vlmport.runtime.text import TextStream
+from vlmport.runtime.request import Request, most_new_tokens, new_request
+from vlmport.runtime.text import StopStrings
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
     from vlmport.runtime.images import ImageSource
 
+__all__ = ["VLM", "Answer", "Caption"]
+
 BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
-class Caption:
-    """Generated text; `str()` gives it.
+class _Decoding:
+    """How to decode: checked once for all prompts of a call."""
 
-    Attributes:
-        token_ids: as generated, the stop token included.
-        stop_reason: 'stop' for a stop token, 'length' for max_new_tokens or a full context.
-        timings: seconds in 'image' (reading and encoding), 'prefill' and 'decode'. Captions of
-            one batch share the last two.
-        counts: 'prompt_tokens', 'image_tokens' among them, and 'new_tokens'.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    stop_reason: StopReason
-    timings: Mapping[str, float]
-    counts: Mapping[str, int]
-
-    def __str__(self) -> str:
-        return self.text
+    options: GenerationOptions
+    grammar: Grammar | None
+    stops: StopStrings | None
 
 
 @dataclass(frozen=True)
 class _Prompt:
     """One prompt, ready to run."""
 
-    row: Row
+    request: Request
+    stops: StopStrings | None
     image_tokens: int
     image_seconds: float
 
@@ -74,6 +67,10 @@ class VLM:
         self.components = components
         self.prompter = Prompter(components.bundle.folder, components.manifest.prompt)
         self.features = FeatureCache(components)
+        manifest = components.manifest
+        self._grammars = Grammars(
+            self.prompter.tokenizer, manifest.dims.vocab_size, manifest.generation.stop_token_ids
+        )
 
     @classmethod
     def open(
@@ -141,11 +138,12 @@ class VLM:
     def caption(
         self, images: Any, *, batch_size: int = BATCH_SIZE, **options: Any
     ) -> Caption | list[Caption]:
-        """Caption one picture, or several; options are those of GenerationOptions.
+        """Caption one picture, or several.
 
         Args:
             batch_size: pictures that are generated together. Each has the caption that it would
                 have alone; memory grows with this number, not with that of the pictures.
+            options: those of GenerationOptions, over the bundle's defaults.
 
         Raises ImageError, PromptError or OptionError, before its batch is generated.
         """
@@ -183,12 +181,12 @@ class VLM:
     ) -> Iterator[list[_Prompt | ImageError | PromptError]]:
         """Prompts for captions, or what is wrong with a picture, batch by batch."""
         size = whole_number("batch_size", batch_size, 1)
-        checked = GenerationOptions.of(options)
+        decoding = self._decoding(options)
         asked = self.components.manifest.prompt.caption
 
         def prepared(image: ImageSource) -> _Prompt | ImageError | PromptError:
             try:
-                return self._prompt(asked, [image], checked)
+                return self._prompt(asked, [image], decoding)
             except (ImageError, PromptError) as error:
                 return error
 
@@ -200,10 +198,11 @@ class VLM:
     ) -> Caption:
         """Answer a conversation. Each part `{"type": "image"}` takes the next of `images`.
 
+        Options are those of GenerationOptions, over the bundle's defaults.
+
         Raises ImageError, PromptError or OptionError, before anything is generated.
         """
-        prompt = self._prompt(messages, images, GenerationOptions.of(options))
-        return self._run([prompt])[0]
+        return self._run([self._prompt(messages, images, self._decoding(options))])[0]
 
     def stream(
         self,
@@ -216,7 +215,8 @@ class VLM:
         """The caption of a picture, or the answer to `messages`, piece by piece as it is made.
 
         All pieces together are the text that `caption` or `generate` gives. What is wrong with
-        the arguments is raised here, not at the first piece.
+        the arguments is raised here, not at the first piece. Closing the iterator, at any piece,
+        ends the work. Raises OptionError for several sequences: none is sure before the end.
         """
         if (image is None) == (messages is None):
             raise PromptError(
@@ -225,19 +225,38 @@ class VLM:
             )
         if messages is None:
             messages, images = self.components.manifest.prompt.caption, [cast(Any, image)]
-        prompt = self._prompt(messages, images, GenerationOptions.of(options))
-        return self._pieces(Generation(self.components, [prompt.row]))
+        decoding = self._decoding(options)
+        if decoding.options.num_beams > 1 or decoding.options.num_return_sequences > 1:
+            raise OptionError(
+                "several sequences can't be streamed: which is best is known at the end",
+                hint="leave num_beams and num_return_sequences out, or call generate",
+            )
+        return self._pieces(self._prompt(messages, images, decoding))
 
-    def _pieces(self, generation: Generation) -> Iterator[str]:
-        text = TextStream(self.prompter.tokenizer)
-        for row, token in generation:
-            if token not in row.stop_token_ids and (piece := text.push(token)):
-                yield piece
-        if piece := text.finish():
-            yield piece
+    def _pieces(self, prompt: _Prompt) -> Iterator[str]:
+        request = prompt.request
+        text = AnswerText(self.prompter.tokenizer, prompt.stops)
+        try:
+            for _ in Generation(self.components, [request]):
+                (answer,) = request.search.results()
+                if piece := text.push(answer.tokens, answer.stop_reason):
+                    yield piece
+        finally:
+            request.cancel()
+
+    def _decoding(self, given: Mapping[str, Any]) -> _Decoding:
+        """The options of a call over the bundle's. Raises OptionError or DependencyError."""
+        defaults = self.components.manifest.generation.defaults
+        options = GenerationOptions.merged(defaults, given)
+        stops = options.stop_strings
+        return _Decoding(
+            options,
+            self._grammars.of(options),
+            StopStrings(self.prompter.tokenizer, stops) if stops else None,
+        )
 
     def _prompt(
-        self, messages: Sequence[Message], images: Sequence[Any], options: GenerationOptions
+        self, messages: Sequence[Message], images: Sequence[Any], decoding: _Decoding
     ) -> _Prompt:
         """Template → ids with pictures spliced in → embeddings with features over image rows."""
         chat = check_messages(messages, images)
@@ -245,12 +264,20 @@ class VLM:
         start = time.perf_counter()
         pictures = [self.features.process(open_image(image)) for image in chat.images]
         ids = self.prompter.splice(text, [picture.prompt_ids for picture in pictures])
-        most_new_tokens(self.components, len(ids), options)  # refused here, it has cost little
+        most_new_tokens(self.components, len(ids), decoding.options)  # it has cost little so far
         features = [self.features.encode(picture) for picture in pictures]
         seconds = time.perf_counter() - start
-        row = new_row(self.components, self._embed(ids, features), options)
-        row.positions = self.components.position_ids(ids)
-        return _Prompt(row, sum(len(one) for one in features), seconds)
+        stops, grammar = decoding.stops, decoding.grammar
+        request = new_request(
+            self.components,
+            self._embed(ids, features),
+            decoding.options,
+            prompt_ids=ids,
+            positions=self.components.position_ids(ids),
+            is_stopped=stops.ends if stops else None,
+            mask=grammar.fresh().mask if grammar else None,
+        )
+        return _Prompt(request, stops, sum(len(one) for one in features), seconds)
 
     def _embed(
         self, ids: Int64[np.ndarray, " S"], features: Sequence[Float[np.ndarray, "T D"]]
@@ -261,22 +288,25 @@ class VLM:
         return merge_image_features(embeds, ids, rows, token)
 
     def _run(self, prompts: Sequence[_Prompt]) -> list[Caption]:
-        generation = Generation(self.components, [prompt.row for prompt in prompts])
+        generation = Generation(self.components, [prompt.request for prompt in prompts])
         generation.run()
         return [self._caption(prompt, generation.seconds) for prompt in prompts]
 
     def _caption(self, prompt: _Prompt, seconds: Mapping[str, float]) -> Caption:
-        row = prompt.row
-        assert row.stop_reason is not None
-        said = row.tokens[:-1] if row.stop_reason == "stop" else row.tokens
+        request, text = prompt.request, AnswerText(self.prompter.tokenizer, prompt.stops)
+        best, *others = (text.whole(answer) for answer in request.search.results())
         return Caption(
-            text=self.prompter.tokenizer.decode(said, skip_special_tokens=True),
-            token_ids=tuple(row.tokens),
-            stop_reason=row.stop_reason,
+            best.text,
+            best.token_ids,
+            best.stop_reason,
+            best.score,
+            best.logprobs,
             timings={"image": prompt.image_seconds, **seconds},
             counts={
-                "prompt_tokens": len(row.embeds),
+                "prompt_tokens": len(request.embeds),
                 "image_tokens": prompt.image_tokens,
-                "new_tokens": len(row.tokens),
+                "new_tokens": len(best.token_ids),
             },
+            seed=request.search.seed,
+            alternatives=tuple(others),
         )

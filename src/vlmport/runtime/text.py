@@ -44,11 +44,17 @@ class TextStream:
         self._start, self._read = self._read, len(self.tokens)
         return text[len(given) :]
 
-    def finish(self) -> str:
-        """The rest, with incomplete characters as the decoder writes them."""
+    @property
+    def pending(self) -> str:
+        """What is not certain yet, with incomplete characters as the decoder writes them."""
         given, text = self._window()
-        self._start = self._read = len(self.tokens)
         return text[len(given) :]
+
+    def finish(self) -> str:
+        """The rest."""
+        rest = self.pending
+        self._start = self._read = len(self.tokens)
+        return rest
 
     def _window(self) -> tuple[str, str]:
         window = self.tokens[self._start :]
@@ -56,3 +62,62 @@ class TextStream:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=self.skip)
+
+
+class StopStrings:
+    """Where a text ends: at the first of some strings, wherever tokens begin and end.
+
+    The tokens of a stop string stay among the ids, as in Hugging Face's `generate`; the text ends
+    before it, and what may become one is not given out yet. A stop string may hold the text of
+    special tokens (`<|im_end|>`), which the text given out does not. It is looked for in what is
+    generated, not in the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.strings = tuple(strings)
+        # A token may be one byte of a character; more in front, for decoders that strip a space.
+        self._reach = max((len(one.encode()) for one in strings), default=0) + 4
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Whether the last token completes a stop string."""
+        window = tokens[-self._reach :]
+        text, given = self._raw(window), self._raw(window[:-1]).rstrip(REPLACEMENT)
+        return any(text.find(one, max(0, len(given) - len(one) + 1)) >= 0 for one in self.strings)
+
+    def held(self, tokens: Sequence[int], *, ended: bool = False) -> int:
+        """How many characters at the end of the text may come to be a stop string.
+
+        Once it has `ended` with one: how many are its own, or follow it in the last token.
+        """
+        window = tokens[-self._reach :]
+        text = self._raw(window)
+        at = self._stop(text) if ended else self._beginning(text)
+        inside = len(window)
+        while inside and not (
+            len(before := self._raw(window[:inside])) <= at and text.startswith(before)
+        ):
+            inside -= 1
+        given = self._visible(window[:inside])
+        if inside < len(window) and self._visible(window[inside : inside + 1]):
+            given += text[len(self._raw(window[:inside])) : at]
+        return len(self._visible(window)) - len(given)
+
+    def _stop(self, text: str) -> int:
+        """Where the first stop string begins, the length where there is none."""
+        found = [at for one in self.strings if (at := text.find(one)) >= 0]
+        return min(found, default=len(text))
+
+    def _beginning(self, text: str) -> int:
+        """Where the longest end begins that a stop string begins with."""
+        longest = min(len(text), max((len(one) for one in self.strings), default=0) - 1)
+        for size in range(longest, 0, -1):
+            if any(one.startswith(text[-size:]) for one in self.strings):
+                return len(text) - size
+        return len(text)
+
+    def _raw(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def _visible(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -19,10 +19,12 @@ import numpy as np
 
 from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import VlmportError
-from vlmport.runtime import generate
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.generate import Generation
 from vlmport.runtime.model import VLM
+from vlmport.runtime.options import CHECKS, REFUSED, GenerationOptions
+from vlmport.runtime.request import new_request
 from vlmport.runtime.sessions import ORT_ERRORS
 from vlmport.verify import metrics
 from vlmport.verify.limits import RUNGS, limits_of
@@ -212,15 +214,15 @@ class Ladder:
         """The runtime's own loop, fed the reference's embeddings of the prompt."""
         P, generation = len(self.truth.prompt_ids), self.components.manifest.generation
         stops = frozenset(generation.stop_token_ids)
-        row = generate.Row(
-            self.truth.embeds[:P],
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=stops,
-            positions=self.truth.position_ids[..., :P],
-        )
         with bundle_runs():
-            generate.Generation(self.components, [row]).run()
-        values, detail = self._judge(np.asarray(row.tokens, np.int64))
+            request = new_request(
+                self.components,
+                self.truth.embeds[:P],
+                GenerationOptions(max_new_tokens=self.max_new_tokens),
+                positions=self.truth.position_ids[..., :P],
+            )
+            Generation(self.components, [request]).run()
+        values, detail = self._judge(np.asarray(request.tokens, np.int64))
         expected = frozenset(self.reference.stop_token_ids)
         if stops != expected:
             ids = f"stop ids {sorted(stops)}, the reference {sorted(expected)}"
@@ -228,9 +230,13 @@ class Ladder:
         return values | {"stop ids": len(stops ^ expected)}, detail
 
     def _end_to_end(self) -> Found:
-        """The picture through the runtime, as `vlmport caption` runs it."""
+        """The picture through the runtime, as `vlmport caption` runs it, but greedily whatever
+        the bundle's defaults are."""
+        defaults = self.components.manifest.generation.defaults
+        greedy = {name: None for name in defaults if name in CHECKS or name in REFUSED}
+        options = greedy | {"max_new_tokens": self.max_new_tokens}
         with bundle_runs():
-            caption = self.model.caption(self.picture.rgb, max_new_tokens=self.max_new_tokens)
+            caption = self.model.caption(self.picture.rgb, **options)
         values, detail = self._judge(np.asarray(caption.token_ids, np.int64))
         given, expected = caption.counts["prompt_tokens"], len(self.truth.prompt_ids)
         if given != expected:

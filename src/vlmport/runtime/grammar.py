@@ -1,0 +1,144 @@
+"""Text that must follow a JSON schema, a regular expression or a grammar, through llguidance.
+
+At each step the grammar says which tokens may come next; all others are masked, whatever chooses
+among the rest. Stop tokens may come where the text could end, and only they where it must.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from vlmport.errors import DependencyError, OptionError
+from vlmport.runtime.options import GenerationOptions
+
+if TYPE_CHECKING:
+    import llguidance
+    from jaxtyping import Bool
+
+# As json.dumps writes, so that no model can fill a text with spaces between two fields.
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GrammarTokenizer:
+    """A model's tokenizer as llguidance knows it; made once, it takes seconds for large ones."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
+        """Raises DependencyError without llguidance, OptionError for a tokenizer it can't read."""
+        library = _library()
+        plain = Tokenizer.from_str(tokenizer.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        size = max(vocab_size, max(plain.get_vocab().values(), default=0) + 1)
+        stops = [token for token in stop_token_ids if token < size]
+        try:
+            self.native = library.LLTokenizer(plain.to_str(), n_vocab=size, eos_token=stops or None)
+        except Exception as error:  # the library raises ValueError, or whatever Rust panics with
+            raise OptionError(
+                f"llguidance can't read this model's tokenizer: {error}",
+                hint="this model can't be held to a grammar",
+            ) from error
+        self.vocab_size = vocab_size
+
+
+class Grammar:
+    """What a text may be. It remembers how far the rows of one request have come."""
+
+    def __init__(self, tokenizer: GrammarTokenizer, source: str, said: str):
+        """Args:
+            source: in llguidance's own form.
+            said: what the caller wrote, for errors.
+
+        Raises OptionError where it is wrong, or where no text at all would be right.
+        """
+        library = _library()
+        limits = library.LLParserLimits(verbose_errors=False)
+        self._said, self._vocab_size = said, tokenizer.vocab_size
+        first = library.LLMatcher(tokenizer.native, source, log_level=0, limits=limits)
+        if first.is_error():
+            raise OptionError(f"{said}: {_reason(first)}", hint="llguidance's documents say more")
+        self._matchers: dict[tuple[int, ...], llguidance.LLMatcher] = {(): first}
+        first.compute_bitmask()
+        if first.is_error():
+            raise OptionError(
+                f"{said}: no text fits it", hint="do parts of it contradict?"
+            )
+
+    def fresh(self) -> Grammar:
+        """The same for another request; nothing is compiled again."""
+        other = copy.copy(self)
+        other._matchers = {(): self._matchers[()]}
+        return other
+
+    def mask(self, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
+        """Which tokens may follow these. Raises OptionError where the grammar is too complex."""
+        matcher = self._matcher(tuple(tokens))
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            raise OptionError(f"{self._said}: {_reason(matcher)}", hint="make it simpler")
+        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
+
+    def is_complete(self, tokens: Sequence[int]) -> bool:
+        """Whether nothing may follow these tokens but a stop token."""
+        return self._matcher(tuple(tokens)).is_stopped()
+
+    def _matcher(self, tokens: tuple[int, ...]) -> llguidance.LLMatcher:
+        """The matcher after these tokens, from that after all but the last (a copy is cheap)."""
+        known = self._matchers
+        if (matcher := known.get(tokens)) is not None:
+            return matcher
+        before = known.get(tokens[:-1])
+        matcher = (before or known[()]).deep_copy()
+        fed = tokens[-1:] if before else tokens
+        if not matcher.consume_tokens(list(fed)):
+            raise OptionError(f"{self._said}: {_reason(matcher)}", hint="please report this")
+        past = [one for one in known if 0 < len(one) < len(tokens) - 1]
+        known[tokens] = matcher
+        for one in past:
+            del known[one]
+        return matcher
+
+
+class Grammars:
+    """The grammars of one model's tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
+        self._made_of = tokenizer, vocab_size, stop_token_ids
+        self._tokenizer: GrammarTokenizer | None = None
+
+    def of(self, options: GenerationOptions) -> Grammar | None:
+        """What json_schema or regex ask for, None without. Raises OptionError, DependencyError."""
+        if options.json_schema is None and options.regex is None:
+            return None
+        library = _library()
+        if options.json_schema is not None:
+            said = f"json_schema={options.json_schema}"
+            source = library.LLMatcher.grammar_from_json_schema(
+                options.json_schema, overrides=JSON_LAYOUT
+            )
+        else:
+            said = f"regex={options.regex!r}"
+            source = library.LLMatcher.grammar_from_regex(options.regex)
+        self._tokenizer = self._tokenizer or GrammarTokenizer(*self._made_of)
+        return Grammar(self._tokenizer, source, said)
+
+
+def _library() -> Any:
+    """llguidance. Raises DependencyError where it is not installed."""
+    try:
+        import llguidance
+    except ImportError as error:
+        raise DependencyError(
+            "json_schema and regex need llguidance", hint="pip install 'vlmport[grammar]'"
+        ) from error
+    return llguidance
+
+
+def _reason(matcher: Any) -> str:
+    """What llguidance says, in one line."""
+    lines = [line.strip() for line in matcher.get_error().splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("<", "^")))[:400]
