@@ -139,6 +139,7 @@ class Manifest:
     pixels: PixelSpec
     golden: Golden
     parity: Mapping[str, Any] | None = None
+    accuracy: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -277,6 +278,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises BundleError for what no reader would take, such as numbers that are not finite.
     """
     raw = {"format": "vlmport", "version": VERSION} | _plain(dataclasses.asdict(manifest))
+    if not manifest.accuracy:  # then older readers can read it
+        del raw["accuracy"]
     try:
         _validator()(raw)
         text = json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False)
@@ -346,6 +349,7 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             GoldenImage(**golden["image"]), golden["copies"], golden["prefill_tokens"], expected
         ),
         parity=raw["parity"],
+        accuracy=tuple(raw.get("accuracy", ())),
     )
 
 
