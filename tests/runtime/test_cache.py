@@ -158,6 +158,80 @@ def test_copied_rows_go_on_alike(components: Components):
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
+def test_rows_are_reordered_without_moving_those_that_stay(components: Components):
+    """Continuations of rows 2, 0 and 2 again: two stay, one is copied over row 1."""
+    texts = [embeds_of(6 + row, seed=row) for row in range(3)]
+    cache = new_cache(components, rows=3)
+    for row, text in enumerate(texts):
+        cache.prefill(row, text)
+    rows = cache.reorder([2, 0, 2])
+    assert rows == [2, 0, 1]
+    assert cache.lengths.tolist() == [6, 8, 8]
+    token = embeds_of(1, seed=9)
+    full = [toy.reference_logits(WEIGHTS, np.concatenate([text, token]))[-1] for text in texts]
+    logits = cache.step(np.stack([token] * 3))
+    np.testing.assert_allclose(logits, np.stack([full[0], full[2], full[2]]), atol=TOLERANCE)
+
+
+def test_more_continuations_than_rows(components: Components):
+    embeds = embeds_of(9)
+    cache = new_cache(components, rows=1)
+    cache.prefill(0, embeds[:8])
+    assert cache.reorder([0] * 4) == [0, 1, 2, 3]
+    logits = cache.step(np.stack([embeds[8:]] * 4))
+    full = toy.reference_logits(WEIGHTS, embeds)[-1]
+    np.testing.assert_allclose(logits, np.stack([full] * 4), atol=TOLERANCE)
+    assert cache.reorder([]) == []
+
+
+def test_a_copy_that_was_interrupted_is_not_trusted(components: Components):
+    """Row 1 shares 8 tokens with row 0, until a copy of row 2 over it breaks off."""
+    whole = embeds_of(10)
+    cache = new_cache(components, rows=3)
+    cache.prefill(0, whole)
+    cache.prefill(1, np.concatenate([whole[:8], embeds_of(2, seed=1)]))
+    cache.prefill(2, np.concatenate([whole[:3], embeds_of(7, seed=2)]))
+
+    class BreaksOff(list):
+        def __iter__(self):
+            yield from self[:2]
+            raise KeyboardInterrupt
+
+    buffers = cache.buffers
+    cache.buffers = BreaksOff(buffers)
+    with pytest.raises(KeyboardInterrupt):
+        cache.copy_row(2, 1, 3)
+    cache.buffers = buffers
+    assert cache.reorder([0, 0], lambda source, target: 8) == [0, 1]
+    logits = cache.step(np.stack([embeds_of(1, seed=3)] * 2))
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+def test_more_rows_keep_what_is_there(components: Components):
+    embeds = embeds_of(12)
+    cache = new_cache(components, rows=1)
+    cache.prefill(0, embeds[:11])
+    cache.reserve_rows(3)
+    assert cache.rows >= 3
+    cache.prefill(2, embeds[:5])
+    full = toy.reference_logits(WEIGHTS, embeds)
+    np.testing.assert_allclose(cache.step(embeds[None, 11:])[0], full[11], atol=TOLERANCE)
+
+
+def test_a_kept_row_outlives_its_cache(components: Components):
+    embeds = embeds_of(12)
+    cache = new_cache(components, rows=2)
+    cache.offsets[1] = 5
+    cache.prefill(1, embeds[:11])
+    want = cache.prefill(1, embeds[11:])
+    cache.lengths[1] = 11
+    kept = cache.keep(1)
+    other = new_cache(components, capacity=4)
+    other.restore(0, kept)
+    assert (other.lengths.tolist(), other.offsets.tolist()) == ([11], [5])
+    np.testing.assert_array_equal(other.prefill(0, embeds[11:]), want)
+
+
 def test_growing_keeps_what_is_there(components: Components):
     embeds = embeds_of(60)
     full = toy.reference_logits(WEIGHTS, embeds)
