@@ -14,8 +14,11 @@ from typing import Any, Literal
 from vlmport.errors import OptionError, did_you_mean
 from vlmport.runtime import option_values as values
 from vlmport.runtime.option_values import TokenIds, whole_number
+from vlmport.runtime.random import new_seed
 
 __all__ = ["GenerationOptions", "whole_number"]
+
+WHERE = "generation_config.json:"
 
 # Options of HF that mean something only when tokens are drawn, and only with several beams.
 SAMPLING = (
@@ -139,9 +142,8 @@ class GenerationOptions:
     regex: str | None = None
 
     def __post_init__(self) -> None:
-        for name, check in CHECKS.items():
-            value = getattr(self, name)
-            tidy = NOTHING[name] if value is None else check(name, value)
+        for name in CHECKS:
+            tidy = _tidy(name, getattr(self, name))
             object.__setattr__(self, name, tidy)  # a frozen dataclass may still tidy itself
         _refuse_contradictions(self)
 
@@ -161,12 +163,17 @@ class GenerationOptions:
         Raises OptionError as the constructor does, and for unknown names in the call.
         """
         wanted = _without_refused(given, "option")
-        known = {
-            name: value for name, value in defaults.items() if name in CHECKS or name in REFUSED
-        }
-        asked = {name: value for name, value in known.items() if name not in given}
-        merged = _without_refused(asked, "generation_config.json:") | wanted
-        return cls(**_meaningful(merged, wanted))
+        known = {name: value for name, value in defaults.items() if name not in given}
+        known = {name: value for name, value in known.items() if name in CHECKS or name in REFUSED}
+        asked = _without_refused(known, WHERE)
+        merged = _meaningful(asked, wanted)
+        for name in asked.keys() & merged.keys() - wanted.keys():
+            try:
+                _tidy(name, asked[name])
+            except OptionError as error:
+                hint = f"say otherwise, or give {name}=None to do without"
+                raise OptionError(f"{WHERE} {error}", hint=hint) from error
+        return cls(**merged)
 
     def most_new_tokens(self, prompt_tokens: int) -> int | None:
         """What max_new_tokens, else max_length, allows after such a prompt; None is no limit."""
@@ -179,7 +186,7 @@ class GenerationOptions:
         return self.min_new_tokens or max(self.min_length - prompt_tokens, 0)
 
 
-_POSITIVE = values.number_in("a number above 0", 1.2, lambda number: number > 0)
+_POSITIVE = values.number_in("a number above 0", 1.2, lambda number: 1e-30 < number < 1e30)
 _PART = values.number_in("a number above 0 and at most 1", 0.9, lambda number: 0 < number <= 1)
 _CUTOFF = values.number_in("a number from 0 to below 1", 3e-4, lambda number: 0 <= number < 1)
 
@@ -194,7 +201,9 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "num_return_sequences": values.at_least(1, 65),
     "seed": values.at_least(0, 2**32),
     "early_stopping": values.flag_or_never,
-    "length_penalty": values.number_in("a number", 1.0, lambda _: True),
+    "length_penalty": values.number_in(
+        "a number from -5 to 5", 1.0, lambda number: -5 <= number <= 5
+    ),
     "sequence_bias": values.sequence_bias,
     "encoder_repetition_penalty": _POSITIVE,
     "repetition_penalty": _POSITIVE,
@@ -240,31 +249,38 @@ def _without_refused(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in CHECKS}
 
 
-def _says(options: Mapping[str, Any], name: str) -> Any:
-    """The value of an option among those given, else its default."""
-    value = options.get(name, DEFAULTS[name])
-    return NOTHING[name] if value is None else value
+def _tidy(name: str, value: Any) -> Any:
+    """The value, checked. None asks for nothing."""
+    return NOTHING[name] if value is None else CHECKS[name](name, value)
 
 
-def _meaningful(merged: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop, of what the call did not give, all that its options leave without a meaning."""
-    idle: set[str] = set()
-    samples, beams = _says(merged, "do_sample") is True, _says(merged, "num_beams")
+def _meaningful(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What the call wants, and of the defaults what still has a meaning beside it."""
+    both = {**DEFAULTS, **asked, **wanted}
+    samples, beams, returned = (
+        _tidy(name, both[name]) for name in ("do_sample", "num_beams", "num_return_sequences")
+    )
+    idle = {"max_length"}  # it counts image tokens too; the bundle's max_new_tokens stands for it
     if not samples:
         idle.update(SAMPLING)
     if beams == 1:
         idle.update(BEAMS)
-        if not samples:
-            idle.add("num_return_sequences")
-    if {"max_length", "max_new_tokens"} & wanted.keys():
-        idle.update(("max_length", "max_new_tokens"))
-    if {"min_length", "min_new_tokens"} & wanted.keys():
-        idle.update(("min_length", "min_new_tokens"))
-    return {name: value for name, value in merged.items() if name in wanted or name not in idle}
+    if returned > beams and not (samples and beams == 1):
+        idle.add("num_return_sequences")
+    if beams > 1 or returned > 1:
+        idle.add("prompt_lookup_num_tokens")
+    if wanted.keys() & {"max_new_tokens", "max_length"}:
+        idle.update(("max_new_tokens", "min_new_tokens", "min_length"))
+    if wanted.keys() & {"min_new_tokens", "min_length"} or "min_new_tokens" in asked:
+        idle.add("min_length")
+    merged = {name: value for name, value in asked.items() if name not in idle} | dict(wanted)
+    if samples and beams > 1 and not wanted.keys() >= {"do_sample", "num_beams"}:
+        merged.setdefault("seed", new_seed())  # the call did not ask for both
+    return merged
 
 
 def _refuse_contradictions(options: GenerationOptions) -> None:
-    """Raise OptionError for the first two options that contradict each other."""
+    """Raise OptionError for the first options that contradict each other."""
     for holds, said, hint in _contradictions(options):
         if holds:
             raise OptionError(said, hint=hint)
@@ -273,8 +289,9 @@ def _refuse_contradictions(options: GenerationOptions) -> None:
 def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
     """What may not be asked together: whether it is, what to say, what to do."""
     o = options
-    most, least = o.max_new_tokens, o.min_new_tokens
-    set_ones, of_beams = _said(o, SAMPLING), _said(o, BEAMS)
+    most, least, forced = o.max_new_tokens, o.min_new_tokens, o.forced_eos_token_id
+    drawing, of_beams = _said(o, SAMPLING), _said(o, BEAMS)
+    several = o.num_beams > 1 or o.num_return_sequences > 1
     return [
         (
             most is not None and least > most,
@@ -282,8 +299,23 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
             "raise one or lower the other",
         ),
         (
-            not o.do_sample and bool(set_ones),
-            f"{' and '.join(set_ones)} without do_sample=True",
+            o.max_length is not None and o.min_length > o.max_length,
+            f"min_length={o.min_length} is more than max_length={o.max_length}",
+            "raise one or lower the other",
+        ),
+        (
+            most is not None and o.max_length is not None,
+            f"max_new_tokens={most} and max_length={o.max_length}",
+            "give one of them; max_length counts the prompt too",
+        ),
+        (
+            bool(least and o.min_length),
+            f"min_new_tokens={least} and min_length={o.min_length}",
+            "give one of them; min_length counts the prompt too",
+        ),
+        (
+            not o.do_sample and bool(drawing),
+            f"{' and '.join(drawing)} without do_sample=True",
             "give do_sample=True too, or leave it out: greedy and beam search draw nothing",
         ),
         (
@@ -292,9 +324,29 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
             "give num_beams=2 or more too, or leave it out",
         ),
         (
-            not o.do_sample and o.num_return_sequences > o.num_beams,
+            o.num_return_sequences > o.num_beams and not (o.do_sample and o.num_beams == 1),
             f"num_return_sequences={o.num_return_sequences} is more than num_beams={o.num_beams}",
-            "raise num_beams, or draw them with do_sample=True",
+            "raise num_beams, or draw with do_sample=True and no beams",
+        ),
+        (
+            o.do_sample and o.num_beams > 1 and o.seed is None,
+            f"num_beams={o.num_beams} with do_sample=True, without a seed",
+            "give seed=0 or another, or do_sample=False: then beams find the likeliest text",
+        ),
+        (
+            bool(forced) and set(forced) <= set(o.suppress_tokens),
+            f"forced_eos_token_id={list(forced)} is in suppress_tokens",
+            "take it out of one of them; min_new_tokens keeps a text from ending early",
+        ),
+        (
+            o.json_schema is not None and o.regex is not None,
+            "json_schema and regex",
+            "give one of them",
+        ),
+        (
+            o.prompt_lookup_num_tokens is not None and several,
+            "prompt_lookup_num_tokens with several sequences",
+            "leave it out, or num_beams and num_return_sequences",
         ),
     ]
 

@@ -3,95 +3,82 @@
 A search belongs to one request and knows nothing of graphs, caches or other requests. The caller
 runs the decoder and hands in the logits; the search says which token each row goes on with, and
 whose cache it continues.
+
+A step computes a whole new state and then puts it in place: an interrupt leaves the old or the new
+one, never something between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vlmport.errors import DeviceError
+from vlmport.runtime.beams import BeamSearch
+from vlmport.runtime.hypotheses import (
+    Choice,
+    Ending,
+    Hypothesis,
+    IsStopped,
+    Reporter,
+    StopReason,
+    TokenLogprob,
+    check_logits,
+    nothing_left,
+)
 from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.processors import Mask, Processors, new_processors
+from vlmport.runtime.random import State, draw, new_seed, stream
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float32
+    from jaxtyping import Float32
 
-StopReason = Literal["stop", "length", "stop_string"]
-IsStopped = Callable[[Sequence[int]], bool]
-"""Whether a row's new tokens, the last included, hold a stop string. A pure function: beams that
-are dropped later are asked about too."""
-Mask = Callable[[Sequence[int]], "Bool[np.ndarray, ' V']"]
-"""Which tokens may follow a row's new tokens. A pure function of them, so that beams may ask it in
-any order; it may keep what it computed for a beginning."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to run next.
-
-    Attributes:
-        tokens: the next token of each row that goes on; rows that are finished are left out.
-        parents: for each, the row of the last call (0 after the prompt) whose cache it continues.
-    """
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token's log-probability by the raw logits, and the most probable tokens there.
-
-    Attributes:
-        top: (token, log-probability), best first; as many as options.logprobs asks for.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One answer.
-
-    Attributes:
-        tokens: the new tokens, the stop token included.
-        stop_reason: None while it could go on: the search was interrupted.
-        score: beam search's: the sum of the log-probabilities over length ** length_penalty.
-        logprobs: one for each token if options.logprobs is given, else None.
-    """
-
-    tokens: tuple[int, ...]
-    stop_reason: StopReason | None
-    score: float | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
+__all__ = [
+    "Choice",
+    "Hypothesis",
+    "IsStopped",
+    "Mask",
+    "Search",
+    "StopReason",
+    "TokenLogprob",
+    "new_search",
+]
 
 
 class Search(Protocol):
     """The decoding of one request.
 
-    A choice happens as a whole or not at all: after an interrupt `last` and `steps` tell the caller
-    which of its calls took effect, and `results` holds what there is.
+    After an interrupt `steps` and `last` tell the caller which of its calls took effect; that is
+    all it needs to go on.
 
     Attributes:
         rows: the most rows that it ever has at once; the cache is sized by it.
-        steps: how many choices it has made.
-        last: the last of them, None before the first.
         seed: of the random stream, also where none was given; None if nothing is drawn.
     """
 
     rows: int
-    steps: int
-    last: Choice | None
     seed: int | None
+
+    @property
+    def steps(self) -> int:
+        """How many choices it has made."""
+        ...
+
+    @property
+    def last(self) -> Choice | None:
+        """The last choice; None before the first."""
+        ...
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to choose."""
+        ...
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """The new tokens of each row of the last choice: what is still in progress."""
         ...
 
     def choose(self, logits: Float32[np.ndarray, "n V"]) -> Choice:
@@ -99,7 +86,7 @@ class Search(Protocol):
 
         Args:
             logits: one row for each token of the last choice, in its order; the first time the
-                one row after the prompt. Never written to.
+                one row after the prompt. Never written to, never kept.
 
         Raises DeviceError for logits that are not numbers, OptionError where the options leave no
         token to choose.
@@ -107,7 +94,7 @@ class Search(Protocol):
         ...
 
     def results(self) -> list[Hypothesis]:
-        """Best first; num_return_sequences of them, fewer only before the first choice."""
+        """The answers, best first, finished or not; at any time after the first choice."""
         ...
 
 
@@ -116,7 +103,7 @@ def new_search(
     *,
     prompt_ids: Sequence[int],
     processors_see_prompt: bool,
-    stop_token_ids: Sequence[int] | frozenset[int],
+    stop_token_ids: Collection[int],
     pad_token_id: int,
     max_new_tokens: int,
     vocab_size: int,
@@ -128,63 +115,118 @@ def new_search(
     Args:
         prompt_ids: the whole prompt, image tokens included.
         processors_see_prompt: whether penalties look at the prompt too, or at new tokens only.
-        pad_token_id: kept for callers that pad; rows here are never padded.
-        max_new_tokens: at most; min(the options', what the context allows).
-        vocab_size: V.
+        pad_token_id: for callers that pad; no row is padded here.
+        max_new_tokens: at most so many, whatever the options say.
+        vocab_size: V, the width of the logits.
+        is_stopped: asked after each token that is no stop token.
+        mask: applied before tokens are drawn, where HF applies prefix_allowed_tokens_fn.
 
-    Raises OptionError for token ids outside the vocabulary and for options that this prompt can't
+    Raises OptionError for token ids outside the vocabulary, and for options that this prompt can't
     serve.
     """
-    return Greedy(options, frozenset(stop_token_ids), max_new_tokens, is_stopped)
-
-
-class Greedy:
-    """The best token of each step."""
-
-    rows = 1
+    stops = frozenset(stop_token_ids)
+    processors = new_processors(
+        options,
+        prompt_ids=prompt_ids,
+        processors_see_prompt=processors_see_prompt,
+        stop_token_ids=stops,
+        max_new_tokens=max_new_tokens,
+        vocab_size=vocab_size,
+        mask=mask,
+    )
     seed = None
+    if options.do_sample:
+        seed = new_seed() if options.seed is None else options.seed
+    kind = BeamSearch if options.num_beams > 1 else SideBySide
+    return kind(options, processors, Ending(stops, max_new_tokens, is_stopped), seed)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop_reason: StopReason | None = None
+    stream: State | None = None
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A state of the search.
+
+    Attributes:
+        going: the sequences of the last choice's rows, as places in `sequences`.
+    """
+
+    sequences: tuple[_Sequence, ...]
+    going: tuple[int, ...]
+    steps: int = 0
+    last: Choice | None = None
+
+
+class SideBySide:
+    """Greedy decoding, or several sequences that are drawn independently of each other."""
 
     def __init__(
-        self,
-        options: GenerationOptions,
-        stop_token_ids: frozenset[int],
-        max_new_tokens: int,
-        is_stopped: IsStopped | None,
+        self, options: GenerationOptions, processors: Processors, ending: Ending, seed: int | None
     ):
-        self._stops, self._most, self._is_stopped = stop_token_ids, max_new_tokens, is_stopped
-        self._least = options.min_new_tokens
-        self.tokens: tuple[int, ...] = ()
-        self.last: Choice | None = None
+        self.rows = options.num_return_sequences
+        self.seed = seed
+        self._processors, self._ending = processors, ending
+        self._reporter = Reporter(options.logprobs)
+        self._check = not options.remove_invalid_values
+        streams = [None if seed is None else stream(seed, n) for n in range(self.rows)]
+        self._now = _Moment(
+            tuple(_Sequence(stream=one) for one in streams), tuple(range(self.rows))
+        )
 
     @property
     def steps(self) -> int:
-        return len(self.tokens)
+        return self._now.steps
+
+    @property
+    def last(self) -> Choice | None:
+        return self._now.last
 
     @property
     def done(self) -> bool:
-        return self._stop_reason() is not None
+        return not self._now.going
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(self._now.sequences[one].tokens for one in self._now.going)
 
     def choose(self, logits: Float32[np.ndarray, "n V"]) -> Choice:
-        scores = logits[0]
-        if len(self.tokens) < self._least:
-            scores = scores.copy()
-            scores[[token for token in self._stops if token < len(scores)]] = -np.inf
-        token = int(scores.argmax())
+        now = self._now
+        if self._check:
+            check_logits(logits, now.steps)
+        sequences = list(now.sequences)
+        going, tokens, parents = [], [], []
+        for place, n in enumerate(now.going):
+            row = place if now.steps else 0  # all continue the one row of the prompt
+            sequences[n] = self._longer(sequences[n], logits[row])
+            if sequences[n].stop_reason is None:
+                going.append(n)
+                tokens.append(sequences[n].tokens[-1])
+                parents.append(row)
+        choice = Choice(tuple(tokens), tuple(parents))
+        self._now = _Moment(tuple(sequences), tuple(going), now.steps + 1, choice)
+        return choice
+
+    def _longer(self, sequence: _Sequence, logits: Float32[np.ndarray, " V"]) -> _Sequence:
+        """The sequence with one token more."""
+        scores = self._processors(logits, sequence.tokens)
+        token, stream = int(scores.argmax()), sequence.stream
         if not np.isfinite(scores[token]):
-            raise DeviceError(
-                f"the decoder's scores are not finite at token {len(self.tokens)}",
-                hint="`vlmport inspect --probe` tries this device; another precision may work",
-            )
-        self.tokens = (*self.tokens, token)
-        self.last = Choice((), ()) if self.done else Choice((token,), (0,))
-        return self.last
+            raise nothing_left(len(sequence.tokens))
+        if stream is not None:
+            token, stream = draw(scores, stream)
+        tokens = (*sequence.tokens, token)
+        reported = (*sequence.logprobs, *self._reporter.report(logits, [token]))
+        return _Sequence(tokens, reported, self._ending.reason(tokens), stream)
 
     def results(self) -> list[Hypothesis]:
-        return [Hypothesis(self.tokens, self._stop_reason())] if self.tokens else []
-
-    def _stop_reason(self) -> StopReason | None:
-        if self.tokens and self.tokens[-1] in self._stops:
-            return "stop"
-        if self._is_stopped and self.tokens and self._is_stopped(self.tokens):
-            return "stop_string"
-        return "length" if len(self.tokens) >= self._most else None
+        return [
+            Hypothesis(one.tokens, one.stop_reason, logprobs=self._reporter.all(one.logprobs))
+            for one in self._now.sequences
+            if one.tokens
+        ]
