@@ -12,7 +12,7 @@ import functools
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,16 @@ class Golden:
     """A fixed input of at least 64 tokens of prefill, and what each precision gives for it.
 
     A shorter prefill would not see the known fault of WebGPU attention (it starts at 32 rows).
+
+    Attributes:
+        options: of the image processor, where they are not the defaults.
     """
 
     image: GoldenImage
     copies: int
     prefill_tokens: int
     expected: Mapping[str, GoldenExpectation]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class Manifest:
     golden: Golden
     parity: Mapping[str, Any] | None = None
     accuracy: tuple[Mapping[str, Any], ...] = ()
+    image_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -280,6 +285,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     raw = {"format": "vlmport", "version": VERSION} | _plain(dataclasses.asdict(manifest))
     if not manifest.accuracy:  # then older readers can read it
         del raw["accuracy"]
+    if not manifest.image_options:
+        del raw["image_options"]
+    if not manifest.golden.options:
+        del raw["golden"]["options"]
     try:
         _validator()(raw)
         text = json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False)
@@ -346,10 +355,15 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
         ),
         pixels=PixelSpec(**raw["pixels"]),
         golden=Golden(
-            GoldenImage(**golden["image"]), golden["copies"], golden["prefill_tokens"], expected
+            GoldenImage(**golden["image"]),
+            golden["copies"],
+            golden["prefill_tokens"],
+            expected,
+            golden.get("options", {}),
         ),
         parity=raw["parity"],
         accuracy=tuple(raw.get("accuracy", ())),
+        image_options=raw.get("image_options", {}),
     )
 
 

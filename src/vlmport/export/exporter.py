@@ -246,7 +246,8 @@ def _write_manifest(
         prompt=family.prompt,
         generation=family.generation,
         pixels=family.pixels,
-        golden=golden_input(family.image_tokens),
+        golden=golden_input(family.image_tokens, family.golden_options),
+        image_options=family.image_options,
     )
     write_manifest(folder, manifest)
     bundle = Bundle.open(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ WIDTH, HEIGHT = 48, 36
 MIN_PREFILL = 64
 
 
-def golden_input(image_tokens: int) -> Golden:
+def golden_input(image_tokens: int, options: Mapping[str, Any]) -> Golden:
     """A picture with edges, a gradient and all three channels apart; no expectations yet.
 
     It stands so often in the prompt that at least MIN_PREFILL tokens are prefilled.
@@ -25,7 +27,7 @@ def golden_input(image_tokens: int) -> Golden:
         WIDTH, HEIGHT, base64.b64encode(rgb.astype(np.uint8).tobytes()).decode("ascii")
     )
     copies = -(-MIN_PREFILL // image_tokens)
-    return Golden(image, copies, copies * image_tokens, {})
+    return Golden(image, copies, copies * image_tokens, {}, options)
 
 
 def record(bundle: Bundle, precisions: list[str]) -> Manifest:

@@ -41,7 +41,8 @@ def check_prompt(bundle: Bundle) -> None:
         chat = check_messages(spec.caption, [picture])
         prompter = Prompter(bundle.folder, spec)
         ids = prompter.encode(prompter.render(chat.messages))
-        processed = Components.open(bundle).process_image(picture)
+        options = bundle.manifest.golden.options
+        processed = Components.open(bundle).process_image(picture, options)
         prompter.splice(ids, [processed.prompt_ids])
     except (PromptError, TokenizerError) as error:
         raise ExportError(
@@ -60,7 +61,7 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
 
     golden = bundle.manifest.golden
     components = Components.open(bundle, precision=precision)
-    vision = components.process_image(golden_image(golden)).inputs
+    vision = components.process_image(golden_image(golden), golden.options).inputs
     ids, embeds = golden_prompt(components, golden)
     decoder = {
         "inputs_embeds": embeds[None],

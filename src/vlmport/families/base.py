@@ -122,9 +122,19 @@ class Family(ABC):
         return CacheLayout()
 
     @property
+    def image_options(self) -> Mapping[str, Any]:
+        """The image processor's inputs beside the picture, with their defaults."""
+        return {}
+
+    @property
+    def golden_options(self) -> Mapping[str, Any]:
+        """Of those, what the golden picture has otherwise: the fewest tokens."""
+        return {}
+
+    @property
     @abstractmethod
     def image_tokens(self) -> int:
-        """The fewest tokens that one small picture takes; sizes the golden probe."""
+        """The tokens that a small picture takes under these options; sizes the golden probe."""
 
     @abstractmethod
     def hub_files(self) -> HubFiles: ...

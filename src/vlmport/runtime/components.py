@@ -28,6 +28,7 @@ VISION = "vision_encoder"
 EMBED = "embed_tokens"
 POSITIONS = "position_ids"
 DECODER = "decoder_model_merged"
+IMAGES = "num_images"  # the axis of the vision encoder's inputs whose indices are independent
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,15 @@ class Components:
         rgb: UInt8[np.ndarray, "H W 3"],
         options: Mapping[str, Any] | None = None,
     ) -> ProcessedImage:
-        """Resize, normalise and lay out one picture; `options` are further inputs of the graph.
+        """Resize, normalise and lay out one picture.
+
+        `options` are further inputs of the graph; the manifest's are taken where they say nothing.
 
         Raises OptionError for an option that the graph does not have, ImageError where the graph
         refuses the picture, BundleError where it gives no prompt ids.
         """
         session = self.session(IMAGE)
-        feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, options or {})}
+        feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, {**self.manifest.image_options, **(options or {})})}
         try:
             values = session.run(None, feeds)
         except ORT_ERRORS as error:
@@ -158,6 +161,9 @@ class Components:
     def encode_image(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
         """Image features of the processor's output; outputs that the encoder lacks are left out.
 
+        Where every input of the encoder has an axis named `num_images`, the CPU runs one index of
+        it after the other: all at once take many times the memory, and longer.
+
         Raises BundleError where an input of the encoder is not among them.
         """
         session = self.session(VISION)
@@ -169,8 +175,9 @@ class Components:
                 hint="export the bundle again",
             )
         feeds = {name: inputs[name] for name in names}
-        (features,) = _run(session, VISION, ["image_features"], feeds)
-        return features.reshape(-1, features.shape[-1])
+        parts = _one_by_one(session, feeds) if self.device == HOST else [feeds]
+        runs = [_run(session, VISION, ["image_features"], part)[0] for part in parts]
+        return np.concatenate([features.reshape(-1, features.shape[-1]) for features in runs])
 
     def embed(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S D"]:
         """Rows of the embedding table. Raises PromptError for an id outside it."""
@@ -281,6 +288,22 @@ def _run(
             f"{component} can't run: {first_line(error)}",
             hint="`vlmport inspect --probe` says whether this device runs this bundle",
         ) from error
+
+
+def _one_by_one(
+    session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]
+) -> list[dict[str, np.ndarray]]:
+    """The feeds cut along the axis IMAGES, if every input has it; else as they are."""
+    axes = {
+        one.name: one.shape.index(IMAGES) for one in session.get_inputs() if IMAGES in one.shape
+    }
+    counts = {feeds[name].shape[axis] for name, axis in axes.items()}
+    if axes.keys() != feeds.keys() or len(counts) != 1:
+        return [dict(feeds)]
+    return [
+        {name: np.take(feeds[name], [at], axis) for name, axis in axes.items()}
+        for at in range(counts.pop())
+    ]
 
 
 def _option_feeds(

@@ -44,12 +44,14 @@ class FeatureCache:
     """The most recently used pictures, up to `max_bytes` of features; 0 keeps none.
 
     Attributes:
+        options: of the image processor, for every picture; those of a call count before them.
         nbytes: of all that is kept.
         hits, misses: how often a picture was here, and how often it was encoded.
     """
 
     def __init__(self, components: Components, max_bytes: int = MAX_BYTES):
         self.components, self.max_bytes = components, max_bytes
+        self.options: Mapping[str, Any] = {}
         self.nbytes = self.hits = self.misses = 0
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
 
@@ -58,6 +60,7 @@ class FeatureCache:
     ) -> Picture:
         """Run the image processor, unless the picture is known. Its prompt ids are then known,
         so that a prompt can be refused before the vision encoder has cost anything."""
+        options = {**self.options, **(options or {})}
         key = content_hash(rgb, options)
         if (kept := self._kept.get(key)) is not None:
             return kept

@@ -97,7 +97,7 @@ def golden_prompt(
 
     Raises BundleError where that is longer than the context.
     """
-    processed = components.process_image(golden_image(golden))
+    processed = components.process_image(golden_image(golden), golden.options)
     _check_fits(components, golden.copies * len(processed.prompt_ids))
     features = components.encode_image(processed.inputs)
     ids = np.tile(processed.prompt_ids, golden.copies)
