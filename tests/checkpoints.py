@@ -157,18 +157,18 @@ def prefix_tensors(
     model = "language_model.base_model.model." if lora else "language_model."
     tensors: dict[str, np.ndarray] = {}
     for name, shape in siglip_shapes(vision).items():
-        tensors[tower + name] = _values("vision_encoder." + name, shape, seed)
+        tensors[tower + name] = values("vision_encoder." + name, shape, seed)
     for name, shape in projection_shapes(config).items():
-        tensors[name] = _values(name, shape, seed)
+        tensors[name] = values(name, shape, seed)
     for name, shape in llama_shapes(text).items():
         module, _, leaf = name.rpartition(".")
         target = bool(lora) and module.rpartition(".")[2] in lora_targets(config)
         stored = f"{model}{module}.base_layer.{leaf}" if target else model + name
-        tensors[stored] = _values("language_model." + name, shape, seed)
+        tensors[stored] = values("language_model." + name, shape, seed)
         if target and leaf == "weight":
             r = config["lora_r"]
-            a = _values(f"language_model.{module}.lora_A", (r, shape[1]), seed)
-            b = _values(f"language_model.{module}.lora_B", (shape[0], r), seed)
+            a = values(f"language_model.{module}.lora_A", (r, shape[1]), seed)
+            b = values(f"language_model.{module}.lora_B", (shape[0], r), seed)
             tensors[f"{model}{module}.lora_A.default.weight"] = a
             tensors[f"{model}{module}.lora_B.default.weight"] = b * (lora != "fresh")
     return tensors
@@ -304,7 +304,7 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Random values of a size at which every tensor shows in the outputs."""
     noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, "f4")
     module, _, leaf = name.rpartition(".")

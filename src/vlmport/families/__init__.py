@@ -5,9 +5,11 @@ from __future__ import annotations
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import ConfigError, did_you_mean
 from vlmport.families.base import Family
+from vlmport.families.idefics3 import Idefics3
 from vlmport.families.prefix import PrefixCaptioner
+from vlmport.families.smolvlm import SmolVLM
 
-FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner,)
+FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner, Idefics3, SmolVLM)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -1,0 +1,430 @@
+"""Idefics3, SmolVLM: SigLIP over the tiles of a picture, a pixel shuffle, and a Llama decoder.
+
+Source: transformers 5.23, modeling_idefics3.py and configuration_idefics3.py; SmolVLM has the same
+under other names, video aside.
+
+Traps:
+- The position of a patch is looked up in buckets of float32 fractions, which are not the identity
+  for 19, 25, 29, 31, 38 and other numbers of patches a side: see bucketed_positions.py.
+- Tiles are `max_image_size` large, whatever the tower's own `image_size` is.
+- Whether the head is tied says the outer config alone; text_config's tie_word_embeddings does not
+  count. Where text_config is absent, its norm's epsilon is 1e-5, not a Llama's 1e-6.
+- An adapter for q_proj, k_proj and v_proj is one for the vision tower too, whose layers have these
+  names.
+- A prompt's stop token stands in four places that disagree; generation_config.json counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import onnx_ir as ir
+from tokenizers import Tokenizer
+
+from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
+from vlmport.errors import ConfigError, TokenizerError, WeightError, some_names
+from vlmport.families.base import Family, HubFiles, without_sampling
+from vlmport.families.chat_template import read_chat_template
+from vlmport.families.generation import Generation
+from vlmport.graph.bucketed_positions import PickedRows, bucketed_positions
+from vlmport.graph.builder import GraphBuilder, add_output, new_graph
+from vlmport.graph.image import image_input, normalized_planes
+from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
+from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
+from vlmport.graph.pixel_shuffle import Connector
+from vlmport.graph.precision import Precision
+from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
+from vlmport.graph.tiling import TileTokens, Tiling
+from vlmport.graph.weights import Format
+from vlmport.tokenizer import read_tokenizer
+
+FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
+CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+IMAGE_TOKEN, FENCE, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
+POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
+SPLITTING = "do_image_splitting"
+QUESTION = "Can you describe this image?"
+MAX_NEW_TOKENS = 500  # where the checkpoint names no length; its model card generates so many
+
+
+@dataclass(frozen=True)
+class Idefics3Config:
+    """The keys of config.json beside its two sub-configs, with Hugging Face's defaults."""
+
+    image_token_id: int = 128257
+    scale_factor: Size = 2
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Idefics3VisionConfig(SiglipVisionConfig):
+    """SigLIP's, with the defaults of Idefics3VisionConfig."""
+
+    hidden_size: Size = 1152
+    num_attention_heads: Size = 16
+    patch_size: Size = 32
+    vision_use_head: bool = False
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A size given by the longer side."""
+
+    longest_edge: Size
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """preprocessor_config.json, with the defaults of Idefics3ImageProcessor."""
+
+    size: Edge = Edge(4 * 364)
+    max_image_size: Edge = Edge(364)
+    do_image_splitting: bool = True
+    resample: int = 1  # Pillow's code of Lanczos
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    must_be: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "do_resize": (True,),
+        "do_rescale": (True,),
+        "do_normalize": (True,),
+        "do_pad": (True,),
+        "resample": (1, 2, 3),
+    }
+
+    @property
+    def tiling(self) -> Tiling:
+        return Tiling(
+            self.size.longest_edge, self.max_image_size.longest_edge, Resample(self.resample)
+        )
+
+
+@dataclass(frozen=True)
+class Idefics3(Family):
+    """A checkpoint of Idefics3's shape."""
+
+    name: ClassVar[str] = "idefics3"
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
+    hub_names: ClassVar[str] = "Idefics3"  # how the names of Hugging Face's classes begin
+
+    config: Idefics3Config
+    vision: Idefics3VisionConfig
+    text: LlamaConfig
+    pixel_config: PixelConfig
+    tokens: TileTokens
+    settings: Generation
+    chat_template: str
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Self:
+        raw = checkpoint.config
+        text = {"model_type": "llama", "eos_token_id": 2, **_text_section(raw)}
+        if text["model_type"] != "llama":
+            raise ConfigError(
+                f"{CONFIG}: text_config.model_type={text['model_type']!r} (supported: 'llama')",
+                hint="vlmport exports these models with a Llama-type decoder",
+            )
+        config = read_config(Idefics3Config, raw, CONFIG)
+        vision = Idefics3VisionConfig.read(
+            subsection(raw, "vision_config", CONFIG), f"{CONFIG}: vision_config"
+        )
+        text = {**text, "tie_word_embeddings": config.tie_word_embeddings}
+        pixels = _pixel_config(checkpoint)
+        tokenizer = read_tokenizer(checkpoint.folder)
+        settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
+        family = cls(
+            config=config,
+            vision=vision,
+            text=LlamaConfig.read(text, f"{CONFIG}: text_config"),
+            pixel_config=pixels,
+            tokens=_tile_tokens(
+                tokenizer, pixels.tiling, _tokens_a_tile(config, vision, pixels.tiling.side)
+            ),
+            settings=_with_tokenizers_stop(settings, checkpoint, tokenizer),
+            chat_template=read_chat_template(checkpoint),
+            raw=raw,
+        )
+        family._check_ids(checkpoint)
+        return family
+
+    def _check_ids(self, checkpoint: Checkpoint) -> None:
+        """Raise ConfigError where files disagree about the image token, or about its number."""
+        given, known = self.config.image_token_id, self.tokens.image
+        if given != known or given >= self.text.vocab_size:
+            raise ConfigError(
+                f"{CONFIG}: image_token_id {given}, {IMAGE_TOKEN!r} is {known} in the tokenizer, "
+                f"the embedding has {self.text.vocab_size} rows",
+                hint="config.json and the tokenizer must come from one model",
+            )
+        said = (checkpoint.json(PROCESSOR) or {}).get("image_seq_len", self.tokens.count)
+        if said != self.tokens.count:
+            raise ConfigError(
+                f"{PROCESSOR}: image_seq_len {said}, the tower gives {self.tokens.count} features "
+                "a tile",
+                hint=f"it is the patches of {PREPROCESSOR}'s max_image_size by scale_factor²",
+            )
+
+    # Weights
+
+    def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
+        tensors: Mapping[str, LazyTensor] = merged(
+            checkpoint.weights,
+            rename=lambda key: key.replace("model.text_model.", "model.", 1),
+            adapter=adapter,
+            prefixes=("", "model.", "model.text_model."),
+        )
+        tensors = tied_head(tensors, self.text, "")
+        table = tensors.get(POSITIONS)
+        if table is None:
+            return tensors
+        expected = (self.vision.num_patches, self.vision.hidden_size)
+        if tuple(table.shape) != expected:
+            raise WeightError(
+                f"{POSITIONS!r}: {list(table.shape)}, expected {list(expected)}",
+                hint="config.json and the weights must come from one model",
+            )
+        rows = bucketed_positions(self.tower.side, self.vision.side)
+        return {**tensors, POSITIONS: PickedRows(table, rows)}
+
+    def is_unused(self, key: str) -> bool:
+        return False
+
+    # Graphs
+
+    @property
+    def tower(self) -> Idefics3VisionConfig:
+        """The tower for pictures of the tiles' size."""
+        return dataclasses.replace(self.vision, image_size=self.pixel_config.tiling.side)
+
+    def fixed_graphs(self) -> dict[str, GraphBuilder]:
+        return {"image_processor": self._image_processor()}
+
+    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
+        return {
+            "vision_encoder": self._vision_encoder(precision.vision),
+            "embed_tokens": embed_graph(self.text, "", precision.embed),
+            "decoder_model_merged": decoder_graph(self.text, "", precision.decoder, precision.head),
+        }
+
+    def _image_processor(self) -> GraphBuilder:
+        """image u8[H, W, 3], do_image_splitting bool[] → pixel_values f32[1, n, 3, t, t],
+        pixel_attention_mask bool[1, n, t, t] (all true), prompt_ids i64[T]."""
+        builder = new_graph("image_processor")
+        op, pixels = builder.op, self.pixel_config
+        tiling = pixels.tiling
+        image, split = image_input(builder), builder.input(SPLITTING, BOOL, [])
+        tiles = tiling.cut(op, image, split)
+        values = normalized_planes(
+            op, tiles.planes, pixels.rescale_factor, pixels.image_mean, pixels.image_std
+        )
+        prompt_ids = self.tokens.write(op, tiles.rows, tiles.columns)
+        square = [tiling.side, tiling.side]
+        shape = op.Concat([1], op.Shape(tiles.planes, end=1), square, axis=0)
+        mask = op.Expand(op.Constant(value=ir.tensor(np.array(True))), shape)
+        values = op.Unsqueeze(values, [0])
+        add_output(builder, values, "pixel_values", FLOAT, [1, "num_images", 3, *square])
+        add_output(builder, mask, "pixel_attention_mask", BOOL, [1, "num_images", *square])
+        add_output(builder, prompt_ids, "prompt_ids", INT64, ["num_prompt_ids"])
+        return builder
+
+    def _vision_encoder(self, form: Format) -> GraphBuilder:
+        """pixel_values f32[B, n, 3, t, t], pixel_attention_mask bool[B, n, t, t] →
+        image_features f32[T, D].
+
+        A mask says whether a tile is one or fills up a batch: padding lies below and to the
+        right, so the first pixel tells, and no tile is padded in part.
+        """
+        builder = new_graph("vision_encoder")
+        op, width, tower = builder.op, self.text.hidden_size, self.tower
+        batch, side = ["batch_size", "num_images"], tower.image_size
+        pixels = builder.input("pixel_values", FLOAT, [*batch, 3, side, side])
+        mask = builder.input("pixel_attention_mask", BOOL, [*batch, side, side])
+        is_tile = op.Reshape(op.Slice(mask, [0, 0], [1, 1], [2, 3]), [-1])
+        which = op.Reshape(op.NonZero(is_tile), [-1])
+        tiles = op.Gather(op.Reshape(pixels, [-1, 3, side, side]), which, axis=0)
+        patches = SiglipVisionTower(tower, form, "model.vision_model")(op, tiles)
+        factor, vision = self.config.scale_factor, self.vision.hidden_size
+        features = Connector("model.connector", tower.side, factor, vision, width, form)(
+            op, patches
+        )
+        features = op.Reshape(features, [-1, width])
+        if form.dtype != FLOAT:
+            features = op.Cast(features, to=FLOAT)
+        add_output(builder, features, "image_features", FLOAT, ["num_features", width])
+        return builder
+
+    # What runtimes need to know
+
+    @property
+    def dims(self) -> Dims:
+        text = self.text
+        return Dims(
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_key_value_heads=text.kv_heads,
+            head_dim=text.head_size,
+            vocab_size=text.vocab_size,
+            context_length=text.max_position_embeddings,
+        )
+
+    @property
+    def prompt(self) -> PromptSpec:
+        parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        caption = {"role": "user", "content": parts}
+        return PromptSpec(IMAGE_TOKEN, self.tokens.image, self.tokens.image, (caption,))
+
+    @property
+    def generation(self) -> GenerationSpec:
+        return GenerationSpec(
+            stop_token_ids=self.settings.stop_token_ids,
+            pad_token_id=self.settings.pad_token_id,
+            max_new_tokens=self.settings.max_new_tokens or MAX_NEW_TOKENS,
+            processors_see_prompt=True,
+            defaults=self.settings.defaults,
+        )
+
+    @property
+    def pixels(self) -> PixelSpec:
+        resample = Resample(self.pixel_config.resample)
+        return PixelSpec(resample.name.lower(), f"Pillow {PILLOW_VERSION}")
+
+    @property
+    def image_options(self) -> Mapping[str, Any]:
+        return {SPLITTING: self.pixel_config.do_image_splitting}
+
+    @property
+    def image_tokens(self) -> int:
+        return len(self.tokens.alone)
+
+    @property
+    def golden_options(self) -> Mapping[str, Any]:
+        return {SPLITTING: False}  # 13 tiles would make a probe slow, and prove no more
+
+    def hub_files(self) -> HubFiles:
+        """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
+        pixels, processor = self.pixel_config, f"{self.hub_names}Processor"
+        dropped = ("auto_map", "text_config", "vision_config", "transformers.js_config")
+        text = dataclasses.asdict(self.text)
+        text |= {"head_dim": self.text.head_size, "num_key_value_heads": self.text.kv_heads}
+        return HubFiles(
+            config={
+                **{key: value for key, value in self.raw.items() if key not in dropped},
+                **dataclasses.asdict(self.config),
+                "eos_token_id": list(self.settings.stop_token_ids),
+                "pad_token_id": self.settings.pad_token_id,
+                "vision_config": without_sampling(
+                    {**(self.raw.get("vision_config") or {}), **_own(self.vision)}
+                ),
+                "text_config": without_sampling(
+                    {"model_type": "llama", **_text_section(self.raw), **text}
+                ),
+            },
+            preprocessor_config={
+                "image_processor_type": f"{self.hub_names}ImageProcessor",
+                "processor_class": processor,
+                "do_convert_rgb": True,
+                "do_resize": True,
+                "do_rescale": True,
+                "do_normalize": True,
+                "do_pad": True,
+                **dataclasses.asdict(pixels),
+                "image_mean": list(pixels.image_mean),
+                "image_std": list(pixels.image_std),
+            },
+            processor_config={"processor_class": processor, "image_seq_len": self.tokens.count},
+            generation_config=self.settings.hub_config(self.generation.max_new_tokens),
+            chat_template=self.chat_template,
+            new_tokens=(),
+            pipeline_tag="image-text-to-text",
+            description="a vision-language model",
+        )
+
+
+def _own(config: Idefics3VisionConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    del values["vision_use_head"]  # SigLIP's alone
+    return values
+
+
+def _text_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """text_config; an absent one is not an empty one."""
+    if raw.get("text_config") is None:
+        return {"rms_norm_eps": 1e-5}
+    return subsection(raw, "text_config", CONFIG)
+
+
+def _pixel_config(checkpoint: Checkpoint) -> PixelConfig:
+    """preprocessor_config.json; transformers 5 writes it into processor_config.json.
+
+    Raises ConfigError where neither has it.
+    """
+    where, raw = PREPROCESSOR, checkpoint.json(PREPROCESSOR)
+    if raw is None:
+        where = f"{PROCESSOR}: image_processor"
+        raw = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{checkpoint.folder}: no {PREPROCESSOR}, and no image_processor in {PROCESSOR}",
+            hint="save the processor too: AutoProcessor.from_pretrained(…).save_pretrained(folder)",
+        )
+    return read_config(PixelConfig, raw, where)
+
+
+def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: int) -> int:
+    """Raises ConfigError for a tile that the tower or the pixel shuffle can't divide."""
+    patches, factor = side // vision.patch_size, config.scale_factor
+    if not patches or patches % factor:
+        raise ConfigError(
+            f"{PREPROCESSOR}: tiles of {side} pixels are {patches} patches of {vision.patch_size} "
+            f"a side, not a multiple of {CONFIG}'s scale_factor {factor}",
+            hint="is a file of another model?",
+        )
+    return (patches // factor) ** 2
+
+
+def _tile_tokens(tokenizer: Tokenizer, tiling: Tiling, count: int) -> TileTokens:
+    """The ids of a picture's tokens. Raises TokenizerError naming those that it lacks."""
+    most = tiling.most
+    names = [f"<row_{r + 1}_col_{c + 1}>" for r in range(most) for c in range(most)]
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    single = {name: ids(name) for name in (IMAGE_TOKEN, FENCE, WHOLE, *names)}
+    if lacking := [name for name, found in single.items() if len(found) != 1]:
+        raise TokenizerError(
+            f"the tokenizer has no {some_names(lacking, limit=4)}; pictures have up to {most} "
+            f"rows and columns of tiles",
+            hint=f"{PREPROCESSOR}'s size by max_image_size must suit the tokenizer's markers",
+        )
+    markers = np.array([single[name][0] for name in names], np.int64).reshape(most, most)
+    return TileTokens(
+        fence=single[FENCE][0],
+        whole=single[WHOLE][0],
+        markers=markers,
+        image=single[IMAGE_TOKEN][0],
+        count=count,
+        newline=ids(f"{IMAGE_TOKEN}\n{FENCE}")[1:-1],
+        newlines=ids(f"{IMAGE_TOKEN}\n\n{FENCE}")[1:-1],
+    )
+
+
+def _with_tokenizers_stop(
+    settings: Generation, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> Generation:
+    """The stop ids, and the tokenizer's eos_token among them: no text goes on after that."""
+    token = (checkpoint.json("tokenizer_config.json") or {}).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None:
+        return settings
+    ids = tuple(dict.fromkeys((*settings.stop_token_ids, found)))
+    return dataclasses.replace(settings, stop_token_ids=ids)
