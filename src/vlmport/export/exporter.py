@@ -26,7 +26,8 @@ from vlmport.bundle import (
 from vlmport.checkpoint import Checkpoint, locate_adapter
 from vlmport.errors import ExportError, VlmportError
 from vlmport.export.assign import Assignment
-from vlmport.export.files import write_card, write_hub_files
+from vlmport.export.card import write_card
+from vlmport.export.files import write_hub_files
 from vlmport.export.folder import atomic_folder, check_space, check_target
 from vlmport.export.golden import golden_input, record
 from vlmport.export.soundness import check_float16, check_prompt
@@ -233,7 +234,7 @@ def _write_manifest(
     hub = family.hub_files()
     write_hub_files(checkpoint, hub, folder, _transformers_js(components, auto))
     forms = {p: _describe(p, folder, components) for p in precisions}
-    write_card(checkpoint, hub, folder, name=name, forms=forms)
+    write_card(checkpoint, hub, folder, name=name, forms=forms, messages=family.prompt.caption)
     manifest = Manifest(
         producer=f"vlmport {__version__}",
         name=name,
@@ -246,8 +247,7 @@ def _write_manifest(
         prompt=family.prompt,
         generation=family.generation,
         pixels=family.pixels,
-        golden=golden_input(family.image_tokens, family.golden_options),
-        image_options=family.image_options,
+        golden=golden_input(family.image_tokens),
     )
     write_manifest(folder, manifest)
     bundle = Bundle.open(folder)

@@ -1,4 +1,4 @@
-"""The files of a bundle beside its graphs: configs, tokenizer, template, model card."""
+"""The files of a bundle beside its graphs: configs, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer
 
 from vlmport.checkpoint import Checkpoint
 from vlmport.families.base import HubFiles
 from vlmport.tokenizer import read_tokenizer
-
-PARITY_START, PARITY_END = "<!-- parity -->", "<!-- /parity -->"
 
 
 def write_hub_files(
@@ -72,68 +69,3 @@ def _keep_prompts_bare(tokenizer: Tokenizer) -> dict[str, bool]:
         return {}
     tokenizer.post_processor = None
     return {"add_bos_token": False, "add_eos_token": False}
-
-
-def write_card(
-    checkpoint: Checkpoint, hub: HubFiles, folder: Path, *, name: str, forms: Mapping[str, str]
-) -> None:
-    """The model card: where it comes from, what is inside, how to run it, what was proven.
-
-    Licence and base model are those of the source's own card; where it names none, neither do we.
-
-    Args:
-        forms: precision → one line on what it is, with its size.
-    """
-    source = _source_card(checkpoint.folder)
-    data = ModelCardData(
-        library_name="transformers.js",
-        base_model=source.get("base_model"),
-        license=source.get("license"),
-        license_name=source.get("license_name"),
-        license_link=source.get("license_link"),
-        language=source.get("language"),
-        pipeline_tag=hub.pipeline_tag,
-        tags=["onnx", "vlmport"],
-    )
-    rows = "\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items())
-    body = CARD.format(
-        name=name, what=hub.description, rows=rows, start=PARITY_START, end=PARITY_END
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
-
-
-def _source_card(folder: Path) -> dict[str, Any]:
-    """The front matter of the checkpoint's README.md, empty if it has none."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    try:
-        return ModelCard(
-            path.read_text(encoding="utf-8"), ignore_metadata_errors=True
-        ).data.to_dict()
-    except Exception:  # a card that YAML can't read says nothing about the model
-        return {}
-
-
-CARD = """\
-# {name}
-
-ONNX export of {what}, written by vlmport. `vlmport.json` lists every file with its
-size and SHA-256, and everything that a program needs to run the model.
-
-```sh
-vlmport caption picture.jpg --model .
-```
-
-The folder is also a transformers.js repository.
-
-| precision | what it is |
-| --- | --- |
-{rows}
-
-## Parity with PyTorch
-
-{start}
-Not verified yet: `vlmport verify . --reference CHECKPOINT` writes the table here.
-{end}
-"""
