@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_nothing_partial(broken: Bundle, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     files = names(broken.folder)
-    monkeypatch.setattr("vlmport.verify.recording.write_manifest", interrupted)
+    monkeypatch.setattr("vlmport.recording.write_manifest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record(broken, REPORT)
     assert names(broken.folder) == files

@@ -1,22 +1,13 @@
-"""Write a result into the bundle: into vlmport.json, and into the model card between its marks.
-
-Trap: in the Hub's cache the files are links to blobs that other snapshots share. A new file takes
-the link's place; nothing is ever written through it.
-"""
+"""Record the ladder's result in the bundle, without losing it where that can't be done."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import tempfile
-from pathlib import Path
 
-from vlmport.bundle import CARD, MANIFEST, Bundle, Manifest, write_manifest
+from vlmport.bundle import Bundle
 from vlmport.errors import BundleError
+from vlmport.recording import write_result
 from vlmport.verify.report import Report, parity_markdown
-
-PARITY = re.compile(rb"(<!-- parity -->\r?\n).*?(\r?\n<!-- /parity -->)", re.DOTALL)
 
 
 class UnrecordedError(BundleError):
@@ -34,29 +25,16 @@ class UnrecordedError(BundleError):
 def record(bundle: Bundle, report: Report) -> Bundle:
     """Put a result into the model card and into vlmport.json.
 
-    Both are written beside the old ones first, which then are replaced one right after the other.
     Raises UnrecordedError where the folder can't be written; then the bundle is as it was.
     """
-    folder = bundle.folder
-    manifest = dataclasses.replace(bundle.manifest, parity=report.to_json())
+    parity = report.to_json()
+    manifest = dataclasses.replace(bundle.manifest, parity=parity)
     try:
-        with tempfile.TemporaryDirectory(prefix=".parity-", dir=folder) as partial:
-            for name in _write(bundle.path(CARD), manifest, Path(partial)):
-                os.replace(Path(partial, name), folder / name)
+        return write_result(bundle, manifest, {"parity": parity_markdown(parity)})
     except OSError as error:
         raise UnrecordedError(
-            f"{folder}: the result can't be written into the bundle: {error.strerror or error}",
+            f"{bundle.folder}: the result can't be written into the bundle: "
+            f"{error.strerror or error}",
             hint="is the folder read-only, or the disk full? --json FILE writes it elsewhere",
             report=report,
         ) from error
-    return Bundle(folder, manifest)
-
-
-def _write(card: Path, manifest: Manifest, folder: Path) -> tuple[str, ...]:
-    """The new card, if there is one, and the new manifest; their names in order."""
-    write_manifest(folder, manifest)
-    if not card.is_file():
-        return (MANIFEST,)
-    table = parity_markdown(manifest.parity or {}).encode()
-    (folder / CARD).write_bytes(PARITY.sub(lambda m: m[1] + table + m[2], card.read_bytes()))
-    return CARD, MANIFEST
