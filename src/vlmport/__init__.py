@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlmport.bundle import Bundle
     from vlmport.errors import VlmportError
+    from vlmport.evaluation import evaluate
     from vlmport.export import export
     from vlmport.runtime.model import VLM, Caption
     from vlmport.source import builtin_models, load
@@ -36,6 +37,7 @@ __all__ = [
     "VlmportError",
     "__version__",
     "builtin_models",
+    "evaluate",
     "export",
     "load",
     "verify",
@@ -48,6 +50,7 @@ _HOMES = {
     "Report": "vlmport.verify",
     "VlmportError": "vlmport.errors",
     "builtin_models": "vlmport.source",
+    "evaluate": "vlmport.evaluation",
     "export": "vlmport.export",
     "load": "vlmport.source",
     "verify": "vlmport.verify",

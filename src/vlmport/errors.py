@@ -74,6 +74,10 @@ class DependencyError(VlmportError):
     """An optional extra that is needed here and not installed."""
 
 
+class EvaluationError(VlmportError):
+    """Pictures or reference captions that a bundle can't be measured on."""
+
+
 class VerificationError(VlmportError):
     """`verify` ran, and a rung of the ladder broke."""
 

@@ -1,7 +1,7 @@
 """The command line: thin faces over the Python functions of the same names, a module a command.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed
-(`verify`, `inspect --probe`), 2 bad input, 130 Ctrl-C.
+(`verify`, `eval`, `inspect --probe`), 2 bad input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from vlmport.cli import caption as caption  # isort: skip
 from vlmport.cli import export as export  # isort: skip
 from vlmport.cli import verify as verify  # isort: skip
+from vlmport.cli import eval as eval  # isort: skip
 from vlmport.cli import inspect as inspect  # isort: skip
 from vlmport.cli import demo as demo  # isort: skip
 from vlmport.cli import models as models  # isort: skip

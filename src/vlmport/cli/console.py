@@ -13,7 +13,7 @@ from vlmport.errors import VlmportError
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
-    from vlmport.verify.ladder import Progress as Climbed
+    from vlmport.verify.ladder import Progress as Counted  # done, all, what is next
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -50,16 +50,25 @@ def export_progress() -> Iterator[Progress | None]:
         yield update
 
 
-@contextlib.contextmanager
-def verify_progress() -> Iterator[Climbed | None]:
+def verify_progress() -> contextlib.AbstractContextManager[Counted | None]:
     """A bar on stderr while the ladder is climbed; none where stderr is no terminal."""
+    return _counting("verifying")
+
+
+def eval_progress() -> contextlib.AbstractContextManager[Counted | None]:
+    """A bar on stderr while pictures are captioned; none where stderr is no terminal."""
+    return _counting("measuring")
+
+
+@contextlib.contextmanager
+def _counting(verb: str) -> Iterator[Counted | None]:
     if not sys.stderr.isatty():
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("verifying {task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn(f"{verb} {{task.description}}"), BarColumn(), MofNCompleteColumn())
     with Bar(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task("", total=None, visible=False)
 

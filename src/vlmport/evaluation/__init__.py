@@ -1,0 +1,223 @@
+"""Measure how good a bundle's captions are, at each precision, and what rounding cost.
+
+    report = evaluate("bundle")                      # the held-out scenes of `shapes`
+    report = evaluate("bundle", "folder/of/photos")  # with captions.json or metadata.csv in it
+    report.figures, report.passed
+
+docs/evaluation.md says what is measured, and the rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import onnxruntime
+from rich.console import Console
+
+from vlmport import __version__
+from vlmport.bundle import Bundle
+from vlmport.errors import BundleError, EvaluationError, VlmportError
+from vlmport.evaluation.examples import ExampleSet, captioned_pictures, drawn_scenes
+from vlmport.evaluation.report import Answers, Figures, Report, accuracy_markdown, limit_of
+from vlmport.evaluation.scores import Metric, parse_metrics
+from vlmport.precisions import ANY
+from vlmport.recording import write_result
+from vlmport.runtime.model import BATCH_SIZE, VLM
+from vlmport.runtime.options import whole_number
+
+__all__ = ["Progress", "Report", "UnrecordedResultError", "accuracy_markdown", "evaluate"]
+
+# A model of the scenes has one right in its first few; any other never says such a sentence.
+ENOUGH_TO_TELL = 32
+
+# done pictures, all pictures of all precisions, what is being measured
+Progress = Callable[[int, int, str], None]
+
+
+class UnrecordedResultError(BundleError):
+    """All is measured, but the result is not in the bundle: it can't, or must not, be written.
+
+    Attributes:
+        report: the result.
+    """
+
+    def __init__(self, message: str, *, report: Report, hint: str | None = None):
+        super().__init__(message, hint=hint)
+        self.report = report
+
+
+def evaluate(
+    bundle: Bundle | str | Path,
+    pictures: str | Path | None = None,
+    *,
+    captions: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
+    precisions: Sequence[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: str = "cpu",
+    threads: int | None = None,
+    record: bool = True,
+    console: Console | None = None,
+    progress: Progress | None = None,
+    on_precision: Callable[[Report], None] | None = None,
+) -> Report:
+    """Caption pictures at each precision, score the captions, and write the figures down.
+
+    Args:
+        pictures: a folder of pictures with reference captions; None for the 1,000 held-out scenes
+            that the built-in `shapes` is measured on.
+        captions: the file of captions; None finds captions.json, metadata.csv or metadata.jsonl.
+        metrics: of exact_match, rouge_l, cider_d; by default exact_match for the scenes and
+            rouge_l for pictures.
+        precisions: names, 'auto' or mixes such as 'vision=q8,decoder=q4'; None for all that the
+            whole bundle exists in.
+        limit: take the first so many pictures.
+        record: write the figures into vlmport.json and the model card.
+        console: where to print the table; None prints nothing.
+        progress: called with (done, all, what is next), in captions.
+        on_precision: called with the report so far when a precision is done.
+
+    Returns the report, whether it passed or not. Raises:
+        EvaluationError: pictures or captions that can't be measured on.
+        DependencyError: a metric's library is not installed.
+        UnrecordedResultError: all is done and printed, but the folder can't be written, or
+            pictures could not be read; it has the report.
+        BundleError, DeviceError, OptionError: as their names say.
+    """
+    if pictures is None and captions is not None:
+        raise EvaluationError(
+            f"captions {captions} without pictures", hint="give the folder of the pictures too"
+        )
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    whole_number("batch_size", batch_size, 1)
+    default = "exact_match" if pictures is None else "rouge_l"
+    chosen = parse_metrics(metrics or [default])
+    wanted = list(precisions or bundle.manifest.precisions)
+    for name in wanted:
+        bundle.manifest.choose(name, device.partition(":")[0])
+    data = (
+        drawn_scenes(limit) if pictures is None else captioned_pictures(pictures, captions, limit)
+    )
+    report = _empty(bundle, data, chosen, device)
+    for number, name in enumerate(wanted):
+        with VLM.open(bundle, precision=name, device=device, threads=threads) as model:
+            report = _measured(report, model, batch_size, (number, len(wanted)), progress)
+        if on_precision is not None:
+            on_precision(report)
+    if console is not None:
+        report.print(console)
+    if record:
+        _record(bundle, report)
+    return report
+
+
+def _empty(bundle: Bundle, data: ExampleSet, metrics: tuple[Metric, ...], device: str) -> Report:
+    """Before anything is measured: with what an earlier run has recorded of the same pictures."""
+    programs = {"vlmport": __version__, "onnxruntime": onnxruntime.__version__}
+    for package in (name.replace("_", "-") for metric in metrics for name in metric.modules):
+        programs[package] = version(package)
+    by = ", ".join(f"{name} {number}" for name, number in programs.items())
+    recorded: Figures = next(
+        (
+            entry["figures"]
+            for entry in bundle.manifest.accuracy
+            if (entry["sha256"], entry["device"]) == (data.sha256, device)
+        ),
+        {},
+    )
+    limits = {name: limit for name in recorded if (limit := limit_of(_parts(name))) is not None}
+    return Report(data, metrics, device, by, {}, {}, limits, recorded)
+
+
+def _parts(precision: str) -> list[str]:
+    """The precisions in a name or in a mix."""
+    return [part.rpartition("=")[2] for part in precision.split(",")]
+
+
+def _measured(
+    report: Report,
+    model: VLM,
+    batch_size: int,
+    turn: tuple[int, int],
+    progress: Progress | None,
+) -> Report:
+    """The report with one more precision in it."""
+    data, (number, count) = report.data, turn
+    texts: list[str | None] = []
+    unreadable = dict(report.unreadable)
+    results = model.caption_each(data.images(), batch_size=batch_size)
+    for example, result in zip(data.examples, results, strict=True):
+        if progress is not None:
+            progress(number * len(data) + len(texts), count * len(data), model.precision)
+        if isinstance(result, VlmportError):
+            unreadable[example.name] = str(result)
+            texts.append(None)
+        else:
+            texts.append(result.text)
+        if not report.answers and len(texts) == min(ENOUGH_TO_TELL, len(data)):
+            _check_it_knows_scenes(data, texts)
+    if len(unreadable) == len(data):
+        raise EvaluationError(
+            f"none of the {len(data)} pictures can be captioned: {next(iter(unreadable.values()))}",
+            hint="are these pictures?",
+        )
+    answers = {**report.answers, model.precision: _scored(data, texts, report.metrics)}
+    limit = limit_of(value for value in model.components.choice.values() if value != ANY)
+    limits = dict(report.limits) | ({} if limit is None else {model.precision: limit})
+    if progress is not None:
+        progress((number + 1) * len(data), count * len(data), model.precision)
+    return dataclasses.replace(report, answers=answers, unreadable=unreadable, limits=limits)
+
+
+def _check_it_knows_scenes(data: ExampleSet, texts: Sequence[str | None]) -> None:
+    """Drawn scenes are for models trained on them: 0 % of any other means nothing."""
+    right = zip(texts, data.examples, strict=False)
+    if data.is_drawn and not any(text in example.references for text, example in right):
+        raise EvaluationError(
+            f"none of the first {len(texts)} captions is right: without pictures of your own, eval "
+            f"takes {data.name}, for models trained on such scenes",
+            hint="vlmport eval BUNDLE FOLDER measures on pictures with captions of yours",
+        )
+
+
+def _scored(data: ExampleSet, texts: Sequence[str | None], metrics: Sequence[Metric]) -> Answers:
+    """Scores of the captions that there are; None for the others."""
+    read = [number for number, text in enumerate(texts) if text is not None]
+    captions = [text for text in texts if text is not None]
+    references = [data.examples[number].references for number in read]
+    scores: dict[str, tuple[float | None, ...]] = {}
+    for metric in metrics:
+        one: list[float | None] = [None] * len(texts)
+        for number, score in zip(read, metric.score(captions, references), strict=True):
+            one[number] = score
+        scores[metric.name] = tuple(one)
+    return Answers(tuple(texts), scores)
+
+
+def _record(bundle: Bundle, report: Report) -> None:
+    """Put the figures in the place of those of the same pictures; other sets keep theirs."""
+    if report.unreadable:
+        raise UnrecordedResultError(
+            f"{len(report.unreadable)} of {len(report.data)} pictures could not be captioned, so "
+            f"the figures are not of the whole set and are not written into {bundle.folder}",
+            hint="mend these pictures, or take them out of the captions",
+            report=report,
+        )
+    entry = report.entry()
+    key = (entry["sha256"], entry["device"])
+    others = [one for one in bundle.manifest.accuracy if (one["sha256"], one["device"]) != key]
+    accuracy = (*others, entry)
+    manifest = dataclasses.replace(bundle.manifest, accuracy=accuracy)
+    try:
+        write_result(bundle, manifest, {"accuracy": accuracy_markdown(accuracy)})
+    except OSError as error:
+        raise UnrecordedResultError(
+            f"{bundle.folder}: the figures can't be written into the bundle: "
+            f"{error.strerror or error}",
+            hint="is the folder read-only, or the disk full? --json FILE writes them elsewhere",
+            report=report,
+        ) from error

@@ -1,0 +1,189 @@
+"""Reference captions in the forms that people keep them in: picture → its captions.
+
+- `captions.json`: an object, file → caption or list of captions.
+- COCO's caption annotations: an object with `images` and `annotations`.
+- `metadata.csv` or `metadata.jsonl` of a Hugging Face imagefolder: `file_name`, and a column
+  `text`, `caption` or `captions` (or the only other one).
+
+A picture that comes twice has the captions of both.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmport.errors import EvaluationError, some_names
+
+KNOWN_FILES = ("captions.json", "metadata.csv", "metadata.jsonl")
+TEXT_COLUMNS = ("text", "caption", "captions")
+FILE_COLUMN = "file_name"
+FORMS = (
+    'captions.json {"a.jpg": "a caption", …}, COCO caption annotations, or metadata.csv or '
+    "metadata.jsonl with file_name and text"
+)
+
+
+def find_captions(folder: Path) -> Path:
+    """The file of captions in a folder of pictures. Raises EvaluationError unless there is one."""
+    found = [name for name in KNOWN_FILES if (folder / name).is_file()]
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        raise EvaluationError(
+            f"{folder}: {len(found)} files of captions: {', '.join(found)}",
+            hint="choose one with --captions",
+        )
+    raise EvaluationError(
+        f"{folder}: no captions: none of {', '.join(KNOWN_FILES)} is there",
+        hint=f"--captions FILE names another; these are read: {FORMS}",
+    )
+
+
+def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
+    """Picture → its captions, in the order of the file.
+
+    Raises EvaluationError for a file that can't be read or is in no form that is known, and for
+    pictures without a caption, naming them.
+    """
+    readers = {".csv": _from_csv, ".jsonl": _from_json_lines, ".json": _from_json}
+    if path.suffix.lower() not in readers:
+        raise EvaluationError(f"{path}: captions are read from .json, .jsonl and .csv", hint=FORMS)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EvaluationError(f"{path}: can't be read: {reason}", hint="is it UTF-8?") from error
+    captions: dict[str, list[str]] = {}
+    for where, name, given in readers[path.suffix.lower()](text, path):
+        if not isinstance(name, str) or not name:
+            raise EvaluationError(f"{where}: a picture's name is {name!r}", hint=FORMS)
+        captions.setdefault(name, []).extend(_texts(given, f"{where}: {name}"))
+    if not captions:
+        raise EvaluationError(f"{path}: no captions in it", hint=FORMS)
+    if bare := [name for name, texts in captions.items() if not texts]:
+        raise EvaluationError(
+            f"{path}: {len(bare)} of {len(captions)} pictures have no caption: {some_names(bare)}",
+            hint="add captions, or take these pictures out",
+        )
+    return {name: tuple(texts) for name, texts in captions.items()}
+
+
+Entry = tuple[str, Any, Any]  # where it stands, for errors; the picture; a caption or several
+
+
+def _texts(given: Any, where: str) -> list[str]:
+    """One caption or a list of them, without blank ones and blanks around."""
+    texts = [given] if isinstance(given, str) else given
+    if texts is None:
+        return []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise EvaluationError(
+            f"{where}: a caption is text or a list of texts, not {json.dumps(given)[:60]}",
+            hint=FORMS,
+        )
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _from_json(text: str, path: Path) -> Iterator[Entry]:
+    raw = _parse(text, str(path))
+    if not isinstance(raw, Mapping):
+        raise EvaluationError(f"{path}: a {_kind(raw)}, expected an object", hint=FORMS)
+    if isinstance(raw.get("images"), list) and isinstance(raw.get("annotations"), list):
+        yield from _from_coco(raw, path)
+        return
+    for name, given in raw.items():
+        yield str(path), name, given
+
+
+def _from_coco(raw: Mapping[str, Any], path: Path) -> Iterator[Entry]:
+    """Source: the format of captions_val2017.json, cocodataset.org, "Caption annotations"."""
+    names: dict[Any, str] = {}
+    for number, image in enumerate(raw["images"]):
+        where = f"{path}: images[{number}]"
+        key, name = _fields(image, where, "id", FILE_COLUMN)
+        if names.setdefault(key, name) != name:
+            raise EvaluationError(f"{where}: id {key!r} is {names[key]!r} too", hint=FORMS)
+        yield where, name, []  # one that no annotation names is then one without a caption
+    for number, annotation in enumerate(raw["annotations"]):
+        where = f"{path}: annotations[{number}]"
+        key, given = _fields(annotation, where, "image_id", "caption")
+        if key not in names:
+            raise EvaluationError(f"{where}: no image has the id {key!r}", hint=FORMS)
+        yield where, names[key], given
+
+
+def _fields(row: Any, where: str, key: str, value: str) -> tuple[Any, Any]:
+    if not isinstance(row, Mapping) or key not in row or value not in row:
+        raise EvaluationError(f"{where}: expected an object with {key!r} and {value!r}", hint=FORMS)
+    if not isinstance(row[key], str | int):
+        raise EvaluationError(f"{where}: {key!r} is {row[key]!r}", hint=FORMS)
+    return row[key], row[value]
+
+
+def _from_json_lines(text: str, path: Path) -> Iterator[Entry]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        row = _parse(line, where)
+        if not isinstance(row, Mapping):
+            raise EvaluationError(f"{where}: a {_kind(row)}, expected an object", hint=FORMS)
+        column = _text_column(row, where)
+        yield where, row[FILE_COLUMN], row[column]
+
+
+def _from_csv(text: str, path: Path) -> Iterator[Entry]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(rows, [])
+        column = header.index(_text_column(header, str(path)))
+        name = header.index(FILE_COLUMN)
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if len(row) != len(header):
+                if not row:
+                    continue
+                raise EvaluationError(
+                    f"{where}: {len(row)} columns, the first line has {len(header)}",
+                    hint='a caption with a comma stands in "quotes"',
+                )
+            yield where, row[name], row[column]
+    except csv.Error as error:
+        raise EvaluationError(
+            f"{path}, line {rows.line_num}: not CSV: {error}", hint="is a quote open?"
+        ) from error
+
+
+def _text_column(columns: Iterable[str], where: str) -> str:
+    """Which column holds the caption: by its name, else the only one beside file_name."""
+    names = list(columns)
+    if FILE_COLUMN not in names:
+        raise EvaluationError(
+            f"{where}: no {FILE_COLUMN!r} among {some_names(map(str, names))}", hint=FORMS
+        )
+    others = [name for name in names if name != FILE_COLUMN]
+    known = [name for name in others if name in TEXT_COLUMNS]
+    for choice in (known, others):
+        if len(choice) == 1:
+            return choice[0]
+    raise EvaluationError(
+        f"{where}: which column is the caption? It has {some_names(map(str, others))}",
+        hint="name one of them text, and no other caption or captions",
+    )
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{where}: not JSON: {error}", hint="is the file whole?") from error
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
+    return kinds.get(type(value), "null")

@@ -1,0 +1,124 @@
+"""What a bundle is measured on: pictures, each with the captions that are right for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmport.builtin.scenes import Scene, caption, draw, held_out
+from vlmport.errors import EvaluationError, OptionError, some_names
+from vlmport.evaluation.captions import find_captions, read_captions
+
+if TYPE_CHECKING:
+    from vlmport.runtime.images import ImageSource
+
+SCENES = "held-out scenes of shapes"
+SCENE_COUNT = 1000
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture (a file, or a scene that is drawn when its turn comes) and its captions."""
+
+    name: str
+    source: Path | Scene
+    references: tuple[str, ...]
+
+    @property
+    def image(self) -> ImageSource:
+        return draw(self.source) if isinstance(self.source, Scene) else self.source
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Pictures in order.
+
+    Attributes:
+        name: for people; it stands in the model card.
+        left_out: pictures beside them that have no captions.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    left_out: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether these are the scenes that only a model trained on them can caption."""
+        return isinstance(self.examples[0].source, Scene)
+
+    @property
+    def sha256(self) -> str:
+        """Of names and captions: figures of two runs are compared only where it is the same."""
+        listed = [[example.name, *example.references] for example in self.examples]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def images(self) -> Iterator[ImageSource]:
+        """One at a time, so that no more than a batch of scenes is in memory."""
+        return (example.image for example in self.examples)
+
+
+def drawn_scenes(limit: int | None = None) -> ExampleSet:
+    """The first of the 1,000 held-out scenes that the built-in `shapes` is measured on."""
+    scenes = held_out(min(_checked(limit) or SCENE_COUNT, SCENE_COUNT))
+    return ExampleSet(
+        SCENES,
+        tuple(Example(f"scene {n}", one, (caption(one),)) for n, one in enumerate(scenes)),
+    )
+
+
+def captioned_pictures(
+    folder: str | Path, captions: str | Path | None = None, limit: int | None = None
+) -> ExampleSet:
+    """The pictures of a folder that a file of captions names, in its order.
+
+    Args:
+        captions: the file; None finds it in the folder, and then it has to name every picture.
+        limit: take the first so many.
+
+    Raises EvaluationError for a missing folder, bad captions, and pictures that are not there.
+    """
+    folder, limit = Path(folder).expanduser(), _checked(limit)
+    if not folder.is_dir():
+        what = "a file, expected a folder" if folder.exists() else "no such folder"
+        raise EvaluationError(f"{folder}: {what}", hint="give the folder that holds the pictures")
+    file = find_captions(folder) if captions is None else Path(captions).expanduser()
+    listed = read_captions(file)
+    if missing := [name for name in listed if not (folder / name).is_file()]:
+        raise EvaluationError(
+            f"{file}: {len(missing)} of {len(listed)} pictures are not in {folder}: "
+            f"{some_names(missing)}",
+            hint="names are relative to the folder; add the files, or take out their captions",
+        )
+    bare = _without_captions(folder, listed)
+    if bare and captions is None:
+        raise EvaluationError(
+            f"{file}: {len(bare)} pictures of the folder have no caption: {some_names(bare)}",
+            hint="caption them or move them away; --captions FILE leaves them out",
+        )
+    examples = [Example(name, folder / name, texts) for name, texts in listed.items()]
+    return ExampleSet(folder.resolve().name, tuple(examples[:limit]), tuple(bare))
+
+
+def _without_captions(folder: Path, listed: dict[str, tuple[str, ...]]) -> list[str]:
+    """Pictures below the folder that no caption names."""
+    known = {(folder / name).resolve() for name in listed}
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURES and path.is_file() and path.resolve() not in known
+    )
+
+
+def _checked(limit: int | None) -> int | None:
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit={limit}: expected at least 1", hint="None takes all")
+    return limit

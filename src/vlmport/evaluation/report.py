@@ -1,0 +1,244 @@
+"""What an evaluation found: a table for people, JSON for programs, Markdown for the model card."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmport.evaluation.examples import ExampleSet
+from vlmport.evaluation.scores import METRICS, Metric
+from vlmport.precisions import SUFFIXES
+
+REFERENCE = "fp32"
+# Points that a precision may lose to fp32. The float16 forms have the limit of the weights that
+# they hold: fp16 rounds less than q8 does, q4f16 rounds as q4.
+LIMITS = {"fp16": 1.0, "q8": 1.0, "q4": 3.0, "q4f16": 3.0}
+
+Figures = Mapping[str, Mapping[str, float]]  # precision → metric → points
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one precision said of each picture.
+
+    Attributes:
+        captions: None where the picture could not be read.
+        scores: metric → a score for each caption; None as above.
+    """
+
+    captions: tuple[str | None, ...]
+    scores: Mapping[str, tuple[float | None, ...]]
+
+    def points(self, metric: str) -> float:
+        """The mean over the pictures that were read, times 100, to two decimals."""
+        scores = [score for score in self.scores[metric] if score is not None]
+        return round(100 * sum(scores) / len(scores), 2)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run over a set of pictures.
+
+    Attributes:
+        answers: precision (or mix) → what it said, in the order of the run.
+        unreadable: picture → why it was left out.
+        limits: precision → points that it may lose to fp32.
+        recorded: figures of an earlier run over the same pictures on the same device, for what
+            this run leaves out.
+        by: the programs that measured, with versions.
+    """
+
+    data: ExampleSet
+    metrics: tuple[Metric, ...]
+    device: str
+    by: str
+    answers: Mapping[str, Answers]
+    unreadable: Mapping[str, str]
+    limits: Mapping[str, float]
+    recorded: Figures = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Figures:
+        """The figures of this run."""
+        return {
+            precision: {metric.name: answers.points(metric.name) for metric in self.metrics}
+            for precision, answers in self.answers.items()
+        }
+
+    @property
+    def figures(self) -> Figures:
+        """Those of this run, and the recorded ones for what it left out; fp32 first."""
+        names = [*self.answers, *self.recorded]
+        known = [name for name in SUFFIXES if name in names]
+        ordered = dict.fromkeys([*known, *names])
+        measured = self.measured
+        return {n: {**self.recorded.get(n, {}), **measured.get(n, {})} for n in ordered}
+
+    @property
+    def losses(self) -> list[Loss]:
+        """What each measured precision lost to fp32, where that has a limit."""
+        return [one for one in losses(self.figures, self.limits) if one.precision in self.answers]
+
+    @property
+    def passed(self) -> bool:
+        """Whether none lost more than its limit; nothing to compare with is no loss."""
+        return all(loss.passed for loss in self.losses)
+
+    @property
+    def pictures(self) -> int:
+        """How many the figures are the mean of."""
+        return len(self.data) - len(self.unreadable)
+
+    def entry(self) -> dict[str, Any]:
+        """As it stands in vlmport.json under `accuracy`."""
+        return {
+            "data": self.data.name,
+            "pictures": self.pictures,
+            "sha256": self.data.sha256,
+            "device": self.device,
+            "by": self.by,
+            "passed": all(loss.passed for loss in losses(self.figures, self.limits)),
+            "figures": self.figures,
+            "limits": dict(self.limits),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, and every picture with all that was said of it."""
+        return {
+            **self.entry(),
+            "figures": self.measured,
+            "passed": self.passed,
+            "losses": [loss.to_json() for loss in self.losses],
+            "unreadable": dict(self.unreadable),
+            "left_out": list(self.data.left_out),
+            "examples": [self._example(number) for number in range(len(self.data))],
+        }
+
+    def _example(self, number: int) -> dict[str, Any]:
+        example = self.data.examples[number]
+        return {
+            "picture": example.name,
+            "references": list(example.references),
+            "captions": {name: one.captions[number] for name, one in self.answers.items()},
+            "scores": {
+                name: {metric: scores[number] for metric, scores in one.scores.items()}
+                for name, one in self.answers.items()
+            },
+        }
+
+    def print(self, console: Console) -> None:
+        """A row for each precision, and under it every loss that is past its limit."""
+        title = escape(f"{self.data.name}, {self.pictures:,} pictures, {self.device}")
+        heads = [metric.title for metric in self.metrics]
+        table = Table("precision", *heads, "to fp32", "may lose", title=title, title_justify="left")
+        for precision, figures in self.figures.items():
+            if precision not in self.answers and precision != REFERENCE:
+                continue
+            mark = "" if precision in self.answers else " (recorded)"
+            points = [_points(figures, metric.name) for metric in self.metrics]
+            table.add_row(precision + mark, *points, *self._judged(precision))
+        console.print(table)
+        for loss in self.losses:
+            if not loss.passed:
+                console.print(f"broken: {loss}", style="red", markup=False, highlight=False)
+        if (note := self._not_compared()) is not None:
+            console.print(note, markup=False, highlight=False)
+
+    def _judged(self, precision: str) -> tuple[str, str]:
+        """The two columns that compare: points gained or lost, and the limit."""
+        mine = [loss for loss in self.losses if loss.precision == precision]
+        return ", ".join(f"{0.0 - one.points:+.2f}" for one in mine), ", ".join(
+            f"{one.limit:g}" for one in mine[:1]
+        )
+
+    def _not_compared(self) -> str | None:
+        """Why the rounded ones were not held against anything, if they were not."""
+        rounded = [name for name in self.answers if name in self.limits]
+        if not rounded or self.losses:
+            return None
+        if REFERENCE in self.figures:
+            return "nothing was compared with fp32: a loss of CIDEr-D has no limit"
+        return f"{REFERENCE} was not measured, so nothing was compared with it"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What rounding cost: points of fp32 less points of the precision; below 0 is a gain."""
+
+    precision: str
+    metric: str
+    points: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.points <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "precision": self.precision,
+            "metric": self.metric,
+            "points": self.points,
+            "limit": self.limit,
+            "passed": self.passed,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.precision} loses {self.points:g} points of {METRICS[self.metric].name} to "
+            f"{REFERENCE}, it may lose {self.limit:g}"
+        )
+
+
+def losses(figures: Figures, limits: Mapping[str, float]) -> list[Loss]:
+    """For each precision with a limit and each metric that is a share, fp32's figure less its."""
+    return [
+        Loss(precision, name, round(figures[REFERENCE][name] - points, 2), limits[precision])
+        for precision, one in figures.items()
+        for name, points in one.items()
+        if precision in limits
+        and name in METRICS
+        and METRICS[name].judged
+        and name in figures.get(REFERENCE, {})
+    ]
+
+
+def limit_of(precisions: Iterable[str]) -> float | None:
+    """The limit of a mix is that of the coarsest part; None where nothing is rounded."""
+    return max((LIMITS[one] for one in precisions if one in LIMITS), default=None)
+
+
+def accuracy_markdown(accuracy: Sequence[Mapping[str, Any]]) -> str:
+    """The model card's section from vlmport.json's `accuracy`: a table for each set of pictures."""
+    return "\n\n".join(_table(entry) for entry in accuracy)
+
+
+def _table(entry: Mapping[str, Any]) -> str:
+    figures, limits = entry["figures"], entry["limits"]
+    names = list(dict.fromkeys(name for one in figures.values() for name in one))
+    heads = [METRICS[name].title if name in METRICS else name for name in names]
+    data = html.escape(entry["data"]).replace("|", "&#124;")
+    lines = [
+        f"`vlmport eval` on {data}, {entry['pictures']:,} pictures, by {entry['by']} on "
+        f"{entry['device']}. Each figure is the mean over the pictures, times 100.",
+        "",
+        "| precision | " + " | ".join(heads) + " | may lose to fp32 |",
+        "| --- |" + " ---: |" * len(heads) + " ---: |",
+    ]
+    broken = {one.precision for one in losses(figures, limits) if not one.passed}
+    for precision, points in figures.items():
+        cells = [_points(points, name) for name in names]
+        limit = f"{limits[precision]:g}" if precision in limits else ""
+        note = f"**lost more than {limit}**" if precision in broken else limit
+        lines.append(f"| `{precision}` | " + " | ".join(cells) + f" | {note} |")
+    return "\n".join(lines)
+
+
+def _points(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.2f}" if name in figures else "-"

@@ -1,0 +1,117 @@
+"""How good captions are: measured by the libraries that the field compares its numbers with.
+
+| metric | by | tokens |
+| --- | --- | --- |
+| `exact_match` | one of the reference captions, to the letter | none |
+| `rouge_l` | rouge-score (Google): F1 of the longest common subsequence, best reference | its own |
+| `cider_d` | pycocoevalcap (COCO's): n-grams weighted by rarity, length penalty | NLTK's |
+
+Trap: COCO's own tokenizer is a Java program. NLTK's Treebank tokenizer, lower case and without
+COCO's list of punctuation, stands in its place: figures of other programs may differ in the last
+digits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vlmport.errors import DependencyError, EvaluationError, OptionError, did_you_mean, some_names
+
+References = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to judge captions.
+
+    Attributes:
+        title: for tables, of the mean over all pictures times 100.
+        judged: whether its loss through rounding has a limit: a share has, CIDEr-D is none.
+        modules, extra: the libraries that it needs, and the extra of vlmport that brings them.
+        score: captions [N], references [N][several] → [N] scores. Raises EvaluationError.
+    """
+
+    name: str
+    title: str
+    judged: bool
+    modules: tuple[str, ...]
+    extra: str
+    score: Callable[[Sequence[str], References], list[float]]
+
+
+def exact_match(captions: Sequence[str], references: References) -> list[float]:
+    """1 where the caption is one of its references, else 0."""
+    return [float(one in right) for one, right in zip(captions, references, strict=True)]
+
+
+def rouge_l(captions: Sequence[str], references: References) -> list[float]:
+    """F1 against the best reference, 0 … 1, without stemming (the defaults of rouge-score)."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    tokens = DefaultTokenizer(use_stemmer=False).tokenize
+    if blank := [text for texts in references for text in texts if not tokens(text)]:
+        raise EvaluationError(
+            f"ROUGE-L reads the letters a to z and digits only, and {len(blank)} reference "
+            f"captions have none: {some_names(blank, limit=3)}",
+            hint="measure another script with --metric cider-d",
+        )
+    scorer = RougeScorer(["rougeL"])
+    return [
+        float(scorer.score_multi(right, one)["rougeL"].fmeasure)
+        for one, right in zip(captions, references, strict=True)
+    ]
+
+
+def cider_d(captions: Sequence[str], references: References) -> list[float]:
+    """CIDEr-D as COCO computes it, 0 … 10; how rare words are is counted in the references."""
+    from nltk.tokenize import TreebankWordTokenizer
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
+
+    if len(captions) < 2:
+        raise EvaluationError(
+            "CIDEr-D of one picture is 0 by definition: it counts how rare words are",
+            hint="give more pictures, or take --metric rouge-l",
+        )
+    split = TreebankWordTokenizer().tokenize
+
+    def tokens(text: str) -> str:
+        return " ".join(word for word in split(text.lower()) if word not in PUNCTUATIONS)
+
+    right = {n: [tokens(text) for text in texts] for n, texts in enumerate(references)}
+    given = {n: [tokens(text)] for n, text in enumerate(captions)}
+    _, each = Cider().compute_score(right, given)
+    return [float(score) for score in each]
+
+
+_ALL = (
+    Metric("exact_match", "exact match %", True, (), "", exact_match),
+    Metric("rouge_l", "ROUGE-L", True, ("rouge_score",), "eval", rouge_l),
+    Metric("cider_d", "CIDEr-D", False, ("nltk", "pycocoevalcap"), "cider", cider_d),
+)
+METRICS = {metric.name: metric for metric in _ALL}
+
+
+def parse_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
+    """'rouge-l' or 'rouge_l' → metrics, each once, with their libraries at hand.
+
+    Raises OptionError for an unknown name, DependencyError for a library that is missing.
+    """
+    metrics = []
+    for name in dict.fromkeys(one.strip().lower().replace("-", "_") for one in names):
+        if name not in METRICS:
+            raise OptionError(
+                f"no metric {name!r}{did_you_mean(name, METRICS)}",
+                hint=f"choose from {', '.join(METRICS).replace('_', '-')}",
+            )
+        metrics.append(METRICS[name])
+    for metric in metrics:
+        if missing := [one for one in metric.modules if importlib.util.find_spec(one) is None]:
+            raise DependencyError(
+                f"{metric.title} needs {' and '.join(missing)}, not installed here",
+                hint=f'pip install "vlmport[{metric.extra}]"',
+            )
+    return tuple(metrics)
