@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from tests.checkpoints import write_prefix_checkpoint
 from tests.export.comparing import contents
 from tests.export.test_same_model import write_adapter
 from tests.hub import Hub, hub_environment
@@ -16,14 +16,18 @@ from vlmport.export import export
 
 RUN = """
 import sys, vlmport
-print(vlmport.load(sys.argv[1]).caption(sys.argv[2], max_new_tokens=4).token_ids)
+precision = sys.argv[3] if sys.argv[3:] else "auto"
+vlm = vlmport.load(sys.argv[1], precision=precision)
+print(vlm.caption(sys.argv[2], max_new_tokens=4).token_ids)
 """
 
 
-def caption(source: str, picture: Path, environment: dict[str, str]) -> str:
-    """Token ids in a process of its own: the Hub client reads its settings once."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, source, str(picture)],
+def run(
+    source: str, picture: Path, environment: dict[str, str], *precision: str
+) -> subprocess.CompletedProcess[str]:
+    """A caption's token ids in a process of its own: the Hub client reads its settings once."""
+    return subprocess.run(
+        [sys.executable, "-c", RUN, source, str(picture), *precision],
         env=environment,
         cwd=picture.parent,
         capture_output=True,
@@ -31,25 +35,72 @@ def caption(source: str, picture: Path, environment: dict[str, str]) -> str:
         timeout=120,
         check=False,
     )
+
+
+def caption(source: str, picture: Path, environment: dict[str, str], *precision: str) -> str:
+    done = run(source, picture, environment, *precision)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_bundle_on_the_hub_runs_and_then_runs_offline(tmp_path: Path) -> None:
-    bundle = export(write_prefix_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle")
-    files = {
-        path.relative_to(bundle.folder).as_posix(): path.read_bytes()
-        for path in bundle.folder.rglob("*")
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
         if path.is_file()
     }
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (40, 30), "red").save(picture)
-    with Hub.serving(files) as hub:
+
+
+def fetched(hub: Hub) -> set[str]:
+    """The graphs that were asked for."""
+    return {path.rpartition("/")[2] for path in hub.asked if ".onnx" in path}
+
+
+def test_a_bundle_on_the_hub_runs_and_then_runs_offline(
+    tiny_bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    with Hub.serving(files_of(tiny_bundle)) as hub:
         environment = hub_environment(tmp_path / "hub", hub.url)
         online = caption("org/name", picture, environment)
-        assert any("onnx/vision_encoder_q4.onnx" in path for path in hub.asked)
     offline = caption("org/name", picture, environment | {"HF_HUB_OFFLINE": "1"})
-    assert online == offline == caption(str(bundle.folder), picture, environment)
+    assert online == offline == caption(str(tiny_bundle), picture, environment)
+
+
+def test_only_the_graphs_that_run_are_fetched(
+    tiny_bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    """Each precision alone, and what a mix names; the next one adds what it lacks."""
+    with Hub.serving(files_of(tiny_bundle)) as hub:
+        environment = hub_environment(tmp_path / "hub", hub.url)
+
+        def fetched_for(precision: str) -> set[str]:
+            hub.asked.clear()
+            assert caption("org/name", picture, environment, precision) == caption(
+                str(tiny_bundle), picture, environment, precision
+            )
+            return fetched(hub)
+
+        assert fetched_for("fp32") == {
+            "image_processor.onnx",
+            "vision_encoder.onnx",
+            "embed_tokens.onnx",
+            "decoder_model_merged.onnx",
+        }
+        assert fetched_for("fp32") == set()
+        assert fetched_for("vision=fp32,embed=fp32,decoder=q4") == {"decoder_model_merged_q4.onnx"}
+        hub.asked.clear()
+        done = run("org/name", picture, environment, "q4f16")
+        assert "precision 'q4f16' is not in this bundle" in done.stderr
+        assert fetched(hub) == set()
+        snapshot = next((tmp_path / "hub").glob("models--*/snapshots/*"))
+        assert (snapshot / "tokenizer.json").is_file()
+        assert not (snapshot / "onnx/vision_encoder_q4.onnx").exists()
 
 
 def test_an_adapter_on_the_hub(tiny_checkpoint: Path, tmp_path: Path) -> None:
