@@ -22,7 +22,7 @@ from tests.export.comparing import contents
 from tests.export.test_same_model import write_adapter
 from vlmport import cli
 from vlmport.bundle import MANIFEST, hash_folder, read_manifest, write_manifest
-from vlmport.export import export, exporter
+from vlmport.export import export, writing
 
 ROOT = Path(__file__).parents[1]
 DECODER = "onnx/decoder_model_merged_q4.onnx"
@@ -280,7 +280,7 @@ def test_a_cut_graph(own_bundle_folder: Path, picture: Path, tmp_path: Path) -> 
 @pytest.fixture
 def external_bundle(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle whose weights lie in files of their own."""
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 0)
     return export(tiny_checkpoint, tmp_path / "external", precisions="fp32").folder
 
 

@@ -24,7 +24,7 @@ from tests.test_bad_input import ROOT, one_line, refused, refused_in_subprocess
 from vlmport import cli
 
 MAIN = "from vlmport.cli import main; main()"
-INLINE = "from vlmport.export import exporter; exporter.INLINE_BYTES = 0;" + MAIN
+INLINE = "from vlmport.export import writing; writing.INLINE_BYTES = 0;" + MAIN
 CLOSED = "http://127.0.0.1:9"  # the port of 'discard', where nobody listens
 
 
@@ -114,7 +114,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("stage", ["_write_model", "record"])
+@pytest.mark.parametrize("stage", ["write_model", "record"])
 def test_ctrl_c_over_an_old_bundle(
     stage: str, tiny_checkpoint: Path, own_bundle_folder: Path, tmp_path: Path
 ) -> None:

@@ -19,9 +19,12 @@ from typing import Any
 
 import fastjsonschema
 
+from vlmport.bundle_checks import contradictions
 from vlmport.errors import BundleError
-from vlmport.hashing import CHUNK_BYTES, FileEntry, hash_file
+from vlmport.hashing import CHUNK_BYTES as CHUNK_BYTES
+from vlmport.hashing import FileEntry, hash_file
 from vlmport.json_files import load_json
+from vlmport.layouts import HUB, LAYOUTS
 from vlmport.precisions import ANY, choose, complete
 from vlmport.precisions import DEFAULT_PRECISIONS as DEFAULT_PRECISIONS
 from vlmport.precisions import SUFFIXES as SUFFIXES
@@ -143,6 +146,7 @@ class Manifest:
     pixels: PixelSpec
     golden: Golden
     parity: Mapping[str, Any] | None = None
+    layout: str = HUB
     accuracy: tuple[Mapping[str, Any], ...] = ()
     image_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -216,6 +220,15 @@ class Bundle:
                 hint="download or export the bundle again",
             )
 
+    def needs_layout(self, layout: str) -> None:
+        """Raise BundleError where the folder is of another layout."""
+        if (found := self.manifest.layout) != layout:
+            raise BundleError(
+                f"{self.folder}: written in the layout {found!r}, expected {layout!r}",
+                hint=f"`vlmport export SRC OUT --layout {layout}` writes it; other layouts are "
+                "for programs of their own",
+            )
+
     def path(self, name: str) -> Path:
         """The path of a file named in the manifest."""
         return self.folder / name
@@ -267,6 +280,12 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: manifest version {version}; this vlmport reads up to {VERSION}",
             hint="pip install --upgrade vlmport",
         )
+    layout = raw.get("layout", HUB)
+    if isinstance(layout, str) and layout not in LAYOUTS:
+        raise BundleError(
+            f"{path}: layout {layout!r}; this vlmport knows {', '.join(LAYOUTS)}",
+            hint="pip install --upgrade vlmport",
+        )
     try:
         _validator()(raw)
     except fastjsonschema.JsonSchemaValueException as error:
@@ -283,6 +302,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises BundleError for what no reader would take, such as numbers that are not finite.
     """
     raw = {"format": "vlmport", "version": VERSION} | _plain(dataclasses.asdict(manifest))
+    if manifest.layout == HUB:  # the one that readers take for granted
+        del raw["layout"]
     if not manifest.accuracy:  # then older readers can read it
         del raw["accuracy"]
     if not manifest.image_options:
@@ -362,52 +383,14 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             golden.get("options", {}),
         ),
         parity=raw["parity"],
+        layout=raw.get("layout", HUB),
         accuracy=tuple(raw.get("accuracy", ())),
         image_options=raw.get("image_options", {}),
     )
 
 
 def _check_references(manifest: Manifest, path: Path) -> Manifest:
-    """What a schema can't say: named files are listed, auto choices exist, lengths agree."""
-    problems = []
-    for component, forms in manifest.components.items():
-        for variant in forms.values():
-            named = [variant.model, *variant.data]
-            unlisted = [name for name in named if name not in manifest.files]
-            problems += [f"{component}: {name} is not in files" for name in unlisted]
-    for device, choice in manifest.auto.items():
-        for component, precision in choice.items():
-            forms = manifest.components.get(component, {})
-            if precision not in forms and ANY not in forms:
-                problems.append(f"auto.{device}: no {component} in {precision}")
-        open_choices = [
-            component
-            for component, forms in manifest.components.items()
-            if component not in choice and ANY not in forms
-        ]
-        problems += [f"auto.{device}: no choice for {component}" for component in open_choices]
-    problems += _wrong_lengths(manifest)
-    if problems:
+    """What a schema can't say. Raises BundleError."""
+    if problems := contradictions(manifest):
         raise BundleError(f"{path}: {'; '.join(problems)}", hint="export the bundle again")
     return manifest
-
-
-def _wrong_lengths(manifest: Manifest) -> list[str]:
-    """Lists whose lengths disagree with each other or with a number that stands beside them."""
-    problems = []
-    for name, entry in manifest.files.items():
-        expected = -(-entry.size // CHUNK_BYTES)
-        if len(entry.chunks) != expected:
-            problems.append(f"{name}: {len(entry.chunks)} chunk hashes, expected {expected}")
-    for precision, one in manifest.golden.expected.items():
-        where = f"golden.expected.{precision}"
-        if len(one.logits) != len(one.logit_ids):
-            problems.append(f"{where}: {len(one.logits)} logits for {len(one.logit_ids)} ids")
-        if max(one.logit_ids) >= manifest.dims.vocab_size:
-            problems.append(f"{where}: logit id {max(one.logit_ids)} is not in the vocabulary")
-        needed = manifest.golden.prefill_tokens + len(one.tokens) - 1
-        if needed > manifest.dims.context_length:
-            problems.append(
-                f"{where}: takes {needed} positions, the context is {manifest.dims.context_length}"
-            )
-    return problems

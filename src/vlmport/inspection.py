@@ -20,6 +20,7 @@ def describe(bundle: Bundle, console: Console) -> None:
     lines = {
         "name": manifest.name,
         "family": manifest.family,
+        "layout": manifest.layout,
         "written by": manifest.producer,
         "precisions": ", ".join(manifest.precisions),
         "size": f"{total / 1e6:.1f} MB in {len(manifest.files)} files",
@@ -47,8 +48,7 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
 
     A precision without a golden fails: nothing is known of it.
     """
-    from vlmport.runtime.components import Components
-    from vlmport.runtime.probe import check_golden
+    from vlmport.runtime.probe import check_golden, open_graphs
 
     golden = bundle.manifest.golden
     precisions = bundle.manifest.precisions
@@ -60,8 +60,7 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
             _print(console, f"probe {precision}: no golden is recorded, so nothing was run")
             passed = False
             continue
-        components = Components.open(bundle, precision=precision, device=device)
-        report = check_golden(components, golden)
+        report = check_golden(open_graphs(bundle, precision, device), golden)
         _print(console, f"probe {report}")
         passed = passed and report.ok
     return passed

@@ -56,6 +56,14 @@ def complete(components: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     )
 
 
+def precision_name(choice: Mapping[str, str]) -> str:
+    """One name where all components of a choice share it, else 'component=precision,…'."""
+    chosen = {name: value for name, value in choice.items() if value != ANY}
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ",".join(f"{name}={value}" for name, value in chosen.items())
+
+
 def choose(
     components: Mapping[str, Mapping[str, Any]],
     auto: Mapping[str, Mapping[str, str]],

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoints import CONFIG, write_json, write_prefix_checkpoint, write_weights
 from tests.export.comparing import contents, first_logits, graphs
 from vlmport.bundle import Bundle
-from vlmport.export import export, exporter
+from vlmport.export import export, writing
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +136,7 @@ def test_projections_and_biases_reach_the_graphs(tmp_path: Path) -> None:
     export(tmp_path / "wide", tmp_path / "out", precisions="fp32")
     decoder = onnx.load(tmp_path / "out/onnx/decoder_model_merged.onnx")
     names = {tensor.name for tensor in decoder.graph.initializer}
-    assert "language_model.model.layers.0.self_attn.q_proj.bias" in names
+    assert "language_model.model.layers.0.self_attn.qkv_proj.bias" in names
     assert "language_model.model.layers.1.mlp.down_proj.bias" in names
     assert np.isfinite(first_logits(tmp_path / "out")).all()
 
@@ -147,7 +147,7 @@ def test_projections_and_biases_reach_the_graphs(tmp_path: Path) -> None:
 def test_large_graphs_keep_their_weights_beside_them(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 30_000)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 30_000)
     bundle = export(tiny_checkpoint, tmp_path / "out")
     external = {
         variant.model: variant.data
@@ -176,8 +176,8 @@ def test_external_data_is_split_as_browsers_need_it(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into the files that transformers.js counts: no suffix, _1, _2, …"""
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 30_000)
-    monkeypatch.setattr(exporter, "DATA_FILE_BYTES", 30_000)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 30_000)
+    monkeypatch.setattr(writing, "DATA_FILE_BYTES", 30_000)
     bundle = export(tiny_checkpoint, tmp_path / "out", precisions="fp32")
     decoder = "onnx/decoder_model_merged.onnx"
     files = bundle.variant("decoder_model_merged", "fp32").data
@@ -196,8 +196,8 @@ def test_external_data_is_split_as_browsers_need_it(
 def test_a_tensor_larger_than_a_part_has_its_own(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
-    monkeypatch.setattr(exporter, "DATA_FILE_BYTES", 1)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 0)
+    monkeypatch.setattr(writing, "DATA_FILE_BYTES", 1)
     bundle = export(tiny_checkpoint, tmp_path / "out", precisions="fp32")
     graph = onnx.load(tmp_path / "out/onnx/embed_tokens.onnx", load_external_data=False).graph
     large = [one for one in graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
@@ -208,7 +208,7 @@ def test_a_tensor_larger_than_a_part_has_its_own(
 def test_external_data_is_the_same_twice(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 0)
     for name in ("one", "two"):
         export(tiny_checkpoint, tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_are_named(
 
 
 def test_the_same_in_an_external_file(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmport.export.exporter.INLINE_BYTES", 0)
+    monkeypatch.setattr("vlmport.export.writing.INLINE_BYTES", 0)
     key = f"{LAYER}mlp.up_proj.weight"
     error = export_changed(checkpoint, lambda tensors: tensors[key].fill(np.nan))
     assert key in str(error)

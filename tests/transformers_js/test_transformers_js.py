@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, processors
 
 from tests.checkpoints import END_OF_TEXT, write_json, write_prefix_checkpoint
 from vlmport.bundle import ANY, Bundle
-from vlmport.export import export, exporter
+from vlmport.export import export, writing
 from vlmport.runtime.model import VLM
 
 HERE = Path(__file__).parent
@@ -291,8 +291,8 @@ def test_weights_in_several_files(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """As a model beyond 2 GB has them."""
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
-    monkeypatch.setattr(exporter, "DATA_FILE_BYTES", 30_000)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 0)
+    monkeypatch.setattr(writing, "DATA_FILE_BYTES", 30_000)
     folder = export(tiny.parent / "source", tmp_path / "bundle", precisions="fp32").folder
     assert (folder / "onnx/decoder_model_merged.onnx_data_2").is_file()
     answer = client(folder, pictures, "fp32")
@@ -324,7 +324,7 @@ def test_all_weights_in_files_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
 ):
-    monkeypatch.setattr(exporter, "INLINE_BYTES", 0)
+    monkeypatch.setattr(writing, "INLINE_BYTES", 0)
     folder = export(tiny.parent / "source", tmp_path / "bundle").folder
     assert all((folder / f"onnx/{name}{SUFFIXES[dtype]}.onnx_data").is_file() for name in MODELS)
     answer = client(folder, pictures, dtype)

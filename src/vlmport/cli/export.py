@@ -22,6 +22,9 @@ def export(
     precision: Annotated[
         str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16.")
     ] = "fp32,q8,q4",
+    layout: Annotated[
+        str, typer.Option(help="Form of folder: hub, or components (a captioner's four files).")
+    ] = "hub",
     adapter: Adapter = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
     revision: Revision = None,
@@ -34,6 +37,7 @@ def export(
             source,
             out,
             precisions=precision,
+            layout=layout,
             adapter=adapter,
             force=force,
             revision=revision,

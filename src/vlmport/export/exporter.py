@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import onnx
-import onnx_ir as ir
 
 from vlmport import __version__
 from vlmport.builtin import builtin_folder
@@ -24,25 +19,19 @@ from vlmport.bundle import (
     write_manifest,
 )
 from vlmport.checkpoint import Checkpoint, locate_adapter
-from vlmport.errors import ExportError, VlmportError
+from vlmport.errors import ExportError, did_you_mean
 from vlmport.export.assign import Assignment
 from vlmport.export.card import write_card
 from vlmport.export.files import write_hub_files
 from vlmport.export.folder import atomic_folder, check_space, check_target
 from vlmport.export.golden import golden_input, record
 from vlmport.export.soundness import check_float16, check_prompt
+from vlmport.export.writing import Job, data_files, write_model
 from vlmport.families import family_of
-from vlmport.families.base import Family
+from vlmport.families.base import Family, Layout
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
-from vlmport.graph.weights import Weight
-
-# A graph with more weights than this keeps them in a file beside it.
-INLINE_BYTES = 16 * 1024 * 1024
-# Browsers hold less than 2 GB in one buffer, so external data is split below that.
-DATA_FILE_BYTES = 2_000_000_000
-# Shape constants must stay in the graph: ONNX Runtime refuses them in external files.
-EXTERNAL_THRESHOLD = 1024
+from vlmport.layouts import HUB
 
 # Device → the precisions that 'auto' prefers there, best first, of each component. The 8-bit
 # kernels are fastest for many rows (a picture's patches), the 4-bit ones for one (a decode step).
@@ -59,27 +48,12 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One ONNX file to write."""
-
-    component: str
-    precision: str
-    file: str
-    model: ir.Model
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of what is made from the checkpoint; constants of the graph don't count."""
-        values = self.model.graph.initializers.values()
-        return sum(_nbytes(value) for value in values if isinstance(value, Weight))
-
-
 def export(
     source: str | Path,
     out: str | Path,
     *,
     precisions: str | Sequence[str] = DEFAULT_PRECISIONS,
+    layout: str = HUB,
     adapter: str | Path | None = None,
     force: bool = False,
     revision: str | None = None,
@@ -90,6 +64,7 @@ def export(
 
     Args:
         precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16.
+        layout: the form of folder, of those that the model's family has (vlmport.layouts).
         adapter: a PEFT folder whose LoRA is merged into the weights.
         force: overwrite a bundle that is there.
         revision: branch, tag or commit of a Hub id.
@@ -98,7 +73,7 @@ def export(
 
     Raises:
         SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
-        ExportError: `out` exists, an unknown precision, a full disk.
+        ExportError: `out` exists, an unknown precision or layout, a full disk.
         In each case `out` is left as it was.
     """
     chosen = parse_precisions(precisions)
@@ -106,17 +81,30 @@ def export(
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)
+    form = _layout(family, layout)
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     with atomic_folder(out, force=force) as folder:
         meter = Meter(progress)
-        jobs = _plan(family, checkpoint, adapter_folder, chosen, meter)
+        jobs = _plan(family, form, checkpoint, adapter_folder, chosen, meter)
         check_space(out, meter.total)
         for job in jobs:
             meter.what = job.file
-            _write_model(job, folder)
+            write_model(job, folder)
         label = name or _default_name(source, checkpoint)
-        _write_manifest(family, checkpoint, jobs, folder, label)
+        manifest = _write_manifest(family, form, layout, checkpoint, jobs, folder, label)
+        _try_out(Bundle(folder, manifest))
     return Bundle.open(out)
+
+
+def _layout(family: Family, name: str) -> Layout:
+    """Raises ExportError for one that the family does not have."""
+    layouts = family.layouts
+    if name not in layouts:
+        raise ExportError(
+            f"unknown layout {name!r}{did_you_mean(name, layouts)}",
+            hint=f"a model of the family {family.name!r} has: {', '.join(layouts)}",
+        )
+    return layouts[name]
 
 
 class Meter:
@@ -133,6 +121,7 @@ class Meter:
 
 def _plan(
     family: Family,
+    layout: Layout,
     checkpoint: Checkpoint,
     adapter: Path | None,
     precisions: tuple[Precision, ...],
@@ -140,105 +129,64 @@ def _plan(
 ) -> list[Job]:
     """All graphs, each weight with its tensor; nothing is written before every one has."""
     assignment = Assignment(family.weights(checkpoint, adapter))
+    jobs: dict[tuple[str, str], Job] = {}
 
-    def job(component: str, precision: str, suffix: str, builder: GraphBuilder) -> Job:
+    def add(component: str, precision: str, suffix: str, builder: GraphBuilder) -> None:
         assignment.assign(builder.graph, meter.add)
-        file = f"onnx/{component}{suffix}.onnx"
-        return Job(component, precision, file, to_model(builder, __version__))
+        owner = layout.shared.get(component)
+        jobs[component, precision] = Job(
+            component,
+            precision,
+            layout.path(component, suffix),
+            to_model(builder, __version__),
+            owner=None if owner is None else jobs[owner, precision],
+            is_shared=component in layout.shared.values(),
+        )
 
-    jobs = [job(name, ANY, "", graph) for name, graph in family.fixed_graphs().items()]
+    for name, graph in layout.fixed_graphs().items():
+        add(name, ANY, "", graph)
     for precision in precisions:
-        for name, graph in family.graphs(precision).items():
-            jobs.append(job(name, precision.name, precision.suffix, graph))
+        for name, graph in layout.graphs(precision).items():
+            add(name, precision.name, precision.suffix, graph)
     assignment.finish(family.is_unused)
-    meter.total = sum(job.weight_bytes for job in jobs)
-    return jobs
-
-
-def _nbytes(value: ir.Value) -> int:
-    assert value.const_value is not None, value.name
-    return value.const_value.nbytes
-
-
-def _write_model(job: Job, folder: Path) -> None:
-    """Save and check one graph; weights past INLINE_BYTES go to files beside it."""
-    path = folder / job.file
-    path.parent.mkdir(exist_ok=True)
-    try:
-        if job.weight_bytes > INLINE_BYTES:
-            _move_weights_out(job.model.graph, path)
-        ir.save(job.model, path)
-    except ir.serde.SerdeError as error:  # wraps what a weight raised when it was read
-        raise _user_error(error) from error
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        line = str(error).strip().partition("\n")[0]
-        raise ExportError(
-            f"{job.file}: not a valid ONNX graph: {line}", hint="please report this"
-        ) from error
-
-
-def _move_weights_out(graph: ir.Graph, path: Path) -> None:
-    """Write large initializers to `<path>_data`, `<path>_data_1`, …, the Hub's names for parts.
-
-    A part holds up to DATA_FILE_BYTES, or one tensor that is larger by itself.
-    """
-    parts: list[list[ir.Value]] = [[]]
-    room = DATA_FILE_BYTES
-    for value in graph.initializers.values():
-        if (size := _nbytes(value)) <= EXTERNAL_THRESHOLD:
-            continue
-        if parts[-1] and size > room:
-            parts.append([])
-            room = DATA_FILE_BYTES
-        parts[-1].append(value)
-        room -= size
-    for number, values in enumerate(part for part in parts if part):
-        name = data_file(path.name, number)
-        tensors = [value.const_value for value in values if value.const_value is not None]
-        moved = ir.external_data.convert_tensors_to_external(tensors, path.parent, name)
-        for value, tensor in zip(values, moved, strict=True):
-            value.const_value = tensor
-
-
-def data_file(graph: str, number: int) -> str:
-    """A graph's external data file, as transformers.js numbers them."""
-    return f"{graph}_data_{number}" if number else f"{graph}_data"
-
-
-def _data_files(folder: Path, graph: str) -> tuple[str, ...]:
-    """The external data files of a graph that was written."""
-    names = (data_file(graph, number) for number in itertools.count())
-    return tuple(itertools.takewhile(lambda name: (folder / name).is_file(), names))
-
-
-def _user_error(error: BaseException) -> BaseException:
-    """The VlmportError that another error was raised from, or that other one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, VlmportError):
-        cause = cause.__cause__
-    return cause or error
+    meter.total = sum(job.weight_bytes for job in jobs.values())
+    return list(jobs.values())
 
 
 def _write_manifest(
-    family: Family, checkpoint: Checkpoint, jobs: list[Job], folder: Path, name: str
-) -> None:
-    """The files around the graphs, the golden probe (which runs every graph), the manifest."""
+    family: Family,
+    layout: Layout,
+    layout_name: str,
+    checkpoint: Checkpoint,
+    jobs: list[Job],
+    folder: Path,
+    name: str,
+) -> Manifest:
+    """The files around the graphs and the manifest; the golden probe is still without answers."""
     components: dict[str, dict[str, Variant]] = {}
     for job in jobs:
-        variant = Variant(job.file, _data_files(folder, job.file))
+        variant = Variant(job.file, data_files(folder, job))
         components.setdefault(job.component, {})[job.precision] = variant
     precisions = [p for p in PRECISIONS if any(job.precision == p for job in jobs)]
     auto = _auto(components, precisions)
-    hub = family.hub_files()
-    write_hub_files(checkpoint, hub, folder, _transformers_js(components, auto))
+    hub = layout.hub_files()
+    client = _transformers_js(components, auto) if layout_name == HUB else None
+    write_hub_files(checkpoint, hub, folder, client)
     forms = {p: _describe(p, folder, components) for p in precisions}
-    write_card(checkpoint, hub, folder, name=name, forms=forms, messages=family.prompt.caption)
+    write_card(
+        checkpoint,
+        hub,
+        folder,
+        name=name,
+        forms=forms,
+        messages=family.prompt.caption,
+        runs=layout_name == HUB,
+    )
     manifest = Manifest(
         producer=f"vlmport {__version__}",
         name=name,
         family=family.name,
+        layout=layout_name,
         components=components,
         auto=auto,
         files=hash_folder(folder),
@@ -247,15 +195,22 @@ def _write_manifest(
         prompt=family.prompt,
         generation=family.generation,
         pixels=family.pixels,
-        golden=golden_input(family.image_tokens),
+        golden=golden_input(family.image_tokens, family.golden_options),
+        image_options=family.image_options,
     )
     write_manifest(folder, manifest)
-    bundle = Bundle.open(folder)
-    check_prompt(bundle)
-    for precision in precisions:
+    return manifest
+
+
+def _try_out(bundle: Bundle) -> None:
+    """Run what was written, and put what it gives for the golden probe into the manifest."""
+    bundle.check()
+    if bundle.manifest.layout == HUB:
+        check_prompt(bundle)
+    for precision in bundle.manifest.precisions:
         if PRECISIONS[precision].is_half:
             check_float16(bundle, precision)
-    write_manifest(folder, record(bundle, precisions))
+    write_manifest(bundle.folder, record(bundle, bundle.manifest.precisions))
 
 
 def _auto(
@@ -294,13 +249,13 @@ def _transformers_js(
 
 def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str, Variant]]) -> str:
     """One line of the model card: what the precision is, and how many megabytes to fetch."""
-    files = [
+    files = {
         file
         for forms in components.values()
         for one, variant in forms.items()
         if one in (precision, ANY)
         for file in (variant.model, *variant.data)
-    ]
+    }
     size = sum((folder / file).stat().st_size for file in files)
     return f"{PRECISIONS[precision].meaning}; {size / 1e6:.1f} MB"
 

@@ -16,14 +16,17 @@ from vlmport.tokenizer import read_tokenizer
 
 
 def write_hub_files(
-    checkpoint: Checkpoint, hub: HubFiles, folder: Path, transformers_js: Mapping[str, Any]
+    checkpoint: Checkpoint, hub: HubFiles, folder: Path, transformers_js: Mapping[str, Any] | None
 ) -> None:
-    """Write all that a Hub client reads beside onnx/."""
-    write_json(folder / "config.json", {**hub.config, "transformers.js_config": transformers_js})
+    """Write all that a Hub client reads beside the graphs."""
+    client = {} if transformers_js is None else {"transformers.js_config": transformers_js}
+    write_json(folder / "config.json", {**hub.config, **client})
     write_json(folder / "preprocessor_config.json", hub.preprocessor_config)
-    write_json(folder / "processor_config.json", hub.processor_config)
+    if hub.processor_config is not None:
+        write_json(folder / "processor_config.json", hub.processor_config)
     write_json(folder / "generation_config.json", hub.generation_config)
-    (folder / "chat_template.jinja").write_text(hub.chat_template, encoding="utf-8")
+    if hub.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(hub.chat_template, encoding="utf-8")
     _write_tokenizer(checkpoint, hub, folder)
     for name in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
         if (checkpoint.folder / name).is_file():
@@ -45,7 +48,9 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
     tokenizer.add_special_tokens(list(hub.new_tokens))
     config = checkpoint.json("tokenizer_config.json") or {}
     config.pop("auto_map", None)
-    config |= {"chat_template": hub.chat_template, **_keep_prompts_bare(tokenizer)}
+    config |= _keep_prompts_bare(tokenizer)
+    if hub.chat_template is not None:
+        config["chat_template"] = hub.chat_template
     # Not by tokenizer.save, whose errors are plain Exceptions: a full disk has to be told apart.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,14 @@ def golden_input(image_tokens: int, options: Mapping[str, Any]) -> Golden:
     return Golden(image, copies, copies * image_tokens, {}, options)
 
 
-def record(bundle: Bundle, precisions: list[str]) -> Manifest:
+def record(bundle: Bundle, precisions: Sequence[str]) -> Manifest:
     """The manifest with the expectations of each precision, from running it."""
-    from vlmport.runtime.components import Components
-    from vlmport.runtime.probe import record_golden
+    from vlmport.runtime.probe import open_graphs, record_golden
 
     golden = bundle.manifest.golden
     expected = {}
     for precision in precisions:
-        components = Components.open(bundle, precision=precision)
-        expected[precision] = record_golden(components, golden)
+        expected[precision] = record_golden(open_graphs(bundle, precision), golden)
     return dataclasses.replace(
         bundle.manifest, golden=dataclasses.replace(golden, expected=expected)
     )

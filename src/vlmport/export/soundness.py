@@ -7,7 +7,8 @@ be seen on somebody's GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import onnxruntime as ort
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ExportError, PromptError, TokenizerError
+from vlmport.layouts import HUB
 
 if TYPE_CHECKING:
     from vlmport.runtime.components import Components
@@ -56,21 +58,9 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
 
     Raises ExportError naming the tensors past LIMIT.
     """
-    from vlmport.runtime.components import DECODER, VISION, Components
-    from vlmport.runtime.probe import golden_image, golden_prompt
-
-    golden = bundle.manifest.golden
-    components = Components.open(bundle, precision=precision)
-    vision = components.process_image(golden_image(golden), golden.options).inputs
-    ids, embeds = golden_prompt(components, golden)
-    decoder = {
-        "inputs_embeds": embeds[None],
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": _with_batch(components, components.position_ids(ids)),
-        "num_logits_to_keep": np.array(0, np.int64),
-    }
+    feeds_of = _hub_feeds if bundle.manifest.layout == HUB else _four_files_feeds
     largest = {}
-    for component, feeds in ((VISION, vision), (DECODER, decoder)):
+    for component, feeds in feeds_of(bundle, precision):
         path = bundle.path(bundle.variant(component, precision).model)
         magnitudes = half_magnitudes(path, feeds)
         beyond = {name: value for name, value in magnitudes.items() if not value <= LIMIT}
@@ -84,6 +74,43 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
             )
         largest[component] = max(magnitudes.values(), default=0.0)
     return largest
+
+
+Feeds = Iterator[tuple[str, Mapping[str, np.ndarray]]]
+
+
+def _hub_feeds(bundle: Bundle, precision: str) -> Feeds:
+    """Each graph that may hold float16, and what the golden picture comes to there."""
+    from vlmport.runtime.components import DECODER, VISION, Components
+    from vlmport.runtime.probe import golden_image, golden_prompt
+
+    golden = bundle.manifest.golden
+    components = Components.open(bundle, precision=precision)
+    yield VISION, components.process_image(golden_image(golden), golden.options).inputs
+    ids, embeds = golden_prompt(components, golden)
+    yield (
+        DECODER,
+        {
+            "inputs_embeds": embeds[None],
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": _with_batch(components, components.position_ids(ids)),
+            "num_logits_to_keep": np.array(0, np.int64),
+        },
+    )
+
+
+def _four_files_feeds(bundle: Bundle, precision: str) -> Feeds:
+    """The same of the layout `components`. Going on computes as beginning does."""
+    from vlmport.runtime.four_files import BEGIN, PROJECTION, VISION, FourFiles
+    from vlmport.runtime.probe import golden_image, golden_prefix
+
+    golden = bundle.manifest.golden
+    files = FourFiles.open(bundle, precision=precision)
+    pixels = files.pixels(golden_image(golden))
+    yield VISION, {"pixel_values": pixels}
+    yield PROJECTION, {"vision_hidden_states": files.encode(pixels).hidden[None]}
+    prefix, none = golden_prefix(files, golden), np.zeros((1, 0), np.int64)
+    yield BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
 
 
 def _with_batch(components: Components, positions: np.ndarray) -> np.ndarray:
@@ -111,7 +138,11 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
         peak.outputs[0].type, peak.outputs[0].shape = ir.TensorType(FLOAT), ir.Shape([])
         model.graph.extend([magnitude, peak])
         model.graph.outputs.append(peak.outputs[0])
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    # By its path: weights past 2 GB, and external data, can't be opened from bytes.
+    with tempfile.TemporaryDirectory(prefix=".float32-", dir=path.parent) as wide:
+        whole = Path(wide, "model.onnx")
+        ir.save(model, whole, external_data="weights", size_threshold_bytes=1024)
+        session = ort.InferenceSession(whole)
     wanted = [one.name for one in session.get_outputs() if one.name.endswith(SUFFIX)]
     inputs = {
         one.name: feeds[one.name] if one.name in feeds else _empty(one.shape)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptS
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
 from vlmport.graph.precision import Precision
+from vlmport.layouts import HUB
 
 # Old configs carry sampling options, which clients would apply beside generation_config.json's.
 SAMPLING_KEYS = frozenset(
@@ -53,9 +54,11 @@ class HubFiles:
     """The small files that make a bundle a Hub repository.
 
     Attributes:
-        config, preprocessor_config, processor_config: the JSON files of those names.
+        config, preprocessor_config, processor_config: the JSON files of those names; None for
+            none.
         generation_config: likewise.
-        chat_template: Jinja; written beside the tokenizer and into tokenizer_config.json.
+        chat_template: Jinja; written beside the tokenizer and into tokenizer_config.json. None
+            for none.
         new_tokens: special tokens to add to the tokenizer, in the order of their ids.
         pipeline_tag: the Hub's name of the task.
         description: what the model is, such as 'an image captioner'.
@@ -63,12 +66,42 @@ class HubFiles:
 
     config: Mapping[str, Any]
     preprocessor_config: Mapping[str, Any]
-    processor_config: Mapping[str, Any]
+    processor_config: Mapping[str, Any] | None
     generation_config: Mapping[str, Any]
-    chat_template: str
+    chat_template: str | None
     new_tokens: tuple[str, ...]
     pipeline_tag: str
     description: str
+
+
+Graphs = dict[str, GraphBuilder]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A form of folder that a family is written in: which graphs, where, and the files beside them.
+
+    Attributes:
+        fixed_graphs: component → graph, for the components of one form for every precision.
+        graphs: component → graph at a precision, in the order in which they are written.
+        hub_files: the small files.
+        paths: component → its path; `{suffix}` is the precision's. Those without one lie in
+            onnx/ under their own names.
+        shared: component → the component, written before it, whose weights of the same name are
+            its own. These then lie in that one's data files, once, in its folder or a folder
+            below: ONNX Runtime follows no path upwards.
+    """
+
+    fixed_graphs: Callable[[], Graphs]
+    graphs: Callable[[Precision], Graphs]
+    hub_files: Callable[[], HubFiles]
+    paths: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def path(self, component: str, suffix: str) -> str:
+        """Where a component's graph lies in the folder."""
+        path = self.paths.get(component, "onnx/{component}{suffix}.onnx")
+        return path.format(component=component, suffix=suffix)
 
 
 class Family(ABC):
@@ -94,12 +127,17 @@ class Family(ABC):
         """Whether no graph is meant to need this tensor (a head that nobody reads)."""
 
     @abstractmethod
-    def fixed_graphs(self) -> dict[str, GraphBuilder]:
-        """Component → graph, for the components that have one form for every precision."""
+    def fixed_graphs(self) -> Graphs:
+        """Of the Hub's layout: component → graph, where one form serves every precision."""
 
     @abstractmethod
-    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
-        """Component → graph at a precision."""
+    def graphs(self, precision: Precision) -> Graphs:
+        """Of the Hub's layout: component → graph at a precision."""
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Layouts by name (vlmport.layouts). Every family has the Hub's."""
+        return {HUB: Layout(self.fixed_graphs, self.graphs, self.hub_files)}
 
     @property
     @abstractmethod

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import nn
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import (
@@ -34,21 +33,23 @@ from vlmport.checkpoint import (
     subsection,
 )
 from vlmport.errors import ConfigError
-from vlmport.families.base import Family, HubFiles, without_sampling
+from vlmport.families.base import Family, Graphs, HubFiles, Layout, without_sampling
 from vlmport.families.generation import Generation
+from vlmport.families.prefix_layouts import HEAD, LANGUAGE_MODEL, four_files
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.image import image_input, rescale_and_normalize
-from vlmport.graph.layers import ACTIVATIONS, Linear
 from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
 from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample, resize
 from vlmport.graph.precision import Precision
+from vlmport.graph.projection import Projection
 from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
+from vlmport.graph.siglip_head import folded_head
 from vlmport.graph.weights import Format
+from vlmport.layouts import COMPONENTS
 from vlmport.tokenizer import new_token_id, read_tokenizer
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 IMAGE_TOKEN = "<image>"
-LANGUAGE_MODEL = "language_model"
 CONFIG = "config.json"
 
 CHAT_TEMPLATE = """\
@@ -99,36 +100,6 @@ class PixelConfig:
     }
 
 
-class Projection(nn.Module):
-    """linear: one matrix. mlp: two with an exact GELU between, numbered as in nn.Sequential."""
-
-    def __init__(self, config: PrefixConfig, vision: int, text: int, form: Format):
-        super().__init__("projection")
-        if config.projection_type == "linear":
-            self.projection = Linear(vision, text, bias=True, form=form)
-        else:
-            self.projection = Mlp(vision, config.mlp_hidden_dim, text, form)
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return self.projection(op, x)
-
-
-class Mlp(nn.Module):
-    def __init__(self, vision: int, inner: int, text: int, form: Format):
-        super().__init__()
-        first, last = (
-            Linear(vision, inner, bias=True, form=form),
-            Linear(inner, text, bias=True, form=form),
-        )
-        setattr(self, "0", first)
-        setattr(self, "3", last)  # 1 is the GELU, 2 a dropout
-        self.stages = (first, last)
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        first, last = self.stages
-        return last(op, ACTIVATIONS["gelu"](op, first(op, x)))
-
-
 @dataclass(frozen=True)
 class PrefixCaptioner(Family):
     """A prefix captioner, read from its checkpoint."""
@@ -174,18 +145,19 @@ class PrefixCaptioner(Family):
             adapter=adapter,
             prefixes=("", f"{LANGUAGE_MODEL}."),
         )
-        return tied_head(tensors, self.text, LANGUAGE_MODEL)
+        tensors = tied_head(tensors, self.text, LANGUAGE_MODEL)
+        return folded_head(tensors, self.vision, HEAD) if self.vision.vision_use_head else tensors
 
     def is_unused(self, key: str) -> bool:
         """The pooling head, where the config has one: captions read patches."""
-        return self.vision.vision_use_head and key.startswith("vision_encoder.head.")
+        return self.vision.vision_use_head and key.startswith(f"{HEAD}.")
 
     # Graphs
 
-    def fixed_graphs(self) -> dict[str, GraphBuilder]:
-        return {"image_processor": self._image_processor()}
+    def fixed_graphs(self) -> Graphs:
+        return {"image_processor": self.image_processor()}
 
-    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
+    def graphs(self, precision: Precision) -> Graphs:
         rows = self.image_token_id + 1
         extra = max(0, rows - self.text.vocab_size)
         return {
@@ -196,7 +168,11 @@ class PrefixCaptioner(Family):
             ),
         }
 
-    def _image_processor(self) -> GraphBuilder:
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        return {**super().layouts, COMPONENTS: four_files(self)}
+
+    def image_processor(self, *, with_prompt: bool = True) -> GraphBuilder:
         """image u8[H, W, 3] → pixel_values f32[1, 3, size, size], prompt_ids i64[T]."""
         builder = new_graph("image_processor")
         op, size, pixels = builder.op, self.vision.image_size, self.pixel_config
@@ -205,8 +181,10 @@ class PrefixCaptioner(Family):
         values = rescale_and_normalize(
             op, resized, pixels.rescale_factor, pixels.image_mean, pixels.image_std
         )
-        ids = np.full(self.image_tokens, self.image_token_id, np.int64)
         add_output(builder, values, "pixel_values", FLOAT, [1, 3, size, size])
+        if not with_prompt:
+            return builder
+        ids = np.full(self.image_tokens, self.image_token_id, np.int64)
         prompt_ids = op.Identity(op.initializer(ir.tensor(ids, name="image_token_ids")))
         add_output(builder, prompt_ids, "prompt_ids", INT64, [self.image_tokens])
         return builder
@@ -217,12 +195,16 @@ class PrefixCaptioner(Family):
         op, size, width = builder.op, self.vision.image_size, self.text.hidden_size
         pixels = builder.input("pixel_values", FLOAT, ["batch_size", 3, size, size])
         patches = SiglipVisionTower(self.vision, form, "vision_encoder")(op, pixels)
-        projection = Projection(self.config, self.vision.hidden_size, width, form)
-        features = op.Reshape(projection(op, patches), [-1, width])
+        features = op.Reshape(self.project(op, patches, form), [-1, width])
         if form.dtype != FLOAT:
             features = op.Cast(features, to=FLOAT)
         add_output(builder, features, "image_features", FLOAT, ["num_features", width])
         return builder
+
+    def project(self, op: OpBuilder, patches: ir.Value, form: Format) -> ir.Value:
+        """Patches [B, N, vision width] → [B, N, D]."""
+        inner = self.config.mlp_hidden_dim if self.config.projection_type == "mlp" else None
+        return Projection(self.vision.hidden_size, self.text.hidden_size, inner, form)(op, patches)
 
     # What runtimes need to know
 

@@ -1,15 +1,16 @@
 """The SigLIP vision tower: patches of a square picture → hidden states after the last norm.
 
-Source: transformers 5.23, modeling_siglip.py. The pooling head is not part of the graph: no
-vision-language model here reads it.
+Source: transformers 5.23, modeling_siglip.py. The pooling head is in siglip_head.py: only a layout
+that other programs read has it, no caption does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
@@ -17,7 +18,10 @@ from vlmport.checkpoint import Size, read_config
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
-from vlmport.graph.weights import Format, Weight
+from vlmport.graph.weights import TINY, Format, Quantizer, Weight
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int8
 
 
 @dataclass(frozen=True)
@@ -68,30 +72,68 @@ class SiglipVisionConfig:
         return self.side**2
 
 
-class PatchEmbedding(nn.Module):
+def quantize_rows(
+    tensor: Float[np.ndarray, "N ..."],
+) -> tuple[Int8[np.ndarray, "N ..."], Float[np.ndarray, "N ..."]]:
+    """Round to 255 levels, symmetric, a scale for each index of the first axis, which broadcasts.
+
+    For what is stored in 8 bits and computed in floats.
+    """
+    rest = tuple(range(1, tensor.ndim))
+    scales = np.abs(tensor).max(axis=rest, keepdims=True, initial=0).astype(np.float32) / 127
+    scales[scales < TINY] = 1  # nothing but zeros
+    return np.rint(tensor / scales).astype(np.int8), scales
+
+
+class Stored(nn.Module):
+    """A tensor that is computed with in floats, whatever it is kept in.
+
+    8 bits in q8, whose size is what people choose it for: ONNX Runtime unpacks it when a session
+    opens. Elsewhere floats.
+    """
+
+    def __init__(self, shape: tuple[int, ...], form: Format):
+        super().__init__()
+        self.packed = form.dynamic
+        if not self.packed:
+            self.weight = Weight(shape, dtype=form.dtype)
+            return
+        quantizer = Quantizer(quantize_rows)
+        rows = (shape[0], *(1 for _ in shape[1:]))
+        self.weight_quantized = Weight(
+            shape, convert=quantizer.quantized, alias="weight", dtype=ir.DataType.INT8
+        )
+        self.weight_scales = Weight(
+            rows, source_shape=shape, convert=quantizer.scales, alias="weight"
+        )
+
+    def tensor(self, op: OpBuilder) -> ir.Value:
+        if not self.packed:
+            return self.weight
+        return op.Mul(op.Cast(self.weight_quantized, to=ir.DataType.FLOAT), self.weight_scales)
+
+
+class PatchEmbedding(Stored):
     """A convolution whose kernel and stride are the patch."""
 
     def __init__(self, config: SiglipVisionConfig, form: Format):
-        super().__init__()
         self.size = config.patch_size
-        kernel = (config.hidden_size, config.num_channels, self.size, self.size)
-        self.weight = Weight(kernel, dtype=form.dtype)
+        super().__init__((config.hidden_size, config.num_channels, self.size, self.size), form)
         self.bias = Weight((config.hidden_size,), dtype=form.dtype)
 
     def forward(self, op: OpBuilder, pixels: ir.Value) -> ir.Value:
         square = [self.size, self.size]
-        return op.Conv(pixels, self.weight, self.bias, kernel_shape=square, strides=square)
+        return op.Conv(pixels, self.tensor(op), self.bias, kernel_shape=square, strides=square)
 
 
-class PositionEmbedding(nn.Module):
+class PositionEmbedding(Stored):
     """The table [N, D], added as it is: the picture always has the trained size."""
 
     def __init__(self, config: SiglipVisionConfig, form: Format):
-        super().__init__()
-        self.weight = Weight((config.num_patches, config.hidden_size), dtype=form.dtype)
+        super().__init__((config.num_patches, config.hidden_size), form)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return op.Add(x, self.weight)
+        return op.Add(x, self.tensor(op))
 
 
 class Embeddings(nn.Module):

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import onnxruntime as ort
 
-from vlmport.bundle import ANY, Bundle, Manifest
+from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import BundleError, ImageError, OptionError, PromptError, did_you_mean
+from vlmport.layouts import HUB
+from vlmport.precisions import precision_name
 from vlmport.runtime.decoder import Decoder, scales_by_call
 from vlmport.runtime.options import whole_number
 from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
@@ -69,12 +71,14 @@ class Components:
     ) -> Self:
         """Choose the graphs; sessions open at first use, each with up to `threads` threads.
 
-        Raises BundleError for a bad bundle or a precision that it lacks, DeviceError for a device
-        that this ONNX Runtime lacks, OptionError for a thread count below 1.
+        Raises BundleError for a bad bundle, one of another layout or a precision that it lacks,
+        DeviceError for a device that this ONNX Runtime lacks, OptionError for a thread count below
+        1.
         """
         if threads is not None:
             threads = whole_number("threads", threads, 1)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        bundle.needs_layout(HUB)
         place = Device.parse(device)
         return cls(bundle, bundle.manifest.choose(precision, place.name), place, threads)
 
@@ -85,10 +89,7 @@ class Components:
     @property
     def precision(self) -> str:
         """One name where all components share it, else 'component=precision,…'."""
-        chosen = {name: value for name, value in self.choice.items() if value != ANY}
-        if len(set(chosen.values())) == 1:
-            return next(iter(chosen.values()))
-        return ",".join(f"{name}={value}" for name, value in chosen.items())
+        return precision_name(self.choice)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -138,7 +139,10 @@ class Components:
         refuses the picture, BundleError where it gives no prompt ids.
         """
         session = self.session(IMAGE)
-        feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, {**self.manifest.image_options, **(options or {})})}
+        feeds = {
+            "image": np.ascontiguousarray(rgb),
+            **_option_feeds(session, {**self.manifest.image_options, **(options or {})}),
+        }
         try:
             values = session.run(None, feeds)
         except ORT_ERRORS as error:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmport.bundle import Golden, GoldenExpectation
+from vlmport.bundle import Bundle, Golden, GoldenExpectation
 from vlmport.errors import BundleError, some_names
+from vlmport.layouts import HUB
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.four_files import FourFiles
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Int64, UInt8
@@ -106,7 +108,7 @@ def golden_prompt(
     return ids, merge_image_features(embeds, ids, np.tile(features, (golden.copies, 1)), token)
 
 
-def _check_fits(components: Components, tokens: int) -> None:
+def _check_fits(components: Components | FourFiles, tokens: int) -> None:
     limit = components.manifest.dims.context_length
     if tokens > limit:
         raise BundleError(
@@ -139,8 +141,36 @@ def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOK
     return GoldenRun(len(ids), tuple(tokens), np.stack(logits), tuple(faults))
 
 
+def golden_prefix(files: FourFiles, golden: Golden) -> Float[np.ndarray, "P D"]:
+    """The picture's projected patches, `copies` times."""
+    hidden = files.encode(files.pixels(golden_image(golden))).hidden
+    return np.tile(files.project(hidden), (golden.copies, 1))
+
+
+def run_four_files(files: FourFiles, golden: Golden, new_tokens: int = NEW_TOKENS) -> GoldenRun:
+    """The same in the layout `components`: the cache is the graphs' own, there is none to watch."""
+    prefix = golden_prefix(files, golden)
+    _check_fits(files, len(prefix) + new_tokens - 1)
+    faults = []
+    if len(prefix) != golden.prefill_tokens:
+        faults.append(f"the prefix has {len(prefix)} rows, recorded were {golden.prefill_tokens}")
+    tokens, logits = files.greedy(prefix, np.zeros(0, np.int64), new_tokens)
+    return GoldenRun(len(prefix), tuple(tokens), logits, tuple(faults))
+
+
+def open_graphs(bundle: Bundle, precision: str, device: str = "cpu") -> Components | FourFiles:
+    """The graphs of a bundle of any layout that can be probed. Raises as their `open` does."""
+    kind = Components if bundle.manifest.layout == HUB else FourFiles
+    return kind.open(bundle, precision=precision, device=device)
+
+
+def _run(components: Components | FourFiles, golden: Golden, new_tokens: int) -> GoldenRun:
+    run = run_golden if isinstance(components, Components) else run_four_files
+    return run(components, golden, new_tokens)  # pyright: ignore[reportArgumentType]
+
+
 def record_golden(
-    components: Components, golden: Golden, *, tolerance: float | None = None
+    components: Components | FourFiles, golden: Golden, *, tolerance: float | None = None
 ) -> GoldenExpectation:
     """Run the golden input and write down what it gives.
 
@@ -150,7 +180,7 @@ def record_golden(
     Raises BundleError where the graphs themselves are at fault (cache, NaN).
     """
     room = components.manifest.dims.context_length - golden.prefill_tokens + 1
-    run = run_golden(components, golden, max(1, min(NEW_TOKENS, room)))
+    run = _run(components, golden, max(1, min(NEW_TOKENS, room)))
     first = run.logits[0]
     if faults := [*run.faults, *_not_finite(run)]:
         raise BundleError(
@@ -168,7 +198,7 @@ def record_golden(
 
 
 def check_golden(
-    components: Components,
+    components: Components | FourFiles,
     golden: Golden | None = None,
     expected: GoldenExpectation | None = None,
 ) -> ProbeReport:
@@ -187,7 +217,7 @@ def check_golden(
             hint=f"probe one of {', '.join(golden.expected) or '(none)'}",
         )
     start = time.perf_counter()
-    run = run_golden(components, golden, len(expected.tokens))
+    run = _run(components, golden, len(expected.tokens))
     seconds = time.perf_counter() - start
     problems = [*run.faults, *_not_finite(run)]
     recorded = dict(zip(expected.logit_ids, expected.logits, strict=False))

@@ -11,6 +11,9 @@ import schema from './vlmport.schema.json' with { type: 'json' };
 export const MANIFEST = 'vlmport.json';
 export const VERSION = 1;
 export const CHUNK_BYTES = 8 * 1024 * 1024;
+/** The only layout that is run here, and what it can't be without. */
+const HUB = 'hub';
+const NEEDED = ['image_processor', 'vision_encoder', 'embed_tokens', 'decoder_model_merged'];
 const ANY = 'any'; // the precision of a component that has only one form
 
 /** What people write in a mixed precision such as 'vision=q4,decoder=fp32'. */
@@ -92,6 +95,11 @@ export function parseManifest(text: string, where: string): Manifest {
     const message = `${where}: manifest version ${version}; this @vlmport/web reads up to ${VERSION}`;
     throw new VlmportError('BundleError', message, 'update @vlmport/web');
   }
+  const layout = typeof raw === 'object' && raw !== null && 'layout' in raw ? raw.layout : HUB;
+  if (layout !== HUB) {
+    const message = `${where}: written in the layout '${String(layout)}', expected '${HUB}'`;
+    throw new VlmportError('BundleError', message, '`vlmport export SRC OUT` writes it');
+  }
   const problem = firstProblem(raw, schema, 'manifest');
   if (problem !== null) throw new VlmportError('BundleError', `${where}: ${problem}`, again);
   const manifest = raw as unknown as Manifest;
@@ -104,7 +112,8 @@ export function parseManifest(text: string, where: string): Manifest {
 
 /** What a schema can't say: each named file is listed with all its chunks, each choice exists. */
 function badReferences(manifest: Manifest): string[] {
-  const problems: string[] = [];
+  const absent = NEEDED.filter(name => !(name in manifest.components));
+  const problems = absent.map(name => `layout ${HUB}: no component ${name}`);
   for (const [component, forms] of Object.entries(manifest.components)) {
     for (const name of Object.values(forms).flatMap(form => [form.model, ...form.data])) {
       if (!(name in manifest.files)) problems.push(`${component}: ${name} is not in files`);
