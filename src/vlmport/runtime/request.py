@@ -131,20 +131,16 @@ def new_request(
     )
     lookup = None
     if options.prompt_lookup_num_tokens:
-        _refuse_lookup(components, search)
+        assert search.rows == 1, "options refuse the others"
+        _refuse_lookup(components)
         odd = {token for token in ids if token >= vocab_size}
         until = odd | {*generation.stop_token_ids, components.manifest.prompt.image_token_id}
         lookup = Lookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size, until)
     return Request(embeds, search, most, positions, prompt_ids=prompt_ids, lookup=lookup)
 
 
-def _refuse_lookup(components: Components, search: Search) -> None:
+def _refuse_lookup(components: Components) -> None:
     """Raise OptionError where a guess could change the tokens."""
-    if search.rows > 1:
-        raise OptionError(
-            "prompt_lookup_num_tokens with several sequences",
-            hint="leave one of the two out: a guess continues one sequence",
-        )
     if components.decoder.row_by_row:
         raise OptionError(
             f"prompt_lookup_num_tokens at {components.precision}: this decoder rounds by all "

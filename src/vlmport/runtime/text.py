@@ -109,7 +109,9 @@ class StopStrings:
         return min(found, default=len(text))
 
     def _beginning(self, text: str) -> int:
-        """Where the longest end begins that a stop string begins with."""
+        """Where the longest end begins that a stop string begins with; half a character at the end
+        may become any."""
+        text = text.rstrip(REPLACEMENT)
         longest = min(len(text), max((len(one) for one in self.strings), default=0) - 1)
         for size in range(longest, 0, -1):
             if any(one.startswith(text[-size:]) for one in self.strings):
