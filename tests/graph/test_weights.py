@@ -271,5 +271,110 @@ def test_a_weight_knows_its_name_in_the_checkpoint() -> None:
     x = builder.input("x", FLOAT, [1, 64])
     add_output(builder, Block()(builder.op, x), "y", FLOAT, [1, 8])
     weights = [v for v in builder.graph.initializers.values() if isinstance(v, Weight)]
-    assert {weight.key for weight in weights} == {"block.proj.weight"}
+    assert {weight.keys for weight in weights} == {("block.proj.weight",)}
     assert len(weights) == 2
+
+
+# Several layers in one matrix
+
+PARTS = {"q_proj": 24, "k_proj": 8, "v_proj": 8}
+
+
+class Packed(nn.Module):
+    """Several layers of one input under their parent, in one matrix or each in its own."""
+
+    def __init__(self, form: Format, *, together: bool):
+        super().__init__("block")
+        wide = [Linear(64, PARTS, bias=True, form=form)] if together else []
+        self.qkv_proj = wide[0] if together else None
+        for name in PARTS if not together else ():
+            setattr(self, name, Linear(64, PARTS[name], bias=True, form=form))
+
+    def forward(self, op, x):
+        if self.qkv_proj is not None:
+            return self.qkv_proj(op, x)
+        return op.Concat(*(getattr(self, name)(op, x) for name in PARTS), axis=-1)
+
+
+def packed_graph(form: Format, *, together: bool = True) -> GraphBuilder:
+    builder = new_graph("block")
+    x = builder.input("x", FLOAT, ["rows", 64])
+    half = x if form.dtype == FLOAT else builder.op.Cast(x, to=form.dtype)
+    y = Packed(form, together=together)(builder.op, half)
+    y = y if form.dtype == FLOAT else builder.op.Cast(y, to=FLOAT)
+    add_output(builder, y, "y", FLOAT, ["rows", sum(PARTS.values())])
+    return builder
+
+
+def packed_tensors() -> dict[str, np.ndarray]:
+    """A scale of its own for each layer, so that a scale shared among them would show."""
+    tensors = {}
+    for i, (name, rows) in enumerate(PARTS.items()):
+        tensors[f"block.{name}.weight"] = normal(rows, 64, seed=i) * 10**i
+        tensors[f"block.{name}.bias"] = normal(rows, seed=10 + i)
+    return tensors
+
+
+def stored_arrays(builder: GraphBuilder) -> dict[str, np.ndarray]:
+    """Initializers that are made from the checkpoint, by the name after their module's."""
+    tensors = {name: InMemory(name, array) for name, array in packed_tensors().items()}
+    Assignment(tensors).assign(builder.graph, lambda count: None)
+    weights = [v for v in builder.graph.initializers.values() if isinstance(v, Weight)]
+    assert all(weight.name and weight.const_value is not None for weight in weights)
+    return {w.name.removeprefix("block."): w.const_value.numpy() for w in weights}
+
+
+@pytest.mark.parametrize("form", [FLOAT32, FLOAT16, W8A8, INT8, INT4, INT4_FLOAT16], ids=str)
+def test_packed_layers_have_the_bits_of_separate_ones(form: Format) -> None:
+    together = stored_arrays(packed_graph(form))
+    apart = stored_arrays(packed_graph(form, together=False))
+    assert len(together) == (2 if form.bits is None else 3)
+    for name, array in together.items():
+        leaf = name.removeprefix("qkv_proj.")
+        parts = [apart[f"{part}.{leaf}"] for part in PARTS]
+        along_last = leaf in ("weight", "weight_quantized") and (form.bits is None or form.dynamic)
+        np.testing.assert_array_equal(array, np.concatenate(parts, axis=-1 if along_last else 0))
+
+
+@pytest.mark.parametrize("form", [FLOAT32, W8A8, INT8, INT4], ids=str)
+def test_packed_layers_give_what_separate_ones_give(form: Format) -> None:
+    x = normal(5, 64, seed=2)
+    together, apart = (
+        open_graph(packed_graph(form, together=one), packed_tensors()).run(None, {"x": x})[0]
+        for one in (True, False)
+    )
+    assert np.std(together) > 1
+    np.testing.assert_allclose(together, apart, rtol=1e-6, atol=1e-6 * np.abs(apart).max())
+
+
+def test_a_packed_matrix_reads_each_of_its_tensors_once() -> None:
+    stored = {name: InMemory(name, array) for name, array in packed_tensors().items()}
+    assignment, graph = Assignment(stored), packed_graph(INT4).graph
+    assignment.assign(graph, lambda count: None)
+    assignment.finish(lambda key: False)
+    for value in graph.initializers.values():
+        assert value.const_value is not None
+        value.const_value.numpy()
+    assert all(tensor.reads == [name] for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("form", [FLOAT32, W8A8, INT4], ids=str)
+def test_each_tensor_of_a_packed_matrix_is_named(form: Format) -> None:
+    tensors = packed_tensors()
+    del tensors["block.q_proj.weight"], tensors["block.v_proj.bias"]
+    tensors["block.k_proj.weight"] = normal(9, 64)
+    with pytest.raises(WeightError) as caught:
+        open_graph(packed_graph(form), tensors)
+    message = str(caught.value)
+    assert "2 of 6 weights unset: 'block.q_proj.weight', 'block.v_proj.bias'" in message
+    assert "1 of another shape: 'block.k_proj.weight' [9, 64], expected [8, 64]" in message
+
+
+def test_the_tensor_that_float16_cannot_hold_is_named() -> None:
+    tensors = packed_tensors()
+    tensors["block.k_proj.weight"][3, 3] = 1e6
+    graph = packed_graph(FLOAT16).graph
+    stored = {name: InMemory(name, array) for name, array in tensors.items()}
+    Assignment(stored).assign(graph, lambda count: None)
+    with pytest.raises(WeightError, match=r"block\.k_proj\.weight' holds 1e\+06"):
+        [value.const_value.numpy() for value in graph.initializers.values()]

@@ -119,7 +119,7 @@ def swap_embeddings(bundle: Bundle, precision: str) -> Bundle:
 
 
 def zero_decoder_weight(bundle: Bundle, precision: str) -> Bundle:
-    return scaled(bundle, DECODER, "layers.1.self_attn.v_proj.weight", 0, precision)
+    return scaled(bundle, DECODER, "layers.1.self_attn.o_proj.weight", 0, precision)
 
 
 def caches_of_wrong_layers(bundle: Bundle, precision: str) -> Bundle:

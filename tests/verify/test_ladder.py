@@ -93,7 +93,7 @@ def test_small_faults(tiny: Case, tmp_path: Path) -> None:
 
     bias = edit_tensor(fresh(), breaks.VISION, "projection.projection.bias", lambda x: x + 0.01)
     assert_first_broken(tiny.climb(bias), "vision_features")
-    name = "layers.1.self_attn.v_proj.weight"
+    name = "layers.1.self_attn.o_proj.weight"
     scale = breaks.scaled(fresh(), breaks.DECODER, name, 1.01, "fp32")
     assert_first_broken(tiny.climb(scale), "first_logits")
     row = edit_tensor(fresh(), breaks.DECODER, "lm_head.weight", zero)

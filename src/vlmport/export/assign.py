@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 
 from vlmport.checkpoint import LazyTensor
 from vlmport.errors import WeightError, did_you_mean, some_names
-from vlmport.graph.weights import Weight
+from vlmport.graph.weights import Source, Weight
 
 OnBytes = Callable[[int], None]
 
@@ -38,22 +39,34 @@ class Assignment:
         for value in graph.initializers.values():
             if not isinstance(value, Weight):
                 continue
-            key = value.key
-            self.wanted.add(key)
-            tensor = self.tensors.get(key)
-            if tensor is None:
-                self.missing.add(key)
-            elif tuple(tensor.shape) != value.source_shape:
-                self.misshapen[key] = (
-                    f"{key!r} {list(tensor.shape)}, expected {list(value.source_shape)}"
-                )
-            else:
-                self.used.add(key)
-                value.const_value = _lazy(value, tensor, on_bytes)
+            found = [self._find(*one) for one in zip(value.keys, value.sources, strict=True)]
+            tensors = [tensor for tensor in found if tensor is not None]
+            if len(tensors) == len(found):
+                value.const_value = _lazy(value, tensors, on_bytes)
+
+    def _find(self, key: str, source: Source) -> LazyTensor | None:
+        """The tensor of that name and shape; None, and noted, where there is no such one."""
+        self.wanted.add(key)
+        tensor = self.tensors.get(key)
+        if tensor is None:
+            self.missing.add(key)
+        elif tuple(tensor.shape) != source.shape:
+            shapes = f"{list(tensor.shape)}, expected {list(source.shape)}"
+            self.misshapen[key] = f"{key!r} {shapes}"
+        else:
+            self.used.add(key)
+            return tensor
+        return None
 
     def finish(self, is_unused: Callable[[str], bool]) -> None:
         """Raise WeightError unless every weight was found, fits, and every tensor was used."""
-        surplus = [key for key in self.tensors if key not in self.wanted and not is_unused(key)]
+        # A tied matrix has two names, and may be read under either.
+        read = {id(self.tensors[key]) for key in self.used}
+        surplus = [
+            key
+            for key, tensor in self.tensors.items()
+            if key not in self.wanted and id(tensor) not in read and not is_unused(key)
+        ]
         parts = []
         if self.missing:
             parts.append(
@@ -85,29 +98,34 @@ def _listed(names: Iterable[str], message: Callable[[str], str], limit: int = 8)
     return ", ".join(message(name) for name in ordered[:limit]) + rest
 
 
-def _lazy(weight: Weight, tensor: LazyTensor, on_bytes: OnBytes) -> ir.LazyTensor:
+def _lazy(weight: Weight, tensors: Sequence[LazyTensor], on_bytes: OnBytes) -> ir.LazyTensor:
     """The initializer's data, made when it is written and not kept."""
-
-    def load() -> np.ndarray:
-        array = tensor.numpy()
-        if not np.isfinite(array).all():
-            raise WeightError(
-                f"{tensor.name!r} holds infinite or undefined values",
-                hint="the training diverged or the file is damaged; nothing was exported",
-            )
-        return array
 
     def make() -> ir.Tensor:
         assert weight.dtype is not None
         assert weight.shape is not None
-        array = _rounded(np.ascontiguousarray(weight.convert(load)), weight.dtype, tensor.name)
+        parts = []
+        for tensor, source in zip(tensors, weight.sources, strict=True):
+            part = source.convert(functools.partial(_load, tensor))
+            parts.append(_rounded(part, weight.dtype, tensor.name))
+        array = np.concatenate(parts, axis=weight.axis) if len(parts) > 1 else parts[0]
         assert array.shape == tuple(weight.shape), (weight.name, array.shape)
         on_bytes(array.nbytes)
-        return ir.Tensor(array, name=weight.name)
+        return ir.Tensor(np.ascontiguousarray(array), name=weight.name)
 
     assert weight.dtype is not None
     assert weight.shape is not None
     return ir.LazyTensor(make, dtype=weight.dtype, shape=ir.Shape(weight.shape), name=weight.name)
+
+
+def _load(tensor: LazyTensor) -> np.ndarray:
+    array = tensor.numpy()
+    if not np.isfinite(array).all():
+        raise WeightError(
+            f"{tensor.name!r} holds infinite or undefined values",
+            hint="the training diverged or the file is damaged; nothing was exported",
+        )
+    return array
 
 
 def _rounded(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:

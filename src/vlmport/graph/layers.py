@@ -6,6 +6,8 @@ choices here are the fast ones that are right in Python, Node, WASM and WebGPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
@@ -15,7 +17,10 @@ from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.weights import (
     FLOAT32,
     Format,
+    Load,
+    Quantize,
     Quantizer,
+    Source,
     Weight,
     append_rows,
     quantize_blocks,
@@ -33,24 +38,41 @@ class Linear(nn.Module):
     weights. W8A8 is the pattern that ONNX Runtime fuses into one kernel.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, form: Format = FLOAT32):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | Mapping[str, int],
+        *,
+        bias: bool = False,
+        form: Format = FLOAT32,
+    ):
+        """`outputs` may be several: those of layers beside this one in the checkpoint, by name.
+
+        They are computed as one matrix, because fewer and larger ones are faster, and come side by
+        side in y.
+        """
+        parts: dict[str | None, int] = {None: outputs} if isinstance(outputs, int) else {**outputs}
         super().__init__()
-        self.inputs, self.outputs, self.form = inputs, outputs, form
-        source = (outputs, inputs)
+        self.inputs, self.outputs, self.form = inputs, sum(parts.values()), form
+        whole = (self.outputs, inputs)
+        shapes = {name: (rows, inputs) for name, rows in parts.items()}
         if form.bits is None:
             self.weight = Weight(
-                (inputs, outputs),
-                source_shape=source,
-                convert=lambda load: np.ascontiguousarray(load().T),
+                (inputs, self.outputs),
+                sources=[Source(shape, _transposed, name) for name, shape in shapes.items()],
+                axis=1,
                 dtype=form.dtype,
             )
-        else:
-            shapes = _dynamic_shapes(source) if form.dynamic else _block_shapes(source, form)
-            quantize = quantize_columns if form.dynamic else lambda w: quantize_blocks(w, form)
+        elif form.dynamic:
             self.weight_quantized, self.weight_scales = quantized_weights(
-                source, shapes, Quantizer(quantize), form
+                shapes, _dynamic_shapes(whole), quantize_columns, form
             )
-        self.bias = Weight((outputs,), dtype=form.dtype) if bias else None
+        else:
+            self.weight_quantized, self.weight_scales = quantized_weights(
+                shapes, _block_shapes(whole, form), lambda w: quantize_blocks(w, form), form
+            )
+        biases = [Source((rows,), module=name) for name, rows in parts.items()]
+        self.bias = Weight((self.outputs,), sources=biases, dtype=form.dtype) if bias else None
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         if self.form.bits is not None and not self.form.dynamic:
@@ -106,7 +128,7 @@ class Embedding(nn.Module):
 
         shapes = (total, width * form.bits // 8), (total, width // form.block_size)
         self.weight_quantized, self.weight_scales = quantized_weights(
-            source, shapes, Quantizer(quantize), form
+            {None: source}, shapes, quantize, form
         )
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
@@ -147,17 +169,26 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def quantized_weights(
-    source: tuple[int, int], shapes: Shapes, quantizer: Quantizer, form: Format
+    parts: Mapping[str | None, tuple[int, int]], shapes: Shapes, quantize: Quantize, form: Format
 ) -> tuple[Weight, Weight]:
-    """The two initializers of one matrix of shape `source`: its integers and their scales."""
-    dtype = ir.DataType.INT8 if form.dynamic else ir.DataType.UINT8
-    quantized = Weight(
-        shapes[0], source_shape=source, convert=quantizer.quantized, alias="weight", dtype=dtype
+    """The two initializers of one matrix: its integers and their scales.
+
+    `parts` are the matrices of the checkpoint that it is made from: module → shape.
+    """
+    quantizers = {name: Quantizer(quantize) for name in parts}
+    halves = (
+        [Source(shape, quantizers[name].quantized, name) for name, shape in parts.items()],
+        [Source(shape, quantizers[name].scales, name) for name, shape in parts.items()],
     )
-    scales = Weight(
-        shapes[1], source_shape=source, convert=quantizer.scales, alias="weight", dtype=form.dtype
+    dtype, axis = (ir.DataType.INT8, 1) if form.dynamic else (ir.DataType.UINT8, 0)
+    return (
+        Weight(shapes[0], sources=halves[0], axis=axis, alias="weight", dtype=dtype),
+        Weight(shapes[1], sources=halves[1], alias="weight", dtype=form.dtype),
     )
-    return quantized, scales
+
+
+def _transposed(load: Load) -> np.ndarray:
+    return np.ascontiguousarray(load().T)
 
 
 def _block_shapes(source: tuple[int, int], form: Format) -> Shapes:

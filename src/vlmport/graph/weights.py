@@ -2,13 +2,14 @@
 
 A module's attributes mirror the checkpoint's names, so a weight finds its tensor by its own
 qualified name. A quantized matrix is two initializers made from one tensor:
-`q_proj.weight_quantized` and `q_proj.weight_scales` both come from `q_proj.weight`.
+`o_proj.weight_quantized` and `o_proj.weight_scales` both come from `o_proj.weight`. A packed one is
+made from several: `qkv_proj.weight` from `q_proj.weight`, `k_proj.weight` and `v_proj.weight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,12 +53,28 @@ INT4_FLOAT16 = Format(bits=4, dtype=ir.DataType.FLOAT16)
 W8A8 = Format(bits=8, dynamic=True)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor of `shape` that a weight, or a part of it, is made from by `convert`.
+
+    Attributes:
+        module: the last part of its module's name, where the checkpoint's is not the graph's
+            (`q_proj` in a packed `qkv_proj`).
+    """
+
+    shape: tuple[int, ...]
+    convert: Convert = lambda load: load()
+    module: str | None = None
+
+
 class Weight(nn.Parameter):
     """An initializer of `shape`, made by `convert` from a checkpoint tensor of `source_shape`.
 
     Args:
         alias: the checkpoint's name for it in this module, if that is not the attribute's.
         dtype: stored type; float values that `convert` gives are rounded to it.
+        sources: the tensors it is made from where they are several, laid side by side along `axis`;
+            each is converted by itself, so its values are those that it would have alone.
     """
 
     def __init__(
@@ -68,18 +85,24 @@ class Weight(nn.Parameter):
         convert: Convert | None = None,
         alias: str | None = None,
         dtype: ir.DataType = ir.DataType.FLOAT,
+        sources: Sequence[Source] = (),
+        axis: int = 0,
     ):
         super().__init__(shape, dtype=dtype)
-        self.source_shape = tuple(source_shape if source_shape is not None else shape)
-        self.convert = convert or (lambda load: load())
+        one = Source(tuple(shape if source_shape is None else source_shape))
+        one = one if convert is None else replace(one, convert=convert)
+        self.sources = tuple(sources) or (one,)
+        self.axis = axis
         self.alias = alias
 
     @property
-    def key(self) -> str:
-        """The checkpoint's full name of the tensor; valid once the graph is built."""
+    def keys(self) -> tuple[str, ...]:
+        """The checkpoint's full names of the sources; valid once the graph is built."""
         assert self.name is not None
         module, _, own = self.name.rpartition(".")
-        return f"{module}.{self.alias or own}" if module else (self.alias or own)
+        parent, dot, name = module.rpartition(".")
+        modules = [f"{parent}{dot}{source.module or name}" for source in self.sources]
+        return tuple(".".join(filter(None, (one, self.alias or own))) for one in modules)
 
 
 Quantize = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
