@@ -101,7 +101,12 @@ class BeamSearch:
 
     def choose(self, logits: Float32[np.ndarray, "n V"]) -> Choice:
         now = self._now
-        candidates, state = self._continuations(logits)
+        if not self._options.remove_invalid_values:
+            check_logits(logits, now.steps)
+        totals = self._totals(logits)
+        if not totals.max() > -np.inf:
+            return self._exhausted()
+        candidates, state = self._continuations(logits, totals)
         ended = np.array([beam.stop_reason is not None for beam in candidates])
         running = self._next_running(candidates, ended)
         finished = self._best_finished(candidates, ended)
@@ -113,16 +118,20 @@ class BeamSearch:
         self._now = _Moment(running, finished, state, now.steps + 1, done, choice)
         return choice
 
+    def _exhausted(self) -> Choice:
+        """No beam can go on, under a grammar for example that allows few texts: the finished ones
+        are the answers. Raises OptionError where there is none."""
+        if not any(beam.stop_reason for beam in self._now.finished):
+            raise nothing_left(self._now.steps)
+        choice = Choice((), ())
+        self._now = replace(self._now, steps=self._now.steps + 1, done=True, last=choice)
+        return choice
+
     def _continuations(
-        self, logits: Float32[np.ndarray, "n V"]
+        self, logits: Float32[np.ndarray, "n V"], totals: Float32[np.ndarray, " beams*V"]
     ) -> tuple[list[_Beam], State | None]:
         """The best continuations of all beams, or as many drawn; and the random stream after."""
         now = self._now
-        if not self._options.remove_invalid_values:
-            check_logits(logits, now.steps)
-        totals = self._totals(logits)
-        if not totals.max() > -np.inf:
-            raise nothing_left(now.steps)
         count, state = min(self._candidates, len(totals)), now.stream
         if state is None:
             chosen = best(totals, count).tolist()
