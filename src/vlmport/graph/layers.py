@@ -17,7 +17,6 @@ from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.weights import (
     FLOAT32,
     Format,
-    Load,
     Quantize,
     Quantizer,
     Source,
@@ -25,6 +24,7 @@ from vlmport.graph.weights import (
     append_rows,
     quantize_blocks,
     quantize_columns,
+    transposed,
 )
 
 FLOAT = ir.DataType.FLOAT
@@ -59,7 +59,10 @@ class Linear(nn.Module):
         if form.bits is None:
             self.weight = Weight(
                 (inputs, self.outputs),
-                sources=[Source(shape, _transposed, name) for name, shape in shapes.items()],
+                sources=[
+                    Source(shape, lambda load: transposed(load()), name)
+                    for name, shape in shapes.items()
+                ],
                 axis=1,
                 dtype=form.dtype,
             )
@@ -185,10 +188,6 @@ def quantized_weights(
         Weight(shapes[0], sources=halves[0], axis=axis, alias="weight", dtype=dtype),
         Weight(shapes[1], sources=halves[1], alias="weight", dtype=form.dtype),
     )
-
-
-def _transposed(load: Load) -> np.ndarray:
-    return np.ascontiguousarray(load().T)
 
 
 def _block_shapes(source: tuple[int, int], form: Format) -> Shapes:

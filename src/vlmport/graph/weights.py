@@ -8,7 +8,7 @@ made from several: `qkv_proj.weight` from `q_proj.weight`, `k_proj.weight` and `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SAFE_LEVEL = 64  # of an 8-bit weight that meets 8-bit activations, see quantize_columns
 TINY = np.finfo(np.float32).tiny
+CACHED = 1 << 16  # values that are converted at a time
 
 Load = Callable[[], np.ndarray]
 Convert = Callable[[Load], np.ndarray]
@@ -148,23 +149,38 @@ def quantize_blocks(
     no positive twin: all levels are used (the scheme of GGML's q4_0).
     """
     assert form.bits in (4, 8)
+    blocks = -(-matrix.shape[1] // form.block_size)
+    quantized = np.empty((len(matrix), blocks, form.block_size * form.bits // 8), np.uint8)
+    scales = np.empty((len(matrix), blocks), np.float32)
+    for rows in _in_cache(matrix):
+        quantized[rows], scales[rows] = _quantize_rows(matrix[rows], form)
+    return quantized, scales
+
+
+def _quantize_rows(
+    matrix: Float[np.ndarray, "N K"], form: Format
+) -> tuple[UInt8[np.ndarray, "N blocks bytes"], Float[np.ndarray, "N blocks"]]:
+    assert form.bits in (4, 8)
     rows, columns = matrix.shape
     blocks = -(-columns // form.block_size)
     padded = np.zeros((rows, blocks * form.block_size), np.float32)
     padded[:, :columns] = matrix
-    padded = padded.reshape(rows, blocks, form.block_size)
     zero = 1 << (form.bits - 1)
 
-    high, low = padded.max(axis=2), padded.min(axis=2)
-    farthest = np.where(high > -low, high, low)  # [N, blocks], signed
+    # numpy is five times slower along a short last axis than along the first.
+    across = np.ascontiguousarray(padded.reshape(rows * blocks, form.block_size).T)
+    high, low = across.max(axis=0, initial=-np.inf), across.min(axis=0, initial=np.inf)
+    farthest = np.where(high > -low, high, low).reshape(rows, blocks)  # signed
     # Rounded as they are stored, before the levels are chosen with them.
     scales = (farthest / -zero).astype(form.dtype.numpy()).astype(np.float32)
     scales[np.abs(scales) < TINY] = 0  # the inverse would overflow
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    padded = padded.reshape(rows, blocks, form.block_size)
     padded *= inverse[:, :, None]
     levels = np.rint(padded, out=padded)
     np.clip(levels, -zero, zero - 1, out=levels)
-    unsigned = (levels + zero).astype(np.uint8)
+    levels += zero
+    unsigned = levels.astype(np.uint8)
     if form.bits == 4:
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
     return unsigned, scales
@@ -178,10 +194,29 @@ def quantize_columns(
     Not to 255: x86 processors without VNNI add two products of an unsigned and a signed byte in
     16 bits, which saturates silently past 64 · 255 · 2.
     """
-    scales = np.abs(matrix).max(axis=1, initial=0).astype(np.float32) / SAFE_LEVEL
-    scales[scales < TINY] = 1  # a column of nothing
-    levels = np.rint(matrix / scales[:, None])
-    return np.ascontiguousarray(levels.T.astype(np.int8)), scales
+    quantized = np.empty(matrix.shape[::-1], np.int8)
+    scales = np.empty(len(matrix), np.float32)
+    for rows in _in_cache(matrix):
+        part = matrix[rows]
+        scale = np.abs(part).max(axis=1, initial=0).astype(np.float32) / SAFE_LEVEL
+        scale[scale < TINY] = 1  # a column of nothing
+        quantized[:, rows] = np.rint(part / scale[:, None]).T
+        scales[rows] = scale
+    return quantized, scales
+
+
+def transposed(matrix: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "K N"]:
+    """A contiguous copy."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for rows in _in_cache(matrix):
+        result[:, rows] = matrix[rows].T
+    return result
+
+
+def _in_cache(matrix: np.ndarray) -> Iterator[slice]:
+    """The rows, as many at a time as stay in a processor's cache: several times faster."""
+    step = max(1, CACHED // max(1, matrix.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
 def dequantize_blocks(
