@@ -19,14 +19,14 @@ class Answer:
         text: without special tokens, and before a stop string.
         token_ids: as generated, the stop token and the tokens of a stop string included.
         stop_reason: 'stop' for a stop token, 'stop_string', or 'length' for max_new_tokens or a
-            full context.
+            full context; None for a beam that had not ended when the search did.
         score: of beam search; None without.
         logprobs: one for each token, where they were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    stop_reason: StopReason
+    stop_reason: StopReason | None
     score: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
 
@@ -85,8 +85,7 @@ class AnswerText:
         return piece
 
     def whole(self, hypothesis: Hypothesis) -> Answer:
-        """An answer that has stopped, at once."""
-        assert hypothesis.stop_reason is not None
+        """All of an answer at once."""
         tokens, reason = hypothesis.tokens, hypothesis.stop_reason
         said = tokens[:-1] if reason == "stop" else tokens
         text = self.tokenizer.decode(list(said), skip_special_tokens=True)

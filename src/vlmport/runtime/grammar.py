@@ -34,9 +34,14 @@ class GrammarTokenizer:
         plain.no_padding()
         plain.no_truncation()
         size = max(vocab_size, max(plain.get_vocab().values(), default=0) + 1)
-        stops = [token for token in stop_token_ids if token < size]
+        stops = [token for token in stop_token_ids if token < vocab_size]
+        if not stops:
+            raise OptionError(
+                "this model has no stop token, with which a text under a grammar ends",
+                hint="leave json_schema and regex out",
+            )
         try:
-            self.native = library.LLTokenizer(plain.to_str(), n_vocab=size, eos_token=stops or None)
+            self.native = library.LLTokenizer(plain.to_str(), n_vocab=size, eos_token=stops)
         except Exception as error:  # the library raises ValueError, or whatever Rust panics with
             raise OptionError(
                 f"llguidance can't read this model's tokenizer: {error}",
@@ -61,12 +66,10 @@ class Grammar:
         first = library.LLMatcher(tokenizer.native, source, log_level=0, limits=limits)
         if first.is_error():
             raise OptionError(f"{said}: {_reason(first)}", hint="llguidance's documents say more")
-        self._matchers: dict[tuple[int, ...], llguidance.LLMatcher] = {(): first}
+        self._matchers: dict[tuple[int, ...], llguidance.LLMatcher | None] = {(): first}
         first.compute_bitmask()
         if first.is_error():
-            raise OptionError(
-                f"{said}: no text fits it", hint="do parts of it contradict?"
-            )
+            raise OptionError(f"{said}: no text fits it", hint="do parts of it contradict?")
 
     def fresh(self) -> Grammar:
         """The same for another request; nothing is compiled again."""
@@ -75,30 +78,31 @@ class Grammar:
         return other
 
     def mask(self, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
-        """Which tokens may follow these. Raises OptionError where the grammar is too complex."""
+        """Which tokens may follow these; none after tokens that break the grammar, which beam
+        search carries along where there is nothing better.
+
+        Raises OptionError where the grammar is too complex.
+        """
         matcher = self._matcher(tuple(tokens))
+        if matcher is None:
+            return np.zeros(self._vocab_size, np.bool_)
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
             raise OptionError(f"{self._said}: {_reason(matcher)}", hint="make it simpler")
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
 
-    def is_complete(self, tokens: Sequence[int]) -> bool:
-        """Whether nothing may follow these tokens but a stop token."""
-        return self._matcher(tuple(tokens)).is_stopped()
-
-    def _matcher(self, tokens: tuple[int, ...]) -> llguidance.LLMatcher:
+    def _matcher(self, tokens: tuple[int, ...]) -> llguidance.LLMatcher | None:
         """The matcher after these tokens, from that after all but the last (a copy is cheap)."""
         known = self._matchers
-        if (matcher := known.get(tokens)) is not None:
-            return matcher
-        before = known.get(tokens[:-1])
-        matcher = (before or known[()]).deep_copy()
-        fed = tokens[-1:] if before else tokens
-        if not matcher.consume_tokens(list(fed)):
-            raise OptionError(f"{self._said}: {_reason(matcher)}", hint="please report this")
-        past = [one for one in known if 0 < len(one) < len(tokens) - 1]
+        if tokens in known:
+            return known[tokens]
+        parent = tokens[:-1] if tokens[:-1] in known else ()
+        before = known[parent]
+        matcher = None if before is None else before.deep_copy()
+        if matcher is not None and not matcher.consume_tokens(list(tokens[len(parent) :])):
+            matcher = None
         known[tokens] = matcher
-        for one in past:
+        for one in [one for one in known if 0 < len(one) < len(tokens) - 1]:
             del known[one]
         return matcher
 

@@ -124,7 +124,9 @@ def pattern(name: str, value: Any) -> str:
 
 
 def schema(name: str, value: Any) -> str:
-    """A JSON schema, given as an object or as its text; its text."""
+    """A JSON schema, given as an object, as its text or as a pydantic model; its text."""
+    if hasattr(value, "model_json_schema"):
+        value = value.model_json_schema()
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(parsed) if isinstance(parsed, Mapping | bool) else None
