@@ -19,6 +19,7 @@ async function vlmport({ device, precision, threads, picture, photo, repeats, bu
   const start = performance.now();
   const vlm = await vlmport.VLM.load(bundle, { device, precision, threads });
   const load = performance.now() - start;
+  if (repeats === null) return { load, runs: [], photos: [], reason: vlm.reason };
   const runs = [];
   for (let i = -1; i < repeats; i++) {
     const { timings, tokenIds, text } = await vlm.caption(picture);

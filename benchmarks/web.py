@@ -45,16 +45,6 @@ IMPORTS = {
     "onnxruntime-common": "./tjs/common/index.js",
 }
 WIDTH, HEIGHT = 4000, 3000
-# What is loaded to measure memory: 200 MB of float32 weights, nearly all in the decoder.
-LARGE = {
-    "hidden_size": 768,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "intermediate_size": 2304,
-    "vocab_size": 1024,
-}
 
 
 def write_page(folder: Path) -> None:
@@ -161,9 +151,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def memory(folder: Path) -> list[dict[str, Any]]:
-    """The peak of the page's process over that of a page with a tiny bundle."""
+    """The peak of the page's process while it loads, over that of a page with a tiny bundle."""
     sys.path.insert(0, str(ROOT))
     from tests.checkpoints import write_prefix_checkpoint
+    from tests.web.test_web import LARGE
 
     write_page(folder / "page")
     peaks, sizes = {}, {}
@@ -171,7 +162,7 @@ def memory(folder: Path) -> list[dict[str, Any]]:
         source = write_prefix_checkpoint(folder / f"{name}-checkpoint", text=text, lora=False)
         bundle = export(source, folder / name, precisions="fp32,q8,q4")
         for device, precision in (("wasm", "fp32"), ("wasm", "q8")):
-            task = {"device": device, "precision": precision, "threads": 1, "repeats": 1}
+            task = {"device": device, "precision": precision, "threads": 1, "repeats": None}
             with serving(folder / "page", bundle) as url:
                 got = [in_chromium(url, client="vlmport", **task)["peak"] for _ in range(3)]
             peaks[name, device, precision] = statistics.median(got)

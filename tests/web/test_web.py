@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import write_prefix_checkpoint
 from tests.web.pictures import write_pictures
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
@@ -32,6 +33,17 @@ WEB = ROOT / "web"
 EXAMPLES = ROOT / "examples"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_TESTS = sorted(path.name for path in (WEB / "browser").glob("*.test.ts"))
+
+# A decoder of 200 MB in float32: what its loading takes can be told from the browser's own memory.
+LARGE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 2304,
+    "vocab_size": 1024,
+}
 
 
 def missing(what: str) -> None:
@@ -94,6 +106,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(builtin_models()["shapes"], folder, precisions=precisions, name="shapes")
 
 
+@pytest.fixture(scope="session")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A bundle with next to no weights, and one with 200 MB."""
+    folders = {}
+    for name, text in (("tiny", None), ("large", LARGE)):
+        folder = tmp_path_factory.mktemp(name)
+        source = write_prefix_checkpoint(folder / "checkpoint", text=text, lora=False)
+        folders[name] = str(export(source, folder / name, precisions="fp32").folder)
+    return folders
+
+
 def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
     """What Python's runtime gives, as web/browser/support.ts reads it."""
     captions: dict[str, dict[str, Any]] = {path.name: {} for path in sorted(EXAMPLES.glob("*.png"))}
@@ -121,7 +144,11 @@ def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def environment(
-    node: str, chromium: str, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+    node: str,
+    chromium: str,
+    bundle: Bundle,
+    sizes: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, str]]:
     """Both pages built, `vlmport demo` running, and where everything is."""
     run(node, "tsc", "--project", "tsconfig.build.json")
@@ -136,6 +163,8 @@ def environment(
     yield {
         "CHROMIUM": chromium,
         "VLMPORT_WEB_BUNDLE": str(bundle.folder),
+        "VLMPORT_WEB_TINY": sizes["tiny"],
+        "VLMPORT_WEB_LARGE": sizes["large"],
         "VLMPORT_WEB_PICTURES": str(EXAMPLES),
         "VLMPORT_WEB_KINDS": str(folder / "kinds"),
         "VLMPORT_WEB_EXPECTED": str(folder / "expected.json"),

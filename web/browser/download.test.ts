@@ -143,6 +143,57 @@ test('models that are kept are listed and can be forgotten', async () => {
   expect(server.askedFor(DECODER)).toHaveLength(1);
 });
 
+test('two pages that load the same model at once', async () => {
+  const other = await page.context().newPage();
+  other.setDefaultTimeout(120_000);
+  await other.goto(server.url);
+  await other.waitForFunction(() => 'vlmport' in globalThis);
+  const both = await Promise.all([ask(page, asking), ask(other, asking)]);
+  expect(both.map(one => one.tokens)).toEqual([tokens, tokens]);
+  expect(both.flatMap(one => one.notes)).toEqual([]);
+  server.asked.length = 0;
+  expect((await ask(page, asking)).tokens).toEqual(tokens);
+  expect(server.askedFor('.onnx')).toEqual([]);
+});
+
+test('a model that is forgotten while another page loads it', async () => {
+  server.fault = first(1, DECODER, { hangAfter: 50_000 }); // it goes on when that breaks off
+  const other = await page.context().newPage();
+  await other.goto(server.url);
+  await other.waitForFunction(() => 'vlmport' in globalThis);
+  const loading = ask(page, asking);
+  await expect.poll(() => server.askedFor(DECODER).length, { timeout: 120_000 }).toBe(1);
+  await other.evaluate(async () => {
+    const { clearCache } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    await clearCache();
+  });
+  server.breakOff();
+  expect((await loading).tokens).toEqual(tokens);
+});
+
+test('what only an older version of a model needed is forgotten', async () => {
+  await ask(page, asking);
+  const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  const hashes = () =>
+    page.evaluate(async () => {
+      const kept = await (await caches.open('vlmport-1')).keys();
+      return kept.map(one => one.url).filter(url => url.includes('/chunks/'));
+    });
+  const before = await hashes();
+  const old = 'ab'.repeat(32);
+  await page.evaluate(async old => {
+    const cache = await caches.open('vlmport-1');
+    await cache.put(`/.vlmport/chunks/${old}`, new Response('of an older version'));
+  }, old);
+  expect(await hashes()).toHaveLength(before.length + 1);
+  await ask(page, asking); // the same version: nothing is looked through
+  expect(await hashes()).toHaveLength(before.length + 1);
+  manifest.producer = 'a later one';
+  await page.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
+  await ask(page, asking);
+  expect(await hashes()).toEqual(before);
+});
+
 test('an abort ends the download, and what was whole by then is kept', async () => {
   server.fault = first(1, DECODER, { hangAfter: 50_000 });
   const name = await page.evaluate(async () => {

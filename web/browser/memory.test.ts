@@ -1,8 +1,10 @@
-/** What a caption takes on the GPU it gives back. */
+/** What loading takes, and that a caption gives back what it takes on the GPU. */
 
+import { existsSync, readFileSync } from 'node:fs';
+import type { Browser } from 'playwright-core';
 import { expect, test } from 'vitest';
 import type * as Vlmport from '../src/index.js';
-import { expected, launch, openPage, startServer } from './support.js';
+import { ask, expected, folders, launch, openPage, startServer } from './support.js';
 
 // Counts the worker's buffers that are alive, and tells when asked.
 const COUNTING = `
@@ -50,4 +52,48 @@ test('no buffer is left behind', async () => {
   expect(counts.slice(3)).toEqual(counts.slice(3).map(() => counts[3]));
   await browser.close();
   await server.stop();
+});
+
+/** Bytes that the largest page process has held at its peak. */
+async function peakMemory(browser: Browser): Promise<number> {
+  const session = await browser.newBrowserCDPSession();
+  const { processInfo } = await session.send('SystemInfo.getProcessInfo');
+  const peaks = processInfo
+    .filter(one => one.type === 'renderer')
+    .map(one => /VmHWM:\s+(\d+) kB/.exec(readFileSync(`/proc/${one.id}/status`, 'utf8'))?.[1]);
+  return 1024 * Math.max(...peaks.map(Number));
+}
+
+/** The peak, and the bytes loaded, of a first visit and of one that finds everything kept. */
+async function loadTwice(folder: string): Promise<{ peak: number; bytes: number }[]> {
+  const server = await startServer({ '/bundle/': folder });
+  const context = await (await launch()).newContext();
+  const visits = [];
+  for (let i = 0; i < 2; i++) {
+    const page = await context.newPage(); // a process of its own
+    page.setDefaultTimeout(120_000);
+    await page.goto(server.url);
+    await page.waitForFunction(() => 'vlmport' in globalThis);
+    const options = { device: 'wasm', precision: 'fp32', threads: 1 } as const;
+    const { progress } = await ask(page, { options });
+    visits.push({ peak: await peakMemory(context.browser()!), bytes: progress.at(-1)!.totalBytes });
+    await page.close();
+  }
+  expect(server.askedFor('.onnx')).toHaveLength(4); // the second visit asked for none
+  await context.browser()!.close();
+  await server.stop();
+  return visits;
+}
+
+test.runIf(existsSync('/proc/self/status'))('a load peaks below 2.3 × the weights', async () => {
+  const { tiny, large } = folders.sizes();
+  const [small, big] = [await loadTwice(tiny), await loadTwice(large)];
+  const times = big.map(
+    ({ peak, bytes }, i) => (peak - small[i]!.peak) / (bytes - small[i]!.bytes),
+  );
+  console.log(
+    `peak over a tiny model's: ${times.map(one => one.toFixed(2)).join(', ')} × the weights`,
+  );
+  expect(big[0]!.bytes - small[0]!.bytes).toBeGreaterThan(150e6);
+  for (const one of times) expect(one).toBeLessThan(2.3);
 });

@@ -58,6 +58,24 @@ const LOST_LATER = `
     return device;
   };`;
 
+// The device goes away in the middle of a text.
+const LOST_WHILE_WRITING = `
+  const plain = GPUAdapter.prototype.requestDevice, post = self.postMessage.bind(self);
+  let device = null, pieces = 0;
+  GPUAdapter.prototype.requestDevice = async function (wanted) {
+    return (device = await plain.call(this, wanted));
+  };
+  self.postMessage = (message, ...more) => {
+    if (message.type === 'piece' && ++pieces === 2) device.destroy();
+    post(message, ...more);
+  };`;
+
+const NO_FLOAT16 = `
+  const has = GPUSupportedFeatures.prototype.has;
+  GPUSupportedFeatures.prototype.has = function (name) {
+    return name !== 'shader-f16' && has.call(this, name);
+  };`;
+
 const NO_WEBGPU = `Object.defineProperty(navigator, 'gpu', { value: undefined });`;
 
 test.each([
@@ -103,6 +121,48 @@ test('a GPU that is lost while it runs is left in the middle', async () => {
   expect(found).toMatchObject({ before: 'webgpu', device: 'wasm' });
   expect(found.reason).toMatch(/^WebGPU failed while it ran: /);
   expect(found.tokenIds).toEqual(captions[picture]![found.precision]!.tokens);
+  await page.context().close();
+});
+
+test('a GPU that is lost in the middle of a text: an error, and WebAssembly from then on', async () => {
+  server.workerPrelude = LOST_WHILE_WRITING;
+  const page = await openPage(browser, server.url);
+  const found = await page.evaluate(async url => {
+    const { VLM, VlmportError } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const vlm = await VLM.load('/bundle/', { threads: 1 });
+    const before = vlm.device;
+    const error: unknown = await vlm.caption(url).catch((thrown: unknown) => thrown);
+    const { code, hint } = error instanceof VlmportError ? error : { code: 'none', hint: '' };
+    const { tokenIds } = await vlm.caption(url);
+    const { device, precision, reason } = vlm;
+    vlm.dispose();
+    return { before, code, hint, device, precision, reason, tokenIds };
+  }, `/pictures/${picture}`);
+  expect(found).toMatchObject({ before: 'webgpu', code: 'DeviceError', device: 'wasm' });
+  expect(found.hint).toBe('try again: now on WebAssembly');
+  expect(found.reason).toMatch(/^WebGPU failed while it ran: /);
+  expect(found.tokenIds).toEqual(captions[picture]![found.precision]!.tokens);
+  await page.context().close();
+});
+
+test('a GPU without 16-bit shaders', async () => {
+  server.workerPrelude = NO_FLOAT16;
+  const page = await openPage(browser, server.url);
+  const half = { ...options, precision: 'q4f16' };
+  const refused = await refusal(page, { options: { ...half, device: 'webgpu' } });
+  expect(refused).toMatchObject({
+    code: 'DeviceError',
+    message: "the GPU can't compute q4f16: it has no 16-bit shaders",
+  });
+  expect(refused.hint).toMatch(/precision: 'auto'/);
+  // Nor has WebAssembly kernels for its embeddings: so there is nothing that could take over.
+  const nowhere = await refusal(page, { options: half });
+  expect(nowhere.message).toMatch(/^embed_tokens can't be opened on wasm/);
+  const fp16 = await ask(page, { options: { ...options, precision: 'fp16' } });
+  expect(fp16).toMatchObject({ device: 'wasm', precision: 'fp16' });
+  expect(fp16.reason).toMatch(/^WebGPU is not used: the GPU can't compute fp16/);
+  // What the bundle chooses needs no such shaders.
+  expect(await ask(page, { options })).toMatchObject({ device: 'webgpu', reason: null });
   await page.context().close();
 });
 

@@ -64,6 +64,11 @@ export class TestServer {
     return this.asked.filter(one => one.path.endsWith(path));
   }
 
+  /** Break all connections. */
+  breakOff(): void {
+    this.server.closeAllConnections();
+  }
+
   async stop(): Promise<void> {
     this.server.closeAllConnections();
     await new Promise(resolve => this.server.close(resolve));

@@ -32,6 +32,11 @@ export const folders = {
   pictures: () => setting('VLMPORT_WEB_PICTURES'), // the examples
   kinds: () => setting('VLMPORT_WEB_KINDS'), // small ones of all kinds
   page: here('built'),
+  /** The same architecture with next to no weights, and with 200 MB of them. */
+  sizes: () => ({
+    tiny: setting('VLMPORT_WEB_TINY'),
+    large: setting('VLMPORT_WEB_LARGE'),
+  }),
 };
 
 export const expected = () =>

@@ -19,6 +19,7 @@ import type { Store } from './store.js';
 
 const ATTEMPTS = 5; // without a single new byte
 const FIRST_PAUSE_MS = 300;
+const PART_BYTES = 256 * 1024; // what is asked for of a body at once
 const STALL_MS = 30_000; // no byte for so long counts as broken
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -78,6 +79,7 @@ export class BundleFiles {
       else {
         bytes.set(kept, index * CHUNK_BYTES);
         this.onBytes(kept.length);
+        letGo(kept.buffer);
       }
     }
     for (const [start, end] of runsOf(missing)) {
@@ -101,6 +103,7 @@ class Transfer {
   private position = 0;
   private failures = 0; // since the last byte
   private readonly spoiled = new Set<number>(); // chunks that came wrong once
+  private readonly chunk: Bytes; // the one that is coming; `bytes` itself never leaves JavaScript
   private readonly url: URL;
 
   constructor(
@@ -111,6 +114,7 @@ class Transfer {
     private readonly signal: AbortSignal,
   ) {
     this.url = new URL(path, files.base);
+    this.chunk = new Uint8Array(Math.min(CHUNK_BYTES, entry.size));
   }
 
   async run(firstChunk: number, endChunk: number): Promise<void> {
@@ -142,9 +146,7 @@ class Transfer {
     try {
       const response = await fetch(this.url, { signal, cache, ...(headers && { headers }) });
       let skip = this.leadingBytes(response); // bytes of the body that we have already
-      const reader = response.body?.getReader();
-      for (let read = await reader?.read(); read && !read.done; read = await reader?.read()) {
-        const part = read.value;
+      for await (const part of partsOf(response)) {
         clearTimeout(timer);
         timer = setTimeout(() => stall.abort(), STALL_MS);
         const fresh = part.subarray(Math.min(skip, part.length));
@@ -176,7 +178,7 @@ class Transfer {
       const index = Math.floor(this.position / CHUNK_BYTES);
       const chunkEnd = Math.min((index + 1) * CHUNK_BYTES, this.entry.size);
       const now = rest.subarray(0, chunkEnd - this.position);
-      this.bytes.set(now, this.position);
+      this.chunk.set(now, this.position - index * CHUNK_BYTES);
       this.position += now.length;
       this.files.onBytes(now.length);
       rest = rest.subarray(now.length);
@@ -185,9 +187,11 @@ class Transfer {
   }
 
   private async finish(index: number): Promise<void> {
-    const chunk = chunkOf(this.bytes, index);
+    const place = chunkOf(this.bytes, index);
+    const chunk = this.chunk.subarray(0, place.length);
     const hash = this.entry.chunks[index] ?? '';
     if ((await sha256(chunk)) === hash) {
+      place.set(chunk);
       await this.files.store.putChunk(hash, chunk);
       return;
     }
@@ -207,6 +211,54 @@ class Transfer {
     const hint = 'check the connection and load again: it goes on where it stopped';
     return new VlmportError('DownloadError', message, hint);
   }
+}
+
+/**
+ * A body, part by part. All parts lie in one buffer, each valid until the next: else hundreds of
+ * megabytes of parts wait for the garbage collector while the model's memory is claimed.
+ */
+async function* partsOf({ body }: Response): AsyncGenerator<Uint8Array, void, undefined> {
+  const reader = body && bufferReader(body);
+  if (!reader) {
+    yield* defaultParts(body);
+    return;
+  }
+  let buffer = new ArrayBuffer(PART_BYTES);
+  for (;;) {
+    const { done, value } = await reader.read(new Uint8Array(buffer));
+    if (value === undefined || done) return;
+    yield value;
+    buffer = value.buffer;
+  }
+}
+
+/** A reader into our own buffer; null where the browser has none for downloads. */
+function bufferReader(body: ReadableStream): ReadableStreamBYOBReader | null {
+  try {
+    return body.getReader({ mode: 'byob' });
+  } catch {
+    return null;
+  }
+}
+
+async function* defaultParts(
+  body: ReadableStream<Uint8Array> | null,
+): AsyncGenerator<Uint8Array, void, undefined> {
+  const reader = body?.getReader();
+  for (let read = await reader?.read(); read && !read.done; read = await reader?.read()) {
+    yield read.value;
+  }
+}
+
+/**
+ * Free a buffer now: the garbage collector may let hundreds of megabytes wait.
+ *
+ * It is free only where JavaScript alone has held it; what was given to the browser (to be hashed,
+ * kept, sent) is held there for longer. Browsers before 2024 leave it to the garbage collector.
+ */
+export function letGo(buffer: ArrayBuffer): void {
+  const { transfer } = buffer as Partial<ArrayBuffer>;
+  transfer?.call(buffer, 0);
 }
 
 function chunkOf(bytes: Bytes, index: number): Bytes {

@@ -82,7 +82,10 @@ class CacheStore implements Store {
   }
 
   async putManifest(base: URL, text: string): Promise<void> {
+    const before = await this.getManifest(base);
+    if (before === text) return;
     await this.put(modelKey(base.href), new Response(text));
+    if (before !== null) await sweep(this.cache); // another version of the same model
   }
 
   /** A full disk keeps nothing more, and is no reason to stop. */
@@ -121,10 +124,14 @@ export async function clearCache(url?: string): Promise<void> {
     await caches.delete(CACHE_NAME);
     return;
   }
-  const gone = bundleAddress(url).href;
-  const others = (await keptManifests(cache)).filter(one => one.url !== gone);
-  const needed = new Set(others.flatMap(one => [...chunkSizes(one.manifest).keys()]));
-  await cache.delete(modelKey(gone));
+  await cache.delete(modelKey(bundleAddress(url).href));
+  await sweep(cache);
+}
+
+/** Forget the chunks that no model needs. */
+async function sweep(cache: Cache): Promise<void> {
+  const kept = await keptManifests(cache);
+  const needed = new Set(kept.flatMap(one => [...chunkSizes(one.manifest).keys()]));
   for (const hash of await keptHashes(cache)) {
     if (!needed.has(hash)) await cache.delete(chunkKey(hash));
   }

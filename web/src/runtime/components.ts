@@ -4,7 +4,7 @@
  * What a graph is called with follows its own inputs. Whoever gets a tensor from here owns it.
  */
 
-import type { BundleFiles } from '../bundle/download.js';
+import { type BundleFiles, letGo } from '../bundle/download.js';
 import {
   type Choice,
   type Golden,
@@ -228,11 +228,15 @@ async function openGraph(
   }
   const bytes = await files.read(model);
   onOpen(name);
-  // The processor's exact integers belong on the host; embeddings go from step to step on the GPU.
-  return runtime.open(name, bytes, external, {
-    onHost: name === IMAGE,
-    onGpu: name === EMBED ? ['inputs_embeds'] : [],
-  });
+  try {
+    // The processor's exact integers belong on the host; embeddings go from step to step on the GPU.
+    return await runtime.open(name, bytes, external, {
+      onHost: name === IMAGE,
+      onGpu: name === EMBED ? ['inputs_embeds'] : [],
+    });
+  } finally {
+    for (const one of [bytes, ...external.map(({ data }) => data)]) letGo(one.buffer);
+  }
 }
 
 async function releaseAll(sessions: ReadonlyMap<string, Session>): Promise<void> {
