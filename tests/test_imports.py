@@ -71,9 +71,16 @@ def test_there_are_modules_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_torch_is_imported_by_the_reference_alone(path: Path) -> None:
+def test_torch_is_imported_by_the_references_alone(path: Path) -> None:
+    """By every module of the folder but the one that chooses among them."""
     heavy = {module for module in imports(path) if module.partition(".")[0] in TORCH}
-    assert bool(heavy) == (name_of(path) == "verify/reference.py")
+    name = name_of(path)
+    is_reference = name.startswith("verify/references/") and path.name != "__init__.py"
+    assert bool(heavy) == is_reference
+
+
+def test_choosing_a_reference_loads_no_torch() -> None:
+    assert not TORCH & loaded_by("import vlmport.verify, vlmport.verify.references")
 
 
 # Folder → what it may import of the package, besides errors and bundle.
@@ -100,7 +107,9 @@ ALLOWED = {
         "evaluation", "runtime", "builtin", "errors", "bundle", "precisions", "recording",
         "__version__",
     },
-    "verify": {"verify", "recording", "runtime", "checkpoint", "errors", "bundle", "builtin", "layouts"},
+    "verify": {
+        "verify", "recording", "runtime", "checkpoint", "errors", "bundle", "builtin", "layouts",
+    },
 }  # fmt: skip
 
 

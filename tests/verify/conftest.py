@@ -16,33 +16,36 @@ from vlmport.verify.ladder import Ladder, max_new_tokens
 from vlmport.verify.limits import RUNGS
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Reference
-from vlmport.verify.reference import load_reference
+from vlmport.verify.references import load_reference
 from vlmport.verify.report import Report
+from vlmport.verify.requests import Request
 from vlmport.verify.truth import Truth
 
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, its bundle, and the truth for one picture."""
+    """A checkpoint, its bundle, and the truth for a caption of one picture."""
 
     checkpoint: Path
     bundle: Bundle
     reference: Reference
     picture: Picture
+    request: Request
     truth: Truth
 
     def climb(self, bundle: Bundle, precision: str = "fp32") -> Report:
         """The ladder on a bundle of this checkpoint, whole or broken."""
         model = VLM.open(bundle, precision=precision)
-        ladder = Ladder(model, self.reference, self.picture, self.truth, (0, 1))
+        ladder = Ladder(model, self.reference, self.request, self.truth, (0, 1))
         return Report(self.reference.versions, tuple(ladder.climb(precision)))
 
 
 def case(checkpoint: Path, bundle: Bundle, picture: Picture) -> Case:
     token = bundle.manifest.prompt.image_token_id
     reference = load_reference(checkpoint, image_token_id=token)
-    truth = Truth.of(reference, picture, max_new_tokens(bundle.manifest), token)
-    return Case(checkpoint, bundle, reference, picture, truth)
+    request = reference.requests([picture])[0]
+    truth = Truth.of(reference, request, max_new_tokens(bundle.manifest), token)
+    return Case(checkpoint, bundle, reference, picture, request, truth)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from vlmport.export import export
 from vlmport.verify import verify
 from vlmport.verify.ladder import run_ladder
 from vlmport.verify.limits import FOUR_BITS, RUNGS
-from vlmport.verify.reference import load_reference
+from vlmport.verify.references import load_reference
 from vlmport.verify.report import Report
 from vlmport.verify.truth import Truth
 
@@ -57,7 +57,7 @@ def test_other_checkpoints_are_green(tmp_path: Path, tiny: Case, changes: dict[s
     checkpoint = write_prefix_checkpoint(tmp_path / "checkpoint", **changes)
     bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32")
     reference = load_reference(checkpoint, image_token_id=bundle.manifest.prompt.image_token_id)
-    report = Report("", run_ladder(reference, bundle, ["fp32"], [tiny.picture]))
+    report = Report("", run_ladder(reference, bundle, ["fp32"], [tiny.request]))
     assert report.passed, report.summary
 
 
@@ -275,4 +275,4 @@ def test_a_reference_that_contradicts_itself(tiny: Case, monkeypatch: pytest.Mon
     kind, plain = type(tiny.reference), type(tiny.reference).position_ids
     monkeypatch.setattr(kind, "position_ids", lambda self, ids: plain(self, ids) // 2)
     with pytest.raises(VerificationError, match="the reference contradicts itself"):
-        Truth.of(tiny.reference, tiny.picture, 4, tiny.bundle.manifest.prompt.image_token_id)
+        Truth.of(tiny.reference, tiny.request, 4, tiny.bundle.manifest.prompt.image_token_id)

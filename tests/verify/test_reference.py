@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoints import write_prefix_checkpoint
 from vlmport.errors import AdapterError, ConfigError, PromptError, SourceError, WeightError
 from vlmport.verify.protocol import Reference
-from vlmport.verify.reference import load_reference
+from vlmport.verify.references import load_reference
 
 IMAGE_TOKEN = 113  # one past the tiny checkpoint's vocabulary
 LORA_B = "lora_B.default.weight"
@@ -39,7 +39,7 @@ def picture(width: int = 50, height: int = 20) -> Image.Image:
 def run(reference: Reference, image: Image.Image | None = None) -> np.ndarray:
     """Picture to the logits [T,V] of its prefix."""
     image = image or picture()
-    ids = reference.prompt_ids(image)
+    ids = reference.image_ids(image)
     embeds = reference.embeds(ids, reference.vision_features(reference.pixels(image)))
     return reference.logits(embeds, reference.position_ids(ids))
 
@@ -53,7 +53,7 @@ def rewrite(folder: Path, change) -> None:
 
 def test_shapes_and_facts(reference: Reference) -> None:
     image = picture()
-    ids = reference.prompt_ids(image)
+    ids = reference.image_ids(image)
     assert ids.tolist() == [IMAGE_TOKEN] * 25
     assert reference.pixels(image)["pixel_values"].shape == (1, 3, 30, 30)
     assert run(reference).shape == (25, 113)
@@ -125,7 +125,7 @@ def test_lora_is_applied_with_its_scale(tmp_path: Path, reference: Reference) ->
 
 def test_generate_agrees_with_a_full_pass_and_stops(reference: Reference) -> None:
     image = picture()
-    ids = reference.prompt_ids(image)
+    ids = reference.image_ids(image)
     features = reference.vision_features(reference.pixels(image))
     embeds = reference.embeds(ids, features)
     made = reference.generate(embeds, 6)

@@ -186,7 +186,8 @@ def test_random_weights_are_a_likely_cause_where_fp32_passed() -> None:
 
 
 def test_without_torch(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "vlmport.verify.reference")
+    for module in ("prefix", "loading"):
+        monkeypatch.delitem(sys.modules, f"vlmport.verify.references.{module}")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DependencyError) as caught:
         verify(tiny.bundle, tiny.checkpoint)

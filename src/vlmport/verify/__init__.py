@@ -4,7 +4,7 @@
     report.passed
 
 docs/verification.md explains the rungs. torch, transformers and peft are imported by
-`verify/reference.py` alone, and only once `verify` runs.
+`verify/references/` alone, and only once `verify` runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vlmport.verify.ladder import Progress, run_ladder
 from vlmport.verify.pictures import drawn_pictures, named_pictures
 from vlmport.verify.protocol import Reference
 from vlmport.verify.recording import UnrecordedError, record
+from vlmport.verify.references import load_reference
 from vlmport.verify.report import Measure, Report, Row, parity_markdown
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def verify(
     folder = locate(builtin_folder(reference) or reference, revision)
     truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
-    report = Report(truth.versions, run_ladder(truth, bundle, names, pictures, progress))
+    report = Report(
+        truth.versions, run_ladder(truth, bundle, names, truth.requests(pictures), progress)
+    )
     if console is not None:
         report.print(console)
     record(bundle, report)
@@ -96,17 +99,16 @@ def _check_pillow(equals: str) -> None:
 def _load_reference(bundle: Bundle, folder: Path, adapter: str | Path | None) -> Reference:
     """The reference side, imported now. Raises DependencyError without its packages."""
     try:
-        from vlmport.verify.reference import load_reference
+        return load_reference(
+            folder,
+            image_token_id=bundle.manifest.prompt.image_token_id,
+            adapter=None if adapter is None else locate_adapter(adapter),
+        )
     except ImportError as error:
         raise DependencyError(
             f"verify needs PyTorch, transformers and peft: {error}",
             hint='pip install "vlmport[verify]"',
         ) from error
-    return load_reference(
-        folder,
-        image_token_id=bundle.manifest.prompt.image_token_id,
-        adapter=None if adapter is None else locate_adapter(adapter),
-    )
 
 
 def _check_same_model(bundle: Bundle, reference: Reference, source: str | Path) -> None:

@@ -1,7 +1,7 @@
-"""The ladder: nine comparisons from the picture to the tokens.
+"""The ladder: nine comparisons from the pictures to the tokens.
 
 Each rung gives the bundle what the *reference* made on the rung before, so that an error shows
-on its own rung and nowhere else; only the last rung runs the bundle alone, from the picture to
+on its own rung and nowhere else; only the last rung runs the bundle alone, from the pictures to
 the tokens as a user gets them.
 
 P prompt tokens, S prompt and new tokens, T image tokens, D hidden, V vocabulary.
@@ -20,18 +20,19 @@ import numpy as np
 from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import VlmportError
 from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.components import Components, ProcessedImage, merge_image_features
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.model import VLM
 from vlmport.runtime.options import CHECKS, REFUSED, GenerationOptions
+from vlmport.runtime.prompt import check_messages
 from vlmport.runtime.request import new_request
 from vlmport.runtime.sessions import ORT_ERRORS
 from vlmport.verify import metrics
 from vlmport.verify.limits import RUNGS, limits_of
-from vlmport.verify.pictures import Picture
 from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Measure, Row
-from vlmport.verify.truth import Truth
+from vlmport.verify.requests import Request
+from vlmport.verify.truth import PictureTruth, Truth
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -59,13 +60,13 @@ class Ladder:
     """The bundle's side at one precision, and the reference.
 
     Attributes:
-        share: (k, n): embedding rows k, k+n, k+2n, … are compared with this picture, so that n
-            pictures cover the whole table.
+        share: (k, n): embedding rows k, k+n, k+2n, … are compared with this request, so that n
+            requests cover the whole table.
     """
 
     model: VLM
     reference: Reference
-    picture: Picture
+    request: Request
     truth: Truth
     share: tuple[int, int]
 
@@ -80,52 +81,62 @@ class Ladder:
             try:
                 values, detail = getattr(self, f"_{rung}")()
             except BrokenError as error:
-                yield Row(self.picture.name, precision, rung, (), error=str(error))
+                yield Row(self.request.name, precision, rung, (), error=str(error))
                 continue
             measures = tuple(
                 Measure(name, values[name], limit) for name, limit in limits[rung].items()
             )
-            yield Row(self.picture.name, precision, rung, measures, detail=detail)
+            yield Row(self.request.name, precision, rung, measures, detail=detail)
 
     def _prompt_ids(self) -> Found:
-        with bundle_runs():
-            ours = self.components.process_image(self.picture.rgb).prompt_ids
-        wrong = metrics.unequal(ours, self.truth.prompt_ids)
-        detail = f"{len(ours)} ids, expected {len(self.truth.prompt_ids)}" if wrong else None
-        return {"wrong": wrong}, detail
+        """The ids of each picture. Those of the text around them are the last rung's."""
+        wrong, details = 0, []
+        for processed, truth in self._processed():
+            if unequal := metrics.unequal(processed.prompt_ids, truth.ids):
+                wrong += unequal
+                details.append(f"{len(processed.prompt_ids)} ids, expected {len(truth.ids)}")
+        return {"wrong": wrong}, "; ".join(details) or None
 
     def _pixels(self) -> Found:
         """Grey levels tell a weight that was rounded to its neighbour from another filter."""
-        truth, inf = self.truth.pixels, float("inf")
-        with bundle_runs():
-            ours = self.components.process_image(self.picture.rgb).inputs
-        absent = sorted(truth.keys() - ours.keys())
-        if absent:
-            detail = f"the image processor has no {', '.join(absent)}"
-            return {"wrong": inf, "levels": inf}, detail
-        wrong = sum(metrics.unequal(ours[name], truth[name]) for name in truth)
-        error = max(metrics.max_error(ours[name], truth[name]) for name in truth)
-        levels = error / self.reference.grey_level
-        detail = f"largest difference {error:.3g}, {levels:.3g} grey levels" if wrong else None
+        wrong, largest = 0, 0.0
+        for processed, picture in self._processed():
+            ours, truth = processed.inputs, picture.pixels
+            if absent := sorted(truth.keys() - ours.keys()):
+                detail = f"the image processor has no {', '.join(absent)}"
+                return {"wrong": float("inf"), "levels": float("inf")}, detail
+            wrong += sum(metrics.unequal(ours[name], truth[name]) for name in truth)
+            largest = max(largest, *(metrics.max_error(ours[name], truth[name]) for name in truth))
+        levels = largest / self.reference.grey_level
+        detail = f"largest difference {largest:.3g}, {levels:.3g} grey levels" if wrong else None
         return {"wrong": wrong, "levels": levels}, detail
 
+    def _processed(self) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
+        """The bundle's side of each picture, and the reference's."""
+        pairs = zip(self.request.pictures, self.truth.pictures, strict=True)
+        for picture, truth in pairs:
+            with bundle_runs():
+                processed = self.components.process_image(picture.rgb, self.request.options)
+            yield processed, truth
+
     def _vision_features(self) -> Found:
-        with bundle_runs():
-            ours = self.components.encode_image(self.truth.pixels)
-        truth = self.truth.features
-        return {
-            "worst": metrics.worst_error(ours, truth),
-            "typical": metrics.typical_error(ours, truth),
-            "cosine": metrics.least_cosine(ours, truth),
-        }, None
+        worst, typical, cosine = [0.0], [0.0], [1.0]
+        for picture in self.truth.pictures:
+            with bundle_runs():
+                ours = self.components.encode_image(picture.pixels)
+            worst.append(metrics.worst_error(ours, picture.features))
+            typical.append(metrics.typical_error(ours, picture.features))
+            cosine.append(metrics.least_cosine(ours, picture.features))
+        return {"worst": max(worst), "typical": max(typical), "cosine": min(cosine)}, None
 
     def _merged_embeds(self) -> Found:
-        """Text before and after the picture: a share of the vocabulary, half on each side."""
+        """Text before and after the pictures: a share of the vocabulary, half on each side."""
         truth, (k, n) = self.truth, self.share
         image_token_id = self.components.manifest.prompt.image_token_id
         words = np.arange(k, self.reference.dims["vocab_size"], n)
         words = words[words != image_token_id]
-        ids = np.concatenate([words[::2], truth.prompt_ids, words[1::2]])
+        pictures = [picture.ids for picture in truth.pictures]
+        ids = np.concatenate([words[::2], *pictures, words[1::2]])
         expected = self.reference.embeds(ids, truth.features)
         with bundle_runs():
             embeds = self.components.embed(ids[None])[0]
@@ -230,19 +241,36 @@ class Ladder:
         return values | {"stop ids": len(stops ^ expected)}, detail
 
     def _end_to_end(self) -> Found:
-        """The picture through the runtime, as `vlmport caption` runs it, but greedily whatever
-        the bundle's defaults are."""
+        """From the pictures to the tokens as a user has them, but greedily whatever the bundle's
+        defaults are. The prompt's text is compared here, id by id."""
         defaults = self.components.manifest.generation.defaults
         greedy = {name: None for name in defaults if name in CHECKS or name in REFUSED}
         options = greedy | {"max_new_tokens": self.max_new_tokens}
+        request, images = self.request, [picture.rgb for picture in self.request.pictures]
+        self.model.features.options = request.options
         with bundle_runs():
-            caption = self.model.caption(self.picture.rgb, **options)
-        values, detail = self._judge(np.asarray(caption.token_ids, np.int64))
-        given, expected = caption.counts["prompt_tokens"], len(self.truth.prompt_ids)
-        if given != expected:
-            counts = f"a prompt of {given} tokens, expected {expected}"
-            detail = f"{counts}; {detail}" if detail else counts
-        return values | {"prompt": abs(given - expected)}, detail
+            ids = self._prompt(images)
+            if request.is_caption:
+                answer = self.model.caption(images[0], **options)
+            else:
+                answer = self.model.generate(request.messages, images, **options)
+        values, detail = self._judge(np.asarray(answer.token_ids, np.int64))
+        given, expected = answer.counts["prompt_tokens"], len(self.truth.prompt_ids)
+        wrong = max(metrics.unequal(ids, self.truth.prompt_ids), abs(given - expected))
+        if wrong:
+            told = f"a prompt of {given} tokens, expected {expected}; {wrong} ids differ"
+            detail = f"{told}; {detail}" if detail else told
+        return values | {"prompt": wrong}, detail
+
+    def _prompt(self, images: list[np.ndarray]) -> Int[np.ndarray, " S"]:
+        """The ids of the prompt as the runtime puts it together."""
+        asked = self.components.manifest.prompt.caption
+        chat = check_messages(asked if self.request.is_caption else self.request.messages, images)
+        prompter = self.model.prompter
+        text = prompter.encode(prompter.render(chat.messages))
+        return prompter.splice(
+            text, [self.model.features.process(one).prompt_ids for one in images]
+        )
 
     @property
     def max_new_tokens(self) -> int:
@@ -250,6 +278,8 @@ class Ladder:
 
     def _judge(self, tokens: Int[np.ndarray, " N"]) -> Found:
         """Tokens against the reference's, and what the reference thinks of them."""
+        if self.truth.is_cut:
+            tokens = tokens[: len(self.truth.made.tokens)]
         wrong = _wrong_tokens(tokens, self.truth.made.tokens)
         if not wrong:
             return {"wrong": 0, "regret": 0}, None
@@ -316,28 +346,28 @@ def run_ladder(
     reference: Reference,
     bundle: Bundle,
     precisions: Sequence[str],
-    pictures: Sequence[Picture],
+    requests: Sequence[Request],
     progress: Progress | None = None,
 ) -> tuple[Row, ...]:
-    """All rungs for every precision and every picture.
+    """All rungs for every precision and every request.
 
     One precision at a time, so that beside the reference only its sessions are in memory.
     `progress` is told of each rung: how many are done, of how many, and what is next.
     """
     tell = progress or (lambda done, total, what: None)
-    total = len(RUNGS) * len(pictures) * len(precisions)
+    total = len(RUNGS) * len(requests) * len(precisions)
     manifest, rows = bundle.manifest, []
     truths = []
-    for picture in pictures:
-        tell(0, total, f"reference, {picture.name}")
+    for request in requests:
+        tell(0, total, f"reference, {request.name}")
         most, image_token_id = max_new_tokens(manifest), manifest.prompt.image_token_id
-        truths.append(Truth.of(reference, picture, most, image_token_id))
+        truths.append(Truth.of(reference, request, most, image_token_id))
     for precision in precisions:
         with VLM.open(bundle, precision=precision) as model:
-            for number, (picture, truth) in enumerate(zip(pictures, truths, strict=True)):
-                tell(len(rows), total, f"{precision}, {picture.name}")
-                ladder = Ladder(model, reference, picture, truth, (number, len(pictures)))
+            for number, (request, truth) in enumerate(zip(requests, truths, strict=True)):
+                tell(len(rows), total, f"{precision}, {request.name}")
+                ladder = Ladder(model, reference, request, truth, (number, len(requests)))
                 for row in ladder.climb(precision):
                     rows.append(row)
-                    tell(len(rows), total, f"{precision}, {picture.name}")
+                    tell(len(rows), total, f"{precision}, {request.name}")
     return tuple(rows)

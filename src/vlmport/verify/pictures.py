@@ -38,9 +38,9 @@ class Picture:
         return np.asarray(self.image)
 
 
-def drawn_pictures() -> list[Picture]:
-    """One picture of each of SIZES, the same on every machine."""
-    return [Picture(f"drawn {w}x{h}", _draw(w, h, seed)) for seed, (w, h) in enumerate(SIZES)]
+def drawn_pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Picture]:
+    """One picture of each size, the same on every machine."""
+    return [Picture(f"drawn {w}x{h}", _draw(w, h, seed)) for seed, (w, h) in enumerate(sizes)]
 
 
 def _draw(width: int, height: int, seed: int) -> Image.Image:

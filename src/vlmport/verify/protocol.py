@@ -1,16 +1,19 @@
-"""What the ladder asks of a reference. No torch here: `reference.py` fulfils it.
+"""What the ladder asks of a reference. No torch here: the modules of references/ fulfil it.
 
 S sequence, T image tokens, D hidden, V vocabulary, N new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+from vlmport.verify.pictures import Picture
+from vlmport.verify.requests import Request
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -39,11 +42,24 @@ class Reference(Protocol):
     stop_token_ids: tuple[int, ...]
     grey_level: float
 
-    def prompt_ids(self, image: Image.Image) -> Int[np.ndarray, " T"]:
-        """The ids that stand in the prompt for this picture."""
+    def requests(self, pictures: Sequence[Picture]) -> list[Request]:
+        """What to compare, with these pictures and whatever else the model is asked with: several
+        pictures, text alone, options."""
         ...
 
-    def pixels(self, image: Image.Image) -> dict[str, np.ndarray]:
+    def image_ids(
+        self, image: Image.Image, options: Mapping[str, Any] | None = None
+    ) -> Int[np.ndarray, " T"]:
+        """The ids that stand in a prompt for this picture."""
+        ...
+
+    def prompt_ids(self, request: Request) -> Int[np.ndarray, " S"]:
+        """The ids of the whole prompt."""
+        ...
+
+    def pixels(
+        self, image: Image.Image, options: Mapping[str, Any] | None = None
+    ) -> dict[str, np.ndarray]:
         """The vision encoder's inputs by name, with a leading batch of 1 where the model has it."""
         ...
 

@@ -1,64 +1,85 @@
-"""What the reference makes of one picture: what every rung is fed, and held against."""
+"""What the reference makes of one request: what every rung is fed, and held against."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlmport.errors import VerificationError
 from vlmport.verify import metrics
 from vlmport.verify.limits import SAME_NUMBERS
-from vlmport.verify.pictures import Picture
 from vlmport.verify.protocol import Generated, Reference
+from vlmport.verify.requests import Request
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class PictureTruth:
+    """What it makes of one picture alone: its ids in a prompt, its pixels, its features."""
+
+    ids: Int[np.ndarray, " T"]
+    pixels: Mapping[str, np.ndarray]
+    features: Float[np.ndarray, "T D"]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the reference makes of one picture, from the bottom rung to the top.
+    """What the reference makes of one request, from the bottom rung to the top.
 
     Attributes:
-        prompt_ids, pixels, features: of the picture alone.
+        prompt_ids: of the whole prompt.
+        features: of all pictures, in their order.
         made: greedy tokens and their logits.
+        is_cut: `made` ends with an image token that the model said itself; what it would say next
+            is not known, since that can't be fed back.
         ids: prompt_ids and all new tokens but the last, which is never fed back.
         embeds, position_ids, logits: of ids.
     """
 
+    pictures: tuple[PictureTruth, ...]
     prompt_ids: Int[np.ndarray, " P"]
-    pixels: Mapping[str, np.ndarray]
     features: Float[np.ndarray, "T D"]
     made: Generated
     ids: Int[np.ndarray, " S"]
     embeds: Float[np.ndarray, "S D"]
     position_ids: Int[np.ndarray, "... S"]
     logits: Float[np.ndarray, "S V"]
+    is_cut: bool = False
 
     @classmethod
     def of(
-        cls, reference: Reference, picture: Picture, max_new_tokens: int, image_token_id: int
+        cls, reference: Reference, request: Request, max_new_tokens: int, image_token_id: int
     ) -> Truth:
-        """Run the reference from the picture to the tokens, then once over all of them.
+        """Run the reference from the pictures to the tokens, then once over all of them.
 
-        An image token that the model itself says can't be fed back: the tokens end there.
         Raises VerificationError where the two passes differ.
         """
-        prompt_ids = reference.prompt_ids(picture.image)
-        pixels = reference.pixels(picture.image)
-        features = reference.vision_features(pixels)
+        pictures = tuple(_picture(reference, image, request.options) for image in request.images)
+        prompt_ids = reference.prompt_ids(request)
+        none = np.zeros((0, reference.dims["hidden_size"]), np.float32)
+        features = np.concatenate([none, *(picture.features for picture in pictures)])
         made = reference.generate(reference.embeds(prompt_ids, features), max_new_tokens)
-        if image_token_id in made.tokens:
+        is_cut = image_token_id in made.tokens
+        if is_cut:
             end = made.tokens.tolist().index(image_token_id) + 1
             made = Generated(made.tokens[:end], made.logits[:end])
         ids = np.concatenate([prompt_ids, made.tokens[:-1]])
         embeds, positions = reference.embeds(ids, features), reference.position_ids(ids)
         logits = reference.logits(embeds, positions)
         _check_positions(made, logits[len(prompt_ids) - 1 :])
-        return cls(prompt_ids, pixels, features, made, ids, embeds, positions, logits)
+        return cls(pictures, prompt_ids, features, made, ids, embeds, positions, logits, is_cut)
+
+
+def _picture(reference: Reference, image: Image.Image, options: Mapping[str, Any]) -> PictureTruth:
+    pixels = reference.pixels(image, options)
+    ids = reference.image_ids(image, options)
+    return PictureTruth(ids, pixels, reference.vision_features(pixels))
 
 
 def _check_positions(made: Generated, logits: Float[np.ndarray, "N V"]) -> None:

@@ -1,0 +1,53 @@
+"""The truth that a bundle is compared with: Hugging Face transformers on PyTorch.
+
+The modules of this folder are the only ones of the package that import torch, transformers and
+peft, and they share no code with the export: they read config.json and the safetensors themselves,
+build the model from Hugging Face's own classes, and leave LoRA to PEFT, unmerged. A mistake in the
+export's reading, merging or arithmetic can therefore not repeat itself here.
+
+One module a family; `load_reference` imports the one that a checkpoint needs.
+
+B batch, S sequence, T image tokens, D hidden, V vocabulary, N new tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from vlmport.errors import ConfigError
+from vlmport.verify.configs import read_config
+from vlmport.verify.protocol import Reference
+
+# model_type → the module here and its class
+REFERENCES = {
+    "prefix_conditioning_vlm": ("prefix", "PrefixReference"),
+    "idefics3": ("idefics3", "Idefics3Reference"),
+    "smolvlm": ("idefics3", "Idefics3Reference"),
+}
+
+
+def load_reference(
+    folder: str | Path, *, image_token_id: int, adapter: str | Path | None = None
+) -> Reference:
+    """The reference of a checkpoint folder, by its config.json's model_type.
+
+    Args:
+        image_token_id: the id that stands for a patch in prompts, for a model that has none of its
+            own (distilvit2); nothing else is taken from a bundle.
+        adapter: a PEFT folder that is put on top, after whatever LoRA the checkpoint holds.
+
+    Raises SourceError, ConfigError, WeightError or AdapterError; ImportError without torch,
+    transformers or peft.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in REFERENCES:
+        raise ConfigError(
+            f"{folder / 'config.json'}: no reference for model_type {family!r}",
+            hint=f"known: {', '.join(REFERENCES)}",
+        )
+    module, name = REFERENCES[family]
+    found = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return found(folder, config, image_token_id, adapter)

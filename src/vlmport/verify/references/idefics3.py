@@ -1,0 +1,201 @@
+"""Idefics3's and SmolVLM's truth: Hugging Face's own model, processor on Pillow and tokenizer.
+
+Trap: the plain names of the image processors are those on torchvision, whose pixels differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from vlmport.errors import ConfigError, PromptError
+from vlmport.verify.configs import stop_token_ids
+from vlmport.verify.pictures import Picture, drawn_pictures
+from vlmport.verify.protocol import Generated
+from vlmport.verify.references.loading import (
+    DECODER_DIMS,
+    add_adapter,
+    config_int,
+    generated,
+    load_strictly,
+    quietly,
+    read_state,
+    useful_threads,
+    versions,
+)
+from vlmport.verify.requests import Message, Request
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+SIZES = ((1300, 60), (1, 1))  # of pictures beside the ladder's own: one row of tiles, all there is
+CAPTION = "Can you describe this image?"
+QUESTION = "What is in the picture, and where?"
+WHOLE = {"do_image_splitting": False}
+KINDS = {
+    "idefics3": (transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration),
+    "smolvlm": (transformers.SmolVLMConfig, transformers.SmolVLMForConditionalGeneration),
+}
+
+
+class Idefics3Reference:
+    """A checkpoint of either model type."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        image_token_id: int,
+        adapter: str | Path | None = None,
+    ):
+        config_class, model_class = KINDS[config["model_type"]]
+        settings = config_class(**config)
+        # Eager attention is the plain formula; the fused kernels reorder its sums.
+        settings._attn_implementation = "eager"
+        model: Any = model_class(settings).float()
+        load_strictly(
+            model, read_state(folder), tied_head=bool(settings.tie_word_embeddings), where=folder
+        )
+        if adapter is not None:
+            model = add_adapter(model, Path(adapter)).get_base_model()
+        self.model = model.eval().requires_grad_(False)
+        self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
+        self.image_token_id = settings.image_token_id
+        self.processor = _processor(folder)
+        image = self.processor.image_processor
+        self.grey_level = image.rescale_factor / min(image.image_std)
+        text: Any = settings.text_config
+        stops = stop_token_ids(folder, text.eos_token_id)
+        last = self.processor.tokenizer.eos_token_id
+        self.stop_token_ids = tuple(dict.fromkeys((*stops, *(() if last is None else (last,)))))
+        self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
+        self.versions = versions()
+
+    def requests(self, pictures: Sequence[Picture]) -> list[Request]:
+        """Each picture split and whole; two in one prompt, over two turns; text alone."""
+        pictures = [*pictures, *drawn_pictures(SIZES)]
+        asked = _messages(CAPTION, 1)
+        requests = [Request(one.name, (one,), asked, is_caption=True) for one in pictures]
+        question = _messages(QUESTION, 1)
+        requests += [
+            Request(f"{one.name} whole", (one,), question, options=WHOLE) for one in pictures
+        ]
+        again = (
+            *_messages(QUESTION, 2),
+            {"role": "assistant", "content": [{"type": "text", "text": "A square."}]},
+            *_messages("Which is larger?", 0),
+        )
+        requests.append(Request("two pictures", tuple(pictures[1:3]), again, options=WHOLE))
+        requests.append(Request("two pictures split", tuple(pictures[1:3]), _messages(QUESTION, 2)))
+        return [*requests, Request("text alone", (), _messages("Why is the sky blue?", 0))]
+
+    def image_ids(
+        self, image: Image.Image, options: Mapping[str, Any] | None = None
+    ) -> Int[np.ndarray, " T"]:
+        return self._process(self.processor.image_token, [image], options or {})["input_ids"][0]
+
+    def prompt_ids(self, request: Request) -> Int[np.ndarray, " S"]:
+        text = self.processor.apply_chat_template(
+            [dict(message) for message in request.messages], add_generation_prompt=True
+        )
+        return self._process(text, request.images, request.options)["input_ids"][0]
+
+    def pixels(
+        self, image: Image.Image, options: Mapping[str, Any] | None = None
+    ) -> dict[str, np.ndarray]:
+        """pixel_values float32 [1, n, 3, t, t] and pixel_attention_mask bool [1, n, t, t]."""
+        made = self._process(self.processor.image_token, [image], options or {})
+        mask = made["pixel_attention_mask"].astype(bool)
+        return {"pixel_values": made["pixel_values"], "pixel_attention_mask": mask}
+
+    def _process(
+        self, text: str, images: Sequence[Image.Image], options: Mapping[str, Any]
+    ) -> Mapping[str, np.ndarray]:
+        """Nothing is added to the text: the template holds whatever a prompt begins with."""
+        pictures = {"images": [list(images)], **options} if images else {}
+        return self.processor(text=text, return_tensors="np", add_special_tokens=False, **pictures)
+
+    @quietly
+    def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
+        """Tower and connector over all tiles at once."""
+        tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+        return torch.cat(self.model.get_image_features(**tensors).pooler_output).numpy()
+
+    @quietly
+    def embeds(
+        self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T D"]
+    ) -> Float[np.ndarray, "S D"]:
+        """Raises PromptError unless there are as many image tokens as features."""
+        image = np.asarray(ids) == self.image_token_id
+        if image.sum() != len(features):
+            raise PromptError(f"{image.sum()} image tokens in the prompt, {len(features)} features")
+        tokens = torch.from_numpy(np.asarray(ids))[None]
+        embeds = self.model.get_input_embeddings()(tokens)
+        if len(features):
+            merged = self.model.model.inputs_merger(tokens, embeds, torch.from_numpy(features))
+            return merged[0].numpy()
+        return embeds[0].numpy()
+
+    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+        """0 … S-1, as a llama counts when nobody gives it positions."""
+        return np.arange(len(ids), dtype=np.int64)
+
+    @quietly
+    def logits(
+        self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, " S"]
+    ) -> Float[np.ndarray, "S V"]:
+        """One causal pass over the whole sequence, without a cache."""
+        output = self.model(
+            inputs_embeds=torch.from_numpy(embeds)[None],
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.int64),
+            position_ids=torch.from_numpy(position_ids)[None],
+            use_cache=False,
+        )
+        return output.logits[0].numpy()
+
+    @quietly
+    def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
+        """`generate(inputs_embeds=…)`, greedy; positions are left to it."""
+        return generated(self.model, embeds, max_new_tokens, self.stop_token_ids)
+
+
+def _messages(text: str, pictures: int) -> tuple[Message, ...]:
+    """A user's message: the pictures, then the text."""
+    parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+    return ({"role": "user", "content": parts},)
+
+
+def _processor(folder: Path) -> Any:
+    """The folder's own, with Idefics3's text side for SmolVLM too: both write one prompt, and
+    SmolVLM's class needs packages for videos. Raises ConfigError without processor_config.json."""
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no {path.name}", hint="it says how many tokens a tile takes")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # Before transformers 5.3 or so, the plain name was the one on Pillow.
+    kind = getattr(transformers, "Idefics3ImageProcessorPil", None)
+    image = (kind or transformers.Idefics3ImageProcessor).from_pretrained(str(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    return transformers.Idefics3Processor(
+        image,
+        tokenizer,
+        image_seq_len=settings.get("image_seq_len", 169),
+        chat_template=_chat_template(folder) or tokenizer.chat_template,
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The processor's own, which counts before the tokenizer's."""
+    plain, wrapped = folder / "chat_template.jinja", folder / "chat_template.json"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    if wrapped.is_file():
+        return json.loads(wrapped.read_text(encoding="utf-8")).get("chat_template")
+    return None
