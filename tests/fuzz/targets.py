@@ -1,0 +1,284 @@
+"""What is fuzzed: each target takes bad input and must give a right result or an error of ours.
+
+Anything else that leaves a target (another exception, a hang, a MemoryError) is a defect. An error
+must say something, and have no second line that a traceback would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tests.checkpoints import write_prefix_checkpoint
+from tests.export.test_same_model import write_adapter
+from tests.fuzz.bounds import bounded
+from tests.fuzz.mutations import damaged, json_texts, written
+from tests.fuzz.pictures import damaged_pictures
+from vlmport.bundle import MANIFEST, Bundle
+from vlmport.checkpoint import Weights
+from vlmport.errors import VlmportError
+from vlmport.export import export
+from vlmport.inspection import describe, probe_bundle
+from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
+from vlmport.runtime.model import VLM
+from vlmport.runtime.prompt import Prompter
+
+MAX_MESSAGE = 5_000
+PICTURE = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Valid folders to start from, and room to write."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "bundle"
+
+    @classmethod
+    def make(cls, folder: Path) -> Workshop:
+        shop = cls(folder)
+        write_prefix_checkpoint(shop.checkpoint)
+        for name, text in SIDE_FILES.items():
+            (shop.checkpoint / name).write_text(json.dumps(text), encoding="utf-8")
+        write_adapter(shop.adapter, shop.checkpoint)
+        export(shop.checkpoint, shop.bundle, precisions="fp32")
+        return shop
+
+    @contextlib.contextmanager
+    def altered(self, original: Path, name: str, data: bytes) -> Iterator[Path]:
+        """A copy of a folder, by links, in which one file has these bytes."""
+        copied = self.folder / "altered"
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(original, copied, copy_function=_link)
+        (copied / name).unlink(missing_ok=True)
+        (copied / name).write_bytes(data)
+        yield copied
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).hardlink_to(source)
+
+
+SIDE_FILES: dict[str, dict[str, Any]] = {
+    "preprocessor_config.json": {
+        "do_resize": True,
+        "size": {"height": 30, "width": 30},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "generation_config.json": {
+        "eos_token_id": [0, 5],
+        "pad_token_id": 0,
+        "max_new_tokens": 12,
+        "repetition_penalty": 1.1,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[7], [8, 9]],
+        "suppress_tokens": [1, 2],
+        "temperature": 0.7,
+    },
+}
+
+
+@contextlib.contextmanager
+def ours_or_right() -> Iterator[None]:
+    """Within the bounds, nothing or an error of ours may leave the block."""
+    try:
+        with bounded():
+            yield
+    except VlmportError as error:
+        refused = error
+    else:
+        return
+    text, hint = str(refused), refused.hint
+    assert text.strip(), type(refused)
+    assert "Traceback" not in text
+    assert len(text) < MAX_MESSAGE, text[:300]
+    assert hint is None or hint.strip()
+    f"{text}\n{hint}".encode()  # a terminal takes no half of a character
+
+
+# A checkpoint's files, each through a whole export
+
+
+def export_with(shop: Workshop, name: str, data: bytes, *, adapter: bool = False) -> None:
+    """Export with one file altered, and caption by what came out."""
+    out = shop.folder / "exported"
+    shutil.rmtree(out, ignore_errors=True)
+    original = shop.adapter if adapter else shop.checkpoint
+    with shop.altered(original, name, data) as altered, ours_or_right():
+        if adapter:
+            bundle = export(shop.checkpoint, out, precisions="fp32", adapter=altered)
+        else:
+            bundle = export(altered, out, precisions="fp32")
+        with VLM.open(bundle) as vlm:
+            vlm.caption(PICTURE, max_new_tokens=2)
+    left = [path.name for path in shop.folder.iterdir() if ".partial" in path.name]
+    assert not left, "a failed export left something behind"
+    if out.exists():
+        Bundle.open(out, check_hashes=True)
+
+
+def document(file: Path) -> Any:
+    return json.loads(file.read_bytes())
+
+
+def exported_file(name: str, *, adapter: bool = False) -> Target:
+    def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
+        return json_texts(document((shop.adapter if adapter else shop.checkpoint) / name))
+
+    def run(shop: Workshop, data: bytes) -> None:
+        export_with(shop, name, data, adapter=adapter)
+
+    return Target(name, inputs, run)
+
+
+# safetensors
+
+
+def safetensors(shop: Workshop) -> st.SearchStrategy[bytes]:
+    """Headers that lie: sizes, types, offsets, overlaps, doubles, lengths; then damaged bytes."""
+    whole = (shop.checkpoint / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    few = dict(list(header.items())[:6])
+
+    @st.composite
+    def files(draw: st.DrawFn) -> bytes:
+        text = draw(json_texts(draw(st.sampled_from((header, few)))))
+        if draw(st.integers(0, 3)) == 0:
+            text = written(lying(draw, few))
+        said = draw(st.sampled_from((len(text), len(text), len(text), 0, 1, 2**40, 2**64 - 1)))
+        file = struct.pack("<Q", said) + text + data
+        return draw(damaged(file)) if draw(st.integers(0, 5)) == 0 else file
+
+    return files()
+
+
+def lying(draw: st.DrawFn, header: dict[str, Any]) -> dict[str, Any]:
+    """One tensor with another type, shape or place than it has."""
+    name = draw(st.sampled_from([key for key in header if key != "__metadata__"]))
+    entry = dict(header[name])
+    types = ("F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "f32", "")
+    lies = {
+        "dtype": st.sampled_from(types),
+        "shape": st.lists(st.sampled_from((0, 1, 2, 32, 2**31, 2**62, 2**64)), max_size=70),
+        "data_offsets": st.lists(st.sampled_from((0, 1, 4, 128, 2**31, 2**63, 2**64)), max_size=3),
+    }
+    for key in draw(st.sets(st.sampled_from(sorted(lies)), min_size=1)):
+        entry[key] = draw(lies[key])
+    return {**header, name: entry}
+
+
+def read_weights(shop: Workshop, data: bytes) -> None:
+    with shop.altered(shop.checkpoint, "model.safetensors", data) as folder, ours_or_right():
+        weights = Weights.open(folder)
+        assert sum(tensor.nbytes for tensor in weights.values()) <= len(data)
+        for tensor in weights.values():
+            with contextlib.suppress(VlmportError):
+                assert tensor.numpy().shape == tensor.shape
+
+
+# A bundle's files
+
+
+def run_bundle(shop: Workshop, data: bytes) -> None:
+    with shop.altered(shop.bundle, MANIFEST, data) as folder, ours_or_right():
+        bundle = Bundle.open(folder)
+        describe(bundle, Console(file=io.StringIO()))
+        with VLM.open(bundle) as vlm:
+            vlm.caption(PICTURE, max_new_tokens=2)
+        probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
+
+
+def manifests(shop: Workshop) -> st.SearchStrategy[bytes]:
+    return json_texts(document(shop.bundle / MANIFEST))
+
+
+def prompter_file(name: str) -> Target:
+    """A bundle's tokenizer file; sizes in the manifest are not the point here."""
+
+    def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
+        if name.endswith(".jinja"):
+            return damaged((shop.bundle / name).read_bytes())
+        return json_texts(document(shop.bundle / name))
+
+    def run(shop: Workshop, data: bytes) -> None:
+        spec = Bundle.open(shop.bundle).manifest.prompt
+        with shop.altered(shop.bundle, name, data) as folder:
+            if name.endswith(".jinja"):  # the template that counts stands in the other file
+                config = document(folder / "tokenizer_config.json")
+                del config["chat_template"]
+                (folder / "tokenizer_config.json").unlink()
+                (folder / "tokenizer_config.json").write_bytes(written(config))
+            with ours_or_right():
+                prompter = Prompter(folder, spec)
+                ids = prompter.encode(prompter.render(spec.caption))
+                prompter.splice(ids, [np.zeros(25, np.int64)])
+                prompter.tokenizer.decode([0, 1, 2, 10**6])
+
+    return Target(f"bundle's {name}", inputs, run)
+
+
+# Pictures
+
+
+def open_picture(shop: Workshop, data: bytes) -> None:
+    with ours_or_right():
+        rgb = open_image(data)
+        assert rgb.dtype == np.uint8
+        assert rgb.ndim == 3
+        assert rgb.shape[2] == 3
+        assert 0 < rgb.shape[0] * rgb.shape[1] <= MAX_PIXELS
+        assert max(rgb.shape) <= MAX_SIDE
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of input and what is done with it."""
+
+    name: str
+    inputs: Callable[[Workshop], st.SearchStrategy[bytes]]
+    run: Callable[[Workshop, bytes], None]
+
+
+TARGETS = (
+    exported_file("config.json"),
+    exported_file("tokenizer.json"),
+    exported_file("tokenizer_config.json"),
+    exported_file("special_tokens_map.json"),
+    exported_file("preprocessor_config.json"),
+    exported_file("generation_config.json"),
+    exported_file("adapter_config.json", adapter=True),
+    Target("model.safetensors", safetensors, read_weights),
+    Target(MANIFEST, manifests, run_bundle),
+    prompter_file("tokenizer.json"),
+    prompter_file("tokenizer_config.json"),
+    prompter_file("chat_template.jinja"),
+    Target("picture", lambda shop: damaged_pictures(), open_picture),
+)

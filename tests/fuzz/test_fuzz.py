@@ -1,0 +1,37 @@
+"""A short slice of the fuzzing, the same each time; `python -m tests.fuzz` goes on from here."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, Target, Workshop
+
+EXAMPLES = {"model.safetensors": 60, "picture": 120, "config.json": 20}
+FEW = 12
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop.make(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_bad_input_gives_an_error_of_ours_or_a_right_result(target: Target, shop: Workshop) -> None:
+    @settings(
+        max_examples=EXAMPLES.get(target.name, FEW),
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of what it then refuses or mends
+            target.run(shop, data.draw(target.inputs(shop)))
+
+    fuzz()
