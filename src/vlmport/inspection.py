@@ -1,20 +1,20 @@
-"""What `vlmport inspect` shows of a bundle."""
+"""What `vlmport inspect` shows: of a bundle, of one ONNX file, of a folder with some."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import onnx
-from google.protobuf.message import DecodeError
 from rich.console import Console
 
 from vlmport.bundle import ANY, Bundle, Variant
-from vlmport.errors import BundleError
+from vlmport.onnx_file import OnnxFile, Port, port, read_model, read_onnx
 
 
 def describe(bundle: Bundle, console: Console) -> None:
-    """Print name, sizes, components with their inputs and outputs, auto choices and parity."""
+    """Print name, sizes, components with their inputs and outputs, auto choices and results."""
     manifest = bundle.manifest
     total = sum(entry.size for entry in manifest.files.values())
     lines = {
@@ -26,7 +26,6 @@ def describe(bundle: Bundle, console: Console) -> None:
         "size": f"{total / 1e6:.1f} MB in {len(manifest.files)} files",
         "pixels": f"{manifest.pixels.resample}, equal to {manifest.pixels.equals}",
         "stop ids": ", ".join(map(str, manifest.generation.stop_token_ids)),
-        "parity": _parity(manifest.parity),
     }
     lines |= {name.replace("num_", ""): str(value) for name, value in vars(manifest.dims).items()}
     for key, value in lines.items():
@@ -35,12 +34,59 @@ def describe(bundle: Bundle, console: Console) -> None:
         _print(console, "")
         sizes = [f"{form} {_size(bundle, variant) / 1e6:.2f} MB" for form, variant in forms.items()]
         _print(console, f"{name:<24} {', '.join(sizes)}")
-        for line in _ports(bundle, next(iter(forms.values()))):
+        for line in _ports(bundle, forms):
             _print(console, f"  {line}")
     _print(console, "")
     for device, choice in manifest.auto.items():
         chosen = ", ".join(f"{name} {form}" for name, form in choice.items() if form != ANY)
         _print(console, f"auto on {device:<8} {chosen}")
+    _print(console, "")
+    for line in (*_parity(manifest.parity), *_accuracy(manifest.accuracy)):
+        _print(console, line)
+
+
+def describe_onnx(path: Path, console: Console) -> None:
+    """Print what one ONNX file says of itself; its weights are not loaded.
+
+    Raises BundleError for what is no whole ONNX file, and, once all is printed, where external
+    files are missing or too short.
+    """
+    graph = read_onnx(path)
+    lines = {
+        "file": f"{path}, {graph.size / 1e6:.2f} MB",
+        "IR version": str(graph.ir_version),
+        "opsets": ", ".join(f"{domain} {number}" for domain, number in graph.opsets.items()),
+        "written by": graph.producer or "not said",
+    }
+    for key, value in lines.items():
+        _print(console, f"{key:<16} {value}")
+    _print(console, "")
+    for way, ports in (("in ", graph.inputs), ("out", graph.outputs)):
+        for one in ports:
+            _print(console, f"{way} {one}")
+    for line in _contents(graph):
+        _print(console, line)
+    graph.check()
+
+
+def describe_folder(folder: Path, files: Iterable[Path], console: Console) -> list[str]:
+    """Print a line for each ONNX file of a folder that is no bundle.
+
+    Returns what is wrong with those that can't be read.
+    """
+    from vlmport.errors import BundleError
+
+    problems = []
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        try:
+            graph = read_onnx(path)
+            names = [", ".join(_folded(ports)) for ports in (graph.inputs, graph.outputs)]
+            _print(console, f"{name:<40} {graph.total_size / 1e6:.2f} MB  {' → '.join(names)}")
+            graph.check()
+        except BundleError as error:
+            problems.append(str(error))
+    return problems
 
 
 def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
@@ -71,43 +117,95 @@ def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _parity(parity: Mapping[str, object] | None) -> str:
+def _contents(graph: OnnxFile) -> Iterator[str]:
+    """Operators, weights, files and metadata of a graph, a line each."""
+    total = sum(counter.total() for counter in graph.operators.values())
+    yield ""
+    yield f"operators        {total}"
+    for domain, counter in graph.operators.items():
+        counts = ", ".join(f"{name} {count}" for name, count in counter.most_common())
+        yield f"  {domain:<14} {counts}"
+    if graph.functions:
+        yield f"functions        {', '.join(graph.functions)}"
+    sizes = sum(size for _, size in graph.weights.values())
+    tensors = sum(count for count, _ in graph.weights.values())
+    yield f"weights          {sizes / 1e6:.2f} MB in {tensors} tensors"
+    for name, (count, size) in graph.weights.items():
+        yield f"  {name:<14} {size / 1e6:.2f} MB in {count}"
+    if graph.external:
+        yield "external files"
+    for one in graph.external:
+        yield f"  {one.problem or f'{one.name}: {(one.size or 0) / 1e6:.2f} MB'}"
+    for key, value in graph.metadata.items():
+        yield f"metadata         {key}: {value}"
+
+
+def _parity(parity: Mapping[str, Any] | None) -> Iterator[str]:
+    """The result of `vlmport verify`: as a whole, and how many checks each precision passed."""
     if parity is None:
-        return "not verified yet"
-    return f"{'passed' if parity['passed'] else 'FAILED'} against {parity['reference']}"
+        yield "parity           not verified yet"
+        return
+    passed = "passed" if parity["passed"] else "FAILED"
+    yield f"parity           {passed} against {parity['reference']}"
+    checks = Counter(str(row.get("precision", "?")) for row in parity["rows"])
+    for precision, count in checks.items():
+        broken = [
+            str(row.get("rung", "?"))
+            for row in parity["rows"]
+            if str(row.get("precision", "?")) == precision and not row.get("passed", False)
+        ]
+        note = f"; broken: {', '.join(dict.fromkeys(broken))}" if broken else ""
+        yield f"  {precision:<14} {count - len(broken)} of {count} checks passed{note}"
+
+
+def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The figures of `vlmport eval`, a line for each precision on each set of pictures."""
+    entries = list(accuracy)
+    if not entries:
+        yield "accuracy         not measured yet"
+    for entry in entries:
+        passed = "within its limits" if entry["passed"] else "a limit is BROKEN"
+        yield (
+            f"accuracy         {entry['data']}, {entry['pictures']} pictures, {entry['device']}: "
+            f"{passed}"
+        )
+        for precision, figures in entry["figures"].items():
+            shown = ", ".join(f"{name} {points:.2f}" for name, points in figures.items())
+            yield f"  {precision:<14} {shown}"
 
 
 def _size(bundle: Bundle, variant: Variant) -> int:
     return sum(bundle.manifest.files[name].size for name in (variant.model, *variant.data))
 
 
-def _load(path: Path) -> onnx.GraphProto:
-    try:
-        return onnx.load(path, load_external_data=False).graph
-    except DecodeError as error:
-        raise BundleError(
-            f"{path}: not an ONNX graph: {error}", hint="download or export the bundle again"
-        ) from error
-
-
-def _ports(bundle: Bundle, variant: Variant) -> Iterator[str]:
-    """A line for each input and output; those of the cache are counted."""
-    graph = _load(bundle.path(variant.model))
+def _ports(bundle: Bundle, forms: Mapping[str, Variant]) -> Iterator[str]:
+    """Inputs and outputs, the cache's counted; what only some precisions have is marked so."""
     cache = bundle.manifest.cache
-    for way, values in (("in ", graph.input), ("out", graph.output)):
-        tensors = [v for v in values if not v.name.startswith((cache.past, cache.present))]
-        for value in tensors:
-            tensor = value.type.tensor_type
-            kind = _type_name(tensor.elem_type)
-            dims = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
-            yield f"{way} {value.name} {kind}[{dims}]"
-        if rest := [value for value in values if value not in tensors]:
-            yield f"{way} {rest[0].name} … {rest[-1].name}, {len(rest)} cache tensors"
+    shown: dict[str, list[str]] = {}
+    for form, variant in forms.items():
+        graph = read_model(bundle.path(variant.model)).graph
+        for way, values in (("in ", graph.input), ("out", graph.output)):
+            ports = [port(value) for value in values]
+            tensors = [one for one in ports if not one.name.startswith((cache.past, cache.present))]
+            lines = [f"{way} {one}" for one in tensors]
+            if rest := [one for one in ports if one not in tensors]:
+                kind = rest[0].type
+                lines.append(
+                    f"{way} {rest[0].name} … {rest[-1].name}, {len(rest)} cache tensors {kind}"
+                )
+            for line in lines:
+                shown.setdefault(line, []).append(form)
+    # Inputs of all precisions before the outputs of any.
+    for line, having in sorted(shown.items(), key=lambda one: one[0].startswith("out")):
+        yield line if len(having) == len(forms) else f"{line} ({', '.join(having)})"
 
 
-def _type_name(code: int) -> str:
-    """Such as 'float16'; a file from elsewhere may hold a number that ONNX gives no name."""
-    try:
-        return onnx.TensorProto.DataType.Name(code).lower()
-    except ValueError:
-        return f"type {code}, unknown"
+def _folded(ports: Iterable[Port]) -> list[str]:
+    """Names, the numbered ones of one kind counted: 'past_key_values.0.key … (60)'."""
+    groups: dict[str, list[str]] = {}
+    for one in ports:
+        stem = "".join("#" if letter.isdigit() else letter for letter in one.name)
+        groups.setdefault(stem if "#" in stem else one.name, []).append(one.name)
+    return [
+        names[0] if len(names) == 1 else f"{names[0]} … ({len(names)})" for names in groups.values()
+    ]

@@ -9,22 +9,52 @@ import typer
 
 from vlmport.cli.app import EXIT_FAILED, app
 from vlmport.cli.arguments import Device
-from vlmport.cli.console import stdout
+from vlmport.cli.console import report, say, stdout
+from vlmport.errors import BundleError, OptionError
 
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="BUNDLE")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A bundle, an ONNX file, or a folder with some.", metavar="PATH"),
+    ],
     probe: Annotated[
-        bool, typer.Option("--probe", help="Check all hashes, and run the stored golden input.")
+        bool,
+        typer.Option("--probe", help="Of a bundle: check all hashes, run the stored golden input."),
     ] = False,
     device: Device = "cpu",
 ) -> None:
-    """Show what is in a bundle: components, inputs and outputs, sizes, parity."""
-    from vlmport.bundle import Bundle
-    from vlmport.inspection import describe, probe_bundle
+    """Show what is in a bundle or an ONNX file: inputs and outputs, sizes, results."""
+    from vlmport.bundle import Bundle, is_bundle
+    from vlmport.inspection import describe, describe_onnx, probe_bundle
 
-    opened = Bundle.open(bundle, check_hashes=probe)
-    describe(opened, stdout)
-    if probe and not probe_bundle(opened, device, stdout):
-        raise typer.Exit(EXIT_FAILED)
+    if not path.exists():
+        raise BundleError(f"{path}: no such file or folder", hint="check the path")
+    if is_bundle(path):
+        opened = Bundle.open(path, check_hashes=probe)
+        describe(opened, stdout)
+        if probe and not probe_bundle(opened, device, stdout):
+            raise typer.Exit(EXIT_FAILED)
+        return
+    if probe:
+        raise OptionError(f"{path}: not a bundle, so there is no input to probe it with")
+    if path.is_file():
+        describe_onnx(path, stdout)
+    else:
+        _list_files(path)
+
+
+def _list_files(folder: Path) -> None:
+    """A folder of another program's, with ONNX files in it."""
+    from vlmport.inspection import describe_folder
+    from vlmport.onnx_file import find_onnx
+
+    files = find_onnx(folder)
+    problems = describe_folder(folder, files, stdout)
+    say(f"{folder}: not a vlmport bundle (no vlmport.json); {len(files)} ONNX files")
+    say(f"next: vlmport inspect {files[0]}")
+    for problem in problems:
+        report(BundleError(problem, hint="download or export it again"))
+    if problems:
+        raise typer.Exit(BundleError.exit_code)
