@@ -1,8 +1,10 @@
-# make demo   creates .venv, installs vlmport, captions the example picture
-# make test   installs everything that the tests need, then runs all of them
-# make check  formatter, linter, type checker
-# make wheel  builds the wheel, the demo page inside
-# make clean  removes what the others made
+# make demo        creates .venv, installs vlmport, captions the example picture
+# make test        installs everything that the tests need, then runs all of them
+# make check       formatters, linter, type checkers, of Python and of web/
+# make verify-all  every model, layout and precision against PyTorch, then fuzzing; up to 25 minutes
+#                  (FUZZ_MINUTES=4 of them; 0 leaves it out)
+# make wheel       builds the wheel, the demo page inside
+# make clean       removes what the others made
 #
 # PyTorch is needed by the tests only. On Linux its default build brings CUDA; to save gigabytes,
 # set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
@@ -15,7 +17,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # Node.js comes from PyPI with the other requirements, so that its version is known.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check wheel clean
+FUZZ_MINUTES ?= 4
+
+# What npm itself writes when it has installed what web/ needs.
+NODE_MODULES := web/node_modules/.package-lock.json
+
+.PHONY: demo test check verify-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -24,10 +31,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed-dev $(NODE_MODULES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	cd web && npm run --silent check
+
+verify-all: $(VENV)/installed-dev
+	$(BIN)/python -m tests.verify_all --fuzz-minutes $(FUZZ_MINUTES)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,8 +58,11 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@$(PIP) --quiet --editable '.[verify,eval,cider,grammar]' --requirement requirements-dev.txt
 	@touch $@
 
-wheel: $(VENV)/installed-dev
+$(NODE_MODULES): web/package.json web/package-lock.json | $(VENV)/installed-dev
 	cd web && ONNXRUNTIME_NODE_INSTALL=skip npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+wheel: $(VENV)/installed-dev $(NODE_MODULES)
 	cd web && npm run build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls -lh dist/*.whl
 

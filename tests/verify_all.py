@@ -1,0 +1,214 @@
+"""Everything that can be proven, in one go: `make verify-all`, or `python -m tests.verify_all`.
+
+Every model here is exported in every layout of its family at every precision. Then each precision
+
+- runs the golden input that the export recorded (`inspect --probe`), with all hashes checked;
+- climbs the parity ladder against PyTorch (`verify`), where its rounding can be judged: the trained
+  `shapes` at all of them and at a mix, models of random weights at fp32 and fp16. Those fail at few
+  bits by nature, as docs/verification.md says, so there the golden input alone has to do.
+
+At the end inputs are damaged at random for some minutes (`python -m tests.fuzz`). A table says what
+was run, how long it took and what failed; the exit code is 1 if anything did.
+
+The random models are of two sizes and differ in all that a checkpoint may differ in: spelling,
+stored type, shards, projection, LoRA, a tied head, sizes that no block of 32 divides.
+
+This is no part of `make test`, which runs the same code in the precisions that ship by default, on
+fewer models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.checkpoints import write_prefix_checkpoint
+from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from vlmport.builtin import builtin_models
+from vlmport.bundle import SUFFIXES, Bundle
+from vlmport.checkpoint import Checkpoint
+from vlmport.errors import VlmportError
+from vlmport.export import export
+from vlmport.families import family_of
+from vlmport.inspection import probe_bundle
+from vlmport.verify import verify
+
+ROOT = Path(__file__).parents[1]
+PRECISIONS = tuple(SUFFIXES)
+EXACT_ENOUGH = ("fp32", "fp16")  # for random weights
+MIX = "vision=q8,decoder=q4"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, and whether it was ever trained."""
+
+    name: str
+    write: Callable[[Path], Path]
+    trained: bool = False
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The precisions whose captions can be held against PyTorch's."""
+        return (*PRECISIONS, MIX) if self.trained else EXACT_ENOUGH
+
+
+def tiny(folder: Path) -> Path:
+    """LoRA inside, a linear projection, float32, as transformers 4 spells it."""
+    return write_prefix_checkpoint(folder, text={"tie_word_embeddings": False})
+
+
+def small(folder: Path) -> Path:
+    """Wider and deeper: an MLP, bfloat16 in shards, as transformers 5 spells it, a tied head."""
+    return write_prefix_checkpoint(
+        folder,
+        spelling="v5",
+        projection="mlp",
+        dtype="BF16",
+        shards=3,
+        seed=1,
+        vision={
+            "hidden_size": 72,
+            "num_attention_heads": 6,
+            "num_hidden_layers": 3,
+            "intermediate_size": 100,
+            "image_size": 84,
+            "patch_size": 14,
+        },
+        text={
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "intermediate_size": 160,
+            "vocab_size": 271,
+        },
+        config={"mlp_hidden_dim": 80},
+    )
+
+
+def built_in(name: str) -> Model:
+    return Model(name, lambda folder: builtin_models()[name], trained=True)
+
+
+MODELS = (
+    *(built_in(name) for name in builtin_models()),
+    Model("prefix, tiny", tiny),
+    Model("prefix, small", small),
+    Model("idefics3, tiny", lambda folder: write_idefics3_checkpoint(folder)),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table; `problem` is None where all was right."""
+
+    model: str
+    layout: str
+    precision: str
+    check: str
+    seconds: float
+    problem: str | None
+
+
+def timed(model: str, layout: str, precision: str, check: str, run: Callable[[], None]) -> Result:
+    """Run a check; what it raises is its problem."""
+    start, problem = time.perf_counter(), None
+    print(f"{model}, {layout}, {precision}: {check} …", file=sys.stderr, flush=True)
+    try:
+        run()
+    except (VlmportError, AssertionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    except Exception:  # a defect of ours: the others are run all the same
+        problem = traceback.format_exc()
+    if problem:
+        print(problem, file=sys.stderr, flush=True)
+    return Result(model, layout, precision, check, time.perf_counter() - start, problem)
+
+
+def check_model(model: Model, folder: Path) -> Iterator[Result]:
+    """All layouts of one model at all precisions."""
+    checkpoint = model.write(folder / "checkpoint")
+    for layout in family_of(Checkpoint.open(checkpoint)).layouts:
+        out = folder / layout
+
+        def exported(out: Path = out, layout: str = layout) -> None:
+            export(checkpoint, out, precisions=PRECISIONS, layout=layout)
+            Bundle.open(out, check_hashes=True)
+
+        done = timed(model.name, layout, "all", "export", exported)
+        yield done
+        if done.problem is None:
+            yield timed(model.name, layout, "all", "probe", lambda out=out: probe(out))
+            for precision in model.judged:
+                check = lambda out=out, one=precision: climb(out, checkpoint, one)  # noqa: E731
+                yield timed(model.name, layout, precision, "verify", check)
+
+
+def probe(out: Path) -> None:
+    """The golden input at every precision that was asked for."""
+    bundle, said = Bundle.open(out), io.StringIO()
+    assert set(bundle.manifest.precisions) == set(PRECISIONS), bundle.manifest.precisions
+    assert probe_bundle(bundle, "cpu", Console(file=said, width=200)), said.getvalue()
+
+
+def climb(out: Path, checkpoint: Path, precision: str) -> None:
+    report = verify(out, checkpoint, precisions=[precision])
+    assert {row.precision for row in report.rows} == {precision}
+    assert report.passed, report.summary
+
+
+def fuzz(minutes: float) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(minutes)]
+    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}; its findings stand above"
+
+
+def summary(results: list[Result], console: Console) -> None:
+    table = Table("model", "layout", "precision", "check", "seconds", "result")
+    for one in results:
+        verdict = "passed" if one.problem is None else f"FAILED: {last_line(one.problem)}"
+        cells = (one.model, one.layout, one.precision, one.check, f"{one.seconds:.1f}", verdict)
+        table.add_row(*cells, style=None if one.problem is None else "red")
+    console.print(table)
+    failed = sum(one.problem is not None for one in results)
+    minutes = sum(one.seconds for one in results) / 60
+    console.print(f"{len(results)} checks, {failed} failed, {minutes:.1f} minutes")
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1][:120]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.verify_all", description=__doc__)
+    parser.add_argument("--fuzz-minutes", type=float, default=4, help="0 leaves it out (4)")
+    parser.add_argument("--model", help="one model alone: " + "; ".join(m.name for m in MODELS))
+    args = parser.parse_args()
+    chosen = [model for model in MODELS if args.model in (None, model.name)]
+    if not chosen:
+        parser.error(f"no model {args.model!r}")
+    results: list[Result] = []
+    for model in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            results += check_model(model, Path(folder))
+    if args.fuzz_minutes:
+        results.append(timed("-", "-", "-", "fuzz", lambda: fuzz(args.fuzz_minutes)))
+    summary(results, Console(width=None if sys.stdout.isatty() else 160))
+    return 1 if any(one.problem for one in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
