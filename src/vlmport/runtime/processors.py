@@ -260,8 +260,9 @@ def likelier(start: int, factor: float, ids: Int64[np.ndarray, " N"]) -> Process
         past = len(row.tokens) - start
         if past > 0:
             old = scores[ids]
-            grown = np.minimum(np.abs(old) * np.float32(_power(factor, past) - 1), LARGEST)
-            scores[ids] = old + np.where(np.isfinite(old), grown, np.float32(0))
+            grown = np.abs(old) * np.float32(_power(factor, past) - 1)
+            grown = old + np.where(np.isfinite(old), grown, np.float32(0))
+            scores[ids] = np.minimum(grown, LARGEST)  # which surely comes; infinity could not
         return scores
 
     return process

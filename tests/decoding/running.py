@@ -1,0 +1,82 @@
+"""Our side: run a search over a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.decoding.reference import Expected, Table, generate
+from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.search import Search, new_search
+
+UNREAL = -1e8  # a score that stands for "none": transformers pads its answers with such
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, as both sides take it."""
+
+    options: Mapping[str, Any]
+    prompt_ids: Sequence[int] = (1, 2, 3, 2)
+    processors_see_prompt: bool = True
+    stop_token_ids: Sequence[int] = (0,)
+    pad_token_id: int = 0
+    max_new_tokens: int = 10
+    is_stopped: Callable[[Sequence[int]], bool] | None = None
+    mask: Callable[[Sequence[int]], np.ndarray] | None = None
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "options"}
+
+    def search(self, table: Table) -> Search:
+        options = GenerationOptions.of(self.options)
+        return new_search(options, vocab_size=table.vocab_size, **self.rest)
+
+    def expected(self, table: Table) -> Expected:
+        return generate(table, self.options, **self.rest)
+
+
+def logits_for(table: Table, search: Search) -> np.ndarray:
+    """The rows that a search asks for next."""
+    rows = search.sequences if search.steps else [()]
+    return np.stack([table(tokens) for tokens in rows])
+
+
+def run(search: Search, table: Table) -> Search:
+    """To the end. Says where a choice does not fit what the search says of its rows."""
+    before: Sequence[tuple[int, ...]] = [()]
+    while not search.done:
+        choice = search.choose(logits_for(table, search))
+        assert len(choice.tokens) == len(choice.parents) == len(search.sequences) <= search.rows
+        for token, parent, tokens in zip(
+            choice.tokens, choice.parents, search.sequences, strict=True
+        ):
+            assert tokens == (*before[parent], token)
+        before = search.sequences
+    return search
+
+
+def assert_equal(search: Search, expected: Expected) -> None:
+    """Token for token; scores within float32's sums."""
+    found = search.results()
+    if expected.scores is None:
+        assert [list(one.tokens) for one in found] == expected.tokens
+        assert all(one.score is None for one in found)
+        return
+    real = [n for n, score in enumerate(expected.scores) if score > UNREAL]
+    ours = [one for one in found if one.score is not None and one.score > UNREAL]
+    assert [list(one.tokens) for one in ours] == [expected.tokens[n] for n in real]
+    np.testing.assert_allclose(
+        [one.score for one in ours], [expected.scores[n] for n in real], rtol=2e-5, atol=2e-5
+    )
+
+
+def compare(request: Request, table: Table) -> Search:
+    """Run both, and hold ours against transformers'."""
+    search = run(request.search(table), table)
+    assert_equal(search, request.expected(table))
+    return search
