@@ -73,6 +73,58 @@ test.each([
   await server.stop();
 });
 
+test('a load that is stopped can be begun again', async () => {
+  const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
+  server.fault = ({ path }) => (path.includes('vision_encoder') ? { hangAfter: 1000 } : null);
+  const page = await visitor();
+  await page.goto(server.url);
+  await page.waitForFunction(() => /Loading/.test(document.getElementById('status')!.textContent!));
+  await page.click('#stop');
+  await page.waitForSelector('#error:not([hidden])');
+  expect(await page.textContent('#error-message')).toBe('Stopped.');
+  server.fault = () => null;
+  await page.click('#again');
+  expect(await captionSample(page)).toBe(captions[SAMPLE]!.q8!.text);
+  expect(await page.isHidden('#error')).toBe(true);
+  await page.context().close();
+  await server.stop();
+});
+
+test('a file that is no picture leaves none broken; the next one is captioned', async () => {
+  const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
+  const page = await visitor();
+  await page.goto(server.url);
+  await page.waitForSelector('#facts:not([hidden])');
+  const buffer = Buffer.from('no picture');
+  await page.setInputFiles('#file', { name: 'x.png', mimeType: 'image/png', buffer });
+  await page.waitForSelector('#error:not([hidden])');
+  expect(await page.textContent('#error-message')).toMatch(/^Not a picture that this browser can/);
+  expect(await page.isHidden('#preview')).toBe(true);
+  expect(await page.isHidden('#again')).toBe(true);
+  expect(await captionSample(page)).toBe(captions[SAMPLE]!.q8!.text);
+  expect(await page.isVisible('#preview')).toBe(true);
+  await page.context().close();
+  await server.stop();
+});
+
+test('by keyboard alone, and every control has a name', async () => {
+  const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
+  const page = await visitor();
+  await page.goto(server.url);
+  await page.waitForSelector('#facts:not([hidden])');
+  await page.keyboard.press('Tab');
+  expect(await page.evaluate(() => document.activeElement?.id)).toBe('file');
+  await page.keyboard.press('Tab');
+  await page.keyboard.press('Enter'); // the first example
+  await page.waitForFunction(() => /\d/.test(document.getElementById('fact-speed')!.textContent!));
+  expect(await page.textContent('#caption')).toBe(captions[SAMPLE]!.q8!.text);
+  for (const role of ['button', 'combobox', 'img', 'progressbar'] as const) {
+    expect(await page.getByRole(role, { name: /^$/ }).count(), role).toBe(0);
+  }
+  await page.context().close();
+  await server.stop();
+});
+
 test('what goes wrong is said, with a hint', async () => {
   const server = await TestServer.start({ '/': BUILT });
   const page = await visitor();
@@ -80,6 +132,7 @@ test('what goes wrong is said, with a hint', async () => {
   await page.waitForSelector('#error:not([hidden])');
   expect(await page.textContent('#error-message')).toMatch(/vlmport\.json: the server says 404/);
   expect(await page.textContent('#error-hint')).toMatch(/bundle/);
+  expect(await page.isVisible('#again')).toBe(true);
   await page.context().close();
   await server.stop();
 });

@@ -43,7 +43,9 @@ async function load(): Promise<void> {
     view.showModel(await vlm);
     if (picture !== null) await write(picture);
   } catch (error) {
-    if (!mine.signal.aborted) view.showError(error);
+    if (mine !== loading) return; // another load has begun
+    if (mine.signal.aborted) view.showStopped();
+    else view.showError(error, { canLoad: true });
   }
 }
 
@@ -53,11 +55,12 @@ async function write(source: Blob | string): Promise<void> {
   writing.abort();
   const mine = (writing = new AbortController());
   view.showPicture(typeof source === 'string' ? source : URL.createObjectURL(source));
-  let made: Caption | null = null;
+  let [begun, made]: [boolean, Caption | null] = [false, null];
   try {
-    const ready = await vlm;
+    const ready = await vlm?.catch(() => null); // `load` has said why
     if (!ready || mine.signal.aborted) return;
     view.beginCaption();
+    begun = true;
     const pieces = ready.stream(source, { signal: mine.signal });
     let next = await pieces.next();
     for (; !next.done; next = await pieces.next()) view.addPiece(next.value);
@@ -66,7 +69,7 @@ async function write(source: Blob | string): Promise<void> {
   } catch (error) {
     if (!mine.signal.aborted) view.showError(error);
   } finally {
-    if (mine === writing) view.endCaption(made);
+    if (begun && mine === writing) view.endCaption(made);
   }
 }
 
@@ -104,7 +107,8 @@ function take(files: FileList | null | undefined): void {
 
 function listen(): void {
   ui.file.onchange = () => take(ui.file.files);
-  ui.stop.onclick = () => writing.abort();
+  ui.stop.onclick = () => (writing.abort(), loading.abort()); // a load that is done is not ended
+  ui.again.onclick = () => void load();
   ui.device.onchange = () => void load();
   ui.forget.onclick = async () => {
     await clearCache(model);
@@ -115,7 +119,9 @@ function listen(): void {
     event.preventDefault();
     ui.drop.classList.add('over');
   });
-  document.addEventListener('dragleave', () => ui.drop.classList.remove('over'));
+  document.addEventListener('dragleave', event => {
+    if (event.relatedTarget === null) ui.drop.classList.remove('over'); // it left the window
+  });
   document.addEventListener('drop', event => {
     event.preventDefault();
     ui.drop.classList.remove('over');

@@ -17,6 +17,7 @@ export const ui = {
   device: element('device', HTMLSelectElement),
   stop: element('stop', HTMLButtonElement),
   forget: element('forget', HTMLButtonElement),
+  again: element('again', HTMLButtonElement),
 };
 
 const load = element('load', HTMLDivElement);
@@ -30,6 +31,7 @@ const notes = element('notes', HTMLUListElement);
 
 const fact = (name: string, text: string) =>
   (element(`fact-${name}`, HTMLElement).textContent = text);
+const LONG = 140; // characters; from here on a caption is set smaller
 const megabytes = (count: number) => (count / 1e6).toFixed(1);
 
 const PHASES: Readonly<Record<Progress['phase'], string>> = {
@@ -41,7 +43,7 @@ const PHASES: Readonly<Record<Progress['phase'], string>> = {
 
 export function showProgress({ phase, loadedBytes, totalBytes }: Progress): void {
   load.hidden = false;
-  status.textContent = PHASES[phase];
+  if (status.textContent !== PHASES[phase]) status.textContent = PHASES[phase]; // said once
   bytes.textContent = `${megabytes(loadedBytes)} of ${megabytes(totalBytes)} MB`;
   bar.value = totalBytes ? loadedBytes / totalBytes : 0;
 }
@@ -53,35 +55,46 @@ export function showLoading(): void {
   bytes.textContent = '';
   bar.removeAttribute('value');
   notes.replaceChildren();
-  caption.dataset.empty = '';
+  caption.textContent = '';
+  caption.dataset.empty = 'A caption appears here once the model is ready.';
+  ui.stop.disabled = false;
   showError(null);
 }
 
 export function showModel(vlm: VLM): void {
   load.hidden = true;
   facts.hidden = false;
-  const { threads } = vlm;
-  const onHost = threads === 1 ? 'WebAssembly' : `WebAssembly, ${threads} threads`;
-  fact('device', vlm.device === 'webgpu' ? 'WebGPU' : onHost);
+  ui.stop.disabled = true;
+  fact('device', vlm.device === 'webgpu' ? 'WebGPU' : 'WebAssembly');
+  fact('threads', vlm.device === 'wasm' && vlm.threads > 1 ? `${vlm.threads} threads` : '');
   fact('precision', vlm.precision);
   const said = [vlm.reason, ...vlm.notes].filter(one => one !== null);
-  notes.replaceChildren(...said.map(text => item(capitalized(text))));
+  notes.replaceChildren(...said.map(text => item(sentence(text))));
   element('model', HTMLSpanElement).textContent = `Model: ${vlm.name}`;
   caption.dataset.empty = 'The caption appears here.';
 }
 
 export function showPicture(url: string): void {
   ui.preview.src = url;
-  ui.preview.hidden = false;
-  ui.invitation.hidden = true;
-  ui.drop.classList.add('filled');
   ui.preview.alt = 'The picture to caption';
+  filled(true);
+}
+
+/** What can't be read shows no broken picture: the place is empty again. */
+ui.preview.onerror = () => filled(false);
+
+function filled(whether: boolean): void {
+  ui.preview.hidden = !whether;
+  ui.invitation.hidden = whether;
+  ui.drop.classList.toggle('filled', whether);
+  ui.file.setAttribute('aria-label', whether ? 'Choose another picture' : 'Choose a picture');
 }
 
 export function beginCaption(): void {
   showError(null);
   caption.textContent = '';
   caption.dataset.empty = '';
+  caption.classList.remove('long');
   caption.classList.add('writing');
   caption.setAttribute('aria-busy', 'true');
   ui.stop.disabled = false;
@@ -91,12 +104,13 @@ export function beginCaption(): void {
 
 export function addPiece(piece: string): void {
   caption.append(piece);
+  caption.classList.toggle('long', (caption.textContent ?? '').length > LONG);
 }
 
 export function endCaption(made: Caption | null): void {
   caption.classList.remove('writing');
   caption.removeAttribute('aria-busy');
-  caption.dataset.empty = 'The caption appears here.';
+  caption.dataset.empty = error.hidden ? 'The caption appears here.' : '';
   ui.stop.disabled = true;
   const seconds = made && made.timings.image + made.timings.prefill;
   fact('first', seconds === null ? '–' : `${(seconds * 1000).toFixed(0)} ms`);
@@ -106,14 +120,25 @@ export function endCaption(made: Caption | null): void {
   );
 }
 
-export function showError(thrown: unknown): void {
+/** Say what went wrong, or with null nothing. `canLoad` offers to load the model again. */
+export function showError(thrown: unknown, { canLoad = false } = {}): void {
   error.hidden = thrown === null;
+  ui.again.hidden = !canLoad;
   if (thrown === null) return;
   load.hidden = true;
+  ui.stop.disabled = true;
+  caption.dataset.empty = '';
   const [message, hint] =
     thrown instanceof VlmportError ? [thrown.message, thrown.hint] : [String(thrown), ''];
-  element('error-message', HTMLElement).textContent = capitalized(message);
-  element('error-hint', HTMLElement).textContent = hint;
+  element('error-message', HTMLElement).textContent = sentence(message);
+  element('error-hint', HTMLElement).textContent = sentence(hint);
+}
+
+/** The download was given up by its visitor. */
+export function showStopped(): void {
+  showError(new VlmportError('DownloadError', 'Stopped', 'what has come is kept'), {
+    canLoad: true,
+  });
 }
 
 export function showStatus(text: string): void {
@@ -126,4 +151,9 @@ function item(text: string): HTMLLIElement {
   return line;
 }
 
-const capitalized = (text: string) => text.slice(0, 1).toUpperCase() + text.slice(1);
+/** A message as a sentence of its own; an address at its start stays as it is. */
+function sentence(text: string): string {
+  if (text === '') return '';
+  const start = /^\S+:\/\//.test(text) ? text[0]! : text[0]!.toUpperCase();
+  return start + text.slice(1) + (/[.!?)]$/.test(text) ? '' : '.');
+}
