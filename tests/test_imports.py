@@ -27,6 +27,7 @@ GENERIC = [
     "source.py",
     "bundle_cache.py",
     "inspection.py",
+    "benchmark",
     "evaluation",
     "recording.py",
     "errors.py",
@@ -103,6 +104,7 @@ ALLOWED = {
         "tokenizer", "__version__",
     },
     "recording.py": {"bundle"},
+    "benchmark": {"benchmark", "runtime", "errors", "bundle"},
     "evaluation": {
         "evaluation", "runtime", "builtin", "errors", "bundle", "precisions", "recording",
         "__version__",

@@ -11,6 +11,7 @@ from vlmport.cli import caption as caption  # isort: skip
 from vlmport.cli import export as export  # isort: skip
 from vlmport.cli import verify as verify  # isort: skip
 from vlmport.cli import eval as eval  # isort: skip
+from vlmport.cli import bench as bench  # isort: skip
 from vlmport.cli import inspect as inspect  # isort: skip
 from vlmport.cli import demo as demo  # isort: skip
 from vlmport.cli import models as models  # isort: skip

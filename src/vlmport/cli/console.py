@@ -13,7 +13,7 @@ from vlmport.errors import VlmportError
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
-    from vlmport.verify.ladder import Progress as Counted  # done, all, what is next
+    from vlmport.verify.judging import Progress as Counted  # done, all, what is next
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -58,6 +58,11 @@ def verify_progress() -> contextlib.AbstractContextManager[Counted | None]:
 def eval_progress() -> contextlib.AbstractContextManager[Counted | None]:
     """A bar on stderr while pictures are captioned; none where stderr is no terminal."""
     return _counting("measuring")
+
+
+def bench_progress() -> contextlib.AbstractContextManager[Counted | None]:
+    """A bar on stderr while a bundle is timed; none where stderr is no terminal."""
+    return _counting("timing")
 
 
 @contextlib.contextmanager
