@@ -43,9 +43,10 @@ def bench(
     from vlmport.precisions import DEFAULT_PRECISIONS, split_precisions
     from vlmport.source import resolve
 
-    # A mix has commas of its own.
-    mixed = precision is not None and "=" in precision
-    names = split_precisions([precision] if mixed else precision or "")
+    if precision is not None and "=" in precision:  # a mix has commas of its own
+        names = (precision,)
+    else:
+        names = split_precisions(precision or "")
     exported = [*DEFAULT_PRECISIONS, *(n for n in names if "=" not in n and n != "auto")]
     with export_progress() as exporting:
         opened = resolve(bundle, precisions=split_precisions(exported), progress=exporting)
