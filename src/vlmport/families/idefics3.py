@@ -28,10 +28,11 @@ from tokenizers import Tokenizer
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
-from vlmport.errors import ConfigError, TokenizerError, WeightError, some_names
+from vlmport.errors import ConfigError, WeightError
 from vlmport.families.base import Family, HubFiles, without_sampling
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
+from vlmport.families.tile_tokens import IMAGE_TOKEN, tile_tokens
 from vlmport.graph.bucketed_positions import PickedRows, bucketed_positions
 from vlmport.graph.builder import GraphBuilder, add_output, new_graph
 from vlmport.graph.image import image_input, normalized_planes
@@ -46,7 +47,6 @@ from vlmport.tokenizer import read_tokenizer
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
-IMAGE_TOKEN, FENCE, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
 SPLITTING = "do_image_splitting"
 QUESTION = "Can you describe this image?"
@@ -145,7 +145,7 @@ class Idefics3(Family):
             vision=vision,
             text=LlamaConfig.read(text, f"{CONFIG}: text_config"),
             pixel_config=pixels,
-            tokens=_tile_tokens(
+            tokens=tile_tokens(
                 tokenizer, pixels.tiling, _tokens_a_tile(config, vision, pixels.tiling.side)
             ),
             settings=_with_tokenizers_stop(settings, checkpoint, tokenizer),
@@ -312,7 +312,8 @@ class Idefics3(Family):
         """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
         pixels, processor = self.pixel_config, f"{self.hub_names}Processor"
         dropped = ("auto_map", "text_config", "vision_config", "transformers.js_config")
-        text = dataclasses.asdict(self.text)
+        vision, text = dataclasses.asdict(self.vision), dataclasses.asdict(self.text)
+        del vision["vision_use_head"]  # SigLIP's alone
         text |= {"head_dim": self.text.head_size, "num_key_value_heads": self.text.kv_heads}
         return HubFiles(
             config={
@@ -321,7 +322,7 @@ class Idefics3(Family):
                 "eos_token_id": list(self.settings.stop_token_ids),
                 "pad_token_id": self.settings.pad_token_id,
                 "vision_config": without_sampling(
-                    {**(self.raw.get("vision_config") or {}), **_own(self.vision)}
+                    {**(self.raw.get("vision_config") or {}), **vision}
                 ),
                 "text_config": without_sampling(
                     {"model_type": "llama", **_text_section(self.raw), **text}
@@ -346,12 +347,6 @@ class Idefics3(Family):
             pipeline_tag="image-text-to-text",
             description="a vision-language model",
         )
-
-
-def _own(config: Idefics3VisionConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    del values["vision_use_head"]  # SigLIP's alone
-    return values
 
 
 def _text_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -388,33 +383,6 @@ def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: i
             hint="is a file of another model?",
         )
     return (patches // factor) ** 2
-
-
-def _tile_tokens(tokenizer: Tokenizer, tiling: Tiling, count: int) -> TileTokens:
-    """The ids of a picture's tokens. Raises TokenizerError naming those that it lacks."""
-    most = tiling.most
-    names = [f"<row_{r + 1}_col_{c + 1}>" for r in range(most) for c in range(most)]
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    single = {name: ids(name) for name in (IMAGE_TOKEN, FENCE, WHOLE, *names)}
-    if lacking := [name for name, found in single.items() if len(found) != 1]:
-        raise TokenizerError(
-            f"the tokenizer has no {some_names(lacking, limit=4)}; pictures have up to {most} "
-            f"rows and columns of tiles",
-            hint=f"{PREPROCESSOR}'s size by max_image_size must suit the tokenizer's markers",
-        )
-    markers = np.array([single[name][0] for name in names], np.int64).reshape(most, most)
-    return TileTokens(
-        fence=single[FENCE][0],
-        whole=single[WHOLE][0],
-        markers=markers,
-        image=single[IMAGE_TOKEN][0],
-        count=count,
-        newline=ids(f"{IMAGE_TOKEN}\n{FENCE}")[1:-1],
-        newlines=ids(f"{IMAGE_TOKEN}\n\n{FENCE}")[1:-1],
-    )
 
 
 def _with_tokenizers_stop(

@@ -136,12 +136,9 @@ class Idefics3Reference:
         image = np.asarray(ids) == self.image_token_id
         if image.sum() != len(features):
             raise PromptError(f"{image.sum()} image tokens in the prompt, {len(features)} features")
-        tokens = torch.from_numpy(np.asarray(ids))[None]
-        embeds = self.model.get_input_embeddings()(tokens)
-        if len(features):
-            merged = self.model.model.inputs_merger(tokens, embeds, torch.from_numpy(features))
-            return merged[0].numpy()
-        return embeds[0].numpy()
+        embeds = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
+        embeds[image] = features
+        return embeds
 
     def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
         """0 … S-1, as a llama counts when nobody gives it positions."""
