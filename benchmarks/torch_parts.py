@@ -1,0 +1,97 @@
+"""The captioner's parts in torch, as transformers computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from captioner import Size
+from torch import nn
+from torch.export import Dim
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+Example = tuple[tuple[Any, ...], list[str], list[str], dict[str, dict[int, str]]]
+
+
+class Tower(nn.Module):
+    """pixel_values [B, 3, H, W] → image features [B, N, D]."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        config = SiglipVisionConfig(**size.vision, vision_use_head=False)
+        self.encoder = SiglipVisionModel(config)
+        self.projection = nn.Linear(size.vision["hidden_size"], size.text["hidden_size"])
+        self.side = size.vision["image_size"]
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.encoder(pixel_values).last_hidden_state)
+
+    def example(self, past: int, new: int) -> Example:
+        pixels = torch.zeros(2, 3, self.side, self.side)
+        return (pixels,), ["pixel_values"], ["image_features"], {"pixel_values": {0: "batch_size"}}
+
+    def dynamic_shapes(self) -> Any:
+        return ({0: Dim("batch_size")},)
+
+
+class Decoder(nn.Module):
+    """Embeddings, mask, positions and a cache as flat tensors → logits and the cache."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.model = LlamaForCausalLM(LlamaConfig(**size.text, tie_word_embeddings=True))
+        self.model.config._attn_implementation = "sdpa"
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        done = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        return done.logits, [half for one in cache.layers for half in (one.keys, one.values)]
+
+    def example(self, past: int, new: int) -> Example:
+        config = self.model.config
+        shape = (2, config.num_key_value_heads, past, config.head_dim)
+        embeds = torch.zeros(2, new, config.hidden_size)
+        mask = torch.ones(2, past + new, dtype=torch.int64)
+        positions = torch.arange(past, past + new).expand(2, new).contiguous()
+        halves = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
+        pasts, presents = (
+            [
+                f"{kind}.{i}.{half}"
+                for i in range(config.num_hidden_layers)
+                for half in ("key", "value")
+            ]
+            for kind in ("past_key_values", "present")
+        )
+        names = ["inputs_embeds", "attention_mask", "position_ids", *pasts]
+        axes = {
+            "inputs_embeds": {0: "batch_size", 1: "sequence_length"},
+            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+            "position_ids": {0: "batch_size", 1: "sequence_length"},
+            **{name: {0: "batch_size", 2: "past_sequence_length"} for name in pasts},
+        }
+        return (embeds, mask, positions, halves), names, ["logits", *presents], axes
+
+    def dynamic_shapes(self) -> Any:
+        auto = Dim.DYNAMIC
+        cache = [{0: auto, 2: auto} for _ in range(2 * self.model.config.num_hidden_layers)]
+        return ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, cache)
