@@ -106,8 +106,8 @@ ALLOWED = {
     "recording.py": {"bundle"},
     "benchmark": {"benchmark", "runtime", "errors", "bundle"},
     "evaluation": {
-        "evaluation", "runtime", "builtin", "errors", "bundle", "precisions", "recording",
-        "__version__",
+        "evaluation", "runtime", "builtin", "errors", "bundle", "json_files", "precisions",
+        "recording", "__version__",
     },
     "verify": {
         "verify", "recording", "runtime", "checkpoint", "errors", "bundle", "builtin", "layouts",

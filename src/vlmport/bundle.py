@@ -225,8 +225,8 @@ class Bundle:
         if (found := self.manifest.layout) != layout:
             raise BundleError(
                 f"{self.folder}: written in the layout {found!r}, expected {layout!r}",
-                hint=f"`vlmport export SRC OUT --layout {layout}` writes it; other layouts are "
-                "for programs of their own",
+                hint=f"`vlmport export SRC OUT --layout {layout}` writes that one; what runs the "
+                "others stands in docs/bundle-format.md",
             )
 
     def path(self, name: str) -> Path:

@@ -52,7 +52,7 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
     if hub.chat_template is not None:
         config["chat_template"] = hub.chat_template
     # Not by tokenizer.save, whose errors are plain Exceptions: a full disk has to be told apart.
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     write_json(folder / "tokenizer_config.json", config)
     special = checkpoint.json("special_tokens_map.json")

@@ -40,9 +40,17 @@ def add_output(
 
 
 def to_model(builder: GraphBuilder, version: str = "") -> ir.Model:
-    """The finished model, without the builder's notes on every node (they are half the file)."""
-    for node in builder.graph.all_nodes():
+    """The finished model, without what is half of the file otherwise.
+
+    These are the builder's notes on every node, and the place of every value between two nodes in
+    the model, which the name of the node that makes it says too.
+    """
+    for number, node in enumerate(builder.graph.all_nodes()):
         node.metadata_props.clear()
+        for place, value in enumerate(node.outputs):
+            if value.name and value.name.startswith("v_") and not value.is_graph_output():
+                value.name = f"{number}.{place}" if place else str(number)
+                value.type = value.shape = None
     return ir.Model(
         builder.graph,
         ir_version=IR_VERSION,

@@ -97,6 +97,12 @@ class TokenDecoder:
         else:
             self.embedding = TokenEmbedding(config, name, precision.embed, 0)
 
+    def embed(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
+        """ids i64[B, S] → f32[B, S, D], by a name under which `verify` finds it in the graph."""
+        rows = self.embedding(op, ids)
+        rows.name = "inputs_embeds"
+        return rows
+
     def __call__(
         self, op: OpBuilder, x: ir.Value, mask: ir.Value, positions: ir.Value, pasts: list[Past]
     ) -> tuple[ir.Value, list[Past]]:
@@ -132,7 +138,7 @@ def prefix_init_graph(config: LlamaConfig, name: str, precision: Precision) -> G
     rows, width = "batch", config.hidden_size
     prefix = builder.input("prefix_embeddings", FLOAT, [rows, "prefix_sequence", width])
     ids = builder.input("input_ids", INT64, [rows, "text_sequence"])
-    x = op.Concat(prefix, decoder.embedding(op, ids), axis=1)
+    x = op.Concat(prefix, decoder.embed(op, ids), axis=1)
     shape = op.Shape(x, start=0, end=2)  # [B, P+S]
     mask = op.Expand(op.Constant(value_ints=[1]), shape)
     length = op.Squeeze(op.Shape(x, start=1, end=2), [0])
@@ -164,7 +170,7 @@ def language_model_graph(config: LlamaConfig, name: str, precision: Precision) -
     for i in range(config.num_hidden_layers):
         key = builder.input(f"past_key_values.{i}.key", decoder.dtype, dims)
         pasts.append((key, builder.input(f"past_key_values.{i}.value", decoder.dtype, dims)))
-    x = decoder.embedding(op, ids)
+    x = decoder.embed(op, ids)
     logits, presents = decoder(op, x, mask, positions, pasts)
     decoder.add_outputs(builder, logits, presents, (rows, new, "total_sequence_length"))
     return builder

@@ -140,9 +140,7 @@ class FourFiles:
             tokens.append(int(logits[-1].argmax()))
         return tokens, np.stack(rows)
 
-    def _logits(
-        self, component: str, feeds: Mapping[str, np.ndarray]
-    ) -> tuple[np.ndarray, Cache]:
+    def _logits(self, component: str, feeds: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Cache]:
         """The first row's logits, and the cache under the names under which it is fed back."""
         values, names = self._run(component, feeds), self.manifest.cache
         cache = {

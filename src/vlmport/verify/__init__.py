@@ -20,7 +20,10 @@ from vlmport.builtin import builtin_folder
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import locate, locate_adapter
 from vlmport.errors import DependencyError, SourceError
-from vlmport.verify.ladder import Progress, run_ladder
+from vlmport.layouts import HUB
+from vlmport.verify.four_files import run_four_files_ladder
+from vlmport.verify.judging import Progress
+from vlmport.verify.ladder import run_ladder
 from vlmport.verify.pictures import drawn_pictures, named_pictures
 from vlmport.verify.protocol import Reference
 from vlmport.verify.recording import UnrecordedError, record
@@ -72,9 +75,8 @@ def verify(
     folder = locate(builtin_folder(reference) or reference, revision)
     truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
-    report = Report(
-        truth.versions, run_ladder(truth, bundle, names, truth.requests(pictures), progress)
-    )
+    climb = run_ladder if bundle.manifest.layout == HUB else run_four_files_ladder
+    report = Report(truth.versions, climb(truth, bundle, names, truth.requests(pictures), progress))
     if console is not None:
         report.print(console)
     record(bundle, report)

@@ -9,16 +9,14 @@ P prompt tokens, S prompt and new tokens, T image tokens, D hidden, V vocabulary
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmport.bundle import Bundle, Manifest
-from vlmport.errors import VlmportError
+from vlmport.bundle import Bundle
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, ProcessedImage, merge_image_features
 from vlmport.runtime.generate import Generation
@@ -26,8 +24,15 @@ from vlmport.runtime.model import VLM
 from vlmport.runtime.options import CHECKS, REFUSED, GenerationOptions
 from vlmport.runtime.prompt import check_messages
 from vlmport.runtime.request import new_request
-from vlmport.runtime.sessions import ORT_ERRORS
 from vlmport.verify import metrics
+from vlmport.verify.judging import (
+    BrokenError,
+    Found,
+    Judge,
+    Progress,
+    bundle_runs,
+    max_new_tokens,
+)
 from vlmport.verify.limits import RUNGS, limits_of
 from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Measure, Row
@@ -36,23 +41,6 @@ from vlmport.verify.truth import PictureTruth, Truth
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-MAX_NEW_TOKENS = 32
-Progress = Callable[[int, int, str], None]  # rungs done, all rungs, what is next
-Found = tuple[dict[str, float], str | None]  # measures, and a detail for the reader
-
-
-class BrokenError(Exception):
-    """The bundle raised an error; the text of this one is the finding."""
-
-
-@contextlib.contextmanager
-def bundle_runs() -> Iterator[None]:
-    """Round each call of the bundle's side: an error there is a finding, the reference's is not."""
-    try:
-        yield
-    except (VlmportError, *ORT_ERRORS) as error:
-        raise BrokenError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -223,8 +211,7 @@ class Ladder:
 
     def _greedy_tokens(self) -> Found:
         """The runtime's own loop, fed the reference's embeddings of the prompt."""
-        P, generation = len(self.truth.prompt_ids), self.components.manifest.generation
-        stops = frozenset(generation.stop_token_ids)
+        P = len(self.truth.prompt_ids)
         with bundle_runs():
             request = new_request(
                 self.components,
@@ -233,12 +220,7 @@ class Ladder:
                 positions=self.truth.position_ids[..., :P],
             )
             Generation(self.components, [request]).run()
-        values, detail = self._judge(np.asarray(request.tokens, np.int64))
-        expected = frozenset(self.reference.stop_token_ids)
-        if stops != expected:
-            ids = f"stop ids {sorted(stops)}, the reference {sorted(expected)}"
-            detail = f"{ids}; {detail}" if detail else ids
-        return values | {"stop ids": len(stops ^ expected)}, detail
+        return self._judge.stops(request.tokens)
 
     def _end_to_end(self) -> Found:
         """From the pictures to the tokens as a user has them, but greedily whatever the bundle's
@@ -254,7 +236,7 @@ class Ladder:
                 answer = self.model.caption(images[0], **options)
             else:
                 answer = self.model.generate(request.messages, images, **options)
-        values, detail = self._judge(np.asarray(answer.token_ids, np.int64))
+        values, detail = self._judge.tokens(answer.token_ids)
         given, expected = answer.counts["prompt_tokens"], len(self.truth.prompt_ids)
         wrong = max(metrics.unequal(ids, self.truth.prompt_ids), abs(given - expected))
         if wrong:
@@ -276,46 +258,12 @@ class Ladder:
     def max_new_tokens(self) -> int:
         return max_new_tokens(self.components.manifest)
 
-    def _judge(self, tokens: Int[np.ndarray, " N"]) -> Found:
-        """Tokens against the reference's, and what the reference thinks of them."""
-        if self.truth.is_cut:
-            tokens = tokens[: len(self.truth.made.tokens)]
-        wrong = _wrong_tokens(tokens, self.truth.made.tokens)
-        if not wrong:
-            return {"wrong": 0, "regret": 0}, None
-        with bundle_runs():
-            detail = self._first_difference(tokens)
-        return {"wrong": wrong, "regret": self._regret(tokens)}, detail
+    @property
+    def _judge(self) -> Judge:
+        def logits(at: int) -> Float[np.ndarray, " V"]:
+            return self._decode(0, len(self.truth.prompt_ids) + at, keep=1)[0][-1]
 
-    def _regret(self, tokens: Int[np.ndarray, " N"]) -> float:
-        """Nats a token by which the reference likes its own choices better, and an end before
-        max_new_tokens without a stop token of its own as one more choice, in full. Infinite where
-        the text goes on after such a token: `generate` never does."""
-        stops, image = self.reference.stop_token_ids, self.components.manifest.prompt.image_token_id
-        ended = tokens[-1] not in stops and len(tokens) < self.max_new_tokens
-        if np.isin(tokens[:-1], stops).any():
-            return float("inf")
-        if image in tokens:  # it can't be fed back
-            tokens, ended = tokens[: tokens.tolist().index(image) + 1], False
-        ids = np.concatenate([self.truth.prompt_ids, tokens if ended else tokens[:-1]])
-        embeds = self.reference.embeds(ids, self.truth.features)
-        logits = self.reference.logits(embeds, self.reference.position_ids(ids))
-        logits = logits[len(self.truth.prompt_ids) - 1 :]
-        regret = metrics.regret(tokens, logits[: len(tokens)])
-        return regret + metrics.end_regret(logits[-1], stops) if ended else regret
-
-    def _first_difference(self, tokens: Int[np.ndarray, " N"]) -> str:
-        """Where the tokens part, with the margins of both sides at that place."""
-        made, P = self.truth.made, len(self.truth.prompt_ids)
-        shorter = min(len(tokens), len(made.tokens))
-        at = next((i for i in range(shorter) if tokens[i] != made.tokens[i]), shorter)
-        if at == shorter:
-            return f"{len(tokens)} tokens, the reference {len(made.tokens)}, equal up to there"
-        logits, _ = self._decode(0, P + at, keep=1)
-        return (
-            f"token {at}: {tokens[at]} (bundle's margin {metrics.margin(logits[-1]):.3g}), "
-            f"reference {made.tokens[at]} (margin {metrics.margin(made.logits[at]):.3g})"
-        )
+        return Judge(self.reference, self.truth, self.components.manifest, logits)
 
     def _decode(
         self, start: int, stop: int, past: Mapping[str, np.ndarray] | None = None, keep: int = 0
@@ -329,17 +277,6 @@ class Ladder:
             num_logits_to_keep=keep,
         )
         return logits[0], presents
-
-
-def max_new_tokens(manifest: Manifest) -> int:
-    """The bundle's own default, within reason."""
-    return min(MAX_NEW_TOKENS, manifest.generation.max_new_tokens)
-
-
-def _wrong_tokens(ours: Int[np.ndarray, " N"], truth: Int[np.ndarray, " M"]) -> int:
-    """Places at which the tokens differ; those that one side lacks count."""
-    shorter = min(len(ours), len(truth))
-    return int(np.sum(ours[:shorter] != truth[:shorter])) + abs(len(ours) - len(truth))
 
 
 def run_ladder(

@@ -26,6 +26,20 @@ RUNGS = (
     "end_to_end",
 )
 
+# Of the layout `components`, whose files these are.
+FOUR_FILES_RUNGS = (
+    "pixels",
+    "hidden_states",
+    "pooler_output",
+    "projected_prefix",
+    "embeddings",
+    "first_logits",
+    "prompted_logits",
+    "cached_decode",
+    "greedy_tokens",
+    "end_to_end",
+)
+
 # For the reader of a report whose first broken rung this is.
 LIKELY_CAUSES = {
     "prompt_ids": "the image processor emits other ids for a picture, or another number of them; "
@@ -33,6 +47,12 @@ LIKELY_CAUSES = {
     "pixels": "resize filter or its rounding, rescale factor, mean or std, or the channel order",
     "vision_features": "a weight of the vision tower or of the projection, an activation, a norm's "
     "epsilon, or the layer that the features are taken from",
+    "hidden_states": "a weight of the vision tower, an activation, a norm's epsilon, or the layer "
+    "that the states are taken from",
+    "pooler_output": "a weight of the pooling head, its probe, or the order of its heads",
+    "projected_prefix": "a weight of the projection, or its activation",
+    "embeddings": "the embedding table (rows, order, scale), or the head's where they are tied",
+    "prompted_logits": "where prompt ids stand, their embeddings, or the positions after a prefix",
     "merged_embeds": "the embedding table (rows, order, scale), or features written over the "
     "wrong rows",
     "position_ids": "where positions start, or how they go on after a cache",
@@ -210,3 +230,34 @@ def limits_of(precision: str, resample: str = "bicubic") -> Mapping[str, Mapping
     """
     limits = LIMITS.get(precision, FOUR_BITS)
     return {**limits, "pixels": LANCZOS_PIXELS} if resample == "lanczos" else limits
+
+
+# The pooling head, of which nothing is read here, has 4 bits wherever the tower has integers.
+POOLED = "4 bits leave random heads at 0.98 or more, SigLIP's size at 0.99; a scaled matrix at 0.9"
+TIED = "half a step of a row's 64 where the embedding is the head's matrix"
+ROUNDED_HEAD = {"cosine": Limit(0.95, "", POOLED, at_least=True)}
+EIGHT_BIT_ROWS = {"7 bits": Limit(0.52, "steps of a row", TIED)}
+
+
+def four_files_limits_of(
+    precision: str, resample: str = "bicubic"
+) -> Mapping[str, Mapping[str, Limit]]:
+    """The same numbers for the rungs of the layout `components`."""
+    hub = limits_of(precision, resample)
+    vision, logits = hub["vision_features"], hub["first_logits"]
+    embeds = {name: one for name, one in hub["merged_embeds"].items() if name != "wrong features"}
+    return {
+        "pixels": hub["pixels"],
+        "hidden_states": vision,
+        "pooler_output": vision if precision in ("fp32", "fp16") else ROUNDED_HEAD,
+        "projected_prefix": vision,
+        "embeddings": EIGHT_BIT_ROWS if precision == "q8" else embeds,
+        # One position: a near tie would decide about agreement alone.
+        "first_logits": {name: one for name, one in logits.items() if name != "top1"},
+        "prompted_logits": logits,
+        "cached_decode": {
+            name: one for name, one in hub["cached_decode"].items() if not name.startswith("bound")
+        },
+        "greedy_tokens": hub["greedy_tokens"],
+        "end_to_end": {name: one for name, one in hub["end_to_end"].items() if name != "prompt"},
+    }

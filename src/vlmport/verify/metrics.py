@@ -58,18 +58,18 @@ def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]
 
 
 def rounding_steps(
-    ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"], bits: int
+    ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"], bits: int, block: int = BLOCK
 ) -> float:
-    """The largest difference in steps of the truth's own block of 32 values of a row.
+    """The largest difference in steps of the truth's own block of `block` values of a row.
 
     A step is what symmetric rounding to `bits` bits has to take: the largest of the block by
     2^(bits-1). Infinite where the shapes differ, or where a block of zeros is not one.
     """
     if ours.shape != truth.shape:
         return float("inf")
-    pad = ((0, 0), (0, -truth.shape[1] % BLOCK))
-    error = np.pad(np.abs(ours.astype(np.float64) - truth), pad).reshape(-1, BLOCK).max(-1)
-    step = np.pad(np.abs(truth), pad).reshape(-1, BLOCK).max(-1) / 2 ** (bits - 1)
+    pad = ((0, 0), (0, -truth.shape[1] % block))
+    error = np.pad(np.abs(ours.astype(np.float64) - truth), pad).reshape(-1, block).max(-1)
+    step = np.pad(np.abs(truth), pad).reshape(-1, block).max(-1) / 2 ** (bits - 1)
     steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0), where=step > 0)
     return float(steps.max(initial=0))
 

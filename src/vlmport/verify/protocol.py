@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,18 @@ class Generated:
 
     tokens: Int[np.ndarray, " N"]
     logits: Float[np.ndarray, "N V"]
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a vision tower makes of one picture.
+
+    Attributes:
+        pooled: None where the model has no pooling head.
+    """
+
+    last: Float[np.ndarray, "N W"]
+    pooled: Float[np.ndarray, " W"] | None
 
 
 class Reference(Protocol):
@@ -85,4 +97,13 @@ class Reference(Protocol):
 
     def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
         """Greedy decoding by Hugging Face's `generate`, with its cache."""
+        ...
+
+
+@runtime_checkable
+class PrefixReference(Reference, Protocol):
+    """One whose pictures are read before any text, and whose tower and projection are apart."""
+
+    def hidden_states(self, inputs: Mapping[str, np.ndarray]) -> HiddenStates:
+        """The tower alone."""
         ...

@@ -23,7 +23,7 @@ from torch import nn
 from vlmport.errors import ConfigError, PromptError
 from vlmport.verify.configs import llama_config, stop_token_ids
 from vlmport.verify.pictures import Picture
-from vlmport.verify.protocol import Generated
+from vlmport.verify.protocol import Generated, HiddenStates
 from vlmport.verify.references.loading import (
     DECODER_DIMS,
     add_adapter,
@@ -104,9 +104,17 @@ class PrefixReference:
     @quietly
     def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
         """The last hidden state, after post_layernorm, projected to the decoder's width."""
+        hidden = torch.from_numpy(self.hidden_states(inputs).last)
+        return self.model.projection(hidden).numpy()
+
+    @quietly
+    def hidden_states(self, inputs: Mapping[str, np.ndarray]) -> HiddenStates:
+        """After post_layernorm; and pooled, where the model has its head."""
         pixels = torch.from_numpy(np.asarray(inputs["pixel_values"], np.float32))
-        hidden = self.model.vision_encoder(pixel_values=pixels).last_hidden_state
-        return self.model.projection(hidden)[0].numpy()
+        output = self.model.vision_encoder(pixel_values=pixels)
+        pooled = output.pooler_output
+        last = output.last_hidden_state[0].numpy()
+        return HiddenStates(last, None if pooled is None else pooled[0].numpy())
 
     @quietly
     def embeds(
