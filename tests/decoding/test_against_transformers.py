@@ -67,26 +67,23 @@ def flat(choices: dict[str, list[Any]]) -> list[tuple[str, Any]]:
 def test_one_processor(name: str, value: Any, mode: str, see: bool):
     if name in NEEDS_PROMPT and not see:
         pytest.skip("refused, see test_search.py")
-    for seed in range(3):
-        compare(
-            Request({**MODES[mode], name: value}, processors_see_prompt=see, stop_token_ids=(0, 6)),
-            table(seed),
-        )
+    request = Request(
+        {**MODES[mode], name: value}, processors_see_prompt=see, stop_token_ids=(0, 6)
+    )
+    compare(request, table(len(str(value))))
 
 
 @pytest.mark.parametrize("mode", ["sampling", "beam sampling"])
 @pytest.mark.parametrize(("name", "value"), flat(WARPERS))
 def test_one_warper(name: str, value: Any, mode: str):
-    for seed in range(3):
-        compare(Request({"top_k": 0, **MODES[mode], name: value}), table(seed, 40, scale=1.5))
+    compare(Request({"top_k": 0, **MODES[mode], name: value}), table(0, 40, scale=1.5))
 
 
 @pytest.mark.parametrize("num_beams", [2, 3, 4, 5])
 @pytest.mark.parametrize(("name", "value"), flat(BEAMS))
-@pytest.mark.parametrize("stops", [(0,), (0, 1), (0, 5, 9)])
-def test_one_beam_option(name: str, value: Any, num_beams: int, stops: tuple[int, ...]):
+def test_one_beam_option(name: str, value: Any, num_beams: int):
     ended = set()
-    for seed in range(4):
+    for seed, stops in enumerate([(0,), (0, 1), (0, 5, 9)]):
         request = Request(
             {"num_beams": num_beams, "num_return_sequences": num_beams, name: value},
             stop_token_ids=stops,
@@ -141,7 +138,6 @@ def requests(draw: st.DrawFn) -> Request:
 @settings(
     max_examples=100,
     deadline=None,
-    derandomize=False,
     suppress_health_check=[HealthCheck.filter_too_much],
 )
 @given(
@@ -166,7 +162,8 @@ def test_options_together(
     try:
         compare(request, logits)
     except OptionError as error:  # transformers goes on with token 0, or fails in torch
-        assert "leave no token" in str(error)
+        if "leave no token" not in str(error):
+            raise
         assume(False)
 
 
