@@ -12,6 +12,7 @@ from vlmport.cli.arguments import Device, Threads
 from vlmport.cli.console import eval_progress, export_progress, report, say, stdout
 from vlmport.cli.json_file import JsonFile, check_writable, write_json
 from vlmport.errors import ImageError
+from vlmport.precisions import DEFAULT_PRECISIONS, split_precisions
 
 if TYPE_CHECKING:
     from vlmport.evaluation import Report
@@ -68,14 +69,11 @@ def evaluate(
     """Measure the captions of a bundle, and what each precision lost to fp32."""
     from vlmport.evaluation import UnrecordedResultError
     from vlmport.evaluation import evaluate as measure
-    from vlmport.precisions import DEFAULT_PRECISIONS, split_precisions
     from vlmport.source import resolve
 
     if json_file is not None:
         check_writable(json_file)
-    # A mix has commas of its own.
-    mixed = precision is not None and "=" in precision
-    names = split_precisions([precision] if mixed else precision or "")
+    names = _names(precision)
 
     def keep(result: Report) -> None:
         """What is done is not lost by what comes after it."""
@@ -115,3 +113,10 @@ def evaluate(
         raise typer.Exit(ImageError.exit_code)
     if not result.passed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _names(precision: str | None) -> tuple[str, ...]:
+    """'fp32,q8' → both; a mix such as 'vision=q8,decoder=q4' has commas of its own."""
+    if precision is not None and "=" in precision:
+        return (precision,)
+    return split_precisions(precision or "")

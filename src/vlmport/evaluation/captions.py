@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.errors import EvaluationError, some_names
+from vlmport.json_files import load_json
 
 KNOWN_FILES = ("captions.json", "metadata.csv", "metadata.jsonl")
 TEXT_COLUMNS = ("text", "caption", "captions")
@@ -53,13 +54,8 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     readers = {".csv": _from_csv, ".jsonl": _from_json_lines, ".json": _from_json}
     if path.suffix.lower() not in readers:
         raise EvaluationError(f"{path}: captions are read from .json, .jsonl and .csv", hint=FORMS)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise EvaluationError(f"{path}: can't be read: {reason}", hint="is it UTF-8?") from error
     captions: dict[str, list[str]] = {}
-    for where, name, given in readers[path.suffix.lower()](text, path):
+    for where, name, given in readers[path.suffix.lower()](path):
         if not isinstance(name, str) or not name:
             raise EvaluationError(f"{where}: a picture's name is {name!r}", hint=FORMS)
         captions.setdefault(name, []).extend(_texts(given, f"{where}: {name}"))
@@ -89,10 +85,8 @@ def _texts(given: Any, where: str) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def _from_json(text: str, path: Path) -> Iterator[Entry]:
-    raw = _parse(text, str(path))
-    if not isinstance(raw, Mapping):
-        raise EvaluationError(f"{path}: a {_kind(raw)}, expected an object", hint=FORMS)
+def _from_json(path: Path) -> Iterator[Entry]:
+    raw = load_json(path, error=EvaluationError, hint=FORMS)
     if isinstance(raw.get("images"), list) and isinstance(raw.get("annotations"), list):
         yield from _from_coco(raw, path)
         return
@@ -125,20 +119,23 @@ def _fields(row: Any, where: str, key: str, value: str) -> tuple[Any, Any]:
     return row[key], row[value]
 
 
-def _from_json_lines(text: str, path: Path) -> Iterator[Entry]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _from_json_lines(path: Path) -> Iterator[Entry]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        row = _parse(line, where)
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EvaluationError(f"{where}: not JSON: {error}", hint=FORMS) from error
         if not isinstance(row, Mapping):
-            raise EvaluationError(f"{where}: a {_kind(row)}, expected an object", hint=FORMS)
+            raise EvaluationError(f"{where}: not an object: {line[:60]}", hint=FORMS)
         column = _text_column(row, where)
         yield where, row[FILE_COLUMN], row[column]
 
 
-def _from_csv(text: str, path: Path) -> Iterator[Entry]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _from_csv(path: Path) -> Iterator[Entry]:
+    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         header = next(rows, [])
         column = header.index(_text_column(header, str(path)))
@@ -177,13 +174,9 @@ def _text_column(columns: Iterable[str], where: str) -> str:
     )
 
 
-def _parse(text: str, where: str) -> Any:
+def _text(path: Path) -> str:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{where}: not JSON: {error}", hint="is the file whole?") from error
-
-
-def _kind(value: Any) -> str:
-    kinds = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
-    return kinds.get(type(value), "null")
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EvaluationError(f"{path}: can't be read: {reason}", hint="is it UTF-8?") from error
