@@ -1,9 +1,10 @@
 /**
- * Builds the demo page, and with `--mode test` the bare page of the browser tests.
+ * Builds the demo page; with `--mode test` the bare page of the browser tests; with
+ * `--mode standalone` the package as files that need no bundler.
  *
  * The page holds one build of ONNX Runtime, the one with WebGPU: its WebAssembly kernels are the
- * same, and a page that falls back need not fetch a second one. The tests' page holds both, as an
- * application has them that uses the package.
+ * same, and a page that falls back need not fetch a second one. The other two hold both,
+ * so that a page without WebGPU fetches the smaller one.
  */
 
 import { createHash } from 'node:crypto';
@@ -31,19 +32,30 @@ function serviceWorker(): Plugin {
   };
 }
 
+/** One script that exports what the package does; its worker and ONNX Runtime lie beside it. */
+const entry = {
+  input: { vlmport: here('dist/index.js') },
+  preserveEntrySignatures: 'strict',
+  output: { entryFileNames: '[name].js' },
+} as const;
+
 export default defineConfig(({ mode }) => {
   const test = mode === 'test';
+  const standalone = mode === 'standalone';
   const library = { '@vlmport/web': here('dist/index.js') };
   const oneRuntime = { 'onnxruntime-web/wasm': 'onnxruntime-web/webgpu' };
-  const alias = test ? library : { ...library, ...oneRuntime };
+  const alias = test || standalone ? library : { ...library, ...oneRuntime };
   return {
     root: here(test ? 'browser/page' : 'demo'),
     base: './',
     resolve: { alias },
     worker: { format: 'es' },
-    plugins: test ? [] : [serviceWorker()],
+    plugins: test || standalone ? [] : [serviceWorker()],
     build: {
-      outDir: here(test ? 'browser/built' : '../src/vlmport/web_page'),
+      outDir: here(
+        standalone ? 'dist/standalone' : test ? 'browser/built' : '../src/vlmport/web_page',
+      ),
+      ...(standalone && { rollupOptions: entry }),
       emptyOutDir: true,
       target: 'es2022',
       chunkSizeWarningLimit: 1000,

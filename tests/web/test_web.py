@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -117,6 +118,37 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
+MAIN = """
+import { VLM } from '@vlmport/web';
+const vlm = await VLM.load('./bundle/');
+document.body.textContent = (await vlm.caption('./pictures/red_square.png')).text;
+"""
+
+
+@pytest.fixture(scope="session")
+def packed(node: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two projects that use what `npm pack` packs: one as it is, one built by Vite."""
+    folder = tmp_path_factory.mktemp("packed")
+    run(Path(node).with_name("npm"), "pack", "--pack-destination", folder)
+    (archive,) = folder.glob("*.tgz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    html = '<!doctype html><body></body><script type="module" src="./main.js"></script>'
+    plain, project = folder / "plain", folder / "project"
+    shutil.copytree(folder / "package/dist/standalone", plain / "standalone")
+    (plain / "main.js").write_text(MAIN.replace("@vlmport/web", "./standalone/vlmport.js"))
+    modules = project / "node_modules"
+    shutil.copytree(folder / "package", modules / "@vlmport/web")
+    for name in ("onnxruntime-web", "onnxruntime-common", "@huggingface"):
+        (modules / name).symlink_to(WEB / "node_modules" / name)
+    (project / "main.js").write_text(MAIN)
+    (project / "vite.config.js").write_text("export default { worker: { format: 'es' } };")
+    for one in (plain, project):
+        (one / "index.html").write_text(html)
+    run(node, "vite", "build", project)
+    return {"plain": str(plain), "built": str(project / "dist")}
+
+
 def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
     """What Python's runtime gives, as web/browser/support.ts reads it."""
     captions: dict[str, dict[str, Any]] = {path.name: {} for path in sorted(EXAMPLES.glob("*.png"))}
@@ -148,6 +180,7 @@ def environment(
     chromium: str,
     bundle: Bundle,
     sizes: dict[str, str],
+    packed: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, str]]:
     """Both pages built, `vlmport demo` running, and where everything is."""
@@ -163,6 +196,8 @@ def environment(
     yield {
         "CHROMIUM": chromium,
         "VLMPORT_WEB_BUNDLE": str(bundle.folder),
+        "VLMPORT_WEB_PLAIN": packed["plain"],
+        "VLMPORT_WEB_BUILT": packed["built"],
         "VLMPORT_WEB_TINY": sizes["tiny"],
         "VLMPORT_WEB_LARGE": sizes["large"],
         "VLMPORT_WEB_PICTURES": str(EXAMPLES),

@@ -32,6 +32,8 @@ export const folders = {
   pictures: () => setting('VLMPORT_WEB_PICTURES'), // the examples
   kinds: () => setting('VLMPORT_WEB_KINDS'), // small ones of all kinds
   page: here('built'),
+  /** Small projects that use the packed package. */
+  packed: () => ({ plain: setting('VLMPORT_WEB_PLAIN'), built: setting('VLMPORT_WEB_BUILT') }),
   /** The same architecture with next to no weights, and with 200 MB of them. */
   sizes: () => ({
     tiny: setting('VLMPORT_WEB_TINY'),

@@ -65,16 +65,16 @@ test('a file comes in one request, and its chunks are kept', async () => {
 });
 
 test('a browser that reads no downloads into buffers of ours', async () => {
-  const pieces = [whole.subarray(0, 10), whole.subarray(10, CHUNK_BYTES + 7)];
-  pieces.push(whole.subarray(CHUNK_BYTES + 7));
-  const body = () =>
-    new ReadableStream<Uint8Array>({
+  const body = () => {
+    const pieces = [0, 10, CHUNK_BYTES + 7, whole.length];
+    return new ReadableStream<Uint8Array>({
       pull: controller => {
-        const piece = pieces.shift();
-        if (piece) controller.enqueue(piece);
+        const start = pieces.shift()!;
+        if (start < whole.length) controller.enqueue(whole.subarray(start, pieces[0]));
         else controller.close();
       },
     });
+  };
   expect(() => body().getReader({ mode: 'byob' })).toThrow(); // it is no stream of bytes
   answers = [() => new Response(body())];
   expect(digest(await open().read('big'))).toBe(files.big.sha256);
