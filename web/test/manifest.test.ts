@@ -1,7 +1,9 @@
 import { readFileSync } from 'node:fs';
 import { expect, test } from 'vitest';
-import { choose, parseManifest, precisionName } from '../src/bundle/manifest.js';
+import { parseManifest } from '../src/bundle/manifest.js';
+import { choose, precisionName } from '../src/bundle/precisions.js';
 import { type Json, firstProblem } from '../src/bundle/schema.js';
+import { VlmportError } from '../src/errors.js';
 import schema from '../src/bundle/vlmport.schema.json' with { type: 'json' };
 
 const hash = 'ab'.repeat(32);
@@ -98,6 +100,11 @@ test.each<[string, (raw: ReturnType<typeof whole>) => void, RegExp]>([
   ['items', raw => raw.cache.axes.push('e'), /axes has too many items/],
   ['unlisted', raw => delete raw.files['onnx/embed_tokens.onnx'], /onnx is not in files/],
   [
+    'layout',
+    raw => Object.assign(raw, { layout: 'components' }),
+    /written in the layout 'components', expected 'hub'/,
+  ],
+  [
     'chunks',
     raw => (raw.files['onnx/embed_tokens.onnx']!.size = 9e6),
     /1 chunk hashes, expected 2/,
@@ -123,6 +130,15 @@ test('a schema keyword that is not known here fails', () => {
   expect(keywords.has('oneOf')).toBe(false);
 });
 
+function hintOf(attempt: () => unknown): string {
+  try {
+    attempt();
+  } catch (error) {
+    if (error instanceof VlmportError) return error.hint;
+  }
+  return 'no error of ours';
+}
+
 test('precisions: auto, one for all, a mix', () => {
   const read = parseManifest(manifest(), 'here');
   const named = (precision: string, device: string) =>
@@ -133,6 +149,15 @@ test('precisions: auto, one for all, a mix', () => {
   expect(named('decoder=q4', 'wasm')).toBe(
     'vision_encoder=fp32,embed_tokens=fp32,decoder_model_merged=q4',
   );
+  expect(() => named('q8', 'wasm')).toThrow(/'q8' is not in this bundle/);
+  expect(() => named('int8', 'wasm')).toThrow(/'q8' is not in this bundle/); // its other name
+  expect(() => named('vision=int8', 'wasm')).toThrow(/'q8' .* \(component vision_encoder\)/);
+  expect(hintOf(() => named('q8', 'wasm'))).toBe(
+    'it holds fp32, q4; to have it too, export again with --precision fp32,q8,q4',
+  );
+  expect(hintOf(() => named('x', 'wasm'))).toBe('it holds fp32, q4');
   expect(() => choose(read, 'q44', 'wasm')).toThrow(/'q44' is not in .*did you mean 'q4'/);
-  expect(() => choose(read, 'decode=q4', 'wasm')).toThrow(/no component 'decode'/);
+  expect(() => choose(read, 'decode=q4', 'wasm')).toThrow(
+    /no component 'decode' \(did you mean 'decoder'/,
+  );
 });

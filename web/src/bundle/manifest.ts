@@ -4,7 +4,7 @@
  * Everything that the runtime knows of a model stands here or in the graphs' inputs and outputs.
  */
 
-import { VlmportError, didYouMean, firstLine } from '../errors.js';
+import { VlmportError, firstLine } from '../errors.js';
 import { type Json, firstProblem } from './schema.js';
 import schema from './vlmport.schema.json' with { type: 'json' };
 
@@ -14,14 +14,7 @@ export const CHUNK_BYTES = 8 * 1024 * 1024;
 /** The only layout that is run here, and what it can't be without. */
 const HUB = 'hub';
 const NEEDED = ['image_processor', 'vision_encoder', 'embed_tokens', 'decoder_model_merged'];
-const ANY = 'any'; // the precision of a component that has only one form
-
-/** What people write in a mixed precision such as 'vision=q4,decoder=fp32'. */
-const SHORT_NAMES: Readonly<Record<string, string>> = {
-  vision: 'vision_encoder',
-  embed: 'embed_tokens',
-  decoder: 'decoder_model_merged',
-};
+export const ANY = 'any'; // the precision of a component that has only one form
 
 /** One component at one precision: its graph and the graph's external data files. */
 export interface Variant {
@@ -78,9 +71,6 @@ export interface Manifest {
   readonly golden: Golden;
 }
 
-/** Component → precision. */
-export type Choice = Readonly<Record<string, string>>;
-
 /** Read and validate vlmport.json. Throws BundleError. */
 export function parseManifest(text: string, where: string): Manifest {
   const again = 'export or upload the bundle again';
@@ -134,70 +124,6 @@ function badReferences(manifest: Manifest): string[] {
     }
   }
   return problems;
-}
-
-/**
- * Component → precision for a request: 'auto', 'fp32', or 'vision=q4,decoder=fp32'.
- *
- * Throws BundleError for a precision that the bundle does not hold.
- */
-export function choose(manifest: Manifest, precision: string, device: string): Choice {
-  const names = Object.keys(manifest.components);
-  const all = (value: string) => Object.fromEntries(names.map(name => [name, value]));
-  const standard = { ...all(ANY), ...(manifest.auto[device] ?? manifest.auto.cpu) };
-  const wanted: Choice =
-    precision === 'auto'
-      ? standard
-      : precision.includes('=')
-        ? { ...standard, ...parseMix(manifest, precision) }
-        : all(precision);
-  return Object.fromEntries(
-    names.map(name => [name, checkForm(manifest, name, wanted[name] ?? ANY)]),
-  );
-}
-
-function parseMix(manifest: Manifest, text: string): Choice {
-  const known = Object.keys(manifest.components);
-  const pairs = text.replaceAll(' ', '').split(',');
-  return Object.fromEntries(
-    pairs.map(pair => {
-      const [short = '', value = ''] = pair.split('=');
-      const name = SHORT_NAMES[short] ?? short;
-      if (known.includes(name)) return [name, value];
-      const message = `precision '${text}': no component '${name}'${didYouMean(name, known)}`;
-      throw new VlmportError('BundleError', message, `components: ${known.join(', ')}`);
-    }),
-  );
-}
-
-function checkForm(manifest: Manifest, name: string, precision: string): string {
-  const forms = manifest.components[name] ?? {};
-  if (precision in forms) return precision;
-  if (ANY in forms) return ANY;
-  const held = Object.keys(forms);
-  throw new VlmportError(
-    'BundleError',
-    `precision '${precision}' is not in this bundle (component ${name})${didYouMean(precision, held)}`,
-    `it holds ${held.join(', ')}; \`vlmport export --precision ${precision}\` adds it`,
-  );
-}
-
-/** The files of a component at the chosen precision. */
-export function variantOf(manifest: Manifest, choice: Choice, component: string): Variant {
-  const variant = manifest.components[component]?.[choice[component] ?? ANY];
-  if (variant === undefined) {
-    const message = `this bundle has no ${component}`;
-    throw new VlmportError('BundleError', message, 'export the bundle again');
-  }
-  return variant;
-}
-
-/** One name where all components share a precision, else 'component=precision,…'. */
-export function precisionName(choice: Choice): string {
-  const chosen = Object.entries(choice).filter(([, value]) => value !== ANY);
-  const values = new Set(chosen.map(([, value]) => value));
-  if (values.size === 1) return [...values][0] ?? ANY;
-  return chosen.map(([name, value]) => `${name}=${value}`).join(',');
 }
 
 /** The entry of a file. Throws BundleError where the manifest does not list it. */

@@ -5,13 +5,8 @@
  */
 
 import { type BundleFiles, letGo } from '../bundle/download.js';
-import {
-  type Choice,
-  type Golden,
-  type Manifest,
-  precisionName,
-  variantOf,
-} from '../bundle/manifest.js';
+import type { Golden, Manifest } from '../bundle/manifest.js';
+import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
 import { VlmportError, firstLine } from '../errors.js';
 import type { Rgb } from './images.js';
 import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';

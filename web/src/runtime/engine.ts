@@ -6,7 +6,7 @@
  */
 
 import { type BundleFiles, openBundle } from '../bundle/download.js';
-import { choose, precisionName } from '../bundle/manifest.js';
+import { choose, precisionName } from '../bundle/precisions.js';
 import { bundleAddress, openStore } from '../bundle/store.js';
 import { VlmportError, asVlmportError } from '../errors.js';
 import type {

@@ -1,0 +1,93 @@
+/** Precisions by name, and which a bundle serves (the twin of vlmport/precisions.py). */
+
+import { VlmportError, didYouMean } from '../errors.js';
+import { ANY, type Manifest, type Variant } from './manifest.js';
+
+const AUTO = 'auto';
+const NAMES = ['fp32', 'fp16', 'q8', 'q4', 'q4f16'];
+
+/** Other names that people know them by. */
+const ALIASES: Readonly<Record<string, string>> = { int8: 'q8' };
+
+/** What people write in a mixed precision such as 'vision=q4,decoder=fp32'. */
+const SHORT_NAMES: Readonly<Record<string, string>> = {
+  vision: 'vision_encoder',
+  embed: 'embed_tokens',
+  decoder: 'decoder_model_merged',
+};
+
+/** Component → precision. */
+export type Choice = Readonly<Record<string, string>>;
+
+/** A precision by our name for it; one that nobody knows stays as it is, without blanks. */
+function canonical(name: string): string {
+  return ALIASES[name.trim()] ?? name.trim();
+}
+
+/**
+ * Component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
+ *
+ * Throws BundleError for a precision or component that is not there.
+ */
+export function choose(manifest: Manifest, precision: string, device: string): Choice {
+  const names = Object.keys(manifest.components);
+  const all = (value: string) => Object.fromEntries(names.map(name => [name, value]));
+  const standard = { ...all(ANY), ...(manifest.auto[device] ?? manifest.auto.cpu) };
+  const wanted = canonical(precision);
+  let chosen: Choice = wanted === AUTO ? standard : all(wanted);
+  if (wanted.includes('=')) chosen = { ...standard, ...parseMix(names, wanted) };
+  return Object.fromEntries(names.map(name => [name, check(manifest, name, chosen[name] ?? ANY)]));
+}
+
+function parseMix(known: readonly string[], text: string): Choice {
+  const pairs = text.replaceAll(' ', '').split(',');
+  return Object.fromEntries(
+    pairs.map(pair => {
+      const [short = '', value = ''] = pair.split('=');
+      const name = SHORT_NAMES[short] ?? short;
+      if (known.includes(name)) return [name, canonical(value)];
+      const near = didYouMean(name, [...Object.keys(SHORT_NAMES), ...known]);
+      const message = `precision '${text}': no component '${name}'${near}`;
+      const hint = `components of this bundle: ${known.join(', ')}`;
+      throw new VlmportError('BundleError', message, hint);
+    }),
+  );
+}
+
+function check(manifest: Manifest, component: string, precision: string): string {
+  const forms = manifest.components[component] ?? {};
+  if (precision in forms) return precision;
+  if (ANY in forms) return ANY;
+  const held = Object.keys(forms);
+  const message = `precision '${precision}' is not in this bundle (component ${component})`;
+  // An export replaces the bundle, so what is there has to be named again.
+  const all = NAMES.filter(name => name === precision || complete(manifest).includes(name));
+  const again = `; to have it too, export again with --precision ${all.join(',')}`;
+  throw new VlmportError(
+    'BundleError',
+    message + didYouMean(precision, held),
+    `it holds ${held.join(', ')}${NAMES.includes(precision) ? again : ''}`,
+  );
+}
+
+/** The precisions in which every component exists. */
+function complete(manifest: Manifest): string[] {
+  const components = Object.values(manifest.components);
+  return NAMES.filter(name => components.every(forms => name in forms || ANY in forms));
+}
+
+/** The files of a component at the chosen precision. */
+export function variantOf(manifest: Manifest, choice: Choice, component: string): Variant {
+  const variant = manifest.components[component]?.[choice[component] ?? ANY];
+  if (variant !== undefined) return variant;
+  const message = `this bundle has no ${component}`;
+  throw new VlmportError('BundleError', message, 'export the bundle again');
+}
+
+/** One name where all components share a precision, else 'component=precision,…'. */
+export function precisionName(choice: Choice): string {
+  const chosen = Object.entries(choice).filter(([, value]) => value !== ANY);
+  const values = new Set(chosen.map(([, value]) => value));
+  if (values.size === 1) return [...values][0] ?? ANY;
+  return chosen.map(([name, value]) => `${name}=${value}`).join(',');
+}
