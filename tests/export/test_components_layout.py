@@ -57,9 +57,7 @@ PORTS: dict[str, tuple[dict[str, list[Any]], dict[str, list[Any]]]] = {
         },
         {
             "logits": ["batch_size", "sequence_length", 113],
-            **{
-                f"present.{name}": ["batch_size", 2, "total_sequence_length", 8] for name in CACHE
-            },
+            **{f"present.{name}": ["batch_size", 2, "total_sequence_length", 8] for name in CACHE},
         },
     ),
 }

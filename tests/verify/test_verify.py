@@ -23,7 +23,15 @@ from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.errors import BundleError, DependencyError, ImageError, SourceError
 from vlmport.runtime.components import Components
 from vlmport.verify import metrics, parity_markdown, verify
-from vlmport.verify.limits import LIKELY_CAUSES, LIMITS, ROUNDED, RUNGS, Limit
+from vlmport.verify.limits import (
+    FOUR_FILES_RUNGS,
+    LIKELY_CAUSES,
+    LIMITS,
+    ROUNDED,
+    RUNGS,
+    Limit,
+    four_files_limits_of,
+)
 from vlmport.verify.pictures import SIZES, drawn_pictures, named_pictures
 from vlmport.verify.report import Measure, Report, Row
 
@@ -197,9 +205,16 @@ def test_without_torch(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rung_has_limits_and_a_cause() -> None:
     assert set(LIMITS) == set(SUFFIXES)
     for limits in LIMITS.values():
-        assert set(limits) == set(LIKELY_CAUSES) == set(RUNGS)
+        assert set(limits) == set(RUNGS)
         for rung in RUNGS:
             assert all(limit.reason for limit in limits[rung].values()), rung
+    for precision in SUFFIXES:
+        limits = four_files_limits_of(precision)
+        assert tuple(limits) == FOUR_FILES_RUNGS
+        for rung in FOUR_FILES_RUNGS:
+            assert limits[rung], rung
+            assert all(limit.reason for limit in limits[rung].values()), rung
+    assert set(LIKELY_CAUSES) == {*RUNGS, *FOUR_FILES_RUNGS}
 
 
 def test_pictures_have_three_sizes_and_do_not_change() -> None:

@@ -108,7 +108,7 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, width: int, *, extra_rows: int = 0, form: Format = FLOAT32):
         super().__init__()
-        self.form = form
+        self.form, self.width = form, width
         source, total = (rows, width), rows + extra_rows
         if form.bits is None:
             self.weight = Weight(
@@ -161,11 +161,13 @@ class Embedding(nn.Module):
         ONNX Runtime's WebAssembly kernels have the operator in the plain build only; the build
         with WebGPU, which transformers.js takes for every device, lacks it.
         """
+        size = self.form.block_size
         levels = op.Cast(op.Gather(self.weight_quantized, ids), to=self.form.dtype)  # [B, S, D]
-        blocks = op.Reshape(levels, [0, 0, -1, self.form.block_size])  # [B, S, blocks, block]
+        # No -1: of no ids at all, no size follows from the others.
+        blocks = op.Reshape(levels, [0, 0, self.width // size, size])  # [B, S, blocks, block]
         scales = op.Unsqueeze(op.Gather(self.weight_scales, ids), [-1])  # [B, S, blocks, 1]
         zero = op.CastLike(128.0, blocks)
-        return op.Reshape(op.Mul(op.Sub(blocks, zero), scales), [0, 0, -1])  # [B, S, D]
+        return op.Reshape(op.Mul(op.Sub(blocks, zero), scales), [0, 0, self.width])  # [B, S, D]
 
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
