@@ -152,6 +152,14 @@ def test_captions_are_those_of_the_runtime(shapes: Path) -> None:
     assert report.figures == {"q4": {"exact_match": round(100 * right / 20, 2)}}
 
 
+def test_nothing_is_drawn_whatever_the_bundle_does_by_default(own: Path) -> None:
+    before = evaluate(own, limit=10, precisions=["q4"], record=False)
+    raw = manifest(own)
+    raw["generation"]["defaults"] = {"do_sample": True, "temperature": 5.0, "seed": 1}
+    (own / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
+    assert evaluate(own, limit=10, precisions=["q4"], record=False).answers == before.answers
+
+
 def test_pictures_with_captions(own: Path, pictures: Path, tmp_path: Path) -> None:
     """Two captions of a picture, one of them wrong; a third picture's caption is half right."""
     captions = json.loads((pictures / "captions.json").read_text())

@@ -149,7 +149,8 @@ def _measured(
     data, (number, count) = report.data, turn
     texts: list[str | None] = []
     unreadable = dict(report.unreadable)
-    results = model.caption_each(data.images(), batch_size=batch_size)
+    # Where the bundle's defaults draw tokens, a figure would be one of many.
+    results = model.caption_each(data.images(), batch_size=batch_size, do_sample=False)
     for example, result in zip(data.examples, results, strict=True):
         if progress is not None:
             progress(number * len(data) + len(texts), count * len(data), model.precision)
