@@ -8,6 +8,7 @@ docs/benchmarks.md says what each figure is.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmport.benchmark.machine import describe_machine, interleaved, median
 from vlmport.benchmark.measure import Bench, TimedComponents
@@ -30,6 +31,7 @@ LENGTHS = (100, 1100)
 ROUNDS, NEW_TOKENS, COLD_TOKENS = 5, 32, 16
 COLD_SECONDS = 600  # a cold caption that takes longer has hung
 
+Made = TypeVar("Made")
 # done steps, all steps, what is being measured
 Progress = Callable[[int, int, str], None]
 
@@ -130,26 +132,27 @@ def bench(
     components = {
         name: TimedComponents.open(opened, precision=name, threads=threads) for name in names
     }
-    steps = Steps(progress, (rounds + cold) * len(names))
     benches = {}
+    steps = Steps(progress)
     for name, one in components.items():
         steps.say(f"opening {name}")
         benches[name] = Bench(one, gradient(), fitting, new_tokens)
-        benches[name].round()  # the first is slower, and not counted
-    measured = interleaved(
-        {name: _step(steps, name, one.round) for name, one in benches.items()}, rounds
-    )
-    figures = {
-        name: {key: median(one[key] for one in results) for key in results[0]}
-        for name, results in measured.items()
+    calls = {
+        (name, figure): _step(steps, f"{figure} of {name}", call)
+        for figure in next(iter(benches.values())).measures
+        for name, call in ((name, one.measures[figure]) for name, one in benches.items())
     }
+    steps.total = (1 + rounds) * len(calls) + cold * len(names)
+    interleaved(calls, 1)  # the first round is slower, and not counted
+    figures: dict[str, dict[str, float]] = {name: {} for name in names}
+    for (name, figure), values in interleaved(calls, rounds).items():
+        figures[name][figure] = round(median(values), 4)
     for one in benches.values():
         one.vlm.close()
     for name in names:
         if cold:
-            figures[name] |= _step(
-                steps, f"{name}, cold", lambda name=name: _cold(opened, name, threads)
-            )()
+            start = functools.partial(_cold, opened, name, threads)
+            figures[name] |= _step(steps, f"{name}, cold", start)()
         figures[name]["size_mb"] = _size(opened, components[name]) / 1e6
     return Report(
         opened.manifest.name,
@@ -175,24 +178,21 @@ def _all_precisions(bundle: Bundle) -> tuple[str, ...]:
 class Steps:
     """Counts what is done."""
 
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.done, self.total = progress, 0, total
+    def __init__(self, progress: Progress | None):
+        self.progress, self.done, self.total = progress, 0, 0
 
     def say(self, what: str) -> None:
         if self.progress is not None:
             self.progress(self.done, self.total, what)
 
 
-def _step(
-    steps: Steps, name: str, work: Callable[[], dict[str, float]]
-) -> Callable[[], dict[str, float]]:
-    def run() -> dict[str, float]:
-        steps.say(name)
-        try:
-            return work()
-        finally:
-            steps.done += 1
-            steps.say(name)
+def _step(steps: Steps, what: str, work: Callable[[], Made]) -> Callable[[], Made]:
+    def run() -> Made:
+        steps.say(what)
+        made = work()
+        steps.done += 1
+        steps.say(what)
+        return made
 
     return run
 

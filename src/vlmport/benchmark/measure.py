@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -77,51 +78,56 @@ def python_milliseconds(runs: Sequence[Run]) -> float:
     return 1000 * median(tokens)
 
 
-@dataclass
 class Bench:
     """One precision, ready to be measured again and again.
 
     Attributes:
-        lengths: of the prompts, in tokens.
-        new_tokens: decoded after each of them.
+        measures: figure → what measures it once. Figures of n tokens end in '@n'.
     """
 
-    components: TimedComponents
-    picture: np.ndarray
-    lengths: tuple[int, ...]
-    new_tokens: int
-    vlm: VLM = field(init=False)
-    _cache: KeyValueCache = field(init=False)
-    _vision: Mapping[str, np.ndarray] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.vlm = VLM(self.components)
-        limit = self.components.manifest.dims.context_length
-        capacity = max(self.lengths, default=0) + self.new_tokens
-        self._cache = KeyValueCache(self.components.decoder, 1, capacity, limit)
-        self._vision = self.components.process_image(self.picture).inputs
-
-    def round(self) -> dict[str, float]:
-        """Each figure once, by the names of FIGURES; those of a length end in '@length'."""
-        figures = {
-            "image_ms": milliseconds(lambda: self.components.process_image(self.picture)),
-            "encode_ms": milliseconds(lambda: self.components.encode_image(self._vision)),
+    def __init__(
+        self,
+        components: TimedComponents,
+        picture: np.ndarray,
+        lengths: Sequence[int],
+        new_tokens: int,
+    ):
+        """Of prompts of these lengths, in tokens, each followed by `new_tokens` decoded ones."""
+        self.components, self.picture, self.new_tokens = components, picture, new_tokens
+        self.vlm = VLM(components)
+        limit = components.manifest.dims.context_length
+        capacity = max(lengths, default=0) + new_tokens
+        self._cache = KeyValueCache(components.decoder, 1, capacity, limit)
+        self._vision = components.process_image(picture).inputs
+        self.measures: dict[str, Callable[[], float]] = {
+            "image_ms": lambda: milliseconds(lambda: components.process_image(picture)),
+            "encode_ms": lambda: milliseconds(lambda: components.encode_image(self._vision)),
         }
-        for length in self.lengths:
-            figures[f"prefill_ms@{length}"] = self._prefill(length)
-            figures[f"decode_tokens_per_s@{length}"] = self._decode()
-        figures["python_ms"] = self._python()
-        return figures
+        for length in sorted(lengths):
+            self.measures |= {
+                f"prefill_ms@{length}": functools.partial(self._prefill, length),
+                f"decode_tokens_per_s@{length}": functools.partial(self._decode, length),
+            }
+        self.measures["python_ms"] = self._python
+
+    def prefill(self, length: int) -> np.ndarray:
+        """Logits f32[V] after so many tokens."""
+        self._cache.lengths[0] = 0
+        return self._cache.prefill(0, self.components.embed(self.ids(length))[0])[-1]
+
+    def ids(self, length: int) -> np.ndarray:
+        """Ids i64[1, S] all over the vocabulary."""
+        vocabulary = self.components.manifest.dims.vocab_size
+        return np.random.default_rng(length).integers(0, vocabulary, (1, length))
 
     def _prefill(self, length: int) -> float:
-        """Milliseconds from the embeddings of so many tokens to the logits of the last."""
-        embeds = self.components.embed(self._ids(length))[0]
-        self._cache.lengths[0] = 0
-        return milliseconds(lambda: self._cache.prefill(0, embeds))
+        """Milliseconds from ids to the logits of the last."""
+        return milliseconds(lambda: self.prefill(length))
 
-    def _decode(self) -> float:
-        """Tokens per second after what was prefilled: embed the last, run, take the best."""
-        token = self._ids(1)
+    def _decode(self, length: int) -> float:
+        """Tokens per second after a prompt: embed the last, run, take the best."""
+        self.prefill(length)
+        token = self.ids(1)
         start = time.perf_counter()
         for _ in range(self.new_tokens):
             token[...] = self._cache.step(self.components.embed(token))[0].argmax()
@@ -133,8 +139,3 @@ class Bench:
         tokens = self.new_tokens
         self.vlm.caption(self.picture, max_new_tokens=tokens, min_new_tokens=tokens)
         return python_milliseconds(self.components.runs)
-
-    def _ids(self, length: int) -> np.ndarray:
-        """Ids i64[1, S] all over the vocabulary."""
-        vocabulary = self.components.manifest.dims.vocab_size
-        return np.random.default_rng(length).integers(0, vocabulary, (1, length))
