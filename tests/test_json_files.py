@@ -21,6 +21,7 @@ def write(folder: Path, data: bytes) -> Path:
 
 def test_load_json_reads_an_object(tmp_path: Path) -> None:
     assert load_json(write(tmp_path, '{"a": "é"}'.encode())) == {"a": "é"}
+    assert load_json(write(tmp_path, b'{"a": "\\ud83d\\ude00"}')) == {"a": "\U0001f600"}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,9 @@ def test_load_json_reads_an_object(tmp_path: Path) -> None:
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[" * 200_000, "nested too deep"),
         (b'{"a": "\xff"}', "not JSON"),
+        (b'{"a": "\\uD83D"}', "surrogates not allowed"),
+        (b'{"\\ude00": 1}', "surrogates not allowed"),
+        (b'{"a": "\xed\xa0\xbd"}', "not JSON"),
         (b"[1]", "expected a JSON object, got a list"),
         (b"null", "expected a JSON object, got null"),
         (b"3", "expected a JSON object, got a number"),

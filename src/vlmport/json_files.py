@@ -15,11 +15,15 @@ def load_json(
     """The JSON object in a file.
 
     Raises `error` when the file is missing, unreadable, not JSON (with line and column; NaN and
-    Infinity are not JSON), nested too deep, or not an object.
+    Infinity are not JSON), nested too deep, or not an object, and for half a character.
     """
     hint = hint or "is the download complete?"
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        data = path.read_bytes()
+        text = data.decode(json.detect_encoding(data))
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise error(f"{path}: no such file", hint=hint) from None
     except OSError as cause:

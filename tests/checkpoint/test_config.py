@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmport.checkpoint.config import Signed, Size, read_config
+from vlmport.checkpoint.config import Layers, Signed, Size, read_config
 from vlmport.errors import ConfigError
 
 WHERE = "config.json: text_config"
@@ -138,6 +138,21 @@ def test_values_that_change_the_maths_are_all_listed() -> None:
     assert "attention_bias=true (supported: false)" in text
     assert 'rope_scaling={"a": 1} (supported: null)' in text
     assert read(hidden_act="gelu", attention_bias=False, rope_scaling=None)
+
+
+def test_numbers_that_no_model_has_are_refused() -> None:
+    """They would be written as a dimension, or as so many layers."""
+    text = failure({**GOOD, "hidden_size": 2**31})
+    assert "hidden_size: expected an int of at least 1, got 2147483648 (too large)" in text
+    assert "(too large)" in failure({**GOOD, "pad_token_id": -(10**400)})
+
+    @dataclass(frozen=True)
+    class Deep:
+        num_hidden_layers: Layers = 12
+
+    assert read_config(Deep, {"num_hidden_layers": 1000}, WHERE).num_hidden_layers == 1000
+    with pytest.raises(ConfigError, match="of at least 1 and at most 1000, got 1001"):
+        read_config(Deep, {"num_hidden_layers": 1001}, WHERE)
 
 
 def test_true_is_not_one_in_must_be() -> None:

@@ -10,6 +10,7 @@ import pytest
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from vlmport.errors import ConfigError
 from vlmport.graph.builder import add_output, new_graph, to_model
 from vlmport.graph.image import image_input, rescale_and_normalize
 
@@ -87,3 +88,21 @@ def test_the_input_is_named_and_has_free_sizes():
     assert image.name == "image"
     assert image.dtype == ir.DataType.UINT8
     assert str(image.shape) == "[height,width,3]"
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "std"),
+    [
+        (0.0, HALF, HALF),
+        (-1 / 255, HALF, HALF),
+        (1e-320, HALF, HALF),
+        (1e300, HALF, HALF),
+        (1 / 255, (0.5, 1e308, 0.5), HALF),
+        (1 / 255, HALF, (0.5, 0.5, 0.0)),
+        (1 / 255, HALF, (1e-50, 0.5, 0.5)),
+    ],
+)
+def test_numbers_that_no_pixel_can_have_are_refused(scale, mean, std):
+    with pytest.raises(ConfigError, match="make no numbers of pixels") as caught:
+        model(scale, mean, std)
+    assert caught.value.hint

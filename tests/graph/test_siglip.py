@@ -108,7 +108,8 @@ def test_eight_bits_are_close() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hidden_act": "quick_gelu"}, {"num_channels": 1}, {"patch_size": 0}]
+    "wrong",
+    [{"hidden_act": "quick_gelu"}, {"num_channels": 1}, {"patch_size": 0}, {"image_size": 7168}],
 )
 def test_towers_that_are_not_computed_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: vision_config"):

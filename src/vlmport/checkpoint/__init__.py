@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
-from vlmport.checkpoint.config import Signed, Size, read_config, subsection
+from vlmport.checkpoint.config import Layers, Signed, Size, read_config, subsection
 from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
@@ -24,6 +24,7 @@ from vlmport.json_files import load_json
 
 __all__ = [
     "Checkpoint",
+    "Layers",
     "LazyTensor",
     "LoraScale",
     "Signed",

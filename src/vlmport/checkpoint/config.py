@@ -16,26 +16,36 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from vlmport.errors import ConfigError, did_you_mean, some_names
 
-__all__ = ["AtLeast", "Signed", "Size", "read_config", "subsection"]
+__all__ = ["Layers", "Signed", "Size", "Within", "read_config", "subsection"]
 
 C = TypeVar("C")
 
 
+MOST = 2**31 - 1  # of any number here; ONNX holds no dimension beyond 2^63
+
+
 @dataclasses.dataclass(frozen=True)
-class AtLeast:
-    """The bound of an `Annotated[int, AtLeast(n)]` field; None lifts the usual bound of 0."""
+class Within:
+    """The bounds of an `Annotated[int, Within(least, most)]` field, both included."""
 
-    value: int | None
+    least: int = 0
+    most: int = MOST
+
+    def describe(self) -> str:
+        least = f" of at least {self.least}" if self.least >= 0 else ""
+        return f"an int{least}{f' and at most {self.most}' if self.most != MOST else ''}"
 
 
-Size = Annotated[int, AtLeast(1)]
-Signed = Annotated[int, AtLeast(None)]
+Size = Annotated[int, Within(1)]
+Signed = Annotated[int, Within(-MOST)]
+Layers = Annotated[int, Within(1, 1000)]  # each is written, so a wrong number would take for ever
 
 
 def read_config(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
     """Fill the dataclass `cls` from a section of config.json.
 
-    Plain `int` fields take 0 and more, `Size` 1 and more, `Signed` any. Nested dataclasses, tuples,
+    Plain `int` fields take 0 and more, `Size` 1 and more, `Signed` any, up to 2^31 - 1; `Layers` 1
+    to 1000. Nested dataclasses, tuples,
     Literal and `X | None` are understood. Keys that `cls` does not know are ignored, unless its
     ClassVar `must_be` (key → accepted values) says that they change the maths.
 
@@ -105,7 +115,8 @@ def _read(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     """`value` as the type `hint`, or None and an entry in `problems`."""
     read, ok = _convert(hint, value, key, problems)
     if not ok:
-        problems.append(f"{key}: expected {_describe(hint)}, got {_show(value)}")
+        too_large = " (too large)" if isinstance(value, int) and abs(value) > MOST else ""
+        problems.append(f"{key}: expected {_describe(hint)}, got {_show(value)}{too_large}")
     return read
 
 
@@ -121,8 +132,8 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any,
         trials = (_convert(arg, value, key, problems) for arg in args)
         return next((trial for trial in trials if trial[1]), (None, False))
     if origin is Annotated:
-        bound = next((arg for arg in args[1:] if isinstance(arg, AtLeast)), AtLeast(0))
-        return (value, _is_int(value, bound)) if args[0] is int else (value, False)
+        bounds = next((arg for arg in args[1:] if isinstance(arg, Within)), Within())
+        return (value, _is_int(value, bounds)) if args[0] is int else (value, False)
     if origin is Literal:
         return value, any(_same(value, arg) for arg in args)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -134,7 +145,7 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any,
     if hint is float:
         return _float(value)
     if hint is int:
-        return value, _is_int(value, AtLeast(0))
+        return value, _is_int(value, Within())
     if hint is None or hint is types.NoneType:
         return None, value is None
     return value, isinstance(hint, type) and type(value) is hint
@@ -177,10 +188,10 @@ def _float(value: Any) -> tuple[float | None, bool]:
     return number, math.isfinite(number)
 
 
-def _is_int(value: Any, bound: AtLeast) -> bool:
+def _is_int(value: Any, bounds: Within) -> bool:
     if isinstance(value, bool) or not isinstance(value, int):
         return False
-    return bound.value is None or value >= bound.value
+    return bounds.least <= value <= bounds.most
 
 
 def _describe(hint: Any) -> str:
@@ -189,8 +200,8 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
     if origin is Annotated:
-        bound = next((arg.value for arg in args[1:] if isinstance(arg, AtLeast)), 0)
-        return "an int" if bound is None else f"an int of at least {bound}"
+        bounds = next((arg for arg in args[1:] if isinstance(arg, Within)), Within())
+        return bounds.describe()
     if origin is Literal:
         return " or ".join(_show(arg) for arg in args)
     if origin in (tuple, list, Sequence):
@@ -199,7 +210,7 @@ def _describe(hint: Any) -> str:
         return f"a list of {len(args)}, each {kinds}" if fixed else f"a list, each {kinds}"
     if origin in (dict, Mapping) or hint in (dict, Mapping) or dataclasses.is_dataclass(hint):
         return "an object"
-    names = {float: "a finite number", int: "an int of at least 0", bool: "true or false"}
+    names = {float: "a finite number", int: Within().describe(), bool: "true or false"}
     names |= {str: "a string", types.NoneType: "null", None: "null"}
     return names.get(hint, str(hint))
 

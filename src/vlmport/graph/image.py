@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from vlmport.errors import ConfigError
 from vlmport.graph.builder import GraphBuilder, OpBuilder
 
 __all__ = ["image_input", "normalized_planes", "rescale_and_normalize"]
@@ -36,8 +37,23 @@ def normalized_planes(
     op: OpBuilder, planes: ir.Value, scale: float, mean: Sequence[float], std: Sequence[float]
 ) -> ir.Value:
     """The same for uint8 [..., 3, H, W]: float32 of that shape."""
+    _check_numbers(scale, mean, std)
     values = op.Sub(_rescale(op, planes, scale), _channels(op, mean))
     return op.Div(values, _channels(op, std))
+
+
+def _check_numbers(scale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ConfigError where a pixel would not be a number: a std of zero, a scale of 1e300."""
+    with np.errstate(all="ignore"):
+        ends = np.array([[0.0], [255.0]]) * scale
+        values = (ends.astype(np.float32) - np.float32(mean)) / np.float32(std)
+        usable = scale > 0 and np.isfinite(np.float32(1 / scale)) and np.isfinite(values).all()
+    if not usable:
+        raise ConfigError(
+            f"preprocessor_config.json: rescale_factor {scale:.3g}, image_mean {list(mean)} and "
+            f"image_std {list(std)} make no numbers of pixels",
+            hint="rescale_factor and image_std must not be 0; 1/255 and 0.5 are common",
+        )
 
 
 def _rescale(op: OpBuilder, planes: ir.Value, scale: float) -> ir.Value:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.checkpoint import LazyTensor, Size, read_config, subsection
+from vlmport.checkpoint import Layers, LazyTensor, Size, read_config, subsection
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
@@ -39,7 +39,7 @@ class LlamaConfig:
     vocab_size: Size = 32000
     hidden_size: Size = 4096
     intermediate_size: Size = 11008
-    num_hidden_layers: Size = 32
+    num_hidden_layers: Layers = 32
     num_attention_heads: Size = 32
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None

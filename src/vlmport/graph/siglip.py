@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.checkpoint import Size, read_config
+from vlmport.checkpoint import Layers, Size, read_config
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
@@ -23,6 +23,8 @@ from vlmport.graph.weights import TINY, Format, Quantizer, Weight
 if TYPE_CHECKING:
     from jaxtyping import Float, Int8
 
+MAX_PATCHES = 1 << 20  # attention over as many would need terabytes
+
 
 @dataclass(frozen=True)
 class SiglipVisionConfig:
@@ -30,7 +32,7 @@ class SiglipVisionConfig:
 
     hidden_size: Size = 768
     intermediate_size: Size = 3072
-    num_hidden_layers: Size = 12
+    num_hidden_layers: Layers = 12
     num_attention_heads: Size = 12
     num_channels: Size = 3
     image_size: Size = 224
@@ -58,6 +60,12 @@ class SiglipVisionConfig:
             raise ConfigError(
                 f"{where}: image_size {config.image_size} is less than patch_size "
                 f"{config.patch_size}",
+                hint="is the file of another model?",
+            )
+        if config.num_patches > MAX_PATCHES:
+            raise ConfigError(
+                f"{where}: image_size {config.image_size} and patch_size {config.patch_size} make "
+                f"{config.num_patches} patches, at most {MAX_PATCHES} are meant",
                 hint="is the file of another model?",
             )
         return config
