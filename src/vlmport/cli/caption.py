@@ -13,14 +13,17 @@ import typer
 from vlmport.cli.app import app
 from vlmport.cli.arguments import Adapter, Device, Model, Revision, Threads
 from vlmport.cli.console import export_progress, report
+from vlmport.cli.generation import with_decoding
 from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
 
 if TYPE_CHECKING:
-    from vlmport.runtime.model import VLM
+    from vlmport.runtime.model import VLM, Caption
 
 
 @app.command()
+@with_decoding
 def caption(
+    *,
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
     model: Model = "shapes",
     precision: Annotated[
@@ -32,14 +35,12 @@ def caption(
         ),
     ] = "auto",
     device: Device = "cpu",
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="At most so many tokens a caption.", min=1)
-    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
+    decoding: dict[str, Any],
 ) -> None:
     """Caption pictures."""
     from vlmport.source import load
@@ -57,12 +58,11 @@ def caption(
             revision=revision,
             progress=progress,
         )
-    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     with vlm:
         worst = (
-            _stream_captions(vlm, images, options)
+            _stream_captions(vlm, images, decoding)
             if stream
-            else _print_captions(vlm, images, options, as_json=as_json)
+            else _print_captions(vlm, images, decoding, as_json=as_json)
         )
     if worst is not None:
         raise typer.Exit(worst.exit_code)
@@ -78,12 +78,24 @@ def _print_captions(
             report(result)
             failure = result
         elif as_json:
-            row = {"image": str(path), "caption": result.text}
-            row |= {k: v for k, v in dataclasses.asdict(result).items() if k != "text"}
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json.dumps(_row(path, result), ensure_ascii=False), flush=True)
         else:
-            print(f"{path}: {result.text}" if len(paths) > 1 else result.text, flush=True)
+            for answer in (result, *result.alternatives):
+                print(f"{path}: {answer}" if len(paths) > 1 else answer, flush=True)
     return failure
+
+
+def _row(path: Path, caption: Caption) -> dict[str, Any]:
+    """Everything about a caption; what was not asked for is left out."""
+
+    def asked(fields: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in fields.items() if value not in (None, ())}
+        return kept | {"stop_reason": fields["stop_reason"]}
+
+    fields = dataclasses.asdict(caption)
+    others = tuple(asked(one) for one in fields["alternatives"])
+    row = {"image": str(path), "caption": fields.pop("text")}
+    return row | asked(fields | {"alternatives": others})
 
 
 def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:

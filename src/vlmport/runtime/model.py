@@ -50,6 +50,7 @@ class _Prompt:
 
     request: Request
     stops: StopStrings | None
+    has_grammar: bool
     image_tokens: int
     image_seconds: float
 
@@ -277,7 +278,8 @@ class VLM:
             is_stopped=stops.ends if stops else None,
             mask=grammar.fresh().mask if grammar else None,
         )
-        return _Prompt(request, stops, sum(len(one) for one in features), seconds)
+        image_tokens = sum(len(one) for one in features)
+        return _Prompt(request, stops, grammar is not None, image_tokens, seconds)
 
     def _embed(
         self, ids: Int64[np.ndarray, " S"], features: Sequence[Float[np.ndarray, "T D"]]
@@ -294,7 +296,10 @@ class VLM:
 
     def _caption(self, prompt: _Prompt, seconds: Mapping[str, float]) -> Caption:
         request, text = prompt.request, AnswerText(self.prompter.tokenizer, prompt.stops)
-        best, *others = (text.whole(answer) for answer in request.search.results())
+        found = request.search.results()
+        if prompt.has_grammar:  # a beam that never ended may say anything
+            found = [one for one in found if one.stop_reason] or found
+        best, *others = (text.whole(one) for one in found)
         return Caption(
             best.text,
             best.token_ids,
