@@ -1,12 +1,14 @@
 """Captions in Chromium: this package beside transformers.js on the same bundle, and Python.
 
-    python benchmarks/web.py [--repeats N] [--webgpu]
+    python benchmarks/web.py [--rounds N] [--repeats N] [--no-webgpu]
     python benchmarks/web.py --memory           # peak memory of loading 200 MB of weights
 
-Both clients run in the same browser on the same machine, one after the other, each in a page of
-its own. The time to the first token counts from the picture's file. `--webgpu` adds a GPU in
-software (SwiftShader), which says that it works and nothing about speed. Prints a table, then one
-line of JSON. Needs `make test` to have run once, which installs and builds what is used here.
+The clients take turns, each in a new page of the same browser, for a few rounds; figures are
+medians of all rounds, the first caption of each page left out. The time to the first token counts
+from the picture's file, and a second figure is a 12-megapixel photograph made ready: decoded,
+processed, encoded. WebGPU is a GPU in software (SwiftShader), which says that it works and nothing
+about speed. Prints a table, then one line of JSON. Needs `make test` to have run once, which
+installs and builds what is used here.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -27,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from PIL import Image
 
+import vlmport
 from vlmport.builtin import builtin_models
 from vlmport.bundle import Bundle
 from vlmport.demo import DemoServer
@@ -108,40 +113,61 @@ def in_python(bundle: Bundle, precision: str, threads: int, repeats: int) -> dic
     return {"runs": runs, "photos": [], "load": None, "browser": None}
 
 
-def speed(folder: Path, repeats: int, webgpu: bool) -> list[dict[str, Any]]:
+def speed(folder: Path, rounds: int, repeats: int, webgpu: bool) -> list[dict[str, Any]]:
     bundle = export(builtin_models()["shapes"], folder / "bundle", precisions="fp32,q8,q4")
     write_page(folder / "page")
-    devices = [("wasm", precision, threads) for precision in ("fp32", "q8") for threads in (1, 2)]
-    rows = []
+    forms = [("wasm", precision, threads) for precision in ("fp32", "q8") for threads in (1, 2)]
+    forms += [("webgpu", "q4", 1)] * webgpu
+    tasks = [(client, *form) for form in forms for client in ("vlmport", "transformers")]
+    tasks += [("python", "cpu", name, n) for name in ("fp32", "q8", "q4") for n in (1, 2)]
+    found: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {task: [] for task in tasks}
     with serving(folder / "page", bundle) as url:
-        for device, precision, threads in devices + [("webgpu", "q4", 1)] * webgpu:
-            for client in ("vlmport", "transformers"):
-                task = {"device": device, "precision": precision, "threads": threads}
-                photo = "/photo.jpg" if device == "wasm" else None
-                got = in_chromium(url, client=client, repeats=repeats, photo=photo, **task)
-                rows.append({"client": client, **task, **summary(got)})
-                print(line(rows[-1]), flush=True)
-    for precision in ("fp32", "q8", "q4"):
-        for threads in (1, 2):
-            got = in_python(bundle, precision, threads, repeats)
-            task = {"device": "cpu", "precision": precision, "threads": threads}
-            rows.append({"client": "python", **task, **summary(got)})
-            print(line(rows[-1]), flush=True)
+        for _ in range(rounds):
+            for client, device, precision, threads in tasks:
+                task = {"precision": precision, "threads": threads, "repeats": repeats}
+                if client == "python":
+                    got = in_python(bundle, **task)
+                else:
+                    photo = "/photo.jpg" if (client, device) == ("vlmport", "wasm") else None
+                    got = in_chromium(url, client=client, device=device, photo=photo, **task)
+                found[client, device, precision, threads].append(got)
+    rows = []
+    for (client, device, precision, threads), got in found.items():
+        task = {"client": client, "device": device, "precision": precision, "threads": threads}
+        rows.append(task | summary(got))
+        print(line(rows[-1]), flush=True)
     return rows
 
 
-def summary(got: dict[str, Any]) -> dict[str, Any]:
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     def median(values: list[float]) -> float | None:
         return round(statistics.median(values), 1) if values else None
 
+    runs = [run for got in rounds for run in got["runs"]]
+    texts = {run["text"] for run in runs}
+    assert len(texts) == 1, texts
     return {
-        "first_ms": median([one["first"] for one in got["runs"]]),
-        "tokens_per_s": median([one["perSecond"] for one in got["runs"]]),
-        "photo_ms": median(got["photos"]),
-        "load_ms": got["load"] and round(got["load"]),
-        "text": got["runs"][0]["text"],
-        "browser": got["browser"],
+        "first_ms": median([one["first"] for one in runs]),
+        "tokens_per_s": median([one["perSecond"] for one in runs]),
+        "photo_ms": median([ms for got in rounds for ms in got["photos"]]),
+        "load_ms": median([got["load"] for got in rounds if got["load"]]),
+        "text": texts.pop(),
+        "browser": rounds[0]["browser"],
     }
+
+
+def versions() -> dict[str, str]:
+    """Of all that is compared."""
+    packages = {
+        "onnxruntime-web": ROOT / "web/node_modules/onnxruntime-web",
+        "transformers.js": MODULES / "@huggingface/transformers",
+        "transformers.js's onnxruntime-web": MODULES / "onnxruntime-web",
+    }
+    found = {
+        name: str(json.loads((folder / "package.json").read_text())["version"])
+        for name, folder in packages.items()
+    }
+    return found | {"onnxruntime": onnxruntime.__version__, "vlmport": vlmport.__version__}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -185,23 +211,30 @@ def memory(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--webgpu", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="captions in each round")
+    parser.add_argument("--no-webgpu", action="store_true")
     parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
     if not BUILT.is_dir() or not MODULES.is_dir():
         sys.exit("the pages are not built: run `make test` once")
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         if given.memory:
             rows = memory(Path(folder))
         else:
-            print(
-                f"{'':36}"
-                + "".join(f"{one:>12}" for one in ("load ms", "first ms", "tok/s", "12 MP ms"))
-            )
-            rows = speed(Path(folder), given.repeats, given.webgpu)
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    print(json.dumps({"rows": rows, **machine}))
+            names = ("load ms", "first ms", "tok/s", "12 MP ms")
+            print(f"{'':36}" + "".join(f"{one:>12}" for one in names))
+            rows = speed(Path(folder), given.rounds, given.repeats, not given.no_webgpu)
+    machine = {"machine": processor(), "cores": os.cpu_count(), "load": load}
+    print(json.dumps({"rows": rows, "versions": versions(), **machine}))
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    about = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", about.read_text()) if about.is_file() else []
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

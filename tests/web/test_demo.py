@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -136,3 +141,64 @@ def test_a_page_that_is_not_built(page: Path, tiny_bundle: Path) -> None:
     with pytest.raises(DependencyError, match="the page is not built") as error:
         demo.make_server(Bundle.open(tiny_bundle), 0)
     assert "npm run build" in str(error.value.hint)
+
+
+# The command: in a process of its own, with the tests' page.
+COMMAND = """
+import sys
+from pathlib import Path
+from vlmport import cli, demo
+page = Path(sys.argv.pop(1))
+demo.page_folder = lambda: page
+cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_the_command_prints_its_address_and_serves_until_interrupted(
+    page: Path, tiny_bundle: Path
+) -> None:
+    command = [sys.executable, "-c", COMMAND, page, "demo", "--model", tiny_bundle, "--port", "0"]
+    with subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},  # the address has to come at once all the same
+    ) as process:
+        assert process.stdout is not None
+        watchdog = threading.Timer(120, process.kill)  # else a silent one is waited for for ever
+        watchdog.start()
+        try:
+            address = urlsplit(process.stdout.readline().strip())
+            assert (address.scheme, address.hostname, address.path) == ("http", "127.0.0.1", "/")
+            connection = http.client.HTTPConnection("127.0.0.1", address.port or 0, timeout=60)
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            assert answer.read() == b"<title>page</title>"
+            assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+            whole = (tiny_bundle / "vlmport.json").read_bytes()
+            connection.request("GET", "/bundle/vlmport.json", headers={"Range": "bytes=2-9"})
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (206, whole[2:10])
+            connection.close()
+        finally:
+            process.send_signal(signal.SIGINT)  # Ctrl-C
+            rest, said = process.communicate()
+            watchdog.cancel()
+    assert (process.returncode, rest) == (0, "")
+    assert "Traceback" not in said
+
+
+def test_the_command_without_a_built_page(page: Path, tiny_bundle: Path) -> None:
+    (page / "index.html").unlink()
+    command = [sys.executable, "-c", COMMAND, page, "demo", "--model", tiny_bundle]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "the page is not built" in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
