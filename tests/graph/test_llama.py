@@ -164,6 +164,8 @@ def test_theta_is_read_in_both_spellings() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"rope_theta": 0.0},
+        {"rope_theta": -1.0},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},

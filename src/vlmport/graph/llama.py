@@ -64,6 +64,11 @@ class LlamaConfig:
         """
         config = read_config(cls, {**raw, **_rope_theta(raw, where)}, where)
         config.check_heads(where)
+        if config.rope_theta <= 0:
+            raise ConfigError(
+                f"{where}: rope_theta {config.rope_theta:g}, expected more than 0",
+                hint="is the file of another model? 10000 is the usual base",
+            )
         return config
 
     def check_heads(self, where: str) -> None:
