@@ -56,7 +56,7 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "captioner"
     write_prefix_checkpoint(folder, text={"vocab_size": 3000})
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([f"<{'x' * 150}{i}>" for i in range(3000)])
+    tokenizer.add_special_tokens([f"<{'x' * 300}{i}>" for i in range(3000)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 

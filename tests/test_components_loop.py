@@ -71,7 +71,7 @@ def test_it_runs_as_a_program(folders: tuple[Path, Path]) -> None:
 def test_a_text_after_the_picture(folders: tuple[Path, Path], example: ModuleType) -> None:
     """As PyTorch goes on from it: generate with the prefix and the text's embeddings."""
     from vlmport.builtin import builtin_folder
-    from vlmport.verify.reference import load_reference
+    from vlmport.verify.references import load_reference
 
     bundle = Bundle.open(folders[1])
     checkpoint = builtin_folder("shapes")
@@ -85,7 +85,7 @@ def test_a_text_after_the_picture(folders: tuple[Path, Path], example: ModuleTyp
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         features = reference.vision_features(reference.pixels(image))
-        ids = np.concatenate([reference.prompt_ids(image), words])
+        ids = np.concatenate([reference.image_ids(image), words])
         made = reference.generate(
             reference.embeds(ids, features), bundle.manifest.generation.max_new_tokens
         )

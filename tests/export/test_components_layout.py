@@ -1,4 +1,4 @@
-"""The layout `components`: distilvit2's four files, by their names, their ports and their numbers."""
+"""The layout `components`: distilvit2's four files, by their names, ports and numbers."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_the_files_are_distilvit2s(four: Bundle) -> None:
 @pytest.mark.parametrize("component", GRAPHS)
 def test_inputs_and_outputs(four: Bundle, component: str, suffix: str) -> None:
     model = onnx.load(four.folder / GRAPHS[component].format(suffix), load_external_data=False)
-    for ports, expected in zip((model.graph.input, model.graph.output), PORTS[component]):
+    graph = model.graph
+    for ports, expected in zip((graph.input, graph.output), PORTS[component], strict=True):
         found = {
             port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
             for port in ports

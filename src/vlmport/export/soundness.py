@@ -134,7 +134,7 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
     for value in halves:
         magnitude = ir.node("Abs", [value])
         peak = ir.node("ReduceMax", [magnitude.outputs[0]], attributes={"keepdims": 0})
-        peak.outputs[0].name = f"{value.name}{SUFFIX}"
+        peak.outputs[0].name = f"{_place(value)}{SUFFIX}"
         peak.outputs[0].type, peak.outputs[0].shape = ir.TensorType(FLOAT), ir.Shape([])
         model.graph.extend([magnitude, peak])
         model.graph.outputs.append(peak.outputs[0])
@@ -153,6 +153,14 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
         name.removesuffix(SUFFIX): float(np.asarray(value))
         for name, value in zip(wanted, values, strict=True)
     }
+
+
+def _place(value: ir.Value) -> str:
+    """The node that makes a value, which says where in the model it is."""
+    producer = value.producer()
+    if producer is None or not producer.name:
+        return value.name or ""
+    return f"{producer.name}:{value.index()}" if value.index() else producer.name
 
 
 def _half_values(graph: ir.Graph) -> Iterable[ir.Value]:
