@@ -15,7 +15,7 @@ from tests.fuzz.mutations import damaged
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 17, 4), np.uint8)
 # Format → the modes that it can hold.
 FORMATS = {
-    "PNG": ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"),
+    "PNG": ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"),
     "JPEG": ("L", "RGB", "CMYK"),
     "GIF": ("1", "L", "P", "RGB"),
     "WEBP": ("RGB", "RGBA"),
