@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.checkpoints import write_tokenizer
 from tests.runtime.test_text import byte_fallback
 from tests.shared_testdata import shared_testdata
 from vlmport.builtin import builtin_folder
@@ -153,6 +154,16 @@ def test_after_what_breaks_the_grammar_nothing_may_come():
     assert not grammar.mask([b, a]).any()
     assert np.flatnonzero(grammar.mask([a, b])).tolist() == [stop]  # in any order
     assert np.flatnonzero(grammar.fresh().mask([a])).tolist() == [b]
+
+
+def test_what_no_token_spells(tmp_path: Path):
+    """A vocabulary of ASCII: the text can begin, but not go on."""
+    write_tokenizer(tmp_path, 113)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    grammar = Grammars(tokenizer, 113, (0,)).of(GenerationOptions(regex="aé"))
+    a = tokenizer.token_to_id("a")
+    assert np.flatnonzero(grammar.mask([])).tolist() == [a]
+    assert not grammar.mask([a]).any()
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,9 @@ class Generation:
         for row, one in sorted(enumerate(held), key=lambda pair: pair[1].index):
             rows.setdefault(one.request, []).append(row)
         for request, own in rows.items():
-            together = own == list(range(own[0], own[0] + len(own)))
-            self._choose(request, logits[own[0] : own[-1] + 1] if together else logits[own], own)
+            together = own == list(range(own[0], own[0] + len(own)))  # then a view is enough
+            its = logits[own[0] : own[-1] + 1] if together else logits[own]
+            self._choose(request, its, own[0])
         return list(rows)
 
     def _try(self, held: _Held, guess: list[int]) -> Request:
@@ -153,12 +154,10 @@ class Generation:
                 break
         return request
 
-    def _choose(
-        self, request: Request, logits: Float32[np.ndarray, "n V"], rows: list[int]
-    ) -> None:
+    def _choose(self, request: Request, logits: Float32[np.ndarray, "n V"], row: int) -> None:
         request.choose(logits)
         if request.keep and request.done:
-            request.kept = self.cache.keep(rows[0])
+            request.kept = self.cache.keep(row)
 
     def _place(self) -> None:
         """Give each row that goes on a row of the cache, the first ones, so that what is finished

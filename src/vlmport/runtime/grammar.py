@@ -78,8 +78,9 @@ class Grammar:
         return other
 
     def mask(self, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
-        """Which tokens may follow these; none after tokens that break the grammar, which beam
-        search carries along where there is nothing better.
+        """Which tokens may follow these. None after tokens that break the grammar, which beam
+        search carries along where there is nothing better, and where no token spells what must
+        come.
 
         Raises OptionError where the grammar is too complex.
         """
@@ -88,6 +89,8 @@ class Grammar:
             return np.zeros(self._vocab_size, np.bool_)
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
+            if "NoExtension" in matcher.get_error():
+                return np.zeros(self._vocab_size, np.bool_)
             raise OptionError(f"{self._said}: {_reason(matcher)}", hint="make it simpler")
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
 
