@@ -343,6 +343,13 @@ def test_a_bundle_that_is_none(tmp_path: Path) -> None:
         evaluate(tmp_path, captions="x.json")
 
 
+def test_a_layout_that_the_runtime_does_not_run(tmp_path: Path) -> None:
+    bundle = vlmport.export("shapes", tmp_path / "out", precisions="fp32", layout="components")
+    done = run(bundle.folder, "--limit", 3)
+    assert done.exit_code == 2
+    assert "written in the layout 'components', expected 'hub'" in done.stderr
+
+
 def test_a_built_in_name_is_exported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path / "cache"))
     done = run("shapes", "--limit", 3, "-p", "q8,auto")

@@ -72,6 +72,15 @@ def test_every_precision_has_a_row_with_its_size(shapes: Bundle) -> None:
     assert rows == ["q8", "q4"]
 
 
+def test_a_layout_that_vlmport_does_not_run_promises_no_use_of_it(tmp_path: Path) -> None:
+    bundle = export("shapes", tmp_path / "shapes", precisions="fp32", layout="components")
+    card = ModelCard.load(bundle.folder / CARD)
+    assert card.data.library_name is None
+    for text in ("transformers.js", "vlmport caption", "vlmport eval", "@vlmport/web"):
+        assert text not in card.text
+    assert "<!-- parity -->" in card.text
+
+
 def test_the_python_in_it_runs(shapes: Bundle, tmp_path: Path) -> None:
     (code,) = blocks(read(shapes), "python")
     code = code.replace("MODEL", str(shapes.folder))

@@ -117,12 +117,6 @@ and SHA-256 of every file.
 {rows}
 
 {use}
-## Accuracy
-
-<!-- accuracy -->
-Not measured yet: `vlmport eval . PICTURES` writes the table here.
-<!-- /accuracy -->
-
 ## Parity with PyTorch
 
 <!-- parity -->
@@ -179,6 +173,12 @@ const output = await model.generate(inputs);
 const ids = output.slice(null, [inputs.input_ids.dims.at(-1), null]);
 console.log(processor.batch_decode(ids, {{ skip_special_tokens: true }})[0]);
 ```
+
+## Accuracy
+
+<!-- accuracy -->
+Not measured yet: `vlmport eval . PICTURES` writes the table here.
+<!-- /accuracy -->
 """
 
 OTHER_USE = """\
