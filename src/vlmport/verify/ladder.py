@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -226,8 +226,8 @@ class Ladder:
         """From the pictures to the tokens as a user has them, but greedily whatever the bundle's
         defaults are. The prompt's text is compared here, id by id."""
         defaults = self.components.manifest.generation.defaults
-        greedy = {name: None for name in defaults if name in CHECKS or name in REFUSED}
-        options = greedy | {"max_new_tokens": self.max_new_tokens}
+        known = [name for name in defaults if name in CHECKS or name in REFUSED]
+        options: dict[str, Any] = {**dict.fromkeys(known), "max_new_tokens": self.max_new_tokens}
         request, images = self.request, [picture.rgb for picture in self.request.pictures]
         self.model.features.options = request.options
         with bundle_runs():
