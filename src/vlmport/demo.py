@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.errors import DependencyError, OptionError
+from vlmport.layouts import HUB
 
 HOST = "127.0.0.1"
 PORT = 8000
@@ -51,6 +52,7 @@ def serve(bundle: Bundle, port: int = PORT) -> None:
 
 def make_server(bundle: Bundle, port: int = PORT) -> DemoServer:
     """A server that listens but does not answer yet; port 0 takes any free one."""
+    bundle.needs_layout(HUB)
     page = page_folder()
     if not (page / "index.html").is_file():
         raise DependencyError(

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoints import write_prefix_checkpoint
 from tests.runtime import toy
 from vlmport.errors import ExportError, WeightError
-from vlmport.export import export
+from vlmport.export import export, writing
 from vlmport.export.soundness import LIMIT, check_float16, half_magnitudes
 
 UP = "language_model.base_model.model.model.layers.0.mlp.up_proj.weight"
@@ -53,6 +53,25 @@ def test_what_is_measured_are_the_float16_tensors(tmp_path: Path) -> None:
     pixels = {"pixel_values": np.zeros((1, 3, 30, 30), np.float32)}
     assert half_magnitudes(bundle.path("onnx/vision_encoder.onnx"), pixels) == {}
     assert len(half_magnitudes(bundle.path("onnx/vision_encoder_fp16.onnx"), pixels)) > 30
+
+
+@pytest.mark.parametrize("layout", ["hub", "components"])
+def test_weights_beside_a_graph_are_looked_at_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """Large graphs keep them in a file; nothing of the look is left in the folder."""
+    monkeypatch.setattr(writing, "INLINE_BYTES", 0)
+    checkpoint = write_prefix_checkpoint(tmp_path / "c")
+    bundle = export(checkpoint, tmp_path / "b", precisions="q4f16", layout=layout)
+    assert any(name.endswith(".onnx_data") for name in bundle.manifest.files)
+    found = {p.relative_to(bundle.folder).as_posix() for p in bundle.folder.rglob("*.onnx*")}
+    assert found == {name for name in bundle.manifest.files if ".onnx" in name}
+    largest = check_float16(bundle, "q4f16")
+    assert len(largest) == (2 if layout == "hub" else 3)
+    assert all(0.1 < value < LIMIT for value in largest.values())
+    source = scaled(tmp_path / "wild", UP, 3e4)
+    with pytest.raises(ExportError, match=r"tensors come near .*: '[\w./]+node_\d+"):
+        export(source, tmp_path / "b2", precisions="q4f16", layout=layout)
 
 
 def test_positions_have_the_axes_that_the_decoder_wants(tmp_path: Path) -> None:

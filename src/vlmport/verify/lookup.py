@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
+import onnx.external_data_helper
 import onnxruntime as ort
 
 from vlmport.errors import BundleError
