@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from vlmport import cli
 from vlmport.bundle import MANIFEST, Bundle, read_manifest
+from vlmport.export import export
 from vlmport.inspection import describe, probe_bundle
 
 VISION = "onnx/vision_encoder.onnx"
@@ -41,6 +43,60 @@ def test_a_type_that_onnx_has_no_name_for_is_shown(own_bundle_folder: Path) -> N
     manifest = read_manifest(own_bundle_folder / MANIFEST)
     describe(Bundle(own_bundle_folder, manifest), Console(file=text, width=200))
     assert "in  pixel_values type 999, unknown[batch_size, 3, 30, 30]" in text.getvalue()
+
+
+def shown(bundle: Bundle) -> list[str]:
+    text = io.StringIO()
+    describe(bundle, Console(file=text, width=200))
+    return text.getvalue().splitlines()
+
+
+def test_parity_is_shown_by_precision(own_bundle_folder: Path) -> None:
+    rows = [
+        {"precision": precision, "rung": rung, "passed": (precision, rung) != ("q4", "pixels")}
+        for precision in ("fp32", "q4")
+        for rung in ("pixels", "first_logits")
+    ]
+    parity = {"reference": "torch 2", "passed": False, "rows": [*rows, {}]}
+    lines = shown(edit(own_bundle_folder, lambda raw: raw.update(parity=parity)))
+    at = lines.index("parity           FAILED against torch 2")
+    assert lines[at + 1 : at + 4] == [
+        "  fp32           2 of 2 checks passed",
+        "  q4             1 of 2 checks passed; broken: pixels",
+        "  ?              0 of 1 checks passed; broken: ?",
+    ]
+
+
+def test_accuracy_is_shown_by_precision(own_bundle_folder: Path) -> None:
+    assert "accuracy         not measured yet" in shown(edit(own_bundle_folder, lambda raw: None))
+    entry = {
+        "data": "cats [and dogs]",
+        "pictures": 20,
+        "sha256": "0" * 64,
+        "device": "cpu",
+        "by": "me",
+        "passed": True,
+        "figures": {"fp32": {"rouge_l": 41.5, "cider_d": 90}, "q4": {"rouge_l": 40}},
+        "limits": {"q4": 3},
+    }
+    lines = shown(edit(own_bundle_folder, lambda raw: raw.update(accuracy=[entry])))
+    at = lines.index("accuracy         cats [and dogs], 20 pictures, cpu: within its limits")
+    assert lines[at + 1 :] == [
+        "  fp32           rouge_l 41.50, cider_d 90.00",
+        "  q4             rouge_l 40.00",
+    ]
+
+
+def test_what_only_some_precisions_have_is_marked(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """The cache of float16 graphs is float16."""
+    lines = shown(export(tiny_checkpoint, tmp_path / "out", precisions="fp32,fp16"))
+    caches = [line.split(" cache tensors ")[1] for line in lines if "cache tensors" in line]
+    assert [re.sub(r"\[.*\]", "", kind) for kind in caches] == [
+        "float (fp32)",
+        "float16 (fp16)",
+    ] * 2
+    (embeds,) = [line for line in lines if line.startswith("  in  inputs_embeds")]
+    assert embeds.endswith("]")
 
 
 def test_a_probe_without_any_golden_fails(own_bundle_folder: Path) -> None:

@@ -308,6 +308,16 @@ def test_what_is_done_is_kept_when_the_rest_is_interrupted(
     assert contents(own) == before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_json_on_a_full_disk(own: Path) -> None:
+    """The work goes on, and the bundle has its figures."""
+    done = run(own, "--limit", 3, "-p", "fp32,q8", "--json", "/dev/full")
+    assert done.exit_code == 2
+    assert "error: --json /dev/full: No space left on device" in done.stderr
+    assert "q8" in done.stdout
+    assert set(manifest(own)["accuracy"][0]["figures"]) == {"fp32", "q8"}
+
+
 # Refusals
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from vlmport.cli.app import EXIT_FAILED, app
 from vlmport.cli.arguments import Device, Threads
 from vlmport.cli.console import eval_progress, export_progress, report, say, stdout
 from vlmport.cli.json_file import JsonFile, check_writable, write_json
-from vlmport.errors import ImageError
+from vlmport.errors import ImageError, OptionError
 from vlmport.precisions import DEFAULT_PRECISIONS, split_precisions
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def evaluate(
         typer.Argument(
             help="Folder of pictures with captions; without it, scenes are drawn for models that "
             "were trained on them.",
-            metavar="[PICTURES]",
+            metavar="PICTURES",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +79,8 @@ def evaluate(
     def keep(result: Report) -> None:
         """What is done is not lost by what comes after it."""
         if json_file is not None:
-            write_json(json_file, result.to_json())
+            with contextlib.suppress(OptionError):  # raised when all is done
+                write_json(json_file, result.to_json())
 
     with export_progress() as exporting:
         wanted = split_precisions([*DEFAULT_PRECISIONS, *(n for n in names if "=" not in n)])
@@ -103,6 +105,8 @@ def evaluate(
             )
         except UnrecordedResultError as error:
             result, unrecorded = error.report, error
+    if json_file is not None:
+        write_json(json_file, result.to_json())
     if left_out := len(result.data.left_out):
         say(f"{left_out} pictures of the folder have no captions and were left out")
     for problem in result.unreadable.values():
