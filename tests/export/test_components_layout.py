@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from tests.checkpoints import write_prefix_checkpoint
+from tests.checkpoints import (
+    prefix_config,
+    write_json,
+    write_prefix_checkpoint,
+    write_tokenizer,
+    write_weights,
+)
 from vlmport.bundle import Bundle
+from vlmport.checkpoint import Checkpoint
 from vlmport.errors import BundleError, ExportError, WeightError
 from vlmport.export import export
+from vlmport.families.prefix import PrefixCaptioner
+from vlmport.graph.builder import to_model
+from vlmport.graph.precision import PRECISIONS
+from vlmport.graph.weights import Weight
 from vlmport.layouts import COMPONENTS
 from vlmport.runtime.four_files import FourFiles
 from vlmport.runtime.model import VLM
 
-PRECISIONS = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 GRAPHS = {
     "vision_encoder": "vision_encoder/model{}.onnx",
     "projection": "projection{}.onnx",
@@ -67,13 +80,13 @@ PORTS: dict[str, tuple[dict[str, list[Any]], dict[str, list[Any]]]] = {
 def four(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in every precision, not to be changed."""
     out = tmp_path_factory.mktemp("layouts") / "four"
-    return export(tiny_checkpoint, out, precisions=list(PRECISIONS), layout=COMPONENTS)
+    return export(tiny_checkpoint, out, precisions=list(SUFFIXES), layout=COMPONENTS)
 
 
 def test_the_files_are_distilvit2s(four: Bundle) -> None:
     found = {p.relative_to(four.folder).as_posix() for p in four.folder.rglob("*") if p.is_file()}
-    graphs = {path.format(suffix) for path in GRAPHS.values() for suffix in PRECISIONS.values()}
-    data = {f"language_model/model{suffix}.onnx_data" for suffix in PRECISIONS.values()}
+    graphs = {path.format(suffix) for path in GRAPHS.values() for suffix in SUFFIXES.values()}
+    data = {f"language_model/model{suffix}.onnx_data" for suffix in SUFFIXES.values()}
     others = {
         "README.md",
         "config.json",
@@ -93,7 +106,7 @@ def test_the_files_are_distilvit2s(four: Bundle) -> None:
     assert not any(key.startswith("lora") for key in config)  # it is merged
 
 
-@pytest.mark.parametrize("suffix", PRECISIONS.values())
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
 @pytest.mark.parametrize("component", GRAPHS)
 def test_inputs_and_outputs(four: Bundle, component: str, suffix: str) -> None:
     model = onnx.load(four.folder / GRAPHS[component].format(suffix), load_external_data=False)
@@ -112,7 +125,7 @@ def test_inputs_and_outputs(four: Bundle, component: str, suffix: str) -> None:
             assert kind == ("INT64" if whole else "FLOAT16" if cache and half else "FLOAT")
 
 
-@pytest.mark.parametrize("suffix", PRECISIONS.values())
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
 def test_the_decoders_weights_are_stored_once(four: Bundle, suffix: str) -> None:
     """prefix_init names what language_model stores, downwards and by no link."""
     path = four.folder / f"prefix_init{suffix}.onnx"
@@ -149,7 +162,7 @@ def test_an_untied_embedding_is_stored_beside_the_head(tmp_path: Path) -> None:
     assert "language_model.lm_head.weight_quantized" in names
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", SUFFIXES)
 def test_no_ids_some_ids_and_steps_agree(four: Bundle, precision: str) -> None:
     """The same rows, whether ids come with the prefix, after it, or one by one."""
     files = FourFiles.open(four, precision=precision)
@@ -216,10 +229,43 @@ def test_a_head_that_the_weights_lack_is_named(tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_twice(four: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    again = export(
-        tiny_checkpoint, tmp_path / "four", precisions=list(PRECISIONS), layout=COMPONENTS
-    )
+    again = export(tiny_checkpoint, tmp_path / "four", precisions=list(SUFFIXES), layout=COMPONENTS)
     assert again.manifest == four.manifest
+
+
+def test_the_real_size_in_8_bits_is_what_distilvit2_promises(tmp_path: Path) -> None:
+    """SigLIP-base-224 and SmolLM-135M, pooling head and all: 226 MB. Sizes need no weights."""
+    vision = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision |= {"intermediate_size": 3072, "image_size": 224, "patch_size": 16}
+    text = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9}
+    text |= {"num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536}
+    config = prefix_config("v4", "linear", "BF16", vision, text | {"vocab_size": 49152})
+    write_json(tmp_path / "config.json", config)
+    write_tokenizer(tmp_path)
+    write_weights(tmp_path, {"none": np.zeros(1)})
+    layout = PrefixCaptioner.read(Checkpoint.open(tmp_path)).layouts[COMPONENTS]
+    graphs = layout.fixed_graphs() | layout.graphs(PRECISIONS["q8"])
+    sizes = {
+        name: written_size(to_model(graph), layout.shared.get(name))
+        for name, graph in graphs.items()
+    }
+    assert 225_000_000 < sum(sizes.values()) <= 226_000_000, sizes
+    assert sizes["prefix_init"] < 400_000
+
+
+def written_size(model: ir.Model, owner: str | None) -> int:
+    """Bytes of a graph and of its weights, where these are not another's."""
+    weights = 0
+    for value in model.graph.initializers.values():
+        if not isinstance(value, Weight):
+            continue
+        size = math.prod(value.shape.numpy()) * value.dtype.itemsize
+        where = "language_model/model_quantized.onnx_data"
+        value.const_value = ir.ExternalTensor(
+            where, 10**8, size, value.dtype, shape=value.shape, name=value.name
+        )
+        weights += size if owner is None else 0
+    return weights + len(ir.to_proto(model).SerializeToString())
 
 
 # What it is not
