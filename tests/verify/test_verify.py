@@ -29,6 +29,7 @@ from vlmport.verify.limits import (
     LIMITS,
     ROUNDED,
     RUNGS,
+    WEIGHTS_RUNG,
     Limit,
     four_files_limits_of,
 )
@@ -180,7 +181,7 @@ def test_one_precision_at_a_time(
     assert seen[0] == (0, 54, "reference, drawn 640x427")
     assert seen[-1] == (54, 54, "q4, drawn 51x17")
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
-    assert len(report.rows) == 54
+    assert len(report.rows) == 54 + 3  # the weights of three components at q4
 
 
 def test_random_weights_are_a_likely_cause_where_fp32_passed() -> None:
@@ -214,7 +215,7 @@ def test_every_rung_has_limits_and_a_cause() -> None:
         for rung in FOUR_FILES_RUNGS:
             assert limits[rung], rung
             assert all(limit.reason for limit in limits[rung].values()), rung
-    assert set(LIKELY_CAUSES) == {*RUNGS, *FOUR_FILES_RUNGS}
+    assert set(LIKELY_CAUSES) == {*RUNGS, *FOUR_FILES_RUNGS, WEIGHTS_RUNG}
 
 
 def test_pictures_have_three_sizes_and_do_not_change() -> None:

@@ -29,6 +29,7 @@ from vlmport.verify.protocol import Reference
 from vlmport.verify.recording import UnrecordedError, record
 from vlmport.verify.references import load_reference
 from vlmport.verify.report import Measure, Report, Row, parity_markdown
+from vlmport.verify.rounding import weight_rows
 
 if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource
@@ -76,7 +77,9 @@ def verify(
     truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
     climb = run_ladder if bundle.manifest.layout == HUB else run_four_files_ladder
-    report = Report(truth.versions, climb(truth, bundle, names, truth.requests(pictures), progress))
+    weights = tuple(row for name in names for row in weight_rows(bundle, name))
+    ladder = climb(truth, bundle, names, truth.requests(pictures), progress)
+    report = Report(truth.versions, weights + ladder)
     if console is not None:
         report.print(console)
     record(bundle, report)

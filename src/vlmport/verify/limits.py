@@ -40,8 +40,13 @@ FOUR_FILES_RUNGS = (
     "end_to_end",
 )
 
+# Before either of them: of a component at a precision that is not fp32, not of a picture.
+WEIGHTS_RUNG = "weights"
+
 # For the reader of a report whose first broken rung this is.
 LIKELY_CAUSES = {
+    "weights": "how this precision's weights were rounded, packed or written: in fp32 they are "
+    "others",
     "prompt_ids": "the image processor emits other ids for a picture, or another number of them; "
     "or the manifest's image_token_id is wrong",
     "pixels": "resize filter or its rounding, rescale factor, mean or std, or the channel order",
@@ -93,6 +98,14 @@ def none_of(what: str, reason: str) -> Limit:
     """A limit of zero things."""
     return Limit(0, what, reason)
 
+
+# The last bits are those of a division in float32. One matrix scaled by 1.1 is at 0.72 or more.
+LEVELS = "each weight was rounded to the nearest level of its block"
+SAME_FLOATS = "what is kept in floats is copied, or rounded to float16"
+WEIGHTS: Mapping[str, Limit] = {
+    "steps": Limit(0.501, "steps", LEVELS),
+    "unequal": none_of("weights", SAME_FLOATS),
+}
 
 NOT_FLOATS = "ids and positions are whole numbers"
 STOPS = "where a text ends is no matter of rounding"
@@ -233,9 +246,12 @@ def limits_of(precision: str, resample: str = "bicubic") -> Mapping[str, Mapping
 
 
 # The pooling head, of which nothing is read here, has 4 bits wherever the tower has integers.
-POOLED = "4 bits leave random heads at 0.98 or more, SigLIP's size at 0.99; a scaled matrix at 0.9"
+POOLED = (
+    "4 bits leave 0.986 at SigLIP's size and 0.992 in a tiny head; a matrix of zeros 0.85, one "
+    "unpacked in another order 0.83 or less"
+)
 TIED = "half a step of a row's 64 where the embedding is the head's matrix"
-ROUNDED_HEAD = {"cosine": Limit(0.95, "", POOLED, at_least=True)}
+ROUNDED_HEAD = {"cosine": Limit(0.97, "", POOLED, at_least=True)}
 EIGHT_BIT_ROWS = {"7 bits": Limit(0.52, "steps of a row", TIED)}
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmport.verify.limits import LIKELY_CAUSES, ROUNDED, Limit
+from vlmport.verify.limits import LIKELY_CAUSES, ROUNDED, WEIGHTS_RUNG, Limit
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ class Report:
         if self.first_broken is None:
             return None
         exact = [row.passed for row in self.rows if row.precision == "fp32"]
-        beside = f"{ROUNDED}; else " if exact and all(exact) else ""
-        return beside + LIKELY_CAUSES[self.first_broken.rung]
+        rung = self.first_broken.rung
+        nature = exact and all(exact) and rung != WEIGHTS_RUNG
+        return (f"{ROUNDED}; else " if nature else "") + LIKELY_CAUSES[rung]
 
     @property
     def summary(self) -> str:
