@@ -104,10 +104,12 @@ class Expected:
     Attributes:
         tokens: the new tokens of each sequence, padding cut off.
         scores: sequences_scores; None without beams.
+        totals: the same, before they are divided by a power of the length.
     """
 
     tokens: list[list[int]]
-    scores: list[float] | None
+    scores: list[float] | None = None
+    totals: Sequence[float] = ()
 
 
 def generate(
@@ -151,8 +153,10 @@ def generate(
     if "beam_indices" in out:
         lengths = [(row >= 0).sum() for row in out.beam_indices]
         cut = [row[:length] for row, length in zip(sequences, lengths, strict=True)]
-        return Expected(cut, out.sequences_scores.tolist())
-    return Expected([_cut(row, stop_token_ids, is_stopped) for row in sequences], None)
+        scores, power = out.sequences_scores.tolist(), options.get("length_penalty", 1.0)
+        totals = [one * max(len(row), 1) ** power for one, row in zip(scores, cut, strict=True)]
+        return Expected(cut, scores, totals)
+    return Expected([_cut(row, stop_token_ids, is_stopped) for row in sequences])
 
 
 def _cut(

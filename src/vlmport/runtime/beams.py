@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32
 
 NOT_AMONG_THESE = np.float32(-1e9)
+IDLE = np.float32(-1e8)  # no sum of log-probabilities is so low: the beam never counted
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class _Beam:
     Attributes:
         score: in progress the sum of its log-probabilities; finished, that sum over its length to
             the power of length_penalty.
+        total: the sum itself.
         row: of the last call, whose cache it continues.
     """
 
     tokens: tuple[int, ...] = ()
     score: np.float32 = NOT_AMONG_THESE
+    total: np.float32 = NOT_AMONG_THESE
     row: int = 0
     stop_reason: StopReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -158,7 +161,7 @@ class BeamSearch:
         """A beam with one token more."""
         tokens = (*beam.tokens, token)
         reason = self._ending.reason(tokens)
-        return _Beam(tokens, score, row if self._now.steps else 0, reason, beam.logprobs)
+        return _Beam(tokens, score, score, row if self._now.steps else 0, reason, beam.logprobs)
 
     def _reported(self, beams: list[_Beam], logits: Float32[np.ndarray, "n V"]) -> list[_Beam]:
         """The beams with the log-probability of their last token, if these are asked for."""
@@ -180,7 +183,7 @@ class BeamSearch:
         scores = np.array([beam.score for beam in candidates], np.float32)
         scores = scores + ended.astype(np.float32) * NOT_AMONG_THESE
         chosen = best(scores, self.rows).tolist()
-        return tuple(replace(candidates[at], score=scores[at]) for at in chosen)
+        return tuple(replace(candidates[at], score=scores[at], total=scores[at]) for at in chosen)
 
     def _best_finished(
         self, candidates: list[_Beam], ended: Bool[np.ndarray, " C"]
@@ -210,20 +213,18 @@ class BeamSearch:
         return any(hope > (worst if beam.stop_reason else NOT_AMONG_THESE) for beam in finished)
 
     def results(self) -> list[Hypothesis]:
-        now, penalty = self._now, self._options.length_penalty
+        now, most = self._now, self._options.num_return_sequences
         if not now.steps:
             return []
         found = [beam for beam in now.finished if beam.stop_reason]
-        if not now.done or len(found) < self._options.num_return_sequences:
-            length = np.float32(now.steps**penalty)
+        if not now.done or not found:
+            length = np.float32(now.steps**self._options.length_penalty)
             found += [replace(beam, score=beam.score / length) for beam in now.running]
             found.sort(key=lambda beam: -beam.score)
+        real = [beam for beam in found if beam.total > IDLE]
         return [
             Hypothesis(
-                beam.tokens,
-                beam.stop_reason,
-                float(beam.score),
-                self._reporter.all(beam.logprobs),
+                beam.tokens, beam.stop_reason, float(beam.score), self._reporter.all(beam.logprobs)
             )
-            for beam in found[: self._options.num_return_sequences]
+            for beam in (real or found)[:most]
         ]

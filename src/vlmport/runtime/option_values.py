@@ -9,6 +9,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, NoReturn
 
 from vlmport.errors import OptionError
@@ -89,7 +90,7 @@ def sequence_bias(name: str, value: Any) -> tuple[tuple[TokenIds, float], ...]:
     for pair in pairs if _is_list(pairs) else [None]:
         ids = _ids(pair[0]) if _is_list(pair) and len(pair) == 2 else None
         bias = pair[1] if ids else None
-        if not ids or isinstance(bias, bool | str | None) or math.isnan(bias):
+        if not ids or not isinstance(bias, Real) or not float(bias) < math.inf:
             _refuse(
                 name,
                 value,

@@ -13,6 +13,7 @@ Source: xoshiro128** 1.1 (Blackman and Vigna, public domain), seeded by a 32-bit
 from __future__ import annotations
 
 import secrets
+from bisect import insort
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,7 +55,7 @@ def next_word(state: State) -> tuple[int, State]:
     a, b, c, d = state
     word = (_rotated((b * 5) & WORD, 7) * 9) & WORD
     c, d = c ^ a, d ^ b
-    return word, (a ^ d, b ^ c, c ^ (state[1] << 9 & WORD), _rotated(d, 11))
+    return word, (a ^ d, b ^ c, c ^ (b << 9 & WORD), _rotated(d, 11))
 
 
 def _rotated(word: int, by: int) -> int:
@@ -95,13 +96,20 @@ def draw_several(
 
     One uniform number each. Where no weight is left, the best scores follow, without numbers.
     """
-    places, left = weights(scores)
-    drawn: list[int] = []
-    while len(drawn) < count and (total := float(left.sum())) > 0:
+    places, weighty = weights(scores)
+    upto = np.cumsum(weighty)
+    total, drawn = float(upto[-1]), []
+    gone: list[int] = []  # in order
+    while len(drawn) < count and total > 0:
         part, state = uniform(state)
-        at = int(np.searchsorted(np.cumsum(left), np.floor(part * total), side="right"))
+        ahead = float(np.floor(part * total))  # of the weights that are left, so many stand before
+        for at in gone:
+            if upto[at] - weighty[at] <= ahead:
+                ahead += weighty[at]
+        at = int(np.searchsorted(upto, ahead, side="right"))
         drawn.append(int(places[at]))
-        left[at] = 0
+        insort(gone, at)
+        total -= weighty[at]
     if len(drawn) < count:
         taken = set(drawn)
         order = best(scores, min(len(scores), count + len(drawn)))

@@ -94,7 +94,11 @@ class Search(Protocol):
         ...
 
     def results(self) -> list[Hypothesis]:
-        """The answers, best first, finished or not; at any time after the first choice."""
+        """The answers, best first, finished or not; none before the first choice.
+
+        num_return_sequences of them; fewer where beams find no more, under a grammar that few
+        texts fit.
+        """
         ...
 
 
