@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.runtime import toy
 from vlmport.bundle import Bundle
@@ -85,6 +87,36 @@ def test_without_a_seed_each_draw_is_another_and_can_be_had_again(vlm: VLM):
     for one in drawn:
         again = vlm.caption(RGB, do_sample=True, temperature=3.0, top_k=0, seed=one.seed)
         assert again.token_ids == one.token_ids
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(4, 30), st.integers(4, 30)), min_size=2, max_size=4),
+    options=st.sampled_from(
+        [
+            {"num_beams": 3, "num_return_sequences": 2},
+            {"num_beams": 4, "length_penalty": -2.0, "early_stopping": True},
+            {"num_beams": 2, "do_sample": True, "seed": 3, "temperature": 2.0},
+            {"do_sample": True, "seed": 4, "num_return_sequences": 3, "temperature": 2.0},
+            {"num_beams": 3, "repetition_penalty": 1.3, "stop_strings": ["a", "("]},
+            {"num_beams": 3, "regex": "[a-e]{1,4}(x|yz)"},
+        ]
+    ),
+)
+def test_uneven_prompts_together_give_what_each_gives_alone(bundle: Bundle, sizes, options):
+    """Beams of one request part and end while those of others go on."""
+    pictures = [toy.picture(seed, *size) for seed, size in enumerate(sizes)]
+    vlm = VLM.open(bundle, threads=1)
+    together = vlm.caption(pictures, **options)
+    for rgb, caption in zip(pictures, together, strict=True):
+        alone = vlm.caption(rgb, **options)
+        for one, other in zip(
+            (caption, *caption.alternatives), (alone, *alone.alternatives), strict=True
+        ):
+            assert (one.token_ids, one.text, one.stop_reason) == (
+                other.token_ids, other.text, other.stop_reason,
+            )  # fmt: skip
+            assert one.score == (other.score and pytest.approx(other.score, abs=1e-4))
 
 
 STREAMED: list[dict[str, Any]] = [

@@ -41,7 +41,8 @@ class Request:
         positions: of the prompt's tokens; None counts on from the prefix, or from 0.
         offset: what the next position is beyond the number of tokens.
         prompt_ids: the prompt's token ids, for look-ups.
-        prefix: what the cache held at the end of an earlier request; the prompt continues it.
+        prefix: what the cache held at the end of an earlier request; the prompt continues it. A
+            decoder that rounds by all tokens of a call has other last bits then than in one go.
         keep: whether to keep what the cache holds at the end, in `kept`. One row only.
         choices: what the search has chosen, step by step.
     """
