@@ -211,7 +211,7 @@ def memory(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="captions in each round")
     parser.add_argument("--no-webgpu", action="store_true")
     parser.add_argument("--memory", action="store_true")
