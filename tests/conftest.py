@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.checkpoints import write_prefix_checkpoint
 
@@ -30,3 +31,10 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def own_bundle_folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle for a test that breaks it."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "own-bundle"))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A picture that can be read."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "good.png")
+    return tmp_path / "good.png"

@@ -35,12 +35,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "good.png")
-    return tmp_path / "good.png"
-
-
-@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A checkpoint of the test's own, to be broken."""
     return write_prefix_checkpoint(tmp_path / "captioner")

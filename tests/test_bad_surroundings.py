@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -32,12 +31,6 @@ CLOSED = "http://127.0.0.1:9"  # the port of 'discard', where nobody listens
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "good.png")
-    return tmp_path / "good.png"
 
 
 # Disk

@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from PIL import Image
-
 from tests.export.comparing import contents
 from tests.export.test_same_model import write_adapter
 from tests.hub import Hub, hub_environment
@@ -41,12 +38,6 @@ def caption(source: str, picture: Path, environment: dict[str, str], *precision:
     done = run(source, picture, environment, *precision)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

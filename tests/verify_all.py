@@ -42,12 +42,13 @@ from vlmport.errors import VlmportError
 from vlmport.export import export
 from vlmport.families import family_of
 from vlmport.inspection import probe_bundle
+from vlmport.layouts import HUB
 from vlmport.verify import verify
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = tuple(SUFFIXES)
 EXACT_ENOUGH = ("fp32", "fp16")  # for random weights
-MIX = "vision=q8,decoder=q4"
+MIX = "vision=q8,decoder=q4"  # by the names of the Hub's layout
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Model:
     write: Callable[[Path], Path]
     trained: bool = False
 
-    @property
-    def judged(self) -> tuple[str, ...]:
+    def judged(self, layout: str) -> tuple[str, ...]:
         """The precisions whose captions can be held against PyTorch's."""
-        return (*PRECISIONS, MIX) if self.trained else EXACT_ENOUGH
+        if not self.trained:
+            return EXACT_ENOUGH
+        return (*PRECISIONS, MIX) if layout == HUB else PRECISIONS
 
 
 def tiny(folder: Path) -> Path:
@@ -152,7 +154,7 @@ def check_model(model: Model, folder: Path) -> Iterator[Result]:
         yield done
         if done.problem is None:
             yield timed(model.name, layout, "all", "probe", lambda out=out: probe(out))
-            for precision in model.judged:
+            for precision in model.judged(layout):
                 check = lambda out=out, one=precision: climb(out, checkpoint, one)  # noqa: E731
                 yield timed(model.name, layout, precision, "verify", check)
 

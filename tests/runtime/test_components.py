@@ -125,9 +125,8 @@ def test_embedding(components: Components):
         components.embed(np.array([[1, 999]]))
 
 
-def test_positions_count_on(components: Components, bundle: Bundle):
+def test_positions_count_from_zero(components: Components, bundle: Bundle):
     assert components.position_ids(np.array([5, 6, 7])).tolist() == [0, 1, 2]
-    assert components.position_ids(np.array([5, 6]), past=4).tolist() == [4, 5]
     graphs = {**bundle.manifest.components, "position_ids": {"any": Variant("onnx/p.onnx")}}
     manifest = dataclasses.replace(bundle.manifest, components=graphs)
     theirs = Components(Bundle(bundle.folder, manifest), {}, components.device)

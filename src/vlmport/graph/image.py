@@ -46,7 +46,7 @@ def _check_numbers(scale: float, mean: Sequence[float], std: Sequence[float]) ->
     """Raise ConfigError where a pixel would not be a number: a std of zero, a scale of 1e300."""
     with np.errstate(all="ignore"):
         ends = np.array([[0.0], [255.0]]) * scale
-        values = (ends.astype(np.float32) - np.float32(mean)) / np.float32(std)
+        values = (ends.astype(np.float32) - np.array(mean, "f4")) / np.array(std, "f4")
         usable = scale > 0 and np.isfinite(np.float32(1 / scale)) and np.isfinite(values).all()
     if not usable:
         raise ConfigError(

@@ -195,8 +195,8 @@ class Components:
                 hint="does the tokenizer belong to this bundle?",
             ) from error
 
-    def position_ids(self, ids: Int[np.ndarray, " S"], past: int = 0) -> Int64[np.ndarray, "... S"]:
-        """Positions of a prompt's tokens that follow `past` others: past, past + 1, …
+    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int64[np.ndarray, "... S"]:
+        """Positions of a prompt's tokens: 0, 1, …
 
         A bundle with a graph of its own for this (pictures with positions in height and width)
         is refused here for now. Raises BundleError.
@@ -206,7 +206,7 @@ class Components:
                 f"this bundle computes its positions by {POSITIONS}.onnx",
                 hint="this version of vlmport can't run it",
             )
-        return np.arange(past, past + len(ids), dtype=np.int64)
+        return np.arange(len(ids), dtype=np.int64)
 
     def decode(
         self,
