@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -47,7 +47,7 @@ class SiglipVisionConfig:
     }
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any], where: str) -> SiglipVisionConfig:
+    def read(cls, raw: Mapping[str, Any], where: str) -> Self:
         """From a config.json section. Raises ConfigError."""
         config = read_config(cls, raw, where)
         if config.hidden_size % config.num_attention_heads:

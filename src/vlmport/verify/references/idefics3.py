@@ -64,7 +64,8 @@ class Idefics3Reference:
             model, read_state(folder), tied_head=bool(settings.tie_word_embeddings), where=folder
         )
         if adapter is not None:
-            model = add_adapter(model, Path(adapter)).get_base_model()
+            adapted: Any = add_adapter(model, Path(adapter))
+            model = adapted.get_base_model()
         self.model = model.eval().requires_grad_(False)
         self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
         self.image_token_id = settings.image_token_id
