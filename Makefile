@@ -63,8 +63,12 @@ $(NODE_MODULES): web/package.json web/package-lock.json | $(VENV)/installed-dev
 	@touch $@
 
 wheel: $(VENV)/installed-dev $(NODE_MODULES)
+	rm -rf dist
 	cd web && npm run build
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls -lh dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls -lh dist/*.whl
+	@test -z "$$(find dist -name '*.whl' -size +60000k)" || \
+	  { echo 'The wheel is larger than 60 MB: is there more than one wasm variant in it?'; exit 1; }
 
 clean:
 	rm -rf $(VENV) dist tests/transformers_js/node_modules

@@ -92,6 +92,7 @@ test('what is no picture is refused in plain words', async () => {
       42,
       { data: new Uint8Array(5), width: 2, height: 1, channels: 3 },
       { data: new Uint8Array(4), width: 2, height: 1, channels: 2 },
+      { data: new Uint8Array(3 * 70_000), width: 70_000, height: 1, channels: 3 },
       new Image(),
     ];
     const messages = [];
@@ -114,6 +115,7 @@ test('what is no picture is refused in plain words', async () => {
     "ImageError: a picture can't be 42",
     'ImageError: 5 bytes for 2x1 pixels of 3 channels',
     'ImageError: a RawImage of 2 channels',
+    'ImageError: 70000x1 pixels; the limits are 100 million, and 65536 a side',
     'ImageError: the <img> shows no picture (…)',
   ]);
 });

@@ -13,6 +13,7 @@ import type { Picture as AnyPicture } from '../protocol.js';
 export type Picture = Exclude<AnyPicture, { kind: 'values' }>;
 
 const MAX_PIXELS = 100_000_000;
+const MAX_SIDE = 65_536; // up to here the image processor's integers hold
 const FORMATS = 'PNG, JPEG, WebP, GIF, BMP and AVIF are read';
 
 export interface Rgb {
@@ -30,7 +31,7 @@ export const AS_STORED: ImageBitmapOptions = {
   imageOrientation: 'from-image',
 };
 
-/** Throws ImageError for whatever is no whole picture, and for more than MAX_PIXELS pixels. */
+/** Throws ImageError for whatever is no whole picture, for more than MAX_PIXELS pixels and a longer side than MAX_SIDE. */
 export async function openImage(picture: Picture, signal: AbortSignal): Promise<Rgb> {
   switch (picture.kind) {
     case 'pixels':
@@ -141,8 +142,10 @@ function fromPixels({ width, height, channels, data }: Picture & { kind: 'pixels
 }
 
 function checkSize(width: number, height: number): void {
-  if (width >= 1 && height >= 1 && width * height <= MAX_PIXELS) return;
-  const message = `${width}x${height} pixels; the limit is ${MAX_PIXELS / 1e6} million`;
+  const inside = Math.max(width, height) <= MAX_SIDE && width * height <= MAX_PIXELS;
+  if (width >= 1 && height >= 1 && inside) return;
+  const limits = `${MAX_PIXELS / 1e6} million, and ${MAX_SIDE} a side`;
+  const message = `${width}x${height} pixels; the limits are ${limits}`;
   throw new VlmportError('ImageError', message, 'scale it down first');
 }
 
