@@ -420,3 +420,17 @@ def test_a_picture_is_encoded_once_for_each_option(tiny: VLM) -> None:
         tiny.generate(asked, [blank(20, 20)], max_new_tokens=1)
     tiny.features.options = {}
     assert tiny.features.misses == before + 2
+
+
+def test_a_batch_of_unequal_tilings(tiny: VLM) -> None:
+    """One, four and ten tiles together say what each says alone."""
+    rng = np.random.default_rng(0)
+    shown = [
+        rng.integers(0, 256, (height, width, 3), np.uint8)
+        for height, width in ((40, 40), (10, 300), (90, 20), (64, 50))
+    ]
+    alone = [tiny.caption(one, max_new_tokens=8) for one in shown]
+    lengths = [one.counts["prompt_tokens"] for one in alone]
+    assert len(set(lengths)) == 3
+    together = tiny.caption(shown, max_new_tokens=8)
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
