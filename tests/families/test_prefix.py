@@ -132,7 +132,7 @@ def test_both_wrong_towers_are_named_at_once(folder: Path) -> None:
 def test_an_unknown_model_type_lists_the_known(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"'prefix_conditioning' is not supported \(did") as e:
         read(folder, config={"model_type": "prefix_conditioning"})
-    assert e.value.hint == "supported: prefix_conditioning_vlm"
+    assert e.value.hint.startswith("supported: prefix_conditioning_vlm")
 
 
 # Tokens
