@@ -100,6 +100,13 @@ def _of(
     yield f"{mode}: equal columns", Request(base), table(105, equal=14)
     yield f"{mode}: equal rows", Request(base), table(106, flat=20)
     yield f"{mode}: 200 tokens", Request(base, max_new_tokens=4), table(107, 200)
+    if base.get("do_sample"):  # on the edge: what is just not kept, and what just is
+        level = table(108, 10, flat=61)
+        yield f"{mode}: top_p=0.9 of equals", Request({**base, "top_p": 0.9}), level
+        yield f"{mode}: min_p=1.0 of equals", Request({**base, "min_p": 1.0}), level
+    if base.get("num_beams"):
+        short = {**base, "early_stopping": "never", "length_penalty": -1.5}
+        yield f"{mode}: never early, short ones preferred", Request(short), table(109, 12, scale=1)
 
 
 def record(name: str, request: Request, logits: Table) -> dict[str, Any]:

@@ -105,6 +105,21 @@ def test_the_seven_ways_to_narrow_stand_in_the_order_of_transformers():
         compare(Request({**MODES["sampling"], **options}), table(seed, 40, scale=0.7))
 
 
+def test_what_lies_on_an_edge():
+    """Ten equal tokens: 0.9 of their probability is nine of them, and each is as likely as the
+    best."""
+    for option in ({"top_p": 0.9}, {"min_p": 1.0}, {"top_k": 3}, {"typical_p": 0.5}):
+        for mode in ("sampling", "beam sampling"):
+            compare(Request({**MODES[mode], **option}), table(0, 10, flat=61))
+
+
+def test_stopping_never_early_when_short_ones_are_preferred():
+    """Then the best that a beam can become is at its present length."""
+    options = {"num_beams": 3, "early_stopping": "never", "length_penalty": -1.5}
+    for seed in range(6):
+        compare(Request(options), table(seed, 12, scale=1.0))
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     """Any options that may stand together."""

@@ -68,8 +68,12 @@ def test_several_are_drawn_each_among_those_that_are_left():
     assert chi_squared < 36  # 11 degrees of freedom
 
 
-def test_drawing_several_is_drawing_one_after_the_other():
+@pytest.mark.parametrize("weight", [2.0**32, 4.0])  # small ones meet each other's edges
+def test_drawing_several_is_drawing_one_after_the_other(
+    weight: float, monkeypatch: pytest.MonkeyPatch
+):
     """The quick way with one running sum equals the plain one, in which drawn weights become 0."""
+    monkeypatch.setattr(ours, "WEIGHT", weight)
     random = np.random.default_rng(0)
     for seed in range(200):
         scores = (random.standard_normal(30) * random.choice([0.1, 3, 12])).astype(np.float32)

@@ -86,24 +86,30 @@ def token_sequences(name: str, value: Any) -> tuple[TokenIds, ...]:
 def sequence_bias(name: str, value: Any) -> tuple[tuple[TokenIds, float], ...]:
     """HF's two forms: {(5, 17): -2.0} and [[[5, 17], -2.0]]. The last of two equals counts."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
-    found: dict[TokenIds, float] = {}
-    for pair in pairs if _is_list(pairs) else [None]:
-        ids = _ids(pair[0]) if _is_list(pair) and len(pair) == 2 else None
-        bias = pair[1] if ids else None
-        if not ids or not isinstance(bias, Real) or not float(bias) < math.inf:
-            _refuse(
-                name,
-                value,
-                "sequences of token ids with a number each",
-                f"for example {name}=[[[5, 17], -2.0]]",
-            )
-        found[ids] = float(bias)
-    return tuple(found.items())
+    found = (
+        [_biased(*pair) if _is_pair(pair) else None for pair in pairs] if _is_list(pairs) else []
+    )
+    if None in found or not _is_list(pairs):
+        _refuse(
+            name,
+            value,
+            "sequences of token ids with a number each",
+            f"for example {name}=[[[5, 17], -2.0]]",
+        )
+    return tuple(dict(one for one in found if one).items())
+
+
+def _biased(sequence: Any, bias: Any) -> tuple[TokenIds, float] | None:
+    """A sequence and its bias; None unless they can be one. -inf forbids."""
+    ids = _ids(sequence)
+    if not ids or isinstance(bias, bool) or not isinstance(bias, Real):
+        return None
+    return (ids, float(bias)) if float(bias) < math.inf else None
 
 
 def decay(name: str, value: Any) -> tuple[int, float]:
     """(start, factor): a whole number and a positive one."""
-    if not _is_list(value) or len(value) != 2:
+    if not _is_pair(value):
         _refuse(name, value, "(start, factor)", f"for example {name}=(15, 1.1)")
     positive = number_in("a factor above 0", 1.1, lambda number: number > 0)
     return whole_number(f"{name}[0]", value[0], 0), positive(f"{name}[1]", value[1])
@@ -151,6 +157,10 @@ def _index(value: Any) -> int | None:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_pair(value: Any) -> bool:
+    return _is_list(value) and len(value) == 2
 
 
 def _ids(value: Any) -> TokenIds | None:

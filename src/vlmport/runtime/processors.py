@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Scores = Float32[np.ndarray, " V"]
 
-LARGEST = np.finfo(np.float32).max
+LARGEST = float(np.finfo(np.float32).max)
 Mask = Callable[[Sequence[int]], "Bool[np.ndarray, ' V']"]
 """Which tokens may follow a row's new tokens. A pure function of them, so that beams may ask it in
 any order; it may keep what it computed for a beginning."""
@@ -272,7 +272,7 @@ def _power(base: float, exponent: int) -> float:
     try:
         return base**exponent
     except OverflowError:
-        return float(LARGEST)
+        return LARGEST
 
 
 def _of_scores(warper: Callable[[Scores], Scores]) -> Processor:
@@ -286,7 +286,7 @@ def _forbidden_words(
     return {
         ids: -np.inf
         for ids in options.bad_words_ids
-        if len(ids) > 1 or ids[0] not in stop_token_ids
+        if len(ids) > 1 or not stop_token_ids.issuperset(ids)
     }
 
 
