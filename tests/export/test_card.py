@@ -64,6 +64,13 @@ def test_nothing_is_claimed_before_it_is_measured(shapes: Bundle) -> None:
     assert "Not measured yet" in card
     assert "Not verified yet" in card
     assert not re.search(r"\d %", card)
+    assert "base model | not named by its source" in card
+
+
+def test_a_source_without_a_licence_has_none_in_the_card(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    card = read(export(tiny_checkpoint, tmp_path / "tiny", precisions="fp32"))
     assert "licence | not named by its source" in card
 
 
