@@ -44,6 +44,7 @@ def shapes() -> dict[str, list[int]]:
 
 def test_files_and_bytes() -> None:
     assert {file.name for file in FOLDER.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "special_tokens_map.json",
