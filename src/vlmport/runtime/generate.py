@@ -45,6 +45,12 @@ class _Held:
         return self.request.length + self.applied - 1
 
     @property
+    def goes_straight_on(self) -> bool:
+        """Whether its request has this one row, and keeps it."""
+        fresh = self.request.choices[self.applied :]
+        return not self.request.done and all(choice.parents == (0,) for choice in fresh)
+
+    @property
     def token(self) -> int:
         return self.request.choices[self.applied - 1].tokens[self.index]
 
@@ -133,6 +139,9 @@ class Generation:
             return [self._try(held[0], guess)]
         last = np.array([[one.token] for one in held], np.int64)
         logits = self.cache.step(self.components.embed(last))
+        if len(held) == 1:
+            self._choose(held[0].request, logits, 0)
+            return [held[0].request]
         rows: dict[Request, list[int]] = {}
         for row, one in sorted(enumerate(held), key=lambda pair: pair[1].index):
             rows.setdefault(one.request, []).append(row)
@@ -163,6 +172,9 @@ class Generation:
         """Give each row that goes on a row of the cache, the first ones, so that what is finished
         costs nothing; copy what goes on twice."""
         before = self._held
+        if len(before) == 1 and before[0].goes_straight_on:
+            self._held = [_Held(before[0].request, 0, len(before[0].request.choices))]
+            return
         at = {(one.request, one.index): row for row, one in enumerate(before)}
         applied = {one.request: one.applied for one in before if not one.request.done}
         after, sources = [], []
