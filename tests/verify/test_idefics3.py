@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
 
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.verify.conftest import Case, assert_first_broken
@@ -91,10 +96,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def some_rows(checkpoint: Path, bundle: Bundle, *precisions: str) -> Report:
+def some_rows(
+    checkpoint: Path, bundle: Bundle, *precisions: str, adapter: Path | None = None
+) -> Report:
     """The ladder on a caption of tiles, a whole picture and two: what a variant may change."""
     token = bundle.manifest.prompt.image_token_id
-    reference = load_reference(checkpoint, image_token_id=token)
+    reference = load_reference(checkpoint, image_token_id=token, adapter=adapter)
     requests = [one for one in reference.requests(drawn_pictures()) if one.name in SOME]
     assert len(requests) == len(SOME)
     return Report("", run_ladder(reference, bundle, precisions, requests))
@@ -141,6 +148,39 @@ def test_an_image_token_that_the_model_says_itself(tmp_path: Path) -> None:
     assert cut.truth.is_cut
     assert cut.truth.made.tokens[-1] == bundle.manifest.prompt.image_token_id
     assert cut.climb(bundle).passed
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for q_proj and v_proj as PEFT saves it, with B that is not zero: the vision
+    tower's layers have these names too."""
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.Idefics3ForConditionalGeneration.from_pretrained(checkpoint)
+        adapted = peft.get_peft_model(model, settings)
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
+def test_an_adapter_that_hits_the_vision_tower(
+    checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    names = load_file(adapter / "adapter_model.safetensors")
+    assert any("vision_model" in name for name in names)
+    assert any("text_model" in name for name in names)
+    bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32", adapter=adapter)
+    report = some_rows(checkpoint, bundle, "fp32", adapter=adapter)
+    assert report.passed, report.summary
+    without = some_rows(checkpoint, bundle, "fp32")
+    assert without.first_broken is not None
+    assert without.first_broken.rung == "vision_features"
+    assert "first_logits" in {row.rung for row in without.failures}
 
 
 # An exporter that is wrong
