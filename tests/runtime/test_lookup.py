@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError
+from vlmport.export import export
 from vlmport.runtime.components import Components
 from vlmport.runtime.decoder import Decoder
 from vlmport.runtime.generate import Generation
@@ -159,8 +163,32 @@ def test_where_a_guess_could_change_the_text_it_is_refused(vlm: VLM, monkeypatch
         )
     of = Decoder.of
     monkeypatch.setattr(Decoder, "of", lambda *a, **k: of(*a, **{**k, "row_by_row": True}))
-    with pytest.raises(OptionError, match="rounds by all tokens of a call"):
+    with pytest.raises(OptionError, match="rounds by all tokens of a call; a guess could change"):
         vlm.caption(toy.picture(), prompt_lookup_num_tokens=3)
+
+
+def test_a_float16_decoder_is_refused(own_bundle):
+    vlm = VLM.open(own_bundle(cache_dtype=TensorProto.FLOAT16), threads=1)
+    with pytest.raises(OptionError, match="computes in float16") as caught:
+        vlm.caption(toy.picture(), prompt_lookup_num_tokens=3)
+    assert "q4" in caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("shapes") / "bundle"
+    return export("shapes", out, precisions=("fp32", "q4"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q4"])
+def test_a_trained_model_says_the_same_with_guesses(shapes: Bundle, precision: str):
+    """Long past its stop token, where its text repeats itself."""
+    vlm = VLM.open(shapes, precision=precision, threads=1)
+    for path in sorted((Path(__file__).parents[2] / "examples").glob("*.png"))[::3]:
+        for options in ({}, {"repetition_penalty": 1.1}, {"do_sample": True, "seed": 1}):
+            options = {"max_new_tokens": 90, "min_new_tokens": 90, **options}
+            guessed = vlm.caption(path, prompt_lookup_num_tokens=6, **options)
+            assert guessed.token_ids == vlm.caption(path, **options).token_ids
 
 
 def test_a_stop_token_is_not_guessed(own_bundle):
