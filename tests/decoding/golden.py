@@ -106,7 +106,8 @@ def _of(
         yield f"{mode}: min_p=1.0 of equals", Request({**base, "min_p": 1.0}), level
     if base.get("num_beams"):
         short = {**base, "early_stopping": "never", "length_penalty": -1.5}
-        yield f"{mode}: never early, short ones preferred", Request(short), table(109, 12, scale=1)
+        short["num_return_sequences"] = 3
+        yield f"{mode}: never early, short ones preferred", Request(short), table(18, 5)
 
 
 def record(name: str, request: Request, logits: Table) -> dict[str, Any]:
