@@ -6,14 +6,18 @@ what a figure depends on are the shapes, not the values. `SMALL` is for trying a
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from safetensors.numpy import load_file, save_file
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkpoint writer is the tests'
 
-from tests.checkpoints import write_prefix_checkpoint  # noqa: E402
+from tests.checkpoints import write_json, write_prefix_checkpoint  # noqa: E402
 
 
 class Size(NamedTuple):
@@ -51,3 +55,26 @@ def write_captioner(
         text=size.text,
         config={"lora_r": 16, "lora_alpha": 16, "projection_dim": size.text["hidden_size"]},
     )
+
+
+def write_parts(checkpoint: Path, folder: Path, size: Size) -> None:
+    """What engines are made from: `tower.safetensors`, and `llama`, a Hugging Face folder.
+
+    The checkpoint is one without LoRA.
+    """
+    tensors = load_file(checkpoint / "model.safetensors")
+    towers = ("vision_encoder.", "projection.")
+    tower = {name: tensor for name, tensor in tensors.items() if name.startswith(towers)}
+    save_file(tower, folder / "tower.safetensors")
+    llama = folder / "llama"
+    llama.mkdir()
+    language = {
+        name.removeprefix("language_model."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("language_model.")
+    }
+    save_file(language, llama / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["text_config"]
+    write_json(llama / "config.json", {**config, "architectures": ["LlamaForCausalLM"]})
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(checkpoint / name, llama / name)

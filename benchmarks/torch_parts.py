@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from captioner import Size
+from safetensors.torch import load_file
 from torch import nn
 from torch.export import Dim
 from transformers import (
@@ -24,7 +27,7 @@ class Tower(nn.Module):
 
     def __init__(self, size: Size):
         super().__init__()
-        config = SiglipVisionConfig(**size.vision, vision_use_head=False)
+        config = SiglipVisionConfig(**{**size.vision, "vision_use_head": False})
         self.encoder = SiglipVisionModel(config)
         self.projection = nn.Linear(size.vision["hidden_size"], size.text["hidden_size"])
         self.side = size.vision["image_size"]
@@ -46,7 +49,14 @@ class Decoder(nn.Module):
     def __init__(self, size: Size):
         super().__init__()
         self.model = LlamaForCausalLM(LlamaConfig(**size.text, tie_word_embeddings=True))
-        self.model.config._attn_implementation = "sdpa"
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> Decoder:
+        """Of a model that is there."""
+        decoder = cls.__new__(cls)
+        nn.Module.__init__(decoder)
+        decoder.model = model
+        return decoder.eval()
 
     def forward(
         self,
@@ -95,3 +105,19 @@ class Decoder(nn.Module):
         auto = Dim.DYNAMIC
         cache = [{0: auto, 2: auto} for _ in range(2 * self.model.config.num_hidden_layers)]
         return ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, cache)
+
+
+def load_parts(folder: Path, dtype: torch.dtype) -> tuple[Tower, LlamaForCausalLM]:
+    """The tower and the decoder with the weights that `write_parts` wrote."""
+    llama = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=dtype).eval()
+    tensors = load_file(folder / "tower.safetensors")
+    vision = json.loads((folder / "captioner/config.json").read_text("utf-8"))["vision_config"]
+    tower = Tower(Size(vision, {"hidden_size": llama.config.hidden_size}))
+    state = {
+        name.replace("vision_encoder.", "encoder.", 1).replace(".projection.", ".", 1): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("vision_encoder.head.")
+    }
+    expected = {name.replace(".vision_model.", ".", 1): name for name in tower.state_dict()}
+    tower.load_state_dict({expected[name]: tensor for name, tensor in state.items()})
+    return tower.to(dtype).eval(), llama

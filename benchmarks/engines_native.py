@@ -1,0 +1,230 @@
+"""The peers that need a conversion: onnxruntime-genai, OpenVINO and llama.cpp.
+
+Each is converted from the files that `write_parts` wrote, as its own documents say it is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CAPACITY = 2048
+
+
+class Genai:
+    """onnxruntime-genai's own builder and loop: text alone."""
+
+    can_encode = False
+
+    def __init__(self, precision: str, folder: Path, threads: int):
+        import onnxruntime_genai as og
+        from onnxruntime_genai.models.builder import create_model
+
+        out = folder / "genai"
+        source, cache = str(folder / "llama"), str(folder / "genai-cache")
+        create_model(
+            "", source, str(out), precision, "cpu", cache, int4_accuracy_level=4, int4_block_size=32
+        )
+        path = out / "genai_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        options = settings["model"]["decoder"]["session_options"]
+        options["intra_op_num_threads"] = threads
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        self.og, self.model = og, og.Model(str(out))
+        self.generator: Any = None
+
+    def encode(self) -> None:
+        raise NotImplementedError
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        params = self.og.GeneratorParams(self.model)
+        params.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
+        self.generator = self.og.Generator(self.model, params)
+        self.generator.append_tokens(ids.astype(np.int32)[None])
+        return np.asarray(self.generator.get_logits())
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self.generator.generate_next_token()
+
+
+class OpenVino:
+    """torch's modules converted, weights compressed by NNCF, the cache inside as state.
+
+    bf16 is what OpenVINO computes in by itself where the CPU has it.
+    """
+
+    can_encode = True
+
+    def __init__(self, precision: str, folder: Path, threads: int):
+        import openvino as ov
+        import torch
+        from torch_parts import Decoder, load_parts
+
+        tower, llama = load_parts(folder, torch.float32)
+        decoder = Decoder.of(llama)
+        inputs, names, outputs, _ = decoder.example(7, 5)
+        with torch.no_grad():
+            vision = ov.convert_model(tower, example_input=tower.example(0, 0)[0])
+            text = ov.convert_model(decoder, example_input=inputs)
+        for port, name in zip(text.inputs, names, strict=True):
+            port.get_tensor().set_names({name})
+        for port, name in zip(text.outputs, outputs, strict=True):
+            port.get_tensor().set_names({name})
+        heads, size = llama.config.num_key_value_heads, llama.config.head_dim
+        width = llama.config.hidden_size
+        shapes = {"inputs_embeds": [1, -1, width], "attention_mask": [1, -1]}
+        shapes |= {"position_ids": [1, -1]}
+        text.reshape({name: shapes.get(name, [1, heads, -1, size]) for name in names})
+        pairs = dict(zip(names[3:], outputs[1:], strict=True))
+        if precision != "bf16":
+            import nncf
+
+            modes = nncf.CompressWeightsMode
+            mode = modes.INT8_SYM if precision == "int8" else modes.INT4_SYM
+            text = nncf.compress_weights(
+                text, mode=mode, **({} if precision == "int8" else {"group_size": 32})
+            )
+            vision = nncf.compress_weights(vision, mode=modes.INT8_SYM)
+        from openvino._offline_transformations import apply_make_stateful_transformation
+
+        apply_make_stateful_transformation(text, pairs)
+        core = ov.Core()
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        self.vision = core.compile_model(vision, "CPU", options).create_infer_request()
+        self.text = core.compile_model(text, "CPU", options).create_infer_request()
+        self.pixels = np.zeros((1, 3, tower.side, tower.side), np.float32)
+        self.table = llama.get_input_embeddings().weight.detach().numpy()
+        self.token, self.length = 0, 0
+
+    def encode(self) -> None:
+        self.vision.infer([self.pixels])
+
+    def _run(self, ids: np.ndarray) -> np.ndarray:
+        past = self.length
+        self.length += len(ids)
+        feeds = {
+            "inputs_embeds": self.table[ids][None],
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": np.arange(past, self.length)[None],
+        }
+        self.text.infer(feeds)
+        logits = self.text.get_tensor("logits").data[0, -1]
+        self.token = int(logits.argmax())
+        return logits
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.text.reset_state()
+        self.length = 0
+        return self._run(ids).copy()
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self._run(np.array([self.token]))
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's low-level calls: text alone."""
+
+    can_encode = False
+
+    def __init__(self, precision: str, folder: Path, threads: int):
+        import llama_cpp
+
+        path = folder / f"llama-{precision}.gguf"
+        self.vocabulary = write_gguf(folder / "llama", path, precision)
+        self.lib = llama_cpp
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+        if not self.model:
+            raise RuntimeError("llama.cpp can't load the GGUF file")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = CAPACITY, CAPACITY, 512
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.token = 0
+
+    def encode(self) -> None:
+        raise NotImplementedError
+
+    def _run(self, ids: list[int]) -> np.ndarray:
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        batch = self.lib.llama_batch_get_one(tokens, len(ids))
+        if self.lib.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        pointer = self.lib.llama_get_logits_ith(self.context, -1)
+        logits = np.ctypeslib.as_array(pointer, (self.vocabulary,))
+        self.token = int(logits.argmax())
+        return logits
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        return self._run(ids.tolist()).copy()
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self._run([self.token])
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def write_gguf(source: Path, path: Path, precision: str) -> int:
+    """The decoder as GGUF without a tokenizer; returns the size of its vocabulary."""
+    import gguf
+    from gguf.quants import quantize
+    from safetensors.numpy import load_file
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    kind = gguf.GGMLQuantizationType[precision.upper()]
+    for name, tensor in load_file(source / "model.safetensors").items():
+        values = tensor.astype(np.float32)
+        if "q_proj" in name or "k_proj" in name:
+            values = interleave(values, heads if "q_proj" in name else kv_heads)
+        stored = values if values.ndim == 1 else quantize(values, kind)
+        dtype = None if values.ndim == 1 else kind
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return config["vocab_size"]
+
+
+def gguf_name(name: str) -> str:
+    fixed = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module = name.removesuffix(".weight")
+    if module in fixed:
+        return f"{fixed[module]}.weight"
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[rest]}.weight"
+
+
+def interleave(weights: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp's rotary embedding wants them: halves become pairs."""
+    halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, weights.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weights.shape))

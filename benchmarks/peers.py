@@ -1,0 +1,203 @@
+"""The captioner's parts in vlmport beside other engines: encode, prefill, decode.
+
+    python benchmarks/peers.py [--rounds N] [--threads N] [--small] [--only NAME,NAME]
+
+All engines have the same weights (random, at the real size), the same ids and the same number of
+threads. Each lives in a process of its own that sleeps while another is asked; the figures are
+taken in turn, one engine after the other, and medians are compared. The logits after a prompt are
+compared with torch's float32 first, so that no engine is fast at something else. An engine that is
+not installed, or that fails, is named with its reason. Prints a table, then one line of JSON.
+
+For the peers: pip install onnxruntime-genai openvino nncf gguf llama-cpp-python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from captioner import REAL, SMALL, write_captioner, write_parts
+
+from vlmport.benchmark.machine import describe_machine, interleaved, median
+
+ENGINES = (
+    "vlmport fp32", "vlmport q8", "vlmport q4", "vlmport auto",
+    "torch fp32", "torch bf16",
+    "genai int4",
+    "openvino bf16", "openvino int8", "openvino int4",
+    "llama.cpp q4_0", "llama.cpp q8_0",
+)  # fmt: skip
+PACKAGES = (
+    "vlmport", "onnxruntime", "torch", "transformers", "onnxruntime-genai", "openvino", "nncf",
+    "gguf", "llama-cpp-python",
+)  # fmt: skip
+LENGTHS = (100, 1100)
+
+
+class Worker:
+    """An engine in a process: one line of JSON asks, one answers."""
+
+    def __init__(self, name: str, folder: Path, threads: int, tokens: int):
+        self.name = name
+        self.log = (folder / f"{name.replace(' ', '-')}.log").open("w+", encoding="utf-8")
+        program = Path(__file__).parent / "engines.py"
+        command = [sys.executable, str(program), name, str(folder), str(threads), str(tokens)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "0"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, what: str) -> Any:
+        """The answer. Raises RuntimeError with the last line that the process wrote."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self.process.stdout:
+            if line.startswith("answer "):  # some libraries print to stdout
+                return json.loads(line.removeprefix("answer "))
+        self.log.seek(0)
+        written = [line.strip() for line in self.log if line.strip()]
+        raise RuntimeError(written[-1][:300] if written else f"exit {self.process.wait()}")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def open_engines(
+    names: list[str], folder: Path, threads: int, tokens: int
+) -> tuple[dict[str, tuple[Worker, list[str]]], dict[str, str]]:
+    """Engine → (its process, its figures), one after the other; and why others did not come up."""
+    opened: dict[str, tuple[Worker, list[str]]] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        worker = Worker(name, folder, threads, tokens)
+        try:
+            opened[name] = worker, worker.ask("figures")
+            print(f"{name}: ready", file=sys.stderr)
+        except RuntimeError as error:
+            failed[name] = str(error)
+            worker.stop()
+            print(f"{name}: {error}", file=sys.stderr)
+    return opened, failed
+
+
+def check_logits(workers: dict[str, Worker], length: int) -> dict[str, float]:
+    """Engine → cosine of its logits after a prompt with torch's in float32 (vlmport's, without)."""
+    logits = {}
+    for name, worker in workers.items():
+        file = worker.ask(f"logits {length}")
+        if file is not None:
+            logits[name] = np.load(file).astype(np.float64).ravel()
+    truth = logits.get("torch fp32", logits.get("vlmport fp32"))
+    if truth is None:
+        return {}
+    return {
+        name: float(one @ truth / np.linalg.norm(one) / np.linalg.norm(truth))
+        for name, one in logits.items()
+    }
+
+
+def best_ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Figure → our best over the best peer's; above 1 we are faster."""
+    ratios = {}
+    for figure in sorted({name for row in figures.values() for name in row}):
+        ours, theirs = (
+            [row[figure] for name, row in figures.items() if figure in row and is_ours(name) == one]
+            for one in (True, False)
+        )
+        if ours and theirs:
+            faster = max if "per_s" in figure else min
+            ratio = faster(ours) / faster(theirs)
+            ratios[figure] = ratio if "per_s" in figure else 1 / ratio
+    return ratios
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("vlmport")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
+    parser.add_argument("--small", action="store_true", help="2 layers, to try the script out")
+    parser.add_argument("--only", default=",".join(ENGINES), help="engines, with commas")
+    arguments = parser.parse_args()
+    size = SMALL if arguments.small else REAL
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_captioner(folder / "captioner", size, lora=False)
+        write_parts(folder / "captioner", folder, size)
+        names = [one.strip() for one in arguments.only.split(",")]
+        opened, failed = open_engines(names, folder, arguments.threads, arguments.tokens)
+        try:
+            workers = {name: worker for name, (worker, _) in opened.items()}
+            cosines = check_logits(workers, LENGTHS[0])
+            kinds = dict.fromkeys(figure for _, figures in opened.values() for figure in figures)
+            calls = {
+                (name, figure): lambda worker=worker, figure=figure: worker.ask(figure)
+                for figure in kinds
+                for name, (worker, figures) in opened.items()
+                if figure in figures
+            }
+            interleaved(calls, 1)  # not counted
+            results = interleaved(calls, arguments.rounds)
+        finally:
+            for worker, _ in opened.values():
+                worker.stop()
+    figures: dict[str, dict[str, float]] = {name: {} for name in opened}
+    for (name, figure), values in results.items():
+        figures[name][figure] = round(median(values), 3)
+    print_table(figures, list(kinds), cosines, failed)
+    settings = {key: getattr(arguments, key) for key in ("rounds", "tokens", "small")}
+    report = {
+        "benchmark": "peers",
+        "machine": describe_machine(arguments.threads, PACKAGES),
+        "settings": settings,
+        "figures": figures,
+        "cosines": cosines,
+        "ratios": best_ratios(figures),
+        "missing": failed,
+    }
+    print(json.dumps(report))
+
+
+def print_table(
+    figures: dict[str, dict[str, float]],
+    kinds: list[str],
+    cosines: dict[str, float],
+    failed: dict[str, str],
+) -> None:
+    print(f"{'':18}" + "".join(f"{kind:>26}" for kind in kinds) + f"{'cosine':>10}")
+    for name, row in figures.items():
+        cells = "".join(f"{row[kind]:26.1f}" if kind in row else f"{'-':>26}" for kind in kinds)
+        cosine = f"{cosines[name]:10.5f}" if name in cosines else f"{'-':>10}"
+        print(f"{name:18}{cells}{cosine}")
+    ratios = best_ratios(figures)
+    best = "".join(f"{ratios[k]:25.2f}x" if k in ratios else f"{'-':>26}" for k in kinds)
+    print(f"{'ours : best peer':18}{best}")
+    for name, reason in failed.items():
+        print(f"{name}: left out: {reason}")
+
+
+if __name__ == "__main__":
+    main()
