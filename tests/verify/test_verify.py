@@ -27,6 +27,7 @@ from vlmport.verify.limits import (
     FOUR_FILES_RUNGS,
     LIKELY_CAUSES,
     LIMITS,
+    ORDER,
     ROUNDED,
     RUNGS,
     WEIGHTS_RUNG,
@@ -242,6 +243,11 @@ def test_what_is_no_number_never_passes(value: float) -> None:
 
 def test_nothing_compared_is_no_pass() -> None:
     assert not Report("x", ()).passed
+
+
+@pytest.mark.parametrize("ladder", [RUNGS, FOUR_FILES_RUNGS])
+def test_every_rung_has_its_place_in_the_order(ladder: tuple[str, ...]) -> None:
+    assert [rung for rung in ORDER if rung in ladder] == list(ladder)
 
 
 def test_the_lowest_rung_is_named_whatever_its_row() -> None:

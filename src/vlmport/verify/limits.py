@@ -43,6 +43,25 @@ FOUR_FILES_RUNGS = (
 # Before either of them: of a component at a precision that is not fp32, not of a picture.
 WEIGHTS_RUNG = "weights"
 
+# From the bottom up, whichever ladder a report is of.
+ORDER = (
+    WEIGHTS_RUNG,
+    "prompt_ids",
+    "pixels",
+    "vision_features",
+    "hidden_states",
+    "pooler_output",
+    "projected_prefix",
+    "embeddings",
+    "merged_embeds",
+    "position_ids",
+    "first_logits",
+    "prompted_logits",
+    "cached_decode",
+    "greedy_tokens",
+    "end_to_end",
+)
+
 # For the reader of a report whose first broken rung this is.
 LIKELY_CAUSES = {
     "weights": "how this precision's weights were rounded, packed or written: in fp32 they are "

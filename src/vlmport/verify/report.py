@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmport.verify.limits import LIKELY_CAUSES, ROUNDED, WEIGHTS_RUNG, Limit
+from vlmport.verify.limits import LIKELY_CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG, Limit
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ class Report:
     @property
     def failures(self) -> tuple[Row, ...]:
         """The rows that failed, in the order of the rungs: the first is the guilty one."""
-        rungs = list(dict.fromkeys(row.rung for row in self.rows))  # all are climbed, in order
         failed = [row for row in self.rows if not row.passed]
-        return tuple(sorted(failed, key=lambda row: rungs.index(row.rung)))
+        return tuple(sorted(failed, key=lambda row: ORDER.index(row.rung)))
 
     @property
     def first_broken(self) -> Row | None:
