@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.checkpoints import write_tokenizer
-from tests.runtime.test_text import byte_fallback
+from tests.runtime.test_text import byte_fallback, metaspace
 from tests.shared_testdata import shared_testdata
 from vlmport.builtin import builtin_folder
 from vlmport.errors import DependencyError, OptionError
@@ -183,6 +183,20 @@ def test_a_grammar_that_is_wrong(options: dict, said: str):
     assert caught.value.hint
     assert "\n" not in str(caught.value)
     assert next(iter(options)) in str(caught.value)
+
+
+def test_a_long_schema_is_not_said_in_full():
+    schema = {"type": "object", "properties": {f"key {i}": {"type": "no"} for i in range(99)}}
+    with pytest.raises(OptionError) as caught:
+        mask_of({"json_schema": schema})
+    assert len(str(caught.value)) < 600
+    assert "…" in str(caught.value)
+
+
+def test_a_tokenizer_that_llguidance_cannot_read():
+    with pytest.raises(OptionError, match="can't read this model's tokenizer") as caught:
+        Grammars(metaspace(), 6, (0,)).of(GenerationOptions(regex="a"))
+    assert caught.value.hint == "this model can't be held to a grammar"
 
 
 def test_a_model_without_a_stop_token():

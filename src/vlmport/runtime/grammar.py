@@ -123,12 +123,12 @@ class Grammars:
             return None
         library = _library()
         if options.json_schema is not None:
-            said = f"json_schema={options.json_schema}"
+            said = f"json_schema={_short(options.json_schema)}"
             source = library.LLMatcher.grammar_from_json_schema(
                 options.json_schema, overrides=JSON_LAYOUT
             )
         else:
-            said = f"regex={options.regex!r}"
+            said = f"regex={_short(repr(options.regex))}"
             source = library.LLMatcher.grammar_from_regex(options.regex)
         self._tokenizer = self._tokenizer or GrammarTokenizer(*self._made_of)
         return Grammar(self._tokenizer, source, said)
@@ -143,6 +143,11 @@ def _library() -> Any:
             "json_schema and regex need llguidance", hint="pip install 'vlmport[grammar]'"
         ) from error
     return llguidance
+
+
+def _short(text: str) -> str:
+    """The beginning of a text, for an error of one line."""
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _reason(matcher: Any) -> str:
