@@ -129,6 +129,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda raw: raw["files"][DECODER].update(size=-1),
         "size must be bigger than or equal to 0",
     ),
+    "an image option as text": (
+        lambda raw: raw.update(image_options={"split": "yes"}),
+        "manifest.image_options.split must be boolean or number",
+    ),
     "a short golden": (
         lambda raw: raw["golden"].update(prefill_tokens=20),
         "manifest.golden.prefill_tokens must be bigger than or equal to 64",
