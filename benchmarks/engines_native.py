@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ class Genai:
 
     def __init__(self, precision: str, folder: Path, threads: int):
         import onnxruntime_genai as og
-        from onnxruntime_genai.models.builder import create_model
 
         out = folder / "genai"
-        source, cache = str(folder / "llama"), str(folder / "genai-cache")
-        create_model(
-            "", source, str(out), precision, "cpu", cache, int4_accuracy_level=4, int4_block_size=32
-        )
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += ["-i", str(folder / "llama"), "-o", str(out), "-c", str(folder / "genai-cache")]
+        command += ["-p", precision, "-e", "cpu", "--extra_options"]
+        command += ["int4_accuracy_level=4", "int4_block_size=32"]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            raise RuntimeError(f"its builder: {built.stderr.strip().rpartition(chr(10))[2]}")
         path = out / "genai_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         options = settings["model"]["decoder"]["session_options"]

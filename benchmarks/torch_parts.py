@@ -18,6 +18,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.cache_utils import DynamicLayer
 
 Example = tuple[tuple[Any, ...], list[str], list[str], dict[str, dict[int, str]]]
 
@@ -63,11 +64,14 @@ class Decoder(nn.Module):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: list[torch.Tensor],
+        *past: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache = DynamicCache()
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        for key, value in zip(past[::2], past[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            cache.layers.append(layer)
         done = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -99,11 +103,11 @@ class Decoder(nn.Module):
             "position_ids": {0: "batch_size", 1: "sequence_length"},
             **{name: {0: "batch_size", 2: "past_sequence_length"} for name in pasts},
         }
-        return (embeds, mask, positions, halves), names, ["logits", *presents], axes
+        return (embeds, mask, positions, *halves), names, ["logits", *presents], axes
 
     def dynamic_shapes(self) -> Any:
         auto = Dim.DYNAMIC
-        cache = [{0: auto, 2: auto} for _ in range(2 * self.model.config.num_hidden_layers)]
+        cache = tuple({0: auto, 2: auto} for _ in range(2 * self.model.config.num_hidden_layers))
         return ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, cache)
 
 
