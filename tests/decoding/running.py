@@ -12,7 +12,7 @@ from tests.decoding.reference import Expected, Table, generate
 from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.search import Search, new_search
 
-IDLE = -1e8  # a sum that stands for "none": transformers fills its answers up with such
+IDLE = -5e8  # a sum that stands for "none": transformers fills its answers up with such
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32
 
 NOT_AMONG_THESE = np.float32(-1e9)
-IDLE = np.float32(-1e8)  # no sum of log-probabilities is so low: the beam never counted
+LEAST = np.float32(-1e30)  # no sum is so low unless it holds a token that is forbidden
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class _Beam:
     Attributes:
         score: in progress the sum of its log-probabilities; finished, that sum over its length to
             the power of length_penalty.
-        total: the sum itself.
+        idle: whether it never counted: it is there to fill the rows up.
         row: of the last call, whose cache it continues.
     """
 
     tokens: tuple[int, ...] = ()
     score: np.float32 = NOT_AMONG_THESE
-    total: np.float32 = NOT_AMONG_THESE
+    idle: bool = True
     row: int = 0
     stop_reason: StopReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -81,7 +81,7 @@ class BeamSearch:
         nothing = _Beam()
         self._now = _Moment(
             # Only the first counts: all start as the same row.
-            running=(_Beam(score=np.float32(0)), *[nothing] * (self.rows - 1)),
+            running=(_Beam(score=np.float32(0), idle=False), *[nothing] * (self.rows - 1)),
             finished=(nothing,) * self.rows,
             stream=None if seed is None else stream(seed, 0),
         )
@@ -160,8 +160,14 @@ class BeamSearch:
     def _longer(self, beam: _Beam, token: int, score: np.float32, row: int) -> _Beam:
         """A beam with one token more."""
         tokens = (*beam.tokens, token)
-        reason = self._ending.reason(tokens)
-        return _Beam(tokens, score, score, row if self._now.steps else 0, reason, beam.logprobs)
+        return _Beam(
+            tokens,
+            score,
+            idle=beam.idle or not score > LEAST,
+            row=row if self._now.steps else 0,
+            stop_reason=self._ending.reason(tokens),
+            logprobs=beam.logprobs,
+        )
 
     def _reported(self, beams: list[_Beam], logits: Float32[np.ndarray, "n V"]) -> list[_Beam]:
         """The beams with the log-probability of their last token, if these are asked for."""
@@ -183,7 +189,10 @@ class BeamSearch:
         scores = np.array([beam.score for beam in candidates], np.float32)
         scores = scores + ended.astype(np.float32) * NOT_AMONG_THESE
         chosen = best(scores, self.rows).tolist()
-        return tuple(replace(candidates[at], score=scores[at], total=scores[at]) for at in chosen)
+        return tuple(
+            replace(candidates[at], score=scores[at], idle=candidates[at].idle or bool(ended[at]))
+            for at in chosen
+        )
 
     def _best_finished(
         self, candidates: list[_Beam], ended: Bool[np.ndarray, " C"]
@@ -221,7 +230,7 @@ class BeamSearch:
             length = np.float32(now.steps**self._options.length_penalty)
             found += [replace(beam, score=beam.score / length) for beam in now.running]
             found.sort(key=lambda beam: -beam.score)
-        real = [beam for beam in found if beam.total > IDLE]
+        real = [beam for beam in found if not beam.idle]
         return [
             Hypothesis(
                 beam.tokens, beam.stop_reason, float(beam.score), self._reporter.all(beam.logprobs)

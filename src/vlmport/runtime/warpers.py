@@ -168,6 +168,7 @@ def top_h(part: float) -> Warper:
         terms = _entropy_terms(probabilities)
         most = np.float32(terms.astype(np.float64).sum()) * np.float32(part)
         within = np.cumsum(terms.astype(np.float64)).astype(np.float32) <= most
+        within &= probabilities > 0  # what is 0 adds nothing, and would come in free
         within[0] = True
         return _only(scores, order[within])
 
