@@ -230,7 +230,7 @@ class VLM:
         if decoding.options.num_beams > 1 or decoding.options.num_return_sequences > 1:
             raise OptionError(
                 "several sequences can't be streamed: which is best is known at the end",
-                hint="leave num_beams and num_return_sequences out, or call generate",
+                hint="num_beams=1 and num_return_sequences=1, or don't stream",
             )
         return self._pieces(self._prompt(messages, images, decoding))
 
