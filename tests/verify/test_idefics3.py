@@ -89,6 +89,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": {"scale_factor": 31},
         "pixels": {"max_image_size": {"longest_edge": 62}, "size": {"longest_edge": 61}},
     },
+    # As in SmolVLM2-2.2B, whose tiles are 27 patches of 14 and 6 pixels that nobody sees.
+    "patches that do not fill a tile": {
+        "vision": {"patch_size": 6},
+        "config": {"scale_factor": 5},
+    },
     "tiles smaller than the tower's pictures, bicubic": {
         "vision": {"image_size": 48},
         "pixels": {"resample": 3, "size": {"longest_edge": 97}},
