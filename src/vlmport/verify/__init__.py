@@ -79,7 +79,7 @@ def verify(
     climb = run_ladder if bundle.manifest.layout == HUB else run_four_files_ladder
     weights = tuple(row for name in names for row in weight_rows(bundle, name))
     ladder = climb(truth, bundle, names, truth.requests(pictures), progress)
-    report = Report(truth.versions, weights + ladder)
+    report = Report(truth.versions, ladder + weights)
     if console is not None:
         report.print(console)
     record(bundle, report)

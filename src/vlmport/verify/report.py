@@ -181,7 +181,8 @@ def _cells(
         limits = parity["limits"].get(precision, {}).get(rung, {})
         return all(row["passed"] for row in chosen), _worst(chosen, limits)
 
-    rungs = _names(parity["rows"], "rung")
+    found = _names(parity["rows"], "rung")
+    rungs = sorted(found, key=ORDER.index) if set(found) <= set(ORDER) else found
     return [(rung, [cell(rung, precision) for precision in precisions]) for rung in rungs]
 
 
