@@ -356,7 +356,11 @@ def test_a_malformed_template(folder: Path, tmp_path: Path, template: str) -> No
         ([user(text("x"))], 1, "1 picture given, 0 image parts"),
         ([user(IMAGE, text("an <image> more"))], 1, "1 picture for 2 placeholders '<image>'"),
         ([{"role": "bot", "content": "x"}], 0, "role 'bot' is unknown"),
-        ([user({"type": "video"}, text("x"))], 0, "a part of type 'video'"),
+        (
+            [user({"type": "video"}, text("x"))],
+            0,
+            "expected a text or an image part, got {'type': 'video'}",
+        ),
         ([{"role": "user", "content": []}], 0, "the chat template refuses"),
     ],
 )

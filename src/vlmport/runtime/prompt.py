@@ -175,14 +175,12 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return dict(part)
     if kind == "image_url":
         raise PromptError(f"{where}: image_url is not fetched", hint='use {"type": "image"}')
-    if kind in ("video", "audio"):
-        raise PromptError(
-            f"{where}: a part of type {kind!r}; pictures and text are read",
-            hint="give some frames of a video as pictures",
-        )
+    is_film = kind in ("video", "video_url")
     raise PromptError(
         f"{where}: expected a text or an image part, got {_kind(part)}",
-        hint='{"type": "text", "text": "…"} or {"type": "image"}',
+        hint="videos are not read; give some frames as pictures"
+        if is_film
+        else '{"type": "text", "text": "…"} or {"type": "image"}',
     )
 
 
