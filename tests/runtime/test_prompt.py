@@ -82,7 +82,7 @@ def test_the_callers_messages_are_left_alone():
         ([{"role": ["user"], "content": "x"}], [], "is unknown"),
         ([{"role": "user", "content": 3}], [], "messages[0]: content is 3"),
         ([user("x")], [], "messages[0].content[0]: expected a text or an image part, got 'x'"),
-        ([user({"type": "video"})], [], "expected a text or an image part"),
+        ([user({"type": "video"})], [], "a part of type 'video'; pictures and text are read"),
         ([user({"type": "text"})], [], "expected a text or an image part"),
         ([user({"type": "image", "image": None})], [], "its image is None"),
         ([user({"type": "image_url", "image_url": {}})], [], "image_url is not fetched"),
