@@ -40,7 +40,12 @@ class Captioner:
 
     def prefix(self, image):
         """The picture as the decoder reads it: float32 [1, patches, hidden size]."""
-        rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        rgb = np.asarray(image.convert("RGB"))
         (pixels,) = self.image_processor.run(["pixel_values"], {"image": rgb})
         (hidden,) = self.vision_encoder.run(["last_hidden_state"], {"pixel_values": pixels})
         (prefix,) = self.projection.run(["projected_prefix"], {"vision_hidden_states": hidden})
@@ -48,7 +53,8 @@ class Captioner:
 
     def generate(self, image, text=""):
         """The most likely tokens after the picture, and after a text if the model takes one."""
-        ids = np.array([self.tokenizer.encode(text).ids], np.int64)  # [1, 0] without a text
+        words = self.tokenizer.encode(text, add_special_tokens=False).ids  # no BOS
+        ids = np.array([words], np.int64)  # [1, 0] without a text
         feeds = {"prefix_embeddings": self.prefix(image), "input_ids": ids}
         logits, cache = self.run(self.prefix_init, feeds)
         tokens = [int(logits[0, -1].argmax())]

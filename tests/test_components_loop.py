@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from vlmport.bundle import Bundle
 from vlmport.export import export
@@ -60,6 +61,36 @@ def test_the_runtimes_tokens(
             with Image.open(path) as image:
                 assert captioner.generate(image) == list(expected.token_ids), path.name
                 assert captioner.caption(image) == expected.text
+
+
+def test_a_transparent_picture_lies_on_white(
+    folders: tuple[Path, Path], example: ModuleType
+) -> None:
+    """Where nothing is seen, the colour that a file keeps there is not either."""
+    hub, four = folders
+    captioner = example.Captioner(four, "fp32")
+    with Image.open(ROOT / "examples/red_square.png") as image:
+        picture = image.convert("RGBA")
+    pixels = np.array(picture)
+    background = (pixels[..., :3].astype(int).sum(-1)) > 600
+    pixels[background] = (0, 0, 0, 0)
+    hidden = Image.fromarray(pixels)
+    with VLM.open(hub, precision="fp32") as vlm:
+        expected = vlm.caption(hidden)
+    assert expected.text == "a red square on a white background"
+    assert captioner.generate(hidden) == list(expected.token_ids)
+
+
+def test_no_token_is_added_before_the_text(folders: tuple[Path, Path], example: ModuleType) -> None:
+    """Some tokenizers put a BOS before every text; the model was trained without one."""
+    captioner = example.Captioner(folders[1], "fp32")
+    with Image.open(PICTURES[0]) as image:
+        plain, with_text = captioner.generate(image), captioner.generate(image, "a")
+        captioner.tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
+        assert captioner.generate(image) == plain
+        assert captioner.generate(image, "a") == with_text
 
 
 def test_it_runs_as_a_program(folders: tuple[Path, Path]) -> None:
