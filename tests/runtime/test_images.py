@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -199,6 +200,22 @@ def test_sixteen_bit_gray_is_scaled_not_clipped():
 )
 def test_wide_gray(values: np.ndarray, want: list[int]):
     assert open_image(Image.fromarray(values))[0, :, 0].tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_wide_gray_is_read_band_by_band(dtype: type[np.generic]):
+    """Many rows give what each has alone under the same extremes, and take little memory."""
+    values = np.random.default_rng(1).integers(0, 65536, (2100, 1500)).astype(dtype)
+    values[0, :2] = 0, 65535
+    image = Image.fromarray(values)
+    image.load()
+    tracemalloc.start()
+    whole = open_image(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(whole[..., 0], np.rint(values.astype(np.float64) / 257))
+    assert (whole == whole[..., :1]).all()
+    assert peak < 12 * values.size  # Pillow's copy, ours, the result of 3 bytes; one band
 
 
 def test_cmyk_is_as_the_same_picture_in_rgb():

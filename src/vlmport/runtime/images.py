@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from vlmport.errors import ImageError
 
 if TYPE_CHECKING:
-    from jaxtyping import UInt8
+    from jaxtyping import Float, UInt8
 
     ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
@@ -29,6 +29,7 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_536  # up to here the image processor's integers hold; past it, it takes minutes too
 MAX_STREAM = 4 * MAX_PIXELS  # bytes of a pipe: more than any picture of so many pixels needs
 CHUNK = 1 << 20
+BAND = 64  # rows of gray that are converted at a time: in float64 they take eight bytes a pixel
 
 # Not all that Pillow knows: some of its readers start other programs (EPS), most are hardly used.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
@@ -234,21 +235,29 @@ def _from_gray(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     A gray that the file declares transparent is white.
     """
     stored = np.asarray(image)
-    values = stored.astype(np.float64)
-    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    bands = [stored[at : at + BAND] for at in range(0, len(stored), BAND)]
+    low = min(float(_finite(band).min()) for band in bands)
+    high = max(float(_finite(band).max()) for band in bands)
+    black, factor, divisor = 0.0, 1.0, 1.0
     if image.mode.startswith("I;16"):
-        values /= 257.0
+        divisor = 257.0
     elif image.mode == "F" and low >= 0 and high <= 1:
-        values *= 255.0
+        factor = 255.0
     elif image.mode == "I" and low >= 0 and 255 < high <= 65535:
-        values /= 257.0  # what Pillow makes of some 16-bit files
+        divisor = 257.0  # what Pillow makes of some 16-bit files
     elif low < 0 or high > 255:
-        values = (values - low) * 255.0 / ((high - low) or 1.0)
-    gray = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        black, factor, divisor = low, 255.0, (high - low) or 1.0
+    gray = np.empty(stored.shape, np.uint8)
+    for band, result in zip(bands, np.split(gray, range(BAND, len(gray), BAND)), strict=True):
+        result[...] = np.clip(np.rint((_finite(band) - black) * factor / divisor), 0, 255)
     if isinstance(transparent := image.info.get("transparency"), int):
         gray[stored == transparent] = 255
     return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def _finite(values: np.ndarray) -> Float[np.ndarray, "h W"]:
+    """float64 copies, with 0 for what is no number."""
+    return np.nan_to_num(values.astype(np.float64), copy=False, posinf=0.0, neginf=0.0)
 
 
 def _check_size(width: int, height: int, name: str) -> None:
