@@ -49,7 +49,9 @@ class Genai:
         params.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
         self.generator = self.og.Generator(self.model, params)
         self.generator.append_tokens(ids.astype(np.int32)[None])
-        return np.asarray(self.generator.get_logits())
+        logits = np.asarray(self.generator.get_logits())
+        self.generator.generate_next_token()  # chooses from these logits; the next call runs
+        return logits
 
     def decode(self, steps: int) -> None:
         for _ in range(steps):
