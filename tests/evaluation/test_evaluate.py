@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import Result
 from onnx import numpy_helper
@@ -235,6 +236,29 @@ def test_later_precisions_join_the_earlier_ones(own: Path, pictures: Path) -> No
         (SCENES, 10, ["fp32", "q4"]),
     ]
     assert card(own).count("| precision | exact match % |") == 2
+
+
+def test_other_pictures_under_the_same_names_are_another_set(own: Path, pictures: Path) -> None:
+    """What was measured on the old ones says nothing of the new ones."""
+    evaluate(own, pictures, precisions=["fp32"])
+    shutil.copyfile(pictures / "yellow_circle.png", pictures / "red_square.png")
+    report = evaluate(own, pictures, precisions=["q4"])
+    assert report.losses == []
+    assert [[*one["figures"]] for one in manifest(own)["accuracy"]] == [["fp32"], ["q4"]]
+
+
+def test_earlier_figures_keep_their_programs(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table with figures of two versions names both; measured anew, only the new one."""
+    monkeypatch.setattr("vlmport.evaluation.__version__", "0.0.7")
+    evaluate(own, limit=3, precisions=["fp32"])
+    monkeypatch.undo()
+    evaluate(own, limit=3, precisions=["q4"])
+    (entry,) = manifest(own)["accuracy"]
+    now = f"vlmport {vlmport.__version__}, onnxruntime {onnxruntime.__version__}"
+    assert entry["by"] == f"{now}, vlmport 0.0.7"
+    evaluate(own, limit=3, precisions=["fp32", "q4"])
+    (entry,) = manifest(own)["accuracy"]
+    assert entry["by"] == now
 
 
 def test_twice_is_the_same_as_once(own: Path) -> None:

@@ -10,9 +10,10 @@ docs/evaluation.md says what is measured, and the rules.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 from rich.console import Console
@@ -21,7 +22,7 @@ from vlmport import __version__
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, EvaluationError, VlmportError
 from vlmport.evaluation.examples import ExampleSet, captioned_pictures, drawn_scenes
-from vlmport.evaluation.report import Answers, Figures, Report, accuracy_markdown, limit_of
+from vlmport.evaluation.report import Answers, Report, accuracy_markdown, limit_of
 from vlmport.evaluation.scores import Metric, parse_metrics
 from vlmport.precisions import ANY
 from vlmport.recording import write_result
@@ -120,17 +121,18 @@ def _empty(bundle: Bundle, data: ExampleSet, metrics: tuple[Metric, ...], device
     programs = {"vlmport": __version__, "onnxruntime": onnxruntime.__version__}
     for package in (name.replace("_", "-") for metric in metrics for name in metric.modules):
         programs[package] = version(package)
-    by = ", ".join(f"{name} {number}" for name, number in programs.items())
-    recorded: Figures = next(
+    by = tuple(f"{name} {number}" for name, number in programs.items())
+    earlier: Mapping[str, Any] = next(
         (
-            entry["figures"]
+            entry
             for entry in bundle.manifest.accuracy
             if (entry["sha256"], entry["device"]) == (data.sha256, device)
         ),
-        {},
+        {"figures": {}, "by": ""},
     )
+    recorded, before = earlier["figures"], earlier["by"]
     limits = {name: limit for name in recorded if (limit := limit_of(_parts(name))) is not None}
-    return Report(data, metrics, device, by, {}, {}, limits, recorded)
+    return Report(data, metrics, device, by, {}, {}, limits, recorded, before)
 
 
 def _parts(precision: str) -> list[str]:

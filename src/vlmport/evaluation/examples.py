@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -55,15 +56,27 @@ class ExampleSet:
         """Whether these are the scenes that only a model trained on them can caption."""
         return isinstance(self.examples[0].source, Scene)
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        """Of names and captions: figures of two runs are compared only where it is the same."""
-        listed = [[example.name, *example.references] for example in self.examples]
+        """Of the files' bytes, names and captions: only where all are the same are figures of two
+        runs compared. A scene follows from its name."""
+        listed = [[one.name, _bytes_of(one.source), *one.references] for one in self.examples]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def images(self) -> Iterator[ImageSource]:
         """One at a time, so that no more than a batch of scenes is in memory."""
         return (example.image for example in self.examples)
+
+
+def _bytes_of(source: Path | Scene) -> str | None:
+    """A file's SHA-256; None for a scene, and for a file that can't be read: it is not measured."""
+    if isinstance(source, Scene):
+        return None
+    try:
+        with source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def drawn_scenes(limit: int | None = None) -> ExampleSet:

@@ -49,19 +49,21 @@ class Report:
         answers: precision (or mix) → what it said, in the order of the run.
         unreadable: picture → why it was left out.
         limits: precision → points that it may lose to fp32.
+        programs: those that measured, with versions.
         recorded: figures of an earlier run over the same pictures on the same device, for what
             this run leaves out.
-        by: the programs that measured, with versions.
+        recorded_by: the programs of those.
     """
 
     data: ExampleSet
     metrics: tuple[Metric, ...]
     device: str
-    by: str
+    programs: tuple[str, ...]
     answers: Mapping[str, Answers]
     unreadable: Mapping[str, str]
     limits: Mapping[str, float]
     recorded: Figures = field(default_factory=dict)
+    recorded_by: str = ""
 
     @property
     def measured(self) -> Figures:
@@ -79,6 +81,13 @@ class Report:
         ordered = dict.fromkeys([*known, *names])
         measured = self.measured
         return {n: {**self.recorded.get(n, {}), **measured.get(n, {})} for n in ordered}
+
+    @property
+    def by(self) -> str:
+        """The programs that measured the figures, the recorded ones among them."""
+        kept = self.figures != self.measured
+        earlier = self.recorded_by.split(", ") if kept and self.recorded_by else []
+        return ", ".join(dict.fromkeys([*self.programs, *earlier]))
 
     @property
     def losses(self) -> list[Loss]:
