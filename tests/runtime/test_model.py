@@ -56,7 +56,8 @@ def test_a_caption_is_the_references(vlm: VLM, height: int, width: int):
     count = (height // 4) * (width // 4)
     prompt = len(vlm.prompter.encode("user:\nassistant:")) + count + 2
     assert caption.counts == {
-        "prompt_tokens": prompt, "image_tokens": count, "new_tokens": len(caption.token_ids),
+        "prompt_tokens": prompt, "cached_tokens": 0, "image_tokens": count,
+        "new_tokens": len(caption.token_ids),
     }  # fmt: skip
     assert caption.stop_reason == ("stop" if 0 in want else "length")
     assert str(caption) == caption.text
@@ -164,7 +165,7 @@ def test_what_is_small_or_not_for_the_encoder_is_kept(vlm: VLM, monkeypatch: pyt
     monkeypatch.setattr(vlm.components, "process_image", with_grid)
     picture = vlm.features.process(toy.picture())
     assert set(picture.inputs) == {"patches", "grid", "mask"}
-    vlm.features.encode(picture)
+    vlm.features.encoded(picture)
     kept = vlm.features.process(toy.picture())
     assert set(kept.inputs) == {"grid", "mask"}
     assert vlm.features.nbytes == kept.nbytes == 12 * toy.HIDDEN * 4 + 14 * 8 + 24 + 5000

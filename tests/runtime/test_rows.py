@@ -237,13 +237,14 @@ def test_a_request_that_may_leave_the_context_is_not_added(components: Component
 def test_a_kept_row_is_where_the_next_request_begins(components: Components):
     """A conversation: the next prompt continues what the cache held, in another generation."""
     whole = embeds_of(30)
-    first = Request(whole[:10], RandomSearch(whole[:10], 1, 5, 0), 5, keep=True)
-    Generation(components, [first]).run()
-    assert first.kept is not None
+    first = Request(whole[:10], RandomSearch(whole[:10], 1, 5, 0), 5)
+    generation = Generation(components, [first])
+    generation.run()
+    kept = generation.keep(first)
     made = [choice.tokens[0] for choice in first.choices[:-1]]
-    assert first.kept.length == 10 + len(made)
+    assert kept.length == 10 + len(made)
     so_far = np.concatenate([whole[:10], WEIGHTS["embed"][made]])
     search = RandomSearch(np.concatenate([so_far, whole[10:14]]), 3, 5, 1)
-    second = Request(whole[10:14], search, 5, prefix=first.kept)
+    second = Request(whole[10:14], search, 5, prefix=kept)
     Generation(components, [request_of(2, 4, 7), second, request_of(2, 4, 8)]).run()
     assert search.steps == 5

@@ -41,7 +41,8 @@ class Caption(Answer):
     Attributes:
         timings: seconds in 'image' (reading and encoding), 'prefill' and 'decode'. Captions of
             one batch share the last two.
-        counts: 'prompt_tokens', 'image_tokens' among them, and 'new_tokens'.
+        counts: 'prompt_tokens'; 'image_tokens' and 'cached_tokens' (which a conversation had not to
+            prefill again) among them; and 'new_tokens'.
         seed: of what was drawn, also where none was given; None where nothing is drawn.
         alternatives: the other answers of num_return_sequences, best first.
     """

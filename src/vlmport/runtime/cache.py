@@ -54,6 +54,10 @@ class KeptRow:
     offset: int
     tensors: tuple[np.ndarray, ...]
 
+    def first(self, length: int) -> KeptRow:
+        """Its first tokens; the memory is the same."""
+        return KeptRow(length, self.offset, tuple(one[:, :length] for one in self.tensors))
+
 
 class KeyValueCache:
     """`rows` sequences of up to `limit` tokens; buffers start at `capacity` and grow.

@@ -30,6 +30,7 @@ VISION = "vision_encoder"
 EMBED = "embed_tokens"
 POSITIONS = "position_ids"
 DECODER = "decoder_model_merged"
+KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # an input's kind → those of its values
 IMAGES = "num_images"  # the axis of the vision encoder's inputs whose indices are independent
 
 
@@ -161,6 +162,10 @@ class Components:
         return ProcessedImage(
             {name: np.asarray(value) for name, value in outputs.items()}, prompt_ids
         )
+
+    def check_image_options(self, options: Mapping[str, Any]) -> None:
+        """Raise OptionError for one that the image processor does not have, or of another kind."""
+        _option_feeds(self.session(IMAGE), options)
 
     def encode_image(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
         """Image features of the processor's output; outputs that the encoder lacks are left out.
@@ -323,10 +328,15 @@ def _option_feeds(
                 f"image option {name!r} is unknown{did_you_mean(name, known)}",
                 hint=f"this bundle has: {', '.join(known) or 'none'}",
             )
+        dtype = DTYPES[known[name].type]
         try:
-            feeds[name] = np.asarray(value, DTYPES[known[name].type])
-        except (TypeError, ValueError) as error:
+            given = np.asarray(value)
+        except ValueError:  # lists of unequal lengths
+            given = np.asarray(None)
+        if given.dtype.kind not in KINDS[dtype.kind]:  # numpy would take "no" for true
             raise OptionError(
-                f"image option {name}={value!r}: {error}", hint=f"expected {known[name].type}"
-            ) from error
+                f"image option {name}={value!r}: expected {known[name].type}",
+                hint="in JSON: true, false, 5, 0.5 or [5, 7]",
+            )
+        feeds[name] = given.astype(dtype)
     return feeds

@@ -35,6 +35,12 @@ class Picture:
     features: Float[np.ndarray, "T D"] | None
 
     @property
+    def rows(self) -> Float[np.ndarray, "T D"]:
+        """The features of an encoded picture."""
+        assert self.features is not None, "not encoded yet"
+        return self.features
+
+    @property
     def nbytes(self) -> int:
         arrays = [self.prompt_ids, *self.inputs.values(), self.features]
         return sum(array.nbytes for array in arrays if array is not None)
@@ -67,13 +73,15 @@ class FeatureCache:
         processed = self.components.process_image(rgb, options)
         return Picture(key, processed.prompt_ids, processed.inputs, None)
 
-    def encode(self, picture: Picture) -> Float[np.ndarray, "T D"]:
-        """The picture's features, from the cache or from the vision encoder."""
-        picture = self._kept.get(picture.key, picture)
+    def encoded(self, picture: Picture) -> Picture:
+        """The picture with its features and without its pixels, from the cache or from the vision
+        encoder. One that was encoded before stays so, in the cache or not."""
+        if picture.features is None:
+            picture = self._kept.get(picture.key, picture)
         if picture.features is not None:
             self.hits += 1
             self._keep(picture)
-            return picture.features
+            return picture
         self.misses += 1
         features = self.components.encode_image(picture.inputs)
         encoded = self.components.vision_inputs
@@ -82,8 +90,9 @@ class FeatureCache:
             for name, value in picture.inputs.items()
             if name not in encoded or value.nbytes <= SMALL
         }
-        self._keep(Picture(picture.key, picture.prompt_ids, left, features))
-        return features
+        picture = Picture(picture.key, picture.prompt_ids, left, features)
+        self._keep(picture)
+        return picture
 
     def _keep(self, picture: Picture) -> None:
         if picture.nbytes > self.max_bytes:

@@ -15,17 +15,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vlmport.errors import PromptError
-from vlmport.runtime.cache import KeyValueCache
+from vlmport.runtime.cache import KeptRow, KeyValueCache
 from vlmport.runtime.components import Components
 from vlmport.runtime.request import Request, room_for_tokens
-
-if TYPE_CHECKING:
-    from jaxtyping import Float32
 
 Made = TypeVar("Made")
 FIRST_CAPACITY = 256  # new tokens that the cache has room for before it first grows
@@ -93,6 +90,17 @@ class Generation:
     def done(self) -> bool:
         return all(held.request.done for held in self._held)
 
+    def keep(self, request: Request) -> KeptRow:
+        """A copy of what the cache holds of a request: of its prompt, and of its new tokens but
+        the last where it has one row.
+
+        At any time, after an interrupt too, until the step after the one in which it was done.
+        """
+        row = next(row for row, held in enumerate(self._held) if held.request is request)
+        made = max(0, len(request.choices) - 1) if request.search.rows == 1 else 0
+        kept = self.cache.keep(row)
+        return kept.first(min(kept.length, request.length + made))
+
     def run(self) -> None:
         """Generate to the end. After an interrupt it goes on where it stopped."""
         while not self.done:
@@ -123,7 +131,7 @@ class Generation:
             self.cache.restore(row, request.prefix)
             self.cache.offsets[row] = request.offset
         logits = self.cache.prefill(row, request.embeds, request.positions)
-        self._choose(request, logits, row)
+        request.choose(logits)
         return request
 
     def _decode(self) -> list[Request]:
@@ -140,7 +148,7 @@ class Generation:
         last = np.array([[one.token] for one in held], np.int64)
         logits = self.cache.step(self.components.embed(last))
         if len(held) == 1:
-            self._choose(held[0].request, logits, 0)
+            held[0].request.choose(logits)
             return [held[0].request]
         rows: dict[Request, list[int]] = {}
         for row, one in sorted(enumerate(held), key=lambda pair: pair[1].index):
@@ -148,7 +156,7 @@ class Generation:
         for request, own in rows.items():
             together = own == list(range(own[0], own[0] + len(own)))  # then a view is enough
             its = logits[own[0] : own[-1] + 1] if together else logits[own]
-            self._choose(request, its, own[0])
+            request.choose(its)
         return list(rows)
 
     def _try(self, held: _Held, guess: list[int]) -> Request:
@@ -158,15 +166,10 @@ class Generation:
         logits = self.cache.prefill(0, embeds, keep=0)
         for i, foreseen in enumerate([*guess, None]):
             self.cache.lengths[0] = held.length + i + 1
-            self._choose(request, logits[i : i + 1], 0)
+            request.choose(logits[i : i + 1])
             if request.done or request.choices[-1].tokens[0] != foreseen:
                 break
         return request
-
-    def _choose(self, request: Request, logits: Float32[np.ndarray, "n V"], row: int) -> None:
-        request.choose(logits)
-        if request.keep and request.done:
-            request.kept = self.cache.keep(row)
 
     def _place(self) -> None:
         """Give each row that goes on a row of the cache, the first ones, so that what is finished

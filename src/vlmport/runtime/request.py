@@ -43,7 +43,6 @@ class Request:
         prompt_ids: the prompt's token ids, for look-ups.
         prefix: what the cache held at the end of an earlier request; the prompt continues it. A
             decoder that rounds by all tokens of a call has other last bits then than in one go.
-        keep: whether to keep what the cache holds at the end, in `kept`. One row only.
         choices: what the search has chosen, step by step.
     """
 
@@ -55,9 +54,7 @@ class Request:
     prompt_ids: Int64[np.ndarray, " S"] | None = None
     lookup: Lookup | None = None
     prefix: KeptRow | None = None
-    keep: bool = False
     choices: list[Choice] = field(default_factory=list)
-    kept: KeptRow | None = None
     cancelled: bool = False
 
     @property
@@ -105,19 +102,22 @@ def new_request(
     *,
     prompt_ids: Int64[np.ndarray, " S"] | None = None,
     positions: Int64[np.ndarray, "... S"] | None = None,
+    prefix: KeptRow | None = None,
     is_stopped: IsStopped | None = None,
     mask: Mask | None = None,
 ) -> Request:
     """A request under the bundle's stop tokens.
 
     Args:
-        prompt_ids: None where only embeddings are known: no processor sees a prompt then.
+        prompt_ids: of the whole prompt, the prefix included; None where only embeddings are known:
+            no processor sees a prompt then.
 
     Raises as `most_new_tokens` does, and OptionError for options that this prompt or these graphs
     can't serve.
     """
     generation, vocab_size = components.manifest.generation, components.manifest.dims.vocab_size
-    most = most_new_tokens(components, len(embeds), options)
+    length = len(embeds) + (prefix.length if prefix else 0)
+    most = most_new_tokens(components, length, options)
     ids = [] if prompt_ids is None else prompt_ids.tolist()
     search = new_search(
         options,
@@ -137,7 +137,9 @@ def new_request(
         odd = {token for token in ids if token >= vocab_size}
         until = odd | {*generation.stop_token_ids, components.manifest.prompt.image_token_id}
         lookup = Lookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size, until)
-    return Request(embeds, search, most, positions, prompt_ids=prompt_ids, lookup=lookup)
+    return Request(
+        embeds, search, most, positions, prompt_ids=prompt_ids, lookup=lookup, prefix=prefix
+    )
 
 
 def _refuse_lookup(components: Components) -> None:

@@ -1,0 +1,233 @@
+"""What is asked, made ready to run, and what came of it: messages and pictures to a request, a
+request to its caption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmport.errors import OptionError
+from vlmport.runtime.answer import AnswerText, Caption
+from vlmport.runtime.cache import KeptRow
+from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.features import FeatureCache, Picture
+from vlmport.runtime.generate import Generation
+from vlmport.runtime.grammar import Grammar, Grammars
+from vlmport.runtime.images import open_image
+from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.prompt import Message, Prompter, check_messages
+from vlmport.runtime.request import Request, most_new_tokens, new_request
+from vlmport.runtime.text import StopStrings
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode: checked once for all prompts of a call."""
+
+    options: GenerationOptions
+    grammar: Grammar | None
+    stops: StopStrings | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a row of the cache holds, and what that was made of.
+
+    Attributes:
+        ids: a token id for each token of the row.
+        pictures: of each image row of the prompt, the content hash of the picture that it is of.
+    """
+
+    row: KeptRow
+    ids: Int64[np.ndarray, " P"]
+    pictures: tuple[bytes, ...]
+
+    def shared(
+        self, ids: Int64[np.ndarray, " S"], pictures: Sequence[bytes], image_token_id: int
+    ) -> int:
+        """How many tokens from the start a prompt has in common with the row.
+
+        At least one token of the prompt is left: its logits choose the first new one.
+        """
+        length = min(len(self.ids), len(ids) - 1)
+        if len(other := np.flatnonzero(self.ids[:length] != ids[:length])):
+            length = int(other[0])
+        for n, place in enumerate(np.flatnonzero(ids[:length] == image_token_id)):
+            # An image token that the model said itself is a word, and of no picture.
+            if n >= len(self.pictures) or self.pictures[n] != pictures[n]:
+                return int(place)
+        return length
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready to run.
+
+    Attributes:
+        pictures: those in it; with features, but for those that the request's prefix holds.
+        image_rows: of each image row, the content hash of its picture.
+    """
+
+    request: Request
+    ids: Int64[np.ndarray, " S"]
+    pictures: tuple[Picture, ...]
+    image_rows: tuple[bytes, ...]
+    stops: StopStrings | None
+    has_grammar: bool
+    image_seconds: float
+
+
+class Asker:
+    """A bundle's template, tokenizer and pictures.
+
+    Attributes:
+        prompter: its chat template and tokenizer.
+        features: the pictures seen of late.
+    """
+
+    def __init__(self, components: Components):
+        self.components, manifest = components, components.manifest
+        self.prompter = Prompter(components.bundle.folder, manifest.prompt)
+        self.features = FeatureCache(components)
+        self._grammars = Grammars(
+            self.prompter.tokenizer, manifest.dims.vocab_size, manifest.generation.stop_token_ids
+        )
+
+    def decoding(self, given: Mapping[str, Any]) -> Decoding:
+        """The options of a call over the bundle's. Raises OptionError or DependencyError."""
+        defaults = self.components.manifest.generation.defaults
+        options = GenerationOptions.merged(defaults, given)
+        stops = options.stop_strings
+        return Decoding(
+            options,
+            self._grammars.of(options),
+            StopStrings(self.prompter.tokenizer, stops) if stops else None,
+        )
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Any],
+        decoding: Decoding,
+        image_options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Template → ids with pictures spliced in → embeddings with features over image rows.
+
+        Raises ImageError, PromptError or OptionError.
+        """
+        chat = check_messages(messages, images)
+        text = self.text_ids(chat.messages)
+        start = time.perf_counter()
+        pictures = [self.picture(image, image_options) for image in chat.images]
+        return self.ready(text, pictures, decoding, start)
+
+    def text_ids(self, messages: Sequence[Message]) -> Int64[np.ndarray, " S"]:
+        """Checked messages as token ids, a placeholder for each picture."""
+        return self.prompter.encode(self.prompter.render(messages))
+
+    def picture(self, image: Any, options: Mapping[str, Any] | None = None) -> Picture:
+        """A picture from wherever it is, not encoded yet. Raises ImageError or OptionError."""
+        return self.features.process(open_image(image), options)
+
+    def ready(
+        self,
+        text: Int64[np.ndarray, " S"],
+        pictures: Sequence[Picture],
+        decoding: Decoding,
+        start: float,
+        held: Held | None = None,
+    ) -> Prompt:
+        """A prompt that can run. What does not fit is refused before anything is encoded.
+
+        Args:
+            start: when the work on the pictures began.
+            held: what is not to be encoded and prefilled again, as far as the prompt begins alike.
+        """
+        ids = self.prompter.splice(text, [picture.prompt_ids for picture in pictures])
+        most_new_tokens(self.components, len(ids), decoding.options)  # it has cost little so far
+        token = self.components.manifest.prompt.image_token_id
+        counts = [int((picture.prompt_ids == token).sum()) for picture in pictures]
+        rows = tuple(
+            picture.key
+            for picture, count in zip(pictures, counts, strict=True)
+            for _ in range(count)
+        )
+        shared = 0 if held is None else held.shared(ids, rows, token)
+        known = int((ids[:shared] == token).sum())
+        there, features = [], []
+        for picture, count in zip(pictures, counts, strict=True):
+            if known >= count:
+                there.append(picture)
+            else:
+                there.append(encoded := self.features.encoded(picture))
+                features.append(encoded.rows[known:])
+            known = max(0, known - count)
+        seconds = time.perf_counter() - start
+        stops, grammar = decoding.stops, decoding.grammar
+        request = new_request(
+            self.components,
+            self._embed(ids[shared:], features),
+            decoding.options,
+            prompt_ids=ids,
+            positions=self.components.position_ids(ids)[..., shared:],
+            prefix=held.row.first(shared) if held is not None and shared else None,
+            is_stopped=stops.ends if stops else None,
+            mask=grammar.fresh().mask if grammar else None,
+        )
+        return Prompt(request, ids, tuple(there), rows, stops, grammar is not None, seconds)
+
+    def _embed(
+        self, ids: Int64[np.ndarray, " S"], features: Sequence[Float[np.ndarray, "T D"]]
+    ) -> Float[np.ndarray, "S D"]:
+        embeds = self.components.embed(ids[None])[0]
+        rows = np.concatenate(features) if features else np.zeros((0, embeds.shape[1]), np.float32)
+        token = self.components.manifest.prompt.image_token_id
+        return merge_image_features(embeds, ids, rows, token)
+
+    def pieces(self, prompt: Prompt, generation: Generation) -> Iterator[str]:
+        """The answer piece by piece as it is made. The last comes when the search is done."""
+        text = AnswerText(self.prompter.tokenizer, prompt.stops)
+        for _ in generation:
+            (answer,) = prompt.request.search.results()
+            if piece := text.push(answer.tokens, answer.stop_reason):
+                yield piece
+
+    def caption(self, prompt: Prompt, seconds: Mapping[str, float]) -> Caption:
+        """What a request came to, finished or not."""
+        request, text = prompt.request, AnswerText(self.prompter.tokenizer, prompt.stops)
+        found = request.search.results()
+        if prompt.has_grammar:  # a beam that never ended may say anything
+            found = [one for one in found if one.stop_reason] or found
+        best, *others = (text.whole(one) for one in found)
+        return Caption(
+            best.text,
+            best.token_ids,
+            best.stop_reason,
+            best.score,
+            best.logprobs,
+            timings={"image": prompt.image_seconds, **seconds},
+            counts={
+                "prompt_tokens": len(prompt.ids),
+                "cached_tokens": len(prompt.ids) - len(request.embeds),
+                "image_tokens": len(prompt.image_rows),
+                "new_tokens": len(best.token_ids),
+            },
+            seed=request.search.seed,
+            alternatives=tuple(others),
+        )
+
+
+def refuse_several(options: GenerationOptions) -> None:
+    """Raise OptionError where an answer can't be streamed."""
+    if options.num_beams > 1 or options.num_return_sequences > 1:
+        raise OptionError(
+            "several sequences can't be streamed: which is best is known at the end",
+            hint="leave num_beams and num_return_sequences out, or call generate",
+        )

@@ -1,0 +1,249 @@
+"""A conversation: turns that build on each other, and a cache that is carried on.
+
+The cache's row is kept from turn to turn with the ids that it was made of. A new prompt is the
+whole conversation, rendered anew; as far as its ids (and, under image tokens, its pictures) are
+those of the row, nothing is encoded or prefilled again. A template that writes history otherwise
+than it was generated costs time, never a token.
+
+Traps:
+- What a conversation is stands in one `_State`, replaced whole when an answer is complete: an
+  interrupt or an error leaves the old one.
+- Of a picture its features are held, not its pixels: tiles are tens of megabytes a picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmport.errors import PromptError
+from vlmport.runtime.answer import Caption
+from vlmport.runtime.asking import Asker, Held, Prompt, refuse_several
+from vlmport.runtime.features import Picture
+from vlmport.runtime.generate import Generation
+from vlmport.runtime.prompt import Message, check_messages
+
+if TYPE_CHECKING:
+    from vlmport.runtime.images import ImageSource
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What has been said.
+
+    Attributes:
+        messages: every content a list of parts, pictures within as they were given.
+        pictures: the same pictures, encoded.
+        attached: pictures for the next question, with what was given.
+    """
+
+    messages: tuple[Message, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    attached: tuple[tuple[Any, Picture], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A question that is being answered."""
+
+    before: _State
+    message: Message
+    prompt: Prompt
+
+
+class Conversation:
+    """Questions and answers, with pictures anywhere among them.
+
+        chat = model.conversation(system="Answer in one word.")
+        chat.ask("What color is the square?", images=["red_square.png"])
+        chat.ask("And what is left of it?")
+
+    A question belongs to the conversation once its answer is complete. One that fails, that is
+    interrupted, or whose stream is closed early, leaves the conversation as it was; what was
+    encoded and prefilled for it is not lost, and serves when it is asked again.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        system: str | None = None,
+        *,
+        image_options: Mapping[str, Any] | None = None,
+    ):
+        """Raises OptionError for image options that the image processor does not have."""
+        if image_options:
+            asker.components.check_image_options(image_options)
+        self._asker, self._image_options = asker, dict(image_options or {})
+        self._start: tuple[Message, ...] = ()
+        if system is not None:
+            self._start = tuple(_checked([{"role": "system", "content": system}]))
+        self._state = _State(self._start)
+        self._held: Held | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said, in the form that `VLM.generate` takes; pictures stand in it as they
+        were given."""
+        return [_copied(message) for message in self._state.messages]
+
+    @property
+    def attached(self) -> int:
+        """How many pictures wait for the next question."""
+        return len(self._state.attached)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens the cache holds."""
+        return 0 if self._held is None else len(self._held.ids)
+
+    def attach(self, image: ImageSource) -> None:
+        """Give a picture along with the next question. Raises ImageError at once."""
+        picture = self._asker.picture(image, self._image_options)
+        attached = (*self._state.attached, (image, picture))
+        self._state = replace(self._state, attached=attached)
+
+    def reset(self) -> None:
+        """Forget all but the system message, attached pictures and the cache too."""
+        self._state, self._held = _State(self._start), None
+
+    def ask(
+        self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
+    ) -> Caption:
+        """Ask about these pictures and all that came before.
+
+        Pictures stand before the question, those that were attached first. Without a question
+        the model is asked for a caption, as `VLM.caption` asks.
+
+        Options are those of GenerationOptions, over the bundle's defaults. Of several answers the
+        best is the one that the conversation goes on with.
+
+        Raises ImageError, PromptError (a conversation that is longer than the context among them)
+        or OptionError before anything is encoded.
+        """
+        turn = self._begin(question, images, options)
+        generation = Generation(self._asker.components, [turn.prompt.request])
+        try:
+            generation.run()
+        except KeyboardInterrupt:
+            self._hold(turn, generation)
+            raise
+        self._end(turn, generation)
+        return self._asker.caption(turn.prompt, generation.seconds)
+
+    def stream(
+        self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
+    ) -> Iterator[str]:
+        """The answer of `ask`, piece by piece as it is made.
+
+        What is wrong with the arguments is raised here, not at the first piece. The answer belongs
+        to the conversation when its last piece is given; closing the iterator before ends the
+        work and leaves the conversation as it was. One stream at a time: PromptError at the end of
+        one during which the conversation went on otherwise.
+        """
+        refuse_several(self._asker.decoding(options).options)
+        return self._pieces(self._begin(question, images, options))
+
+    def _pieces(self, turn: _Turn) -> Iterator[str]:
+        request = turn.prompt.request
+        generation = Generation(self._asker.components, [request])
+        ended = False
+        try:
+            for piece in self._asker.pieces(turn.prompt, generation):
+                if request.search.done:
+                    self._end(turn, generation)
+                    ended = True
+                yield piece
+        except (KeyboardInterrupt, GeneratorExit):
+            if not ended:
+                self._hold(turn, generation)
+            raise
+        finally:
+            request.cancel()
+        if not ended:  # the last token had no text
+            self._end(turn, generation)
+
+    def _begin(
+        self, question: str | None, images: Sequence[ImageSource], options: Mapping[str, Any]
+    ) -> _Turn:
+        """Everything before the first run of the decoder."""
+        before, decoding = self._state, self._asker.decoding(options)
+        given = [image for image, _ in before.attached]
+        message = self._message(question, given, images)
+        chat = check_messages([*before.messages, message])
+        text = self._asker.text_ids(chat.messages)
+        start = time.perf_counter()
+        there = [*before.pictures, *(picture for _, picture in before.attached)]
+        new = [self._asker.picture(one, self._image_options) for one in chat.images[len(there) :]]
+        prompt = self._asker.ready(text, [*there, *new], decoding, start, self._held)
+        return _Turn(before, message, prompt)
+
+    def _message(
+        self, question: str | None, attached: Sequence[Any], images: Sequence[Any]
+    ) -> Message:
+        """A user's message; with no question, the bundle's own for a caption."""
+        if question is not None and not isinstance(question, str):
+            raise PromptError(
+                f"a question is a text, got {type(question).__name__}",
+                hint='ask("…", images=[…])',
+            )
+        if question is not None:
+            parts = [{"type": "image"} for _ in (*attached, *images)]
+            asked: Sequence[Message] = [
+                {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+            ]
+        else:
+            asked = self._asker.components.manifest.prompt.caption
+        if len(asked) != 1:
+            raise PromptError(
+                f"a caption is asked for by {len(asked)} messages, a question is one",
+                hint="give a question",
+            )
+        (message,) = _checked(asked, [*attached, *images])
+        return message
+
+    def _end(self, turn: _Turn, generation: Generation) -> None:
+        """The question and its answer are part of the conversation from here on.
+
+        Raises PromptError where the conversation is not what it was when the question was asked.
+        """
+        if self._state is not turn.before:
+            raise PromptError(
+                "the conversation went on while this answer was made",
+                hint="read a stream to its end, or close it, before the next question",
+            )
+        answer = self._asker.caption(turn.prompt, generation.seconds).text.strip()
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        messages = (*turn.before.messages, turn.message, said)
+        self._hold(turn, generation)
+        self._state = _State(messages, turn.prompt.pictures)
+
+    def _hold(self, turn: _Turn, generation: Generation) -> None:
+        """Keep what the cache holds, if it is the whole prompt."""
+        prompt, row = turn.prompt, generation.keep(turn.prompt.request)
+        if self._state is turn.before and row.length >= len(prompt.ids):
+            ids = np.concatenate([prompt.ids, np.array(prompt.request.tokens, np.int64)])
+            self._held = Held(row, ids[: row.length], prompt.image_rows)
+
+
+def _checked(messages: Sequence[Message], images: Sequence[Any] = ()) -> list[Message]:
+    """Messages with their pictures in their parts."""
+    chat = check_messages(messages, images)
+    rest = iter(chat.images)
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(rest)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in chat.messages
+    ]
+
+
+def _copied(message: Message) -> Message:
+    return {**message, "content": [dict(part) for part in message["content"]]}
