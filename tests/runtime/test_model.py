@@ -169,10 +169,10 @@ def test_what_is_small_or_not_for_the_encoder_is_kept(vlm: VLM, monkeypatch: pyt
     kept = vlm.features.process(toy.picture())
     assert set(kept.inputs) == {"grid", "mask"}
     assert vlm.features.nbytes == kept.nbytes == 12 * toy.HIDDEN * 4 + 14 * 8 + 24 + 5000
-    vlm.features.encode(kept)
+    vlm.features.encoded(kept)
     assert vlm.features.nbytes == kept.nbytes
     monkeypatch.setattr("vlmport.runtime.features.SMALL", 1 << 20)
-    vlm.features.encode(vlm.features.process(toy.picture(1)))
+    vlm.features.encoded(vlm.features.process(toy.picture(1)))
     assert "patches" in vlm.features.process(toy.picture(1)).inputs
 
 
