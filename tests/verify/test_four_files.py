@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 from tests.checkpoints import write_prefix_checkpoint
 from tests.verify.conftest import Case
@@ -23,18 +26,16 @@ from tests.verify.surgery import (
     swap_outputs,
 )
 from vlmport.bundle import Bundle
-from vlmport.errors import SourceError
+from vlmport.errors import BundleError, SourceError
 from vlmport.export import export
+from vlmport.inspection import probe_bundle
 from vlmport.layouts import COMPONENTS
-from vlmport.runtime.four_files import FourFiles
+from vlmport.runtime.four_files import BEGIN, GO_ON, IMAGE, PROJECTION, VISION, FourFiles
 from vlmport.verify import verify
 from vlmport.verify.four_files import FourFilesLadder, run_four_files_ladder
 from vlmport.verify.limits import FOUR_FILES_RUNGS
 from vlmport.verify.protocol import HiddenStates
 from vlmport.verify.report import Report
-
-VISION, PROJECTION = "vision_encoder", "projection"
-BEGIN, GO_ON = "prefix_init", "language_model"
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,36 @@ def test_an_exception_is_a_finding(four: FourCase, broken: Bundle) -> None:
     assert report.first_broken is not None
     assert report.first_broken.error is not None
     assert "no value 'inputs_embeds'" in report.first_broken.error
+
+
+@pytest.mark.parametrize(
+    ("component", "prefix", "said"),
+    [
+        (IMAGE, "pixel_values", "image_processor: no output 'pixel_values'; it has other"),
+        (VISION, "last_hidden", "vision_encoder: no output 'last_hidden_state'; it has other"),
+        (PROJECTION, "projected", "projection: no output 'projected_prefix'; it has other"),
+        (BEGIN, "logits", "prefix_init: no output 'logits'; it has other"),
+        (BEGIN, "present.", "prefix_init: no output 'present.…'; it has logits, other"),
+        (GO_ON, "logits", "language_model: no output 'logits'; it has other"),
+    ],
+)
+def test_a_file_whose_output_has_another_name(
+    broken: Bundle, component: str, prefix: str, said: str
+) -> None:
+    """Of another program's making, perhaps: said in one line."""
+
+    def rename(model: onnx.ModelProto) -> None:
+        names = [one.name for one in model.graph.output if one.name.startswith(prefix)]
+        new = {name: f"other.{number}" for number, name in enumerate(names)}
+        for node in model.graph.node:
+            node.output[:] = [new.get(name, name) for name in node.output]
+            node.input[:] = [new.get(name, name) for name in node.input]
+        for one in model.graph.output:
+            one.name = new.get(one.name, one.name)
+
+    bundle = edit_graph(broken, component, rename)
+    with pytest.raises(BundleError, match=re.escape(said)):
+        probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
 
 
 def test_another_models_reference(four: FourCase) -> None:

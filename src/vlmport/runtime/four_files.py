@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 IMAGE, VISION, PROJECTION = "image_processor", "vision_encoder", "projection"
 BEGIN, GO_ON = "prefix_init", "language_model"
+OUTPUT = {
+    IMAGE: "pixel_values",
+    VISION: "last_hidden_state",
+    PROJECTION: "projected_prefix",
+    BEGIN: "logits",
+    GO_ON: "logits",
+}
 
 Cache = dict[str, np.ndarray]
 
@@ -92,15 +99,15 @@ class FourFiles:
 
     def pixels(self, rgb: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "1 3 h w"]:
         """Resize and normalise one picture."""
-        return self._run(IMAGE, {"image": np.ascontiguousarray(rgb)})["pixel_values"]
+        return self._run(IMAGE, {"image": np.ascontiguousarray(rgb)})[OUTPUT[IMAGE]]
 
     def encode(self, pixels: Float[np.ndarray, "1 3 h w"]) -> Encoded:
         values = self._run(VISION, {"pixel_values": pixels})
         pooled = values.get("pooler_output")
-        return Encoded(values["last_hidden_state"][0], None if pooled is None else pooled[0])
+        return Encoded(values[OUTPUT[VISION]][0], None if pooled is None else pooled[0])
 
     def project(self, hidden: Float[np.ndarray, "N W"]) -> Float[np.ndarray, "N D"]:
-        return self._run(PROJECTION, {"vision_hidden_states": hidden[None]})["projected_prefix"][0]
+        return self._run(PROJECTION, {"vision_hidden_states": hidden[None]})[OUTPUT[PROJECTION]][0]
 
     def begin(
         self, prefix: Float[np.ndarray, "P D"], ids: Int[np.ndarray, " S"]
@@ -148,7 +155,12 @@ class FourFiles:
             for name, value in values.items()
             if name.startswith(names.present)
         }
-        return values["logits"][0], cache
+        if not cache:
+            raise BundleError(
+                f"{component}: no output {names.present + '…'!r}; it has {', '.join(values)}",
+                hint="export the bundle again",
+            )
+        return values[OUTPUT[component]][0], cache
 
     def _checked(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
         ids, size = np.ascontiguousarray(ids, np.int64), self.manifest.dims.vocab_size
@@ -160,7 +172,7 @@ class FourFiles:
         return ids
 
     def _run(self, component: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name. Raises BundleError where the graph can't run."""
+        """All outputs by name. Raises BundleError where the graph can't run or lacks its output."""
         session = self.session(component)
         try:
             values = session.run(None, dict(feeds))
@@ -169,5 +181,10 @@ class FourFiles:
                 f"{component} can't run: {first_line(error)}",
                 hint="`vlmport inspect --probe` says whether this device runs this bundle",
             ) from error
-        names = (one.name for one in session.get_outputs())
+        names = [one.name for one in session.get_outputs()]
+        if OUTPUT[component] not in names:
+            raise BundleError(
+                f"{component}: no output {OUTPUT[component]!r}; it has {', '.join(names)}",
+                hint="export the bundle again",
+            )
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
