@@ -189,6 +189,7 @@ GGUF_NAMES = {
 def write_gguf(source: Path, path: Path, precision: str) -> int:
     """The decoder as GGUF without a tokenizer; returns the size of its vocabulary."""
     import gguf
+    import ml_dtypes  # noqa: F401 (numpy learns of bfloat16)
     from gguf.quants import quantize
     from safetensors.numpy import load_file
 
