@@ -90,7 +90,9 @@ def open_engines(
     for name in names:
         worker = Worker(name, folder, threads, tokens)
         try:
-            opened[name] = worker, worker.ask("figures")
+            figures = worker.ask("figures")
+            worker.ask(f"prefill_ms@{LENGTHS[0]}")  # some come up and then fall over
+            opened[name] = worker, figures
             print(f"{name}: ready", file=sys.stderr)
         except RuntimeError as error:
             failed[name] = str(error)
