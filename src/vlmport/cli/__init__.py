@@ -8,6 +8,8 @@ from __future__ import annotations
 
 # Commands are listed by --help in the order of their import.
 from vlmport.cli import caption as caption  # isort: skip
+from vlmport.cli import ask as ask  # isort: skip
+from vlmport.cli import chat as chat  # isort: skip
 from vlmport.cli import export as export  # isort: skip
 from vlmport.cli import verify as verify  # isort: skip
 from vlmport.cli import eval as eval  # isort: skip

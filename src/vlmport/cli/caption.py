@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmport.cli.answers import json_row
 from vlmport.cli.app import app
-from vlmport.cli.arguments import Adapter, Device, Model, Revision, Threads
+from vlmport.cli.arguments import (
+    Adapter,
+    Device,
+    ImageOptions,
+    Model,
+    NoSplit,
+    Precision,
+    Revision,
+    Threads,
+    read_image_options,
+)
 from vlmport.cli.console import export_progress, report
 from vlmport.cli.generation import with_decoding
 from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
 
 if TYPE_CHECKING:
-    from vlmport.runtime.model import VLM, Caption
+    from vlmport.runtime.model import VLM
 
 
 @app.command()
@@ -26,20 +35,15 @@ def caption(
     *,
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
     model: Model = "shapes",
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            "-p",
-            help="auto, fp32, q8, q4, … or vision=q8,decoder=q4.",
-        ),
-    ] = "auto",
+    precision: Precision = "auto",
     device: Device = "cpu",
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
+    image_option: ImageOptions = None,
+    no_split: NoSplit = False,
     decoding: dict[str, Any],
 ) -> None:
     """Caption pictures."""
@@ -47,6 +51,7 @@ def caption(
 
     if stream and as_json:
         raise OptionError("--stream and --json contradict each other", hint="choose one")
+    decoding["image_options"] = read_image_options(image_option, no_split)
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
     with export_progress() as progress:
         vlm = load(
@@ -78,24 +83,11 @@ def _print_captions(
             report(result)
             failure = result
         elif as_json:
-            print(json.dumps(_row(path, result), ensure_ascii=False), flush=True)
+            print(json_row({"image": str(path)}, "caption", result), flush=True)
         else:
             for answer in (result, *result.alternatives):
                 print(f"{path}: {answer}" if len(paths) > 1 else answer, flush=True)
     return failure
-
-
-def _row(path: Path, caption: Caption) -> dict[str, Any]:
-    """Everything about a caption; what was not asked for is left out."""
-
-    def asked(fields: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in fields.items() if value not in (None, ())}
-        return kept | {"stop_reason": fields["stop_reason"]}
-
-    fields = dataclasses.asdict(caption)
-    others = tuple(asked(one) for one in fields["alternatives"])
-    row = {"image": str(path), "caption": fields.pop("text")}
-    return row | asked(fields | {"alternatives": others})
 
 
 def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:

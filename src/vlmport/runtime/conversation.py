@@ -14,7 +14,7 @@ Traps:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,10 @@ class Conversation:
         attached = (*self._state.attached, (image, picture))
         self._state = replace(self._state, attached=attached)
 
+    def detach(self) -> None:
+        """Put away the pictures that wait for the next question."""
+        self._state = replace(self._state, attached=())
+
     def reset(self) -> None:
         """Forget all but the system message, attached pictures and the cache too."""
         self._state, self._held = _State(self._start), None
@@ -136,7 +140,7 @@ class Conversation:
 
     def stream(
         self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer of `ask`, piece by piece as it is made.
 
         What is wrong with the arguments is raised here, not at the first piece. The answer belongs
@@ -147,7 +151,7 @@ class Conversation:
         refuse_several(self._asker.decoding(options).options)
         return self._pieces(self._begin(question, images, options))
 
-    def _pieces(self, turn: _Turn) -> Iterator[str]:
+    def _pieces(self, turn: _Turn) -> Generator[str, None, None]:
         request = turn.prompt.request
         generation = Generation(self._asker.components, [request])
         ended = False

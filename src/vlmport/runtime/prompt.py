@@ -159,7 +159,7 @@ def _parts(message: Any, where: str) -> list[dict[str, Any]]:
         )
     content = message["content"]
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
         raise PromptError(f"{where}: content is {_kind(content)}", hint="a text or a list of parts")
     return [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
@@ -168,6 +168,7 @@ def _parts(message: Any, where: str) -> list[dict[str, Any]]:
 def _part(part: Any, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
+        _check_encodable(part["text"], where)
         return dict(part)
     if kind == "image":
         if part.get("image", ...) is None:
@@ -182,6 +183,17 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         if is_film
         else '{"type": "text", "text": "…"} or {"type": "image"}',
     )
+
+
+def _check_encodable(text: str, where: str) -> None:
+    """Python keeps bytes that are no UTF-8 as surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where}: not Unicode at character {error.start}: {text[error.start]!a}",
+            hint="text is read as UTF-8",
+        ) from None
 
 
 class SafeDict:

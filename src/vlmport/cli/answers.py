@@ -1,0 +1,39 @@
+"""How answers are printed: as text for people, or as a row of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmport.runtime.model import Caption
+
+
+def json_row(asked: Mapping[str, Any], name: str, caption: Caption) -> str:
+    """What was asked and everything about the answer, whose text has this name.
+
+    What was not asked for is left out.
+    """
+
+    def given(fields: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in fields.items() if value not in (None, ())}
+        return kept | {"stop_reason": fields["stop_reason"]}
+
+    fields = dataclasses.asdict(caption)
+    others = tuple(given(one) for one in fields["alternatives"])
+    row = {**asked, name: fields.pop("text")}
+    return json.dumps(row | given(fields | {"alternatives": others}), ensure_ascii=False)
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without the space before and after it, which many models write."""
+    held = None  # None until there is text
+    for piece in pieces:
+        piece = piece.lstrip() if held is None else held + piece
+        if text := piece.rstrip():
+            yield text
+            held = piece[len(text) :]
+        elif held is not None:
+            held = piece

@@ -1,0 +1,128 @@
+"""`vlmport ask`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmport.cli.answers import json_row, stripped
+from vlmport.cli.app import app
+from vlmport.cli.arguments import (
+    Adapter,
+    Device,
+    ImageOptions,
+    Model,
+    NoSplit,
+    Precision,
+    Revision,
+    Threads,
+    read_image_options,
+)
+from vlmport.cli.console import export_progress
+from vlmport.cli.generation import with_decoding
+from vlmport.errors import ImageError, OptionError, PromptError
+
+# What ends so and holds no space is meant as a file.
+SUFFIXES = re.compile(r"\S+\.(png|jpe?g|webp|avif|gif|bmp|tiff?|heic|svg|pdf|mp4)", re.I)
+
+
+@app.command()
+@with_decoding
+def ask(
+    *,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(help="Pictures, if any, and the question last.", metavar="[IMAGE]... TEXT"),
+    ],
+    model: Model,
+    system: Annotated[
+        str | None, typer.Option(help="A system message before the question.", metavar="TEXT")
+    ] = None,
+    precision: Precision = "auto",
+    device: Device = "cpu",
+    stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    threads: Threads = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+    image_option: ImageOptions = None,
+    no_split: NoSplit = False,
+    decoding: dict[str, Any],
+) -> None:
+    """Ask one question about pictures, or about none.
+
+    The last argument is the question, all before it are pictures. A picture alone is captioned.
+    """
+    from vlmport.source import load
+
+    if stream and as_json:
+        raise OptionError("--stream and --json contradict each other", hint="choose one")
+    images, question = read_arguments(arguments)
+    options = read_image_options(image_option, no_split)
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
+    with export_progress() as progress:
+        vlm = load(
+            model,
+            precision=precision,
+            device=device,
+            threads=threads,
+            adapter=adapter,
+            revision=revision,
+            progress=progress,
+        )
+    with vlm:
+        chat = vlm.conversation(system, image_options=options)
+        if stream:
+            for piece in stripped(chat.stream(question, images, **decoding)):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            return
+        answer = chat.ask(question, images, **decoding)
+    if as_json:
+        asked = {"images": images, "question": question}
+        print(json_row(asked, "answer", answer))
+        return
+    for one in (answer, *answer.alternatives):
+        print(one.text.strip())
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The pictures, and the question: always the last argument, unless that is a file.
+
+    Raises ImageError for a picture that is not there, PromptError for pictures without a question.
+    """
+    *images, question = arguments
+    asked: str | None = question
+    if _exists(question):
+        images, asked = [*images, question], None
+    elif not question.strip():
+        raise PromptError("the question is empty", hint='vlmport ask photo.jpg "What is this?"')
+    elif SUFFIXES.fullmatch(question):
+        raise ImageError(
+            f"{question}: no such file", hint="the question comes last, after the pictures"
+        )
+    for image in images:
+        if not _exists(image):
+            raise ImageError(
+                f"{image}: no such file",
+                hint="all but the last argument are pictures; put the question in quotes",
+            )
+    if asked is None and len(images) > 1:
+        raise PromptError(
+            f"no question: the last argument {question!r} is a file",
+            hint="put the question last; `vlmport caption` captions several pictures",
+        )
+    return images, asked
+
+
+def _exists(name: str) -> bool:
+    """Whether something is there under this name; a question may be too long for one."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
