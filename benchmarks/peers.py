@@ -60,7 +60,7 @@ class Worker:
         )
 
     def ask(self, what: str) -> Any:
-        """The answer. Raises RuntimeError with the last line that the process wrote."""
+        """The answer. Raises RuntimeError where the process ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -73,7 +73,8 @@ class Worker:
                 return json.loads(line.removeprefix("answer "))
         self.log.seek(0)
         written = [line.strip() for line in self.log if line.strip()]
-        raise RuntimeError(written[-1][:300] if written else f"exit {self.process.wait()}")
+        said = f"; it last wrote: {written[-1][:200]}" if written else ""
+        raise RuntimeError(f"ended with {self.process.wait()}{said}")  # below 0: by that signal
 
     def stop(self) -> None:
         self.process.kill()
