@@ -4,7 +4,7 @@ import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type * as Vlmport from '../src/index.js';
 import type { TestServer } from './server.js';
-import { expected, launch, openPage, refusal, startServer } from './support.js';
+import { ask, expected, launch, openPage, refusal, startServer } from './support.js';
 
 interface Page_ {
   readonly vlmport: typeof Vlmport;
@@ -82,6 +82,52 @@ test('an abort in the middle of a text ends it with the reason of the signal', a
   expect(found).toEqual(['AbortError', true]);
 });
 
+test.each(['.wasm', 'decoder_model_merged.onnx', 'vlmport.json'])(
+  'an abort of a load is heard while %s hangs',
+  async name => {
+    server.asked.length = 0;
+    server.fault = ({ path }) => (path.endsWith(name) ? { hangAfter: 100 } : null);
+    const other = await openPage(browser, server.url); // a new profile: nothing is kept
+    const aborted = other.evaluate(async () => {
+      const { VLM } = (globalThis as unknown as Page_).vlmport;
+      const controller = new AbortController();
+      (globalThis as unknown as { giveUp: () => void }).giveUp = () => controller.abort('enough');
+      const { signal } = controller;
+      const options = { device: 'wasm', precision: 'fp32', signal } as const;
+      return VLM.load('/bundle/', options).catch((reason: unknown) => reason);
+    });
+    await expect.poll(() => server.askedFor(name).length, { timeout: 60_000 }).toBeGreaterThan(0);
+    await other.evaluate(() => (globalThis as unknown as { giveUp: () => void }).giveUp());
+    const late = new Promise(resolve => setTimeout(resolve, 20_000, 'not heard'));
+    expect(await Promise.race([aborted, late])).toBe('enough');
+    server.fault = () => null;
+    await other.context().close();
+  },
+);
+
+test('a caption that begins with a stop token is empty', async () => {
+  const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  manifest.generation.stop_token_ids.push(tokens[0]);
+  const other = await openPage(browser, server.url);
+  await other.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
+  const options = { device: 'wasm', precision: 'fp32' } as const;
+  const answer = await ask(other, { options, pictures: [url] });
+  expect(answer).toMatchObject({ tokens: [[tokens[0]]], texts: [''], streamed: [''] });
+  await other.context().close();
+});
+
+test("a model's own decoding options that greedy decoding leaves out are noted", async () => {
+  const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  manifest.generation.defaults = { repetition_penalty: 1.2, num_beams: 3, temperature: 0.6 };
+  const other = await openPage(browser, server.url);
+  await other.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
+  const { notes } = await ask(other, { options: { device: 'wasm', precision: 'fp32' } });
+  expect(notes).toEqual([
+    "greedy decoding: the model's own repetition_penalty=1.2, num_beams=3 are not there yet",
+  ]);
+  await other.context().close();
+});
+
 test('after dispose nothing works any more, and says so', async () => {
   const codes = await page.evaluate(async url => {
     const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
@@ -104,6 +150,18 @@ test('unknown options and values are refused, with the nearest known', async () 
   });
   expect(await load({ device: 'gpu' })).toMatchObject({ message: "device 'gpu' is unknown" });
   expect(await load({ threads: 0 })).toMatchObject({ code: 'OptionError' });
+  expect(await load({ precision: 8 })).toMatchObject({
+    code: 'OptionError',
+    message: 'precision 8 is no text',
+  });
+  expect(await load({ wasmPaths: 'http://' })).toMatchObject({
+    code: 'OptionError',
+    message: expect.stringMatching(/^wasmPaths 'http:\/\/' is not a URL/),
+  });
+  expect(await refusal(page, { url: 'http://' })).toMatchObject({
+    code: 'OptionError',
+    message: "'http://' is not a URL",
+  });
   expect(await load({ precision: 'q3', device: 'wasm' })).toMatchObject({
     code: 'BundleError',
     message: expect.stringMatching(/^precision 'q3' is not in this bundle/),
@@ -128,6 +186,7 @@ test('PrefixConditioningVLM is a face of the same, and refuses what is not there
       await attempt(model.generate(url, { numBeams: 3 }));
       await attempt(model.generate(url, { doSample: true }));
       await attempt(model.generate(url, { temperature: 0.5 }));
+      await attempt(model.generate(url, { maxLength: 0 }));
       model.dispose();
       return { said, last: percents.at(-1) };
     },
@@ -142,7 +201,26 @@ test('PrefixConditioningVLM is a face of the same, and refuses what is not there
     'numBeams=3 is not there yet',
     'doSample=true is not there yet',
     'temperature=0.5 is not there yet',
+    'maxLength=0, expected a whole number of at least 1',
   ]);
   // The face takes 'auto', which is q8 on WebAssembly.
   expect(found.said.slice(1, 4)).toEqual(Array(3).fill(captions[picture]!.q8!.text));
+});
+
+test('PrefixConditioningVLM: dispose ends a load, and of two loads the last counts', async () => {
+  const found = await page.evaluate(async url => {
+    const { PrefixConditioningVLM } = (globalThis as unknown as Page_).vlmport;
+    const model = new PrefixConditioningVLM();
+    const name = (error: unknown) => (error as Error).name;
+    const first = model.loadModel('./bundle/').then(() => 'loaded', name);
+    model.dispose();
+    const second = model.loadModel('./bundle/').then(() => 'loaded', name);
+    const third = model.loadModel('./bundle/').then(() => 'loaded', name);
+    const ends = await Promise.all([first, second, third]);
+    const text = await model.caption(url);
+    model.dispose();
+    return [...ends, text];
+  }, url);
+  const { text } = captions[picture]!.q8!;
+  expect(found).toEqual(['AbortError', 'AbortError', 'loaded', text]);
 });

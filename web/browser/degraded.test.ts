@@ -70,6 +70,12 @@ test('Cache Storage that is full', async () => {
   expect(notes[0]).toMatch(/no room left/);
 });
 
+test('Cache Storage that can not be read', async () => {
+  server.workerPrelude = "Cache.prototype.match = () => Promise.reject(new Error('no'))";
+  const { notes } = await visit();
+  expect(notes[0]).toMatch(/the browser can't read what it keeps/);
+});
+
 test('an insecure origin', async () => {
   const { reason, threads, notes } = await visit(`http://${INSECURE}:${server.port}/`);
   expect(reason).toBe('WebGPU is not used: WebGPU needs a page on https or localhost');

@@ -6,7 +6,15 @@ import type * as Vlmport from '../src/index.js';
 import type { sha256 } from '../src/bundle/sha256.js';
 import type { openImage } from '../src/runtime/images.js';
 import type { TestServer } from './server.js';
-import { expected, launch, openPage, startServer } from './support.js';
+import { expected, folders, launch, openPage, startServer } from './support.js';
+
+/** What of transformers.js's class is used here. */
+interface Raw extends Vlmport.RawImage {
+  clone(): Raw;
+  rgb(): Raw;
+  rgba(): Raw;
+  grayscale(): Raw;
+}
 
 interface Page_ {
   readonly vlmport: typeof Vlmport;
@@ -20,7 +28,7 @@ let server: TestServer;
 let browser: Browser;
 let page: Page;
 beforeAll(async () => {
-  server = await startServer();
+  server = await startServer({ '/transformers/': folders.transformers() });
   browser = await launch();
   page = await openPage(browser, server.url);
 });
@@ -81,6 +89,37 @@ test('every kind of source gives the same tokens', async () => {
   for (const [kind, found] of Object.entries(tokens)) expect(found, kind).toEqual(wanted);
 });
 
+test("transformers.js's own RawImage, of each number of channels", async () => {
+  // What its module imports is ONNX Runtime, of which nothing runs here.
+  const empty = 'data:text/javascript,export const env={},Tensor=class{},InferenceSession={}';
+  const imports = { 'onnxruntime-web/webgpu': empty, 'onnxruntime-common': empty };
+  await page.addScriptTag({ type: 'importmap', content: JSON.stringify({ imports }) });
+  const from = "'/transformers/transformers.web.js'";
+  const content = `import { RawImage } from ${from}; Object.assign(globalThis, { RawImage });`;
+  await page.addScriptTag({ type: 'module', content });
+  await page.waitForFunction(() => 'RawImage' in globalThis);
+  const found = await page.evaluate(async url => {
+    const { RawImage } = globalThis as unknown as {
+      RawImage: { read(url: string): Promise<Raw> };
+    };
+    const { VLM } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32', threads: 1 });
+    const raw = await RawImage.read(url);
+    const forms = { read: raw, rgb: raw.clone().rgb(), rgba: raw.clone().rgba() };
+    const tokens: Record<string, readonly number[]> = {};
+    for (const [name, image] of Object.entries(forms)) {
+      tokens[name] = (await vlm.caption(image)).tokenIds;
+    }
+    const gray = (await vlm.caption(raw.clone().grayscale())).tokenIds.length;
+    vlm.dispose();
+    return { tokens, gray, channels: raw.clone().grayscale().channels };
+  }, `/pictures/${picture}`);
+  const wanted = captions[picture]!.fp32!.tokens;
+  expect(found.tokens).toEqual({ read: wanted, rgb: wanted, rgba: wanted });
+  expect(found.channels).toBe(1);
+  expect(found.gray).toBeGreaterThan(0);
+});
+
 test('what is no picture is refused in plain words', async () => {
   const errors = await page.evaluate(async () => {
     const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
@@ -94,6 +133,7 @@ test('what is no picture is refused in plain words', async () => {
       { data: new Uint8Array(4), width: 2, height: 1, channels: 2 },
       { data: new Uint8Array(3 * 70_000), width: 70_000, height: 1, channels: 3 },
       new Image(),
+      Object.create(null),
     ];
     const messages = [];
     for (const source of wrong) {
@@ -117,5 +157,6 @@ test('what is no picture is refused in plain words', async () => {
     'ImageError: a RawImage of 2 channels',
     'ImageError: 70000x1 pixels; the limits are 100 million, and 65536 a side',
     'ImageError: the <img> shows no picture (…)',
+    "ImageError: a picture can't be an object",
   ]);
 });

@@ -15,6 +15,10 @@ export interface Expected {
   readonly captions: Readonly<
     Record<string, Readonly<Record<string, { tokens: number[]; text: string }>>>
   >;
+  /** The same for a model that cuts pictures into tiles, and how many there are. */
+  readonly tiles: Readonly<
+    Record<string, { tokens: number[]; text: string; count: number; imageTokens: number }>
+  >;
   /** What the image processor makes of the first picture of `captions`. */
   readonly pixelValues: { readonly dims: readonly number[]; readonly data: readonly number[] };
   /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
@@ -31,6 +35,10 @@ export const folders = {
   bundle: () => setting('VLMPORT_WEB_BUNDLE'),
   pictures: () => setting('VLMPORT_WEB_PICTURES'), // the examples
   kinds: () => setting('VLMPORT_WEB_KINDS'), // small ones of all kinds
+  /** A bundle that cuts pictures into tiles. */
+  tiles: () => setting('VLMPORT_WEB_TILES'),
+  /** What transformers.js is made of, with ONNX Runtime beside it. */
+  transformers: () => setting('VLMPORT_WEB_TRANSFORMERS'),
   page: here('built'),
   /** Small projects that use the packed package. */
   packed: () => ({ plain: setting('VLMPORT_WEB_PLAIN'), built: setting('VLMPORT_WEB_BUILT') }),
@@ -93,6 +101,7 @@ export interface Asking {
     readonly threads?: number;
   };
   readonly pictures?: readonly string[];
+  readonly maxNewTokens?: number;
 }
 
 export interface Answer {
@@ -109,13 +118,14 @@ export interface Answer {
 
 /** Load the bundle in the page and caption the pictures, piece by piece. */
 export function ask(page: Page, asking: Asking = {}): Promise<Answer> {
-  return page.evaluate(async ({ url = '/bundle/', options = {}, pictures = [] }: Asking) => {
+  return page.evaluate(async (asking: Asking) => {
+    const { url = '/bundle/', options = {}, pictures = [], maxNewTokens } = asking;
     const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
     const progress: Vlmport.Progress[] = [];
     const vlm = await VLM.load(url, { ...options, onProgress: one => progress.push(one) });
     const [tokens, texts, streamed]: [number[][], string[], string[]] = [[], [], []];
     for (const picture of pictures) {
-      const pieces = vlm.stream(picture);
+      const pieces = vlm.stream(picture, maxNewTokens ? { maxNewTokens } : {});
       let text = '';
       let next = await pieces.next();
       for (; !next.done; next = await pieces.next()) text += next.value;

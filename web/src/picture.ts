@@ -1,5 +1,6 @@
 /** Whatever a page has of a picture, made ready for the worker. */
 
+import { wholeAddress } from './address.js';
 import { VlmportError, firstLine } from './errors.js';
 import type { Picture } from './protocol.js';
 
@@ -62,7 +63,7 @@ export function transferOf(picture: Picture): Transferable[] {
 
 function fromUrl(source: string | URL): Picture {
   try {
-    return { kind: 'url', url: new URL(source, document.baseURI).href };
+    return { kind: 'url', url: wholeAddress(source).href };
   } catch {
     throw new VlmportError('ImageError', `'${source}' is not a URL`, "for example './photo.jpg'");
   }
@@ -128,4 +129,6 @@ function isPixelValues(source: unknown): source is PixelValues {
 }
 
 const describe = (value: unknown) =>
-  typeof value === 'object' && value !== null ? value.constructor.name : String(value);
+  typeof value === 'object' && value !== null
+    ? (value.constructor?.name ?? 'an object')
+    : String(value);

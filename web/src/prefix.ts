@@ -6,7 +6,7 @@
 
 import { VlmportError } from './errors.js';
 import type { PictureSource } from './picture.js';
-import { VLM, checkNames } from './vlm.js';
+import { VLM, checkCount, checkNames } from './vlm.js';
 
 const HUB_ID = /^[\w-][\w.-]*\/[\w-][\w.-]*$/;
 
@@ -23,13 +23,17 @@ export interface PrefixGenerateOptions {
 
 export class PrefixConditioningVLM {
   private vlm: VLM | null = null;
+  private loading = new AbortController();
 
   /** Load by Hub id ('owner/name'), or by the address of a bundle ('./models/x/', 'https://…'). */
   async loadModel(modelId: string, options: LoadModelOptions = {}): Promise<void> {
     checkNames(options, ['onProgress']);
     const { onProgress } = options;
+    this.loading.abort(); // the last one asked for counts
+    const { signal } = (this.loading = new AbortController());
     const url = HUB_ID.test(modelId) ? `https://huggingface.co/${modelId}/resolve/main/` : modelId;
     const next = await VLM.load(url, {
+      signal,
       onProgress: ({ phase, name, loadedBytes, totalBytes }) => {
         const percent = totalBytes ? (100 * loadedBytes) / totalBytes : 0;
         onProgress?.(`${phase} ${name}`, percent);
@@ -47,13 +51,16 @@ export class PrefixConditioningVLM {
   async generate(pixelValues: PictureSource, options: PrefixGenerateOptions = {}): Promise<string> {
     checkNames(options, ['maxLength', 'numBeams', 'temperature', 'doSample']);
     const { maxLength = 30, numBeams = 1, temperature = 1, doSample = false } = options;
+    checkCount('maxLength', maxLength);
     if (numBeams !== 1) throw notYet(`numBeams=${numBeams}`, 'numBeams: 1');
     if (temperature !== 1) throw notYet(`temperature=${temperature}`, 'temperature: 1');
     if (doSample) throw notYet('doSample=true', 'doSample: false');
     return (await this.loaded().caption(pixelValues, { maxNewTokens: maxLength })).text;
   }
 
+  /** Free all memory. A load that is under way ends with an AbortError. */
   dispose(): void {
+    this.loading.abort();
     this.vlm?.dispose();
     this.vlm = null;
   }

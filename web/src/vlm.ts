@@ -1,6 +1,8 @@
 /** `VLM`: load a bundle, ask it about pictures. */
 
-import { VlmportError, didYouMean } from './errors.js';
+import { wholeAddress } from './address.js';
+import { bundleAddress } from './bundle/store.js';
+import { VlmportError, didYouMean, firstLine } from './errors.js';
 import { Link } from './link.js';
 import { type PictureSource, toPicture, transferOf } from './picture.js';
 import type { CaptionData, Device, Info, LoadOptions, Progress } from './protocol.js';
@@ -68,6 +70,9 @@ export class VLM {
     const checked = checkLoadOptions(url, options);
     const link = new Link();
     let info: Info | null = null;
+    // The worker hears nothing while ONNX Runtime waits for a file or opens a graph: it is ended.
+    const abort = () => link.close();
+    options.signal?.addEventListener('abort', abort);
     try {
       await link.request(
         { type: 'load', options: checked },
@@ -82,6 +87,8 @@ export class VLM {
     } catch (error) {
       link.close();
       throw error;
+    } finally {
+      options.signal?.removeEventListener('abort', abort);
     }
   }
 
@@ -182,14 +189,27 @@ function checkLoadOptions(url: string | URL, options: VlmOptions): LoadOptions {
     const message = `device '${device}' is unknown`;
     throw new VlmportError('OptionError', message, "'auto', 'webgpu' or 'wasm'");
   }
+  if (typeof precision !== 'string') {
+    const message = `precision ${String(precision)} is no text`;
+    throw new VlmportError('OptionError', message, "for example 'q8'");
+  }
   if (threads !== undefined) checkCount('threads', threads);
   return {
-    url: new URL(url, document.baseURI).href,
+    url: bundleAddress(url).href,
     device,
     precision,
     threads: threads ?? null,
-    wasmPaths: wasmPaths === undefined ? null : new URL(wasmPaths, document.baseURI).href,
+    wasmPaths: wasmPaths === undefined ? null : wasmFolder(wasmPaths),
   };
+}
+
+function wasmFolder(address: string): string {
+  try {
+    return wholeAddress(address).href;
+  } catch (error) {
+    const message = `wasmPaths '${address}' is not a URL (${firstLine(error)})`;
+    throw new VlmportError('OptionError', message, "for example './ort/'");
+  }
 }
 
 function checkCaptionOptions(options: CaptionOptions): void {
@@ -197,7 +217,8 @@ function checkCaptionOptions(options: CaptionOptions): void {
   if (options.maxNewTokens !== undefined) checkCount('maxNewTokens', options.maxNewTokens);
 }
 
-function checkCount(name: string, value: number): void {
+/** Throws OptionError for what is no whole number from 1 on. */
+export function checkCount(name: string, value: number): void {
   if (Number.isInteger(value) && value >= 1) return;
   const message = `${name}=${value}, expected a whole number of at least 1`;
   throw new VlmportError('OptionError', message, `for example ${name}: 2`);

@@ -135,6 +135,15 @@ test('a range that is not the one asked for is no good', async () => {
   await expect(open().read('big')).rejects.toThrow(/asked for byte 8388608, got 'bytes 0-9/);
 });
 
+test('a file that is shorter on the server is no matter of trying again', async () => {
+  answers = [() => partial(0, 1000), () => new Response(null, { status: 416 })];
+  await expect(open().read('big')).rejects.toMatchObject({
+    code: 'BundleError',
+    message: 'http://host/big: shorter than the manifest says',
+  });
+  expect(asked).toHaveLength(2);
+});
+
 test('an abort while it waits to try again', async () => {
   const controller = new AbortController();
   answers = [() => (controller.abort(), new Response(null, { status: 503 }))];

@@ -98,6 +98,11 @@ test.each<[string, (raw: ReturnType<typeof whole>) => void, RegExp]>([
   ['up', raw => (raw.files['../x'] = raw.files['onnx/embed_tokens.onnx']!), /x is not known/],
   ['enum', raw => (raw.pixels.resample = 'box'), /resample must be one of/],
   ['items', raw => raw.cache.axes.push('e'), /axes has too many items/],
+  [
+    'a name of JavaScript',
+    raw => (raw.components.embed_tokens!.q4!.model = 'constructor'),
+    /constructor is not in files/,
+  ],
   ['unlisted', raw => delete raw.files['onnx/embed_tokens.onnx'], /onnx is not in files/],
   [
     'layout',
@@ -156,6 +161,8 @@ test('precisions: auto, one for all, a mix', () => {
     'it holds fp32, q4; to have it too, export again with --precision fp32,q8,q4',
   );
   expect(hintOf(() => named('x', 'wasm'))).toBe('it holds fp32, q4');
+  expect(() => named('constructor', 'wasm')).toThrow(/'constructor' is not in this bundle/);
+  expect(() => named('constructor=q4', 'wasm')).toThrow(/no component 'constructor'/);
   expect(() => choose(read, 'q44', 'wasm')).toThrow(/'q44' is not in .*did you mean 'q4'/);
   expect(() => choose(read, 'decode=q4', 'wasm')).toThrow(
     /no component 'decode' \(did you mean 'decoder'/,

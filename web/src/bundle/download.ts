@@ -20,6 +20,7 @@ import type { Store } from './store.js';
 const ATTEMPTS = 5; // without a single new byte
 const FIRST_PAUSE_MS = 300;
 const PART_BYTES = 256 * 1024; // what is asked for of a body at once
+const WHOLE = 'upload the bundle again, all files together';
 const STALL_MS = 30_000; // no byte for so long counts as broken
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -56,7 +57,7 @@ export class BundleFiles {
     readonly base: URL,
     readonly manifest: Manifest,
     readonly store: Store,
-    private readonly signal: AbortSignal,
+    public signal: AbortSignal, // of whoever waits for the files now
   ) {}
 
   size(path: string): number {
@@ -199,7 +200,7 @@ class Transfer {
     this.files.onBytes(-chunk.length);
     const message = `${this.path}: chunk ${index + 1} of ${this.entry.chunks.length} is not what the manifest says`;
     if (this.spoiled.has(index)) {
-      throw new VlmportError('BundleError', message, 'upload the bundle again, all files together');
+      throw new VlmportError('BundleError', message, WHOLE);
     }
     this.spoiled.add(index);
     throw new VlmportError('DownloadError', message, 'it will be fetched again');
@@ -280,6 +281,9 @@ function badStatus(url: URL, status: number): VlmportError {
   const message = `${url}: the server says ${status}`;
   if (status === 404 || status === 410) {
     return new VlmportError('BundleError', message, 'does the address name a vlmport bundle?');
+  }
+  if (status === 416) {
+    return new VlmportError('BundleError', `${url}: shorter than the manifest says`, WHOLE);
   }
   if (status === 401 || status === 403) {
     return new VlmportError('BundleError', message, 'is the bundle public?');

@@ -36,10 +36,14 @@ export interface GoldenExpectation {
   readonly tolerance: number;
 }
 
+/** Inputs of the image processor beside the picture. */
+export type ImageOptions = Readonly<Record<string, boolean | number>>;
+
 export interface Golden {
   readonly image: { readonly width: number; readonly height: number; readonly rgb: string };
   readonly copies: number;
   readonly prefill_tokens: number;
+  readonly options?: ImageOptions;
   readonly expected: Readonly<Record<string, GoldenExpectation>>;
 }
 
@@ -67,7 +71,9 @@ export interface Manifest {
   readonly generation: {
     readonly stop_token_ids: readonly number[];
     readonly max_new_tokens: number;
+    readonly defaults: Readonly<Record<string, Json>>;
   };
+  readonly image_options?: ImageOptions;
   readonly golden: Golden;
 }
 
@@ -102,11 +108,12 @@ export function parseManifest(text: string, where: string): Manifest {
 
 /** What a schema can't say: each named file is listed with all its chunks, each choice exists. */
 function badReferences(manifest: Manifest): string[] {
-  const absent = NEEDED.filter(name => !(name in manifest.components));
+  const absent = NEEDED.filter(name => !Object.hasOwn(manifest.components, name));
   const problems = absent.map(name => `layout ${HUB}: no component ${name}`);
   for (const [component, forms] of Object.entries(manifest.components)) {
     for (const name of Object.values(forms).flatMap(form => [form.model, ...form.data])) {
-      if (!(name in manifest.files)) problems.push(`${component}: ${name} is not in files`);
+      if (!Object.hasOwn(manifest.files, name))
+        problems.push(`${component}: ${name} is not in files`);
     }
   }
   for (const [name, entry] of Object.entries(manifest.files)) {
@@ -118,7 +125,7 @@ function badReferences(manifest: Manifest): string[] {
   for (const [device, choice] of Object.entries(manifest.auto)) {
     for (const [component, precision] of Object.entries(choice)) {
       const forms = manifest.components[component] ?? {};
-      if (!(precision in forms) && !(ANY in forms)) {
+      if (!Object.hasOwn(forms, precision) && !(ANY in forms)) {
         problems.push(`auto.${device}: no ${component} in ${precision}`);
       }
     }

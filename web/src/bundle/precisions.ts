@@ -7,21 +7,21 @@ const AUTO = 'auto';
 const NAMES = ['fp32', 'fp16', 'q8', 'q4', 'q4f16'];
 
 /** Other names that people know them by. */
-const ALIASES: Readonly<Record<string, string>> = { int8: 'q8' };
+const ALIASES: ReadonlyMap<string, string> = new Map([['int8', 'q8']]);
 
 /** What people write in a mixed precision such as 'vision=q4,decoder=fp32'. */
-const SHORT_NAMES: Readonly<Record<string, string>> = {
-  vision: 'vision_encoder',
-  embed: 'embed_tokens',
-  decoder: 'decoder_model_merged',
-};
+const SHORT_NAMES: ReadonlyMap<string, string> = new Map([
+  ['vision', 'vision_encoder'],
+  ['embed', 'embed_tokens'],
+  ['decoder', 'decoder_model_merged'],
+]);
 
 /** Component → precision. */
 export type Choice = Readonly<Record<string, string>>;
 
 /** A precision by our name for it; one that nobody knows stays as it is, without blanks. */
 function canonical(name: string): string {
-  return ALIASES[name.trim()] ?? name.trim();
+  return ALIASES.get(name.trim()) ?? name.trim();
 }
 
 /**
@@ -44,9 +44,9 @@ function parseMix(known: readonly string[], text: string): Choice {
   return Object.fromEntries(
     pairs.map(pair => {
       const [short = '', value = ''] = pair.split('=');
-      const name = SHORT_NAMES[short] ?? short;
+      const name = SHORT_NAMES.get(short) ?? short;
       if (known.includes(name)) return [name, canonical(value)];
-      const near = didYouMean(name, [...Object.keys(SHORT_NAMES), ...known]);
+      const near = didYouMean(name, [...SHORT_NAMES.keys(), ...known]);
       const message = `precision '${text}': no component '${name}'${near}`;
       const hint = `components of this bundle: ${known.join(', ')}`;
       throw new VlmportError('BundleError', message, hint);
@@ -56,7 +56,7 @@ function parseMix(known: readonly string[], text: string): Choice {
 
 function check(manifest: Manifest, component: string, precision: string): string {
   const forms = manifest.components[component] ?? {};
-  if (precision in forms) return precision;
+  if (Object.hasOwn(forms, precision)) return precision;
   if (ANY in forms) return ANY;
   const held = Object.keys(forms);
   const message = `precision '${precision}' is not in this bundle (component ${component})`;

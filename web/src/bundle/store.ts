@@ -5,7 +5,8 @@
  * is a whole synthetic response: `put` refuses partial ones.
  */
 
-import { VlmportError, isAbort } from '../errors.js';
+import { wholeAddress } from '../address.js';
+import { VlmportError } from '../errors.js';
 import { CHUNK_BYTES, MANIFEST, type Manifest, parseManifest } from './manifest.js';
 
 const CACHE_NAME = 'vlmport-1';
@@ -63,7 +64,7 @@ class CacheStore implements Store {
   constructor(private readonly cache: Cache) {}
 
   async getChunk(hash: string): Promise<Uint8Array<ArrayBuffer> | null> {
-    const response = await this.cache.match(chunkKey(hash));
+    const response = await this.get(chunkKey(hash));
     return response ? new Uint8Array(await response.arrayBuffer()) : null;
   }
 
@@ -77,7 +78,7 @@ class CacheStore implements Store {
   }
 
   async getManifest(base: URL): Promise<string | null> {
-    const response = await this.cache.match(modelKey(base.href));
+    const response = await this.get(modelKey(base.href));
     return response ? response.text() : null;
   }
 
@@ -88,13 +89,22 @@ class CacheStore implements Store {
     if (before !== null) await sweep(this.cache); // another version of the same model
   }
 
+  /** What can't be read is as good as not there. */
+  private async get(key: string): Promise<Response | undefined> {
+    try {
+      return await this.cache.match(key);
+    } catch {
+      this.problem = "not kept for the next visit: the browser can't read what it keeps";
+      return undefined;
+    }
+  }
+
   /** A full disk keeps nothing more, and is no reason to stop. */
   private async put(key: string, response: Response): Promise<void> {
     if (this.problem) return;
     try {
       await this.cache.put(key, response);
-    } catch (error) {
-      if (isAbort(error)) throw error;
+    } catch {
       this.problem = 'not kept for the next visit: the browser has no room left for this page';
     }
   }
@@ -175,7 +185,7 @@ function chunkSizes(manifest: Manifest): Map<string, number> {
 /** A bundle's address as a URL with a slash at the end; relative ones start at the page. */
 export function bundleAddress(url: string | URL): URL {
   try {
-    const address = new URL(url, globalThis.document?.baseURI ?? globalThis.location.href);
+    const address = wholeAddress(url);
     address.search = address.hash = '';
     if (address.pathname.endsWith(`/${MANIFEST}`)) {
       address.pathname = address.pathname.slice(0, -MANIFEST.length);

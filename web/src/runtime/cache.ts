@@ -6,7 +6,8 @@
  */
 
 import { VlmportError } from '../errors.js';
-import { type Components, type Feeds, type Rows, rowsOf } from './components.js';
+import type { Components, Feeds } from './components.js';
+import { type Rows, rowsOf } from './rows.js';
 import type { Tensor } from './sessions.js';
 
 const BYTES: Readonly<Record<string, number>> = { float32: 4, float16: 2 };

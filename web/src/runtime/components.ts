@@ -5,17 +5,21 @@
  */
 
 import { type BundleFiles, letGo } from '../bundle/download.js';
-import type { Golden, Manifest } from '../bundle/manifest.js';
+import type { Golden, ImageOptions, Manifest } from '../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
 import { VlmportError, firstLine } from '../errors.js';
 import type { Rgb } from './images.js';
 import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
+import { type Rows, joined, mergeImageFeatures, rowsOf } from './rows.js';
+import { scalar, slices } from './slices.js';
+import { nextTask } from './tasks.js';
 
 const IMAGE = 'image_processor';
 const VISION = 'vision_encoder';
 const EMBED = 'embed_tokens';
 const POSITIONS = 'position_ids';
 const DECODER = 'decoder_model_merged';
+const TILES = 'num_images'; // the axis of the vision encoder's inputs whose indices are independent
 const USED = [IMAGE, VISION, EMBED, DECODER];
 
 export type Feeds = Record<string, Tensor>;
@@ -24,13 +28,6 @@ export type Feeds = Record<string, Tensor>;
 export interface ProcessedImage {
   readonly inputs: Feeds;
   readonly promptIds: number[];
-}
-
-/** Rows of numbers, one after the other. */
-export interface Rows {
-  readonly count: number;
-  readonly width: number;
-  readonly data: Float32Array;
 }
 
 /** One cache tensor: its input, its output, and the sizes that never change. */
@@ -111,11 +108,18 @@ export class Components {
     return new this.runtime.ort.Tensor(type, data, dims);
   }
 
-  /** Resize, normalise and lay out one picture. Throws ImageError where the graph refuses it. */
-  async processImage({ width, height, data }: Rgb): Promise<ProcessedImage> {
+  /**
+   * Resize, normalise and lay out one picture. `options` are further inputs of the graph; the
+   * manifest's are taken where they say nothing. Throws ImageError where the graph refuses it.
+   */
+  async processImage(
+    { width, height, data }: Rgb,
+    options: ImageOptions = {},
+  ): Promise<ProcessedImage> {
     const image = this.tensor('uint8', data, [height, width, 3]);
+    const feeds = { image, ...this.optionFeeds({ ...this.manifest.image_options, ...options }) };
     try {
-      const { prompt_ids, ...inputs } = await this.session(IMAGE).run({ image });
+      const { prompt_ids, ...inputs } = await this.session(IMAGE).run(feeds);
       const promptIds = integers(prompt_ids);
       prompt_ids?.dispose();
       return { inputs, promptIds };
@@ -123,8 +127,21 @@ export class Components {
       const message = `a picture of ${width}x${height} pixels can't be processed: ${firstLine(error)}`;
       throw new VlmportError('ImageError', message, 'is it extremely narrow?');
     } finally {
-      image.dispose();
+      Object.values(feeds).forEach(tensor => tensor.dispose());
     }
+  }
+
+  /** The image processor's options as tensors of the types that it takes. */
+  private optionFeeds(options: ImageOptions): Feeds {
+    const { inputMetadata } = this.session(IMAGE);
+    return Object.fromEntries(
+      Object.entries(options).map(([name, value]) => {
+        const input = inputMetadata.find(one => one.name === name);
+        if (input?.isTensor) return [name, scalar(this.runtime.ort, input.type, value)];
+        const message = `${IMAGE}: no input '${name}', which image_options name`;
+        throw new VlmportError('BundleError', message, 'export the bundle again');
+      }),
+    );
   }
 
   /**
@@ -141,13 +158,19 @@ export class Components {
       const message = `pixel values [${dims}], but the vision encoder takes ${wanted.join(', ')}`;
       throw new VlmportError('ImageError', message, 'give the picture itself');
     }
-    const { inputs, promptIds } = await this.processImage(goldenImage(this.manifest.golden));
+    const { image, options } = this.manifest.golden;
+    const { inputs, promptIds } = await this.processImage(goldenImage(image), options);
     Object.values(inputs).forEach(tensor => tensor.dispose());
     return { inputs: { [input.name]: this.tensor('float32', data, dims) }, promptIds };
   }
 
-  /** Image features [T, D] of the processor's output, which is disposed. */
-  async encodeImage({ inputs }: ProcessedImage): Promise<Rows> {
+  /**
+   * Image features [T, D] of the processor's output, which is disposed.
+   *
+   * Where every input has an axis named `num_images`, its indices (a picture's tiles) are run one
+   * by one: all at once take many times the memory, and no abort would be heard for as long.
+   */
+  async encodeImage({ inputs }: ProcessedImage, signal: AbortSignal): Promise<Rows> {
     try {
       const session = this.session(VISION);
       const missing = session.inputNames.find(name => !(name in inputs));
@@ -156,7 +179,17 @@ export class Components {
         throw new VlmportError('BundleError', message, 'export the bundle again');
       }
       const feeds = Object.fromEntries(session.inputNames.map(name => [name, inputs[name]!]));
-      return await rowsOf((await this.run(VISION, feeds)).image_features);
+      const parts: Rows[] = [];
+      for (const part of slices(this.runtime.ort, session.inputMetadata, feeds, TILES)) {
+        try {
+          parts.push(await rowsOf((await this.run(VISION, part)).image_features));
+        } finally {
+          Object.values(part).forEach(tensor => tensor.dispose());
+        }
+        await nextTask();
+        signal.throwIfAborted();
+      }
+      return joined(parts);
     } finally {
       Object.values(inputs).forEach(tensor => tensor.dispose());
     }
@@ -239,41 +272,11 @@ async function releaseAll(sessions: ReadonlyMap<string, Session>): Promise<void>
 }
 
 /** The golden picture's pixels. */
-export function goldenImage({ image: { width, height, rgb } }: Golden): Rgb {
+export function goldenImage({ width, height, rgb }: Golden['image']): Rgb {
   const data = Uint8Array.from(atob(rgb), letter => letter.charCodeAt(0));
   if (data.length === width * height * 3) return { width, height, data };
   const message = `golden.image: not ${height}x${width}x3 bytes`;
   throw new VlmportError('BundleError', message, 'export the bundle again');
-}
-
-/**
- * Embeddings with features, in order, over the rows where the id is the image token's.
- *
- * Throws PromptError unless there are exactly as many of one as of the other.
- */
-export function mergeImageFeatures(
-  embeds: Rows,
-  ids: readonly number[],
-  features: readonly Rows[],
-  imageTokenId: number,
-): Float32Array {
-  const places = ids.flatMap((id, row) => (id === imageTokenId ? [row] : []));
-  const rows = features.flatMap(({ count, width, data }) =>
-    Array.from({ length: count }, (_, i) => data.subarray(i * width, (i + 1) * width)),
-  );
-  if (places.length !== rows.length) {
-    const message = `${places.length} image tokens in the prompt, ${rows.length} features`;
-    throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
-  }
-  const merged = Float32Array.from(embeds.data);
-  rows.forEach((row, i) => {
-    if (row.length !== embeds.width) {
-      const message = `features are ${row.length} wide, embeddings ${embeds.width}`;
-      throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
-    }
-    merged.set(row, places[i]! * embeds.width);
-  });
-  return merged;
 }
 
 /** Pair cache inputs and outputs by name. Throws BundleError where one has no partner. */
@@ -311,34 +314,4 @@ function integers(tensor: Tensor | undefined): number[] {
   const data = tensor?.data;
   if (data instanceof BigInt64Array) return Array.from(data, Number);
   throw new VlmportError('BundleError', `${IMAGE}: no prompt_ids`, 'export the bundle again');
-}
-
-/** Read a float tensor [..., D] as rows, and dispose it. */
-export async function rowsOf(tensor: Tensor | undefined): Promise<Rows> {
-  if (tensor === undefined) {
-    throw new VlmportError('BundleError', 'a graph lacks an output', 'export the bundle again');
-  }
-  const width = tensor.dims.at(-1) ?? 1;
-  try {
-    const data = asFloat32(await tensor.getData());
-    return { count: data.length / width, width, data };
-  } finally {
-    tensor.dispose();
-  }
-}
-
-/** Float32, copied out; 16-bit floats come as Float16Array, or as their bits where there is none. */
-function asFloat32(data: TensorData): Float32Array {
-  if (data instanceof Float32Array) return data;
-  if (data instanceof Uint16Array) return Float32Array.from(data, halfToNumber);
-  return Float32Array.from(data as unknown as Iterable<number>);
-}
-
-export function halfToNumber(bits: number): number {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }

@@ -19,7 +19,7 @@ import type {
   Progress,
 } from '../protocol.js';
 import { Components, type ProcessedImage, graphFiles } from './components.js';
-import { generate } from './generate.js';
+import { generate, notFollowed } from './generate.js';
 import { openImage } from './images.js';
 import { probe } from './probe.js';
 import { Prompter, promptFiles } from './prompt.js';
@@ -76,6 +76,9 @@ export class Engine {
     }
     if (this.files.store.problem) notes.push(this.files.store.problem);
     if (!probed) notes.push(`not probed: nothing is recorded for ${components.precision}`);
+    const idle = notFollowed(this.files.manifest.generation.defaults);
+    if (idle.length)
+      notes.push(`greedy decoding: the model's own ${idle.join(', ')} are not there yet`);
     const { precision } = components;
     return {
       name: this.files.manifest.name,
@@ -134,6 +137,7 @@ async function loadOn(
   onProgress: OnProgress,
   signal: AbortSignal,
 ): Promise<Ready> {
+  files.signal = signal;
   const { manifest } = files;
   const choice = choose(manifest, options.precision, runtime.device);
   const half = Object.values(choice).find(precision => HALF.test(precision));
@@ -202,17 +206,15 @@ async function caption(
   signal: AbortSignal,
 ): Promise<CaptionData> {
   const { prompt, generation, dims } = components.manifest;
+  const asked = prompter.encode(prompter.render(prompt.caption));
   const processed = await open(components);
-  const ids = prompter.splice(prompter.encode(prompter.render(prompt.caption)), [
-    processed.promptIds,
-  ]);
+  const ids = prompter.splice(asked, [processed.promptIds]);
   const room = dims.context_length - ids.length + 1;
   if (!ids.length || room < 2) {
     const message = `the prompt has ${ids.length} tokens, the model's context is ${dims.context_length}`;
     throw new VlmportError('PromptError', message, 'a smaller picture may fit');
   }
-  const features = await components.encodeImage(processed);
-  signal.throwIfAborted();
+  const features = await components.encodeImage(processed, signal);
   const encoded = performance.now();
   const embeds = await components.embedPrompt(ids, [features]);
   const maxNewTokens = Math.min(options.maxNewTokens ?? generation.max_new_tokens, room);
@@ -232,7 +234,7 @@ async function caption(
   say(text.finish());
   const seconds = (from: number, to: number) => (to - from) / 1000;
   return {
-    text: prompter.tokenizer.decode(text.tokens, { skip_special_tokens: true }),
+    text: text.whole(),
     tokenIds,
     stopReason: stopTokenIds.has(tokenIds.at(-1) ?? -1) ? 'stop' : 'length',
     timings: {

@@ -1,9 +1,11 @@
 /** The loop: a prompt in, tokens out, greedily. */
 
+import type { Json } from '../bundle/schema.js';
 import { VlmportError } from '../errors.js';
 import { openCache } from './cache.js';
 import type { Components } from './components.js';
 import type { Tensor } from './sessions.js';
+import { nextTask } from './tasks.js';
 
 export interface GenerateOptions {
   readonly maxNewTokens: number;
@@ -15,6 +17,34 @@ export interface GenerateOptions {
 export interface Step {
   readonly token: number;
   readonly scores: Float32Array;
+}
+
+/** Options of generation_config.json that change what is chosen greedily → where they do not. */
+const IDLE: Readonly<Record<string, readonly Json[]>> = {
+  do_sample: [false],
+  num_beams: [1],
+  min_new_tokens: [0],
+  min_length: [0],
+  repetition_penalty: [1],
+  encoder_repetition_penalty: [1],
+  no_repeat_ngram_size: [0],
+  encoder_no_repeat_ngram_size: [0],
+  stop_strings: [],
+  sequence_bias: [],
+  bad_words_ids: [],
+  suppress_tokens: [],
+  begin_suppress_tokens: [],
+  forced_eos_token_id: [],
+  exponential_decay_length_penalty: [],
+};
+
+/** The defaults of a bundle that Python follows and greedy decoding does not, as 'name=value'. */
+export function notFollowed(defaults: Readonly<Record<string, Json>>): string[] {
+  const says = ([name, value]: [string, Json]) =>
+    name in IDLE && value !== null && !IDLE[name]!.includes(value);
+  return Object.entries(defaults)
+    .filter(says)
+    .map(([name, value]) => `${name}=${JSON.stringify(value)}`);
 }
 
 /** Generate until a stop token, which is given out too, or `maxNewTokens`. Disposes `embeds`. */
@@ -36,7 +66,7 @@ export async function* generate(
       }
       yield { token, scores };
       if (stopTokenIds.has(token) || made >= maxNewTokens) return;
-      await nextTask(); // WebAssembly never waits: without this no abort would be heard
+      await nextTask();
       signal.throwIfAborted();
       next = await components.embed([token]);
     }
@@ -53,14 +83,4 @@ export function best(scores: Float32Array): number {
     if (scores[i]! > scores[at]!) at = i;
   }
   return at;
-}
-
-const channel = new MessageChannel();
-
-/** Let messages in. */
-export function nextTask(): Promise<void> {
-  return new Promise(resolve => {
-    channel.port1.onmessage = () => resolve();
-    channel.port2.postMessage(null);
-  });
 }

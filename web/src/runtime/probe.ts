@@ -8,7 +8,11 @@ import { asVlmportError } from '../errors.js';
 import { type Components, goldenImage } from './components.js';
 import { generate } from './generate.js';
 
-/** What is wrong, in plain words; an empty list means that the device can be trusted. */
+/**
+ * What is wrong, in plain words; an empty list means that the device can be trusted.
+ *
+ * Throws BundleError for a bundle that no device could run, and the abort.
+ */
 export async function probe(
   components: Components,
   golden: Golden,
@@ -19,7 +23,9 @@ export async function probe(
     return await compare(components, golden, expected, signal);
   } catch (error) {
     signal.throwIfAborted();
-    return [asVlmportError(error, 'DeviceError').message];
+    const cause = asVlmportError(error, 'DeviceError');
+    if (cause.code === 'BundleError') throw cause; // no device is at fault
+    return [cause.message];
   }
 }
 
@@ -29,8 +35,8 @@ async function compare(
   expected: GoldenExpectation,
   signal: AbortSignal,
 ): Promise<string[]> {
-  const processed = await components.processImage(goldenImage(golden));
-  const features = await components.encodeImage(processed);
+  const processed = await components.processImage(goldenImage(golden.image), golden.options);
+  const features = await components.encodeImage(processed, signal);
   const copies = Array.from({ length: golden.copies });
   const ids = copies.flatMap(() => processed.promptIds);
   if (ids.length !== golden.prefill_tokens) {

@@ -18,6 +18,10 @@ const SPECIAL_TOKENS = [
   'cls_token',
 ];
 
+// Python reads tokenizer.json alone; of the other file, this library would take settings that
+// change the text (blanks before full stops and commas go, unless it is told otherwise).
+const AS_WRITTEN = { clean_up_tokenization_spaces: false };
+
 interface TokenizerConfig {
   readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[];
   readonly [name: string]: unknown;
@@ -42,7 +46,7 @@ export class Prompter {
     for (const name of promptFiles(files.manifest)) texts[name] = await files.text(name);
     try {
       const config = JSON.parse(texts[CONFIG] ?? '{}') as TokenizerConfig;
-      const tokenizer = new Tokenizer(JSON.parse(texts[TOKENIZER] ?? '') as object, config);
+      const tokenizer = new Tokenizer(JSON.parse(texts[TOKENIZER] ?? '') as object, AS_WRITTEN);
       const template = templateOf(config) ?? texts[TEMPLATE];
       return new Prompter(files.manifest.prompt, tokenizer, specialTokens(config), template);
     } catch (error) {
@@ -58,7 +62,9 @@ export class Prompter {
       throw new VlmportError('PromptError', message, 'export the bundle again');
     }
     try {
-      const given = { messages, add_generation_prompt: true, ...this.special };
+      const none = { tools: null, documents: null }; // templates ask whether they are none
+      const parts = messages.map(one => ({ ...one, content: asParts(one.content) }));
+      const given = { messages: parts, add_generation_prompt: true, ...none, ...this.special };
       return new Template(this.template).render(given);
     } catch (error) {
       const message = `the chat template refuses these messages: ${firstLine(error)}`;
@@ -87,6 +93,11 @@ export class Prompter {
     let next = 0;
     return ids.flatMap(id => (id === placeholder ? (images[next++] ?? []) : [id]));
   }
+}
+
+/** A message's content as a list of parts, as templates of vision models expect it. */
+function asParts(content: Message['content']) {
+  return typeof content === 'string' ? [{ type: 'text', text: content }] : content;
 }
 
 function templateOf(config: TokenizerConfig): string | undefined {

@@ -34,6 +34,11 @@ export class TextStream {
     return text.slice(given.length);
   }
 
+  /** All of it at once. */
+  whole(): string {
+    return this.decode(this.tokens);
+  }
+
   /** The rest, with incomplete characters as the decoder writes them. */
   finish(): string {
     const [given, text] = this.window();
@@ -46,7 +51,9 @@ export class TextStream {
     return [this.decode(given), this.decode(this.tokens.slice(this.start))];
   }
 
+  /** Ids past the vocabulary say nothing: some embeddings have more rows than there are tokens. */
   private decode(tokens: number[]): string {
-    return tokens.length ? this.tokenizer.decode(tokens, { skip_special_tokens: true }) : '';
+    const known = tokens.filter(token => this.tokenizer.id_to_token(token) !== undefined);
+    return known.length ? this.tokenizer.decode(known, { skip_special_tokens: true }) : '';
   }
 }

@@ -1,0 +1,77 @@
+/** A model that cuts pictures into tiles and has a chat template: captions all the same. */
+
+import type { Browser } from 'playwright-core';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import type * as Vlmport from '../src/index.js';
+import type { TestServer } from './server.js';
+import { ask, expected, folders, launch, openPage, refusal, startServer } from './support.js';
+
+const { tiles } = expected();
+const urls = Object.keys(tiles).map(name => `/kinds/${name}`);
+const asking = { url: '/tiles/', pictures: urls, maxNewTokens: 12 };
+
+let server: TestServer;
+let browser: Browser;
+beforeAll(async () => {
+  server = await startServer({ '/tiles/': folders.tiles() });
+  browser = await launch({ webgpu: true });
+});
+afterAll(async () => {
+  await browser.close();
+  await server.stop();
+});
+
+test.each(['wasm', 'webgpu'] as const)('the same tokens as Python on %s', async device => {
+  const page = await openPage(browser, server.url);
+  const options = { device, precision: 'fp32', threads: 1 };
+  const answer = await ask(page, { ...asking, options });
+  expect(answer).toMatchObject({ device, reason: null, notes: [] });
+  expect(answer.tokens).toEqual(Object.values(tiles).map(one => one.tokens));
+  expect(answer.texts).toEqual(Object.values(tiles).map(one => one.text));
+  expect(answer.streamed).toEqual(answer.texts);
+  await page.context().close();
+});
+
+test('pictures of other sizes have other numbers of tiles', () => {
+  expect(new Set(Object.values(tiles).map(one => one.count)).size).toBeGreaterThan(1);
+});
+
+test('the options of the manifest are what the image processor gets', async () => {
+  const page = await openPage(browser, server.url);
+  const manifest = await (await fetch(`${server.url}tiles/vlmport.json`)).json();
+  const options = { device: 'wasm', precision: 'fp32' } as const;
+  const counts = async () =>
+    page.evaluate(async url => {
+      const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+      const vlm = await VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
+      const { counts } = await vlm.caption(url, { maxNewTokens: 1 });
+      vlm.dispose();
+      return counts.imageTokens;
+    }, urls[0]!);
+  const cut = await counts();
+  expect(cut).toBe(Object.values(tiles)[0]!.imageTokens);
+  manifest.image_options.do_image_splitting = false;
+  await page.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
+  expect(await counts()).toBe(cut / Object.values(tiles)[0]!.count);
+  manifest.image_options.do_image_rotation = 1;
+  expect(await refusal(page, { ...asking, options })).toEqual({
+    code: 'BundleError',
+    message: "image_processor: no input 'do_image_rotation', which image_options name",
+    hint: 'export the bundle again',
+  });
+  await page.context().close();
+});
+
+test('pixel values of another program are refused: a tile is not the whole of a picture', async () => {
+  const page = await openPage(browser, server.url);
+  const message = await page.evaluate(async () => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const vlm = await VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
+    const values = { dims: [1, 1, 3, 32, 32], data: new Float32Array(3 * 32 * 32) };
+    const error = (await vlm.caption(values).catch((thrown: unknown) => thrown)) as Error;
+    vlm.dispose();
+    return error.message;
+  });
+  expect(message).toMatch(/^pixel values \[1,1,3,32,32\], but the vision encoder takes/);
+  await page.context().close();
+});

@@ -1,0 +1,85 @@
+/** Embeddings and features as rows of float32. */
+
+import { VlmportError } from '../errors.js';
+import type { Tensor, TensorData } from './sessions.js';
+
+/** Rows of numbers, one after the other. */
+export interface Rows {
+  readonly count: number;
+  readonly width: number;
+  readonly data: Float32Array;
+}
+
+/** Read a float tensor [..., D] as rows, and dispose it. */
+export async function rowsOf(tensor: Tensor | undefined): Promise<Rows> {
+  if (tensor === undefined) {
+    throw new VlmportError('BundleError', 'a graph lacks an output', 'export the bundle again');
+  }
+  const width = tensor.dims.at(-1) ?? 1;
+  try {
+    const data = asFloat32(await tensor.getData());
+    return { count: data.length / width, width, data };
+  } finally {
+    tensor.dispose();
+  }
+}
+
+/** Rows of several, in order. All are as wide as the first. */
+export function joined(parts: readonly Rows[]): Rows {
+  const [first] = parts;
+  if (first && parts.length === 1) return first;
+  const width = first?.width ?? 1;
+  const data = new Float32Array(parts.reduce((sum, one) => sum + one.data.length, 0));
+  let at = 0;
+  for (const one of parts) {
+    data.set(one.data, at);
+    at += one.data.length;
+  }
+  return { count: data.length / width, width, data };
+}
+
+/** Float32, copied out; 16-bit floats come as Float16Array, or as their bits where there is none. */
+function asFloat32(data: TensorData): Float32Array {
+  if (data instanceof Float32Array) return data;
+  if (data instanceof Uint16Array) return Float32Array.from(data, halfToNumber);
+  return Float32Array.from(data as unknown as Iterable<number>);
+}
+
+export function halfToNumber(bits: number): number {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  if (exponent === 0) return sign * fraction * 2 ** -24;
+  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+}
+
+/**
+ * Embeddings with features, in order, over the rows where the id is the image token's.
+ *
+ * Throws PromptError unless there are exactly as many of one as of the other.
+ */
+export function mergeImageFeatures(
+  embeds: Rows,
+  ids: readonly number[],
+  features: readonly Rows[],
+  imageTokenId: number,
+): Float32Array {
+  const places = ids.flatMap((id, row) => (id === imageTokenId ? [row] : []));
+  const rows = features.flatMap(({ count, width, data }) =>
+    Array.from({ length: count }, (_, i) => data.subarray(i * width, (i + 1) * width)),
+  );
+  if (places.length !== rows.length) {
+    const message = `${places.length} image tokens in the prompt, ${rows.length} features`;
+    throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+  }
+  const merged = Float32Array.from(embeds.data);
+  rows.forEach((row, i) => {
+    if (row.length !== embeds.width) {
+      const message = `features are ${row.length} wide, embeddings ${embeds.width}`;
+      throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+    }
+    merged.set(row, places[i]! * embeds.width);
+  });
+  return merged;
+}

@@ -1,0 +1,51 @@
+/** Tensors cut along a named axis, and single numbers as tensors. */
+
+import type { Ort, Session, Tensor, TensorData, TensorType } from './sessions.js';
+
+/** A tensor's numbers: whatever indexes like a typed array. */
+type Numbers = Exclude<TensorData, string[]>;
+
+/**
+ * Feeds cut along the axis that their inputs call `name`, index by index; as they are, once, where
+ * not every input has it, or they disagree about its length. The caller owns what it gets.
+ */
+export function* slices(
+  ort: Ort,
+  inputs: Session['inputMetadata'],
+  feeds: Readonly<Record<string, Tensor>>,
+  name: string,
+): Generator<Record<string, Tensor>, void, undefined> {
+  const axes = inputs.map(one => (one.isTensor ? one.shape.indexOf(name) : -1));
+  const counts = new Set(inputs.map((one, i) => feeds[one.name]?.dims[axes[i]!]));
+  const [count] = counts;
+  const apart = counts.size === 1 && count !== undefined && !axes.includes(-1);
+  for (let index = 0; index < (apart ? count : 1); index++) {
+    const part = inputs.map(({ name }, i): [string, Tensor] => {
+      const tensor = feeds[name]!;
+      if (!apart) return [name, new ort.Tensor(tensor.type, tensor.data, tensor.dims)];
+      return [name, sliceOf(ort, tensor, axes[i]!, index)];
+    });
+    yield Object.fromEntries(part);
+  }
+}
+
+/** One index of an axis, which stays with a length of 1. */
+function sliceOf(ort: Ort, { type, data, dims }: Tensor, axis: number, index: number): Tensor {
+  const product = (sizes: readonly number[]) => sizes.reduce((a, b) => a * b, 1);
+  const [outer, inner] = [product(dims.slice(0, axis)), product(dims.slice(axis + 1))];
+  const numbers = data as Numbers;
+  const count = dims[axis] ?? 1;
+  const rows = (at: number) => numbers.subarray(at * inner, (at + 1) * inner);
+  const cut = outer === 1 ? rows(index) : numbers.slice(0, outer * inner);
+  for (let i = 0; outer > 1 && i < outer; i++) {
+    (cut as Uint8Array).set(rows(i * count + index) as Uint8Array, i * inner);
+  }
+  return new ort.Tensor(type, cut, dims.with(axis, 1));
+}
+
+/** A number or a truth value as a tensor of no axes. */
+export function scalar(ort: Ort, type: TensorType, value: boolean | number): Tensor {
+  if (type === 'int64') return new ort.Tensor(type, BigInt64Array.of(BigInt(value)), []);
+  if (type === 'bool') return new ort.Tensor(type, [Boolean(value)], []);
+  return new ort.Tensor(type as 'float32', [Number(value)], []);
+}

@@ -1,0 +1,63 @@
+import * as common from 'onnxruntime-common';
+import { expect, test } from 'vitest';
+import type { Ort, Session, Tensor } from '../src/runtime/sessions.js';
+import { scalar, slices } from '../src/runtime/slices.js';
+
+const ort = common as unknown as Ort;
+
+function inputs(shapes: Record<string, (string | number)[]>): Session['inputMetadata'] {
+  const named = Object.entries(shapes);
+  return named.map(([name, shape]) => ({ name, isTensor: true, type: 'float32', shape }));
+}
+
+function counting(...dims: number[]): Tensor {
+  const size = dims.reduce((a, b) => a * b, 1);
+  const values = Float32Array.from({ length: size }, (_, i) => i);
+  return new ort.Tensor('float32', values, dims);
+}
+
+const read = (parts: Iterable<Record<string, Tensor>>) =>
+  [...parts].map(part =>
+    Object.values(part).map(({ dims, data }) => [dims, Array.from(data as Float32Array)]),
+  );
+
+test('the named axis is cut index by index, wherever it stands', () => {
+  const shapes = inputs({ x: ['batch_size', 'tiles', 2], mask: ['tiles'] });
+  const feeds = { x: counting(1, 3, 2), mask: counting(3) };
+  expect(read(slices(ort, shapes, feeds, 'tiles'))).toEqual(
+    [0, 1, 2].map(i => [
+      [
+        [1, 1, 2],
+        [2 * i, 2 * i + 1],
+      ],
+      [[1], [i]],
+    ]),
+  );
+  const batch = { x: counting(2, 2, 2), mask: counting(2) };
+  expect(read(slices(ort, shapes, batch, 'tiles'))[1]![0]).toEqual([
+    [2, 1, 2],
+    [2, 3, 6, 7],
+  ]);
+});
+
+test.each([
+  ['an input without the axis', { x: ['tiles', 2], scale: ['n'] }, [3, 2], [3]],
+  ['two lengths', { x: ['tiles', 2], scale: ['tiles'] }, [3, 2], [2]],
+])('%s: all at once', (_, shapes, x, scale) => {
+  const feeds = { x: counting(...x), scale: counting(...scale) };
+  const [part, ...more] = slices(ort, inputs(shapes), feeds, 'tiles');
+  expect(more).toEqual([]);
+  expect([part!.x!.dims, part!.scale!.dims]).toEqual([x, scale]);
+});
+
+test('a number as a tensor of each type', () => {
+  const told = (tensor: Tensor) => [
+    tensor.type,
+    tensor.dims,
+    Array.from(tensor.data as Int32Array),
+  ];
+  expect(told(scalar(ort, 'bool', true))).toEqual(['bool', [], [1]]);
+  expect(told(scalar(ort, 'int64', 7))).toEqual(['int64', [], [7n]]);
+  expect(told(scalar(ort, 'float32', 0.5))).toEqual(['float32', [], [0.5]]);
+  expect(told(scalar(ort, 'int32', 3))).toEqual(['int32', [], [3]]);
+});
