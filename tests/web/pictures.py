@@ -16,6 +16,7 @@ def write_pictures(folder: Path) -> list[Path]:
     turned = Image.Exif()
     saved = {
         "rgb.png": (rgb, {}),
+        "tall.png": (_colours(11, 47), {}),
         "profile.png": (rgb, {"icc_profile": swapped}),
         "gray.png": (rgb.convert("L"), {}),
         "palette.png": (rgb.quantize(32), {}),

@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
+from tests.transformers_js.test_transformers_js import Client, client
 from tests.web.pictures import write_pictures
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
@@ -29,11 +32,15 @@ from vlmport.graph.precision import PRECISIONS
 from vlmport.runtime.images import open_image
 from vlmport.runtime.model import VLM
 
+__all__ = ["client"]  # a fixture: it installs transformers.js
+
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "web"
 EXAMPLES = ROOT / "examples"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_TESTS = sorted(path.name for path in (WEB / "browser").glob("*.test.ts"))
+
+CUT = ("rgb.png", "subsampled.jpg", "tall.png")  # pictures with other numbers of tiles
 
 # A decoder of 200 MB in float32: what its loading takes can be told from the browser's own memory.
 LARGE = {
@@ -149,7 +156,29 @@ def packed(node: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     return {"plain": str(plain), "built": str(project / "dist")}
 
 
-def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
+@pytest.fixture(scope="session")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A random model that cuts pictures into tiles and has a chat template."""
+    folder = tmp_path_factory.mktemp("tiles")
+    return export(write_idefics3_checkpoint(folder / "source"), folder / "tiles", precisions="fp32")
+
+
+def captions_of_tiles(bundle: Bundle, pictures: list[Path]) -> dict[str, dict[str, Any]]:
+    found = {}
+    with VLM.open(bundle, precision="fp32") as vlm:
+        for path in pictures:
+            caption = vlm.caption(path, max_new_tokens=12)
+            inputs = vlm.components.process_image(open_image(path)).inputs
+            found[path.name] = {
+                "tokens": caption.token_ids,
+                "text": caption.text,
+                "count": inputs["pixel_values"].shape[1],
+                "imageTokens": caption.counts["image_tokens"],
+            }
+    return found
+
+
+def expectations(bundle: Bundle, tiles: Bundle, kinds: list[Path]) -> dict[str, Any]:
     """What Python's runtime gives, as web/browser/support.ts reads it."""
     captions: dict[str, dict[str, Any]] = {path.name: {} for path in sorted(EXAMPLES.glob("*.png"))}
     for precision in bundle.manifest.precisions:
@@ -170,6 +199,7 @@ def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
         "precisions": bundle.manifest.precisions,
         "captions": captions,
         "pixels": pixels,
+        "tiles": captions_of_tiles(tiles, [path for path in kinds if path.name in CUT]),
         "pixelValues": {"dims": values.shape, "data": values.ravel().tolist()},
     }
 
@@ -178,8 +208,10 @@ def expectations(bundle: Bundle, kinds: list[Path]) -> dict[str, Any]:
 def environment(
     node: str,
     chromium: str,
+    client: Client,
     bundle: Bundle,
     sizes: dict[str, str],
+    tiles: Bundle,
     packed: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, str]]:
@@ -189,7 +221,7 @@ def environment(
     run(node, "vite", "build")
     folder = tmp_path_factory.mktemp("expected")
     kinds = write_pictures(folder / "kinds")
-    (folder / "expected.json").write_text(json.dumps(expectations(bundle, kinds)))
+    (folder / "expected.json").write_text(json.dumps(expectations(bundle, tiles, kinds)))
     server = make_server(bundle, 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -198,6 +230,10 @@ def environment(
         "VLMPORT_WEB_BUNDLE": str(bundle.folder),
         "VLMPORT_WEB_PLAIN": packed["plain"],
         "VLMPORT_WEB_BUILT": packed["built"],
+        "VLMPORT_WEB_TILES": str(tiles.folder),
+        "VLMPORT_WEB_TRANSFORMERS": str(
+            TRANSFORMERS / "node_modules/@huggingface/transformers/dist"
+        ),
         "VLMPORT_WEB_TINY": sizes["tiny"],
         "VLMPORT_WEB_LARGE": sizes["large"],
         "VLMPORT_WEB_PICTURES": str(EXAMPLES),
