@@ -7,12 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.checkpoints import write_prefix_checkpoint
 from tests.verify.breaks import DECODER, EMBED, VISION, scaled
 from tests.verify.surgery import copied, edit_tensor
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.export import export
-from vlmport.graph.weights import INT4, INT8, quantize_blocks, quantize_columns
+from vlmport.graph.weights import (
+    INT4,
+    INT4_FLOAT16,
+    INT8,
+    INT8_FLOAT16,
+    Format,
+    quantize_blocks,
+    quantize_columns,
+)
+from vlmport.layouts import COMPONENTS
 from vlmport.verify import verify
 from vlmport.verify.limits import LIKELY_CAUSES, WEIGHTS
 from vlmport.verify.report import Row
@@ -106,3 +116,30 @@ def test_half_a_step_is_the_most_that_rounding_costs(columns: int) -> None:
     assert 0.4 < rounding_error(quantized, scales, matrix.T) <= 0.501
     assert rounding_error(quantized, 1.1 * scales, matrix.T) > 5
     assert WEIGHTS["steps"].bound < 0.7
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("form", [INT4_FLOAT16, INT8_FLOAT16])
+def test_a_scale_in_float16_is_no_error_of_the_weights(form: Format, size: float) -> None:
+    """Rounded, it may put the outermost weights past their levels: of 128 steps up to 0.06, and
+    more where float16 has few bits left. A scale that is off by three hundredths is still found."""
+    assert form.bits is not None
+    matrix = size * np.random.default_rng(form.bits).standard_normal((512, 256)).astype(np.float32)
+    matrix[:, 1::2] = -matrix[:, ::2]  # so that both ends of a block are as far
+    quantized, stored = quantize_blocks(matrix, form)
+    scales = stored.astype(np.float16)
+    assert 0.4 < rounding_error(quantized, scales, matrix.T, form.bits) <= 0.501
+    if size > 1e-3:
+        wrong = (scales * np.float16(0.97)).astype(np.float16)
+        assert rounding_error(quantized, wrong, matrix.T, form.bits) > 0.6
+
+
+def test_the_pooling_heads_scores_are_compared(tmp_path: Path) -> None:
+    """No weight of the checkpoint's own name, and compared all the same."""
+    checkpoint = write_prefix_checkpoint(tmp_path / "checkpoint")
+    bundle = export(checkpoint, tmp_path / "out", precisions="fp32,q8,q4f16", layout=COMPONENTS)
+    assert not failed(bundle, "q8")
+    assert not failed(bundle, "q4f16")
+    edit_tensor(bundle, VISION, "attention.scores", lambda x: np.nextafter(x, x + 1), "q8")
+    (row,) = failed(Bundle.open(bundle.folder), "q8")
+    assert row.detail == "'vision_encoder.head.attention.scores'"

@@ -41,13 +41,14 @@ def weight_rows(bundle: Bundle, precision: str) -> Iterator[Row]:
 
 
 def _weights(bundle: Bundle, component: str, precision: str) -> dict[str, ir.Value]:
-    """The initializers with a name of the checkpoint's, which has dots; none is read yet."""
+    """The initializers that are made from the checkpoint; none is read yet."""
     graph = ir.load(bundle.path(bundle.variant(component, precision).model)).graph
     return {name: value for name, value in graph.initializers.items() if _is_weight(name)}
 
 
 def _is_weight(name: str) -> bool:
-    return name.removesuffix(QUANTIZED).removesuffix(SCALES).endswith((".weight", ".bias"))
+    """Named after a module and a parameter. Constants of the graph are not (const_0.5_f32)."""
+    return "." in name and not name.startswith("const_")
 
 
 def _compare(
@@ -67,7 +68,7 @@ def _compare(
             unequal += wrong
         else:
             stored = ours[name + QUANTIZED]
-            scales = _read(ours[name + SCALES]).astype(np.float32)
+            scales = _read(ours[name + SCALES])
             error = rounding_error(_read(stored), scales, truth, _bits(stored))
             steps, wrong = max(steps, error), not WEIGHTS["steps"].holds(error)
         if wrong:
@@ -99,14 +100,17 @@ def rounding_error(
     """The largest distance of a weight from its level, in steps: half a step where all is right.
 
     The top level has no positive twin, so that what lies past it may be a whole step away: there
-    half of the distance counts. Infinite where the shapes differ, or where a block without a scale
-    is not zero.
+    half of the distance counts. Past the outermost levels, what the scale lost when it was rounded
+    to its own type (float16) does not count. Infinite where the shapes differ, or where a block
+    without a scale is not zero.
 
     Args:
         quantized: int8 with scales that broadcast (a column each, or a row); uint8 [N, blocks,
             bytes] of a matrix, or [N, bytes] of an embedding, with scales [N, blocks].
         truth: [K, N] of a matrix, [N, K] of an embedding.
     """
+    half_gaps = np.abs(np.spacing(scales)).astype(np.float32) / 2
+    scales = scales.astype(np.float32)
     if quantized.dtype == np.uint8:
         if quantized.ndim == 3:
             truth = truth.T
@@ -118,7 +122,7 @@ def rounding_error(
             return float("inf")
         truth = np.pad(truth, ((0, 0), (0, pad))).reshape(-1, scales.shape[1], block)
         levels = quantized.reshape(*scales.shape, block).astype(np.float32) - (1 << (bits - 1))
-        scales = scales[..., None]
+        scales, half_gaps = scales[..., None], half_gaps[..., None]
     else:
         levels = quantized.astype(np.float32)
     if levels.shape != truth.shape:
@@ -127,6 +131,9 @@ def rounding_error(
         return float("inf")
     exact = np.divide(truth, scales, out=np.zeros_like(truth), where=scales != 0)
     distance = np.abs(exact - levels)
-    top = (1 << (bits - 1)) - 1
-    distance[(levels == top) & (exact > top)] /= 2
+    zero = 1 << (bits - 1)
+    above, below = (levels == zero - 1) & (exact > zero - 1), (levels == -zero) & (exact < -zero)
+    lost = zero * np.divide(half_gaps, np.abs(scales), out=np.zeros_like(scales), where=scales != 0)
+    distance = np.where(above | below, np.maximum(distance - lost, 0), distance)
+    distance[above] /= 2
     return float(distance.max(initial=0))
