@@ -196,6 +196,17 @@ def test_faults_are_named_with_their_place(
     assert str(tmp_path / MANIFEST) in str(error)
 
 
+def test_a_message_is_short_whatever_the_file_holds(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["auto"]["cpu"] = dict.fromkeys(document["components"], "x" * 5000)
+    document["auto"] |= {f"device{n}": {} for n in range(50)}
+    text = str(refusal(tmp_path, document))
+    assert "auto.cpu: no vision_encoder in xxx" in text
+    assert "… and " in text
+    assert len(text) < 2000
+
+
 @pytest.mark.parametrize("version", [2, 99, 2.0])
 def test_a_newer_version_asks_for_an_update(
     version: float, document: dict[str, Any], tmp_path: Path

@@ -20,7 +20,7 @@ from typing import Any
 import fastjsonschema
 
 from vlmport.bundle_checks import contradictions
-from vlmport.errors import BundleError
+from vlmport.errors import BundleError, some_problems
 from vlmport.hashing import CHUNK_BYTES as CHUNK_BYTES
 from vlmport.hashing import FileEntry, hash_file
 from vlmport.json_files import load_json
@@ -216,7 +216,7 @@ class Bundle:
         if problems:
             raise BundleError(
                 f"{self.folder}: {len(problems)} of {len(self.manifest.files)} files are not as "
-                f"{MANIFEST} says: {'; '.join(problems[:6])}",
+                f"{MANIFEST} says: {some_problems(problems)}",
                 hint="download or export the bundle again",
             )
 
@@ -290,7 +290,7 @@ def read_manifest(path: Path) -> Manifest:
         _validator()(raw)
     except fastjsonschema.JsonSchemaValueException as error:
         raise BundleError(
-            f"{path}: {error.message.replace('data', 'manifest', 1)}",
+            f"{path}: {some_problems([error.message.replace('data', 'manifest', 1)])}",
             hint="the schema is docs/vlmport.schema.json; download or export again",
         ) from error
     return _check_references(_from_json(raw), path)
@@ -392,5 +392,5 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
 def _check_references(manifest: Manifest, path: Path) -> Manifest:
     """What a schema can't say. Raises BundleError."""
     if problems := contradictions(manifest):
-        raise BundleError(f"{path}: {'; '.join(problems)}", hint="export the bundle again")
+        raise BundleError(f"{path}: {some_problems(problems)}", hint="export the bundle again")
     return manifest

@@ -8,7 +8,7 @@ for one of these.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class VlmportError(Exception):
@@ -95,3 +95,11 @@ def some_names(names: Iterable[str], limit: int = 8) -> str:
     ordered = sorted(names)
     shown = ", ".join(repr(name) for name in ordered[:limit])
     return shown + (f", … and {len(ordered) - limit} more" if len(ordered) > limit else "")
+
+
+def some_problems(problems: Sequence[str], limit: int = 6, width: int = 200) -> str:
+    """The first of them, each cut at `width` characters, and how many more: whatever a file holds,
+    a message about it is short."""
+    shown = [one if len(one) <= width else f"{one[: width - 1]}…" for one in problems[:limit]]
+    rest = len(problems) - limit
+    return "; ".join(shown) + (f"; … and {rest} more" if rest > 0 else "")
