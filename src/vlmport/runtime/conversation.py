@@ -25,7 +25,7 @@ from vlmport.runtime.answer import Caption
 from vlmport.runtime.asking import Asker, Held, Prompt, refuse_several
 from vlmport.runtime.features import Picture
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.prompt import Message, check_messages
+from vlmport.runtime.prompt import Message, check_images, check_messages
 
 if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource
@@ -189,6 +189,7 @@ class Conversation:
         self, question: str | None, attached: Sequence[Any], images: Sequence[Any]
     ) -> Message:
         """A user's message; with no question, the bundle's own for a caption."""
+        check_images(images)
         if question is not None and not isinstance(question, str):
             raise PromptError(
                 f"a question is a text, got {type(question).__name__}",

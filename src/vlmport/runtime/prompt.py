@@ -119,11 +119,7 @@ def check_messages(messages: Sequence[Message], images: Sequence[Any] = ()) -> C
             f"messages must be a list of at least one message, got {_kind(messages)}",
             hint='[{"role": "user", "content": [{"type": "image"}]}]',
         )
-    if not isinstance(images, list | tuple):
-        raise PromptError(
-            f"images must be a list of pictures, got {_one_picture(images)}",
-            hint="put it into a list: images=[…]",
-        )
+    check_images(images)
     given, found, checked = list(images), [], []
     waiting = 0
     for number, message in enumerate(messages):
@@ -142,6 +138,15 @@ def check_messages(messages: Sequence[Message], images: Sequence[Any] = ()) -> C
         )
     rest = iter(given)
     return Chat(checked, [next(rest) if image is None else image for image in found])
+
+
+def check_images(images: Any) -> None:
+    """Raise PromptError for one picture in place of a list: its rows are no pictures."""
+    if not isinstance(images, list | tuple):
+        raise PromptError(
+            f"images must be a list of pictures, got {_one_picture(images)}",
+            hint="put it into a list: images=[…]",
+        )
 
 
 def _parts(message: Any, where: str) -> list[dict[str, Any]]:
