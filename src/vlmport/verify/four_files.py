@@ -19,11 +19,11 @@ from vlmport.bundle import Bundle
 from vlmport.errors import SourceError
 from vlmport.runtime.four_files import BEGIN, GO_ON, FourFiles
 from vlmport.verify import metrics
-from vlmport.verify.judging import BrokenError, Found, Judge, Progress, bundle_runs, max_new_tokens
+from vlmport.verify.judging import Found, Judge, Progress, bundle_runs, max_new_tokens, row_of
 from vlmport.verify.limits import FOUR_FILES_RUNGS, four_files_limits_of
 from vlmport.verify.lookup import look_up
 from vlmport.verify.protocol import HiddenStates, PrefixReference, Reference
-from vlmport.verify.report import Measure, Row
+from vlmport.verify.report import Row
 from vlmport.verify.requests import Request
 from vlmport.verify.truth import Truth
 
@@ -54,15 +54,8 @@ class FourFilesLadder:
         """Every rung in order, whether or not one before it broke."""
         limits = four_files_limits_of(precision, self.files.manifest.pixels.resample)
         for rung in FOUR_FILES_RUNGS:
-            try:
-                values, detail = getattr(self, f"_{rung}")()
-            except BrokenError as error:
-                yield Row(self.request.name, precision, rung, (), error=str(error))
-                continue
-            measures = tuple(
-                Measure(name, values[name], limit) for name, limit in limits[rung].items()
-            )
-            yield Row(self.request.name, precision, rung, measures, detail=detail)
+            find = getattr(self, f"_{rung}")
+            yield row_of(self.request.name, precision, rung, limits[rung], find)
 
     def _pixels(self) -> Found:
         truth = self.truth.pictures[0].pixels["pixel_values"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from vlmport.bundle import Manifest
 from vlmport.errors import VlmportError
 from vlmport.runtime.sessions import ORT_ERRORS
 from vlmport.verify import metrics
+from vlmport.verify.limits import Limit
 from vlmport.verify.protocol import Reference
+from vlmport.verify.report import Measure, Row
 from vlmport.verify.truth import Truth
 
 if TYPE_CHECKING:
@@ -35,6 +37,18 @@ def bundle_runs() -> Iterator[None]:
         yield
     except (VlmportError, *ORT_ERRORS) as error:
         raise BrokenError(f"{type(error).__name__}: {error}") from error
+
+
+def row_of(
+    name: str, precision: str, rung: str, limits: Mapping[str, Limit], find: Callable[[], Found]
+) -> Row:
+    """One rung: what was found beside its limits, or the error that the bundle raised."""
+    try:
+        values, detail = find()
+    except BrokenError as error:
+        return Row(name, precision, rung, (), error=str(error))
+    measures = tuple(Measure(one, values[one], limit) for one, limit in limits.items())
+    return Row(name, precision, rung, measures, detail=detail)
 
 
 def max_new_tokens(manifest: Manifest) -> int:

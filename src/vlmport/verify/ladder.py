@@ -26,16 +26,16 @@ from vlmport.runtime.prompt import check_messages
 from vlmport.runtime.request import new_request
 from vlmport.verify import metrics
 from vlmport.verify.judging import (
-    BrokenError,
     Found,
     Judge,
     Progress,
     bundle_runs,
     max_new_tokens,
+    row_of,
 )
 from vlmport.verify.limits import RUNGS, limits_of
 from vlmport.verify.protocol import Reference
-from vlmport.verify.report import Measure, Row
+from vlmport.verify.report import Row
 from vlmport.verify.requests import Request
 from vlmport.verify.truth import PictureTruth, Truth
 
@@ -66,15 +66,8 @@ class Ladder:
         """Every rung in order, whether or not one before it broke."""
         limits = limits_of(precision, self.components.manifest.pixels.resample)
         for rung in RUNGS:
-            try:
-                values, detail = getattr(self, f"_{rung}")()
-            except BrokenError as error:
-                yield Row(self.request.name, precision, rung, (), error=str(error))
-                continue
-            measures = tuple(
-                Measure(name, values[name], limit) for name, limit in limits[rung].items()
-            )
-            yield Row(self.request.name, precision, rung, measures, detail=detail)
+            find = getattr(self, f"_{rung}")
+            yield row_of(self.request.name, precision, rung, limits[rung], find)
 
     def _prompt_ids(self) -> Found:
         """The ids of each picture. Those of the text around them are the last rung's."""
