@@ -268,6 +268,17 @@ def written_size(model: ir.Model, owner: str | None) -> int:
     return weights + len(ir.to_proto(model).SerializeToString())
 
 
+def test_auto_takes_the_fast_form_for_many_rows_and_for_one(four: Bundle) -> None:
+    """On a CPU: bytes times bytes where a picture's patches go through, 4 bits to decode."""
+    assert four.manifest.auto["cpu"] == {
+        "image_processor": "any",
+        "vision_encoder": "q8",
+        "projection": "q8",
+        "language_model": "q4",
+        "prefix_init": "q4",
+    }
+
+
 # What it is not
 
 

@@ -38,7 +38,7 @@ from vlmport.layouts import HUB
 # WASM unpacks 4-bit matrices anew in every call; WebGPU has no 8-bit activations.
 MANY_ROWS, ONE_ROW = ("q8", "q4", "fp32"), ("q4", "q8", "fp32")
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"vision_encoder": MANY_ROWS, "*": ONE_ROW},
+    "cpu": {"vision_encoder": MANY_ROWS, "projection": MANY_ROWS, "*": ONE_ROW},
     "cuda": {"*": ("fp16", "fp32")},
     "webgpu": {"*": ("q4", "fp32")},
     "wasm": {"*": ("q8", "fp32")},
