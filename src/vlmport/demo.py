@@ -9,7 +9,6 @@ Traps:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mimetypes
 import re
@@ -25,7 +24,6 @@ from vlmport.errors import DependencyError, OptionError
 from vlmport.layouts import HUB
 
 HOST = "127.0.0.1"
-PORT = 8000
 BLOCK_BYTES = 1024 * 1024
 HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -38,20 +36,11 @@ TYPES = {".js": "text/javascript", ".wasm": "application/wasm", ".json": "applic
 FOREVER = "public, max-age=31536000, immutable"
 
 
-def serve(bundle: Bundle, port: int = PORT) -> None:
-    """Serve until interrupted.
+def make_server(bundle: Bundle, port: int) -> DemoServer:
+    """A server that listens but does not answer yet; port 0 takes any free one.
 
     Raises OptionError for a port that is taken, DependencyError for a page that was not built.
     """
-    with (
-        contextlib.closing(make_server(bundle, port)) as server,
-        contextlib.suppress(KeyboardInterrupt),
-    ):
-        server.serve_forever()
-
-
-def make_server(bundle: Bundle, port: int = PORT) -> DemoServer:
-    """A server that listens but does not answer yet; port 0 takes any free one."""
     bundle.needs_layout(HUB)
     page = page_folder()
     if not (page / "index.html").is_file():
@@ -98,9 +87,12 @@ class DemoServer(ThreadingHTTPServer):
             name = path.removeprefix("/bundle/")
             file = self.bundle.path(name)
             return file if name in self._listed and file.is_file() else None
-        file = (self.page / (path.lstrip("/") or "index.html")).resolve()
-        inside = file.is_relative_to(self.page.resolve())
-        return file if inside and file.is_file() else None
+        try:
+            file = (self.page / (path.lstrip("/") or "index.html")).resolve()
+            inside = file.is_relative_to(self.page.resolve())
+            return file if inside and file.is_file() else None
+        except (OSError, ValueError):  # a name that no file can have
+            return None
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A browser that closes a connection is no error."""
@@ -141,7 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.send_header("Content-Length", str(stop - start))
         self.send_header("Content-Type", content_type(file))
-        self.send_header("Cache-Control", FOREVER if "/assets/" in self.path else "no-cache")
+        self.send_header(
+            "Cache-Control", FOREVER if self.path.startswith("/assets/") else "no-cache"
+        )
         self.end_headers()
         if with_body:
             for block in _blocks(file, start, stop):

@@ -72,6 +72,12 @@ def test_assets_have_their_type_and_are_kept(server: demo.DemoServer) -> None:
     assert "immutable" in headers["cache-control"]
 
 
+def test_nothing_else_is_kept(server: demo.DemoServer) -> None:
+    """Not even under an address that looks like an asset's."""
+    for path in ("/", "/bundle/vlmport.json", "/bundle/vlmport.json?/assets/"):
+        assert ask(server, path)[1]["cache-control"] == "no-cache", path
+
+
 def test_every_file_of_the_bundle_and_no_other(
     server: demo.DemoServer, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +90,8 @@ def test_every_file_of_the_bundle_and_no_other(
         "/%2e%2e/secret.txt",
         "/assets",
         "/bundle/",
+        "/a%00b",
+        "/" + "a" * 300,
         f"//{tmp_path}/secret.txt",
     ):
         assert ask(server, path)[0] == 404, path
