@@ -3,7 +3,7 @@
 import type { Browser } from 'playwright-core';
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
 import type { TestServer } from './server.js';
-import { type Answer, ask, expected, launch, openPage, startServer } from './support.js';
+import { type Answer, ask, expected, launch, openPage, refusal, startServer } from './support.js';
 
 const { captions } = expected();
 const picture = Object.keys(captions)[0]!;
@@ -17,6 +17,7 @@ beforeAll(async () => {
 });
 afterEach(() => {
   server.isolated = true;
+  server.fault = () => null;
   server.workerPrelude = '';
 });
 afterAll(async () => {
@@ -74,6 +75,33 @@ test('Cache Storage that can not be read', async () => {
   server.workerPrelude = "Cache.prototype.match = () => Promise.reject(new Error('no'))";
   const { notes } = await visit();
   expect(notes[0]).toMatch(/the browser can't read what it keeps/);
+});
+
+test.each(['auto', 'wasm'] as const)("%s: ONNX Runtime's own file does not come", async device => {
+  server.fault = ({ path }) => (path.endsWith('.wasm') ? { status: 404 } : null);
+  const page = await openPage(browser, server.url);
+  const refused = await refusal(page, { options: { device, precision: 'fp32' } });
+  expect(refused.code).toBe('DownloadError');
+  expect(refused.message).toMatch(/^ONNX Runtime can't be loaded \(/);
+  expect(refused.hint).toMatch(/check the connection/);
+  await page.context().close();
+});
+
+test('no worker', async () => {
+  const page = await openPage(browser, server.url);
+  await page.evaluate(() => {
+    globalThis.Worker = class {
+      constructor() {
+        throw new DOMException('cannot be accessed from origin', 'SecurityError');
+      }
+    } as unknown as typeof Worker;
+  });
+  expect(await refusal(page, {})).toEqual({
+    code: 'WorkerError',
+    message: "the worker can't be started (cannot be accessed from origin)",
+    hint: 'serve the package from the origin of the page, and let its policy (CSP) allow workers',
+  });
+  await page.context().close();
 });
 
 test('an insecure origin', async () => {

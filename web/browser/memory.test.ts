@@ -54,6 +54,51 @@ test('no buffer is left behind', async () => {
   await server.stop();
 });
 
+// Counts the bytes that are read back from the GPU, and tells when asked.
+const READING = `
+  let bytes = 0;
+  const map = GPUBuffer.prototype.mapAsync;
+  GPUBuffer.prototype.mapAsync = function (mode, ...more) {
+    if (mode === GPUMapMode.READ) bytes += this.size;
+    return map.call(this, mode, ...more);
+  };
+  const channel = new BroadcastChannel('bytes');
+  channel.onmessage = () => channel.postMessage(bytes);`;
+
+test('the cache stays on the GPU: a step reads back no more than its logits', async () => {
+  const server = await startServer();
+  const browser = await launch({ webgpu: true });
+  server.workerPrelude = READING;
+  const page = await openPage(browser, server.url);
+  const picture = Object.keys(expected().captions)[0]!;
+  const found = await page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'webgpu', precision: 'q4' });
+    const channel = new BroadcastChannel('bytes');
+    const read = () =>
+      new Promise<number>(resolve => {
+        channel.onmessage = ({ data }: MessageEvent<number>) => resolve(data);
+        channel.postMessage('?');
+      });
+    const counts = [await read()];
+    for (const maxNewTokens of [1, 4]) {
+      await vlm.caption(url, { maxNewTokens });
+      counts.push(await read());
+    }
+    vlm.dispose();
+    return counts.slice(1).map((count, i) => count - counts[i]!);
+  }, `/pictures/${picture}`);
+  const { dims } = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
+  const logits = 4 * dims.vocab_size;
+  const [one, four] = found as [number, number];
+  expect(one).toBeGreaterThanOrEqual(logits);
+  expect((four - one) / 3).toBeLessThan(logits + 1024);
+  const position = 2 * 4 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim;
+  expect(position).toBeGreaterThan(1024); // so that one position of the cache would be seen
+  await browser.close();
+  await server.stop();
+});
+
 /** Bytes that the largest page process has held at its peak. */
 async function peakMemory(browser: Browser): Promise<number> {
   const session = await browser.newBrowserCDPSession();

@@ -13,6 +13,7 @@ beforeAll(async () => {
   browser = await launch({ webgpu: true });
 });
 afterEach(() => {
+  server.fault = () => null;
   server.workerPrelude = '';
 });
 afterAll(async () => {
@@ -121,6 +122,48 @@ test('a GPU that is lost while it runs is left in the middle', async () => {
   expect(found).toMatchObject({ before: 'webgpu', device: 'wasm' });
   expect(found.reason).toMatch(/^WebGPU failed while it ran: /);
   expect(found.tokenIds).toEqual(captions[picture]![found.precision]!.tokens);
+  await page.context().close();
+});
+
+test('an abort is heard while WebAssembly takes over, and the next caption works', async () => {
+  const nothingKept = "Object.defineProperty(globalThis, 'caches', { value: undefined });";
+  server.workerPrelude = LOST_LATER + nothingKept;
+  const page = await openPage(browser, server.url);
+  const asked = (name: string) => server.askedFor(name).length;
+  const asking = page.evaluate(async url => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const vlm = await VLM.load('/bundle/', { threads: 1 });
+    const controller = new AbortController();
+    const { signal } = controller;
+    Object.assign(globalThis, { loaded: true, giveUp: () => controller.abort('enough') });
+    await new Promise(resolve => Object.assign(globalThis, { go: resolve }));
+    const first: unknown = await vlm.caption(url, { signal }).catch((reason: unknown) => reason);
+    Object.assign(globalThis, { heard: true });
+    await new Promise(resolve => Object.assign(globalThis, { go: resolve }));
+    const { tokenIds } = await vlm.caption(url);
+    const { device, precision } = vlm;
+    vlm.dispose();
+    return { first, device, precision, tokenIds };
+  }, `/pictures/${picture}`);
+  await page.waitForFunction(() => 'loaded' in globalThis);
+  const call = (name: string) =>
+    page.evaluate(name => (globalThis as unknown as Record<string, () => void>)[name]!(), name);
+  const before = asked('.onnx');
+  server.fault = ({ path }) => (path.endsWith('.onnx') ? { hangAfter: 1000 } : null);
+  await call('go');
+  await expect.poll(() => asked('.onnx'), { timeout: 60_000 }).toBeGreaterThan(before);
+  await call('giveUp');
+  await page.waitForFunction(() => 'heard' in globalThis, undefined, { timeout: 20_000 });
+  server.fault = () => null;
+  await call('go');
+  const { first, ...found } = await asking;
+  expect(first).toBe('enough');
+  const { precision } = found;
+  expect(found).toEqual({
+    device: 'wasm',
+    precision,
+    tokenIds: captions[picture]![precision]!.tokens,
+  });
   await page.context().close();
 });
 

@@ -1,6 +1,6 @@
 /** The page's end of the line to the worker. */
 
-import { VlmportError } from './errors.js';
+import { VlmportError, firstLine } from './errors.js';
 import type { Reply, Request } from './protocol.js';
 
 type Started = Exclude<Request, { type: 'abort' }>;
@@ -18,8 +18,16 @@ export class Link {
   private next = 1;
   private ended: VlmportError | null = null;
 
+  /** Throws WorkerError where the page may not have one. */
   constructor() {
-    this.worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
+    try {
+      this.worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
+    } catch (error) {
+      const message = `the worker can't be started (${firstLine(error)})`;
+      const hint =
+        'serve the package from the origin of the page, and let its policy (CSP) allow workers';
+      throw new VlmportError('WorkerError', message, hint);
+    }
     this.worker.onmessage = ({ data }: MessageEvent<Reply>) => this.receive(data);
     this.worker.onerror = event => {
       const detail = event.message || 'its script did not load';

@@ -29,6 +29,7 @@ import { TextStream } from './text.js';
 const HALF = /f(p)?16$/; // precisions that compute in 16 bits
 
 type OnProgress = (progress: Progress) => void;
+type OnChange = (info: Info) => void;
 
 interface Ready {
   readonly components: Components;
@@ -37,6 +38,9 @@ interface Ready {
 }
 
 export class Engine {
+  /** The GPU was left for this, which holds no graphs yet; null once it does. */
+  private next: Runtime | null = null;
+
   private constructor(
     private readonly options: LoadOptions,
     private readonly files: BundleFiles,
@@ -99,11 +103,12 @@ export class Engine {
   async caption(
     picture: Picture,
     options: CaptionOptions,
-    hear: { onPiece: (text: string) => void; onChange: (info: Info) => void },
+    hear: { onPiece: (text: string) => void; onChange: OnChange },
     signal: AbortSignal,
   ): Promise<CaptionData> {
     const start = performance.now();
     const open = await opened(picture, signal);
+    if (this.next) await this.takeOver(this.next, hear.onChange, signal);
     let said = false;
     const onPiece = (text: string) => ((said = true), hear.onPiece(text));
     try {
@@ -112,20 +117,26 @@ export class Engine {
       const cause = asVlmportError(error, 'DeviceError');
       const hopeless = this.options.device !== 'auto' || this.info.device === 'wasm';
       if (signal.aborted || hopeless || cause.code !== 'DeviceError') throw error;
-      await this.leaveGpu(cause, signal);
-      hear.onChange(this.info);
+      await this.leaveGpu(cause, hear.onChange, signal);
       if (said)
         throw new VlmportError('DeviceError', cause.message, 'try again: now on WebAssembly');
       return caption(this.ready, open, options, { onPiece, start }, signal);
     }
   }
 
-  private async leaveGpu(cause: VlmportError, signal: AbortSignal): Promise<void> {
+  private async leaveGpu(cause: VlmportError, onChange: OnChange, signal: AbortSignal) {
     const { components } = this.ready;
     await components.dispose().catch(() => undefined); // a lost device may refuse that
-    const host = components.runtime.withoutGpu();
-    this.ready = await loadOn(host, this.files, this.options, () => {}, signal);
     this.reason = `WebGPU failed while it ran: ${cause.message}`;
+    this.next = components.runtime.withoutGpu();
+    await this.takeOver(this.next, onChange, signal);
+  }
+
+  /** Where this is given up or fails, the next caption begins with it. */
+  private async takeOver(host: Runtime, onChange: OnChange, signal: AbortSignal): Promise<void> {
+    this.ready = await loadOn(host, this.files, this.options, () => {}, signal);
+    this.next = null;
+    onChange(this.info);
   }
 }
 

@@ -22,6 +22,8 @@ export type TensorData = OrtModule.Tensor.DataType;
 
 const SMALLEST_SUBGROUP = 4;
 const MOST_THREADS = 4;
+// How ONNX Runtime says that its .wasm file did not come, or that something else came instead.
+const NOT_LOADED = /CompileError|fetching of the wasm|Failed to fetch|NetworkError/;
 
 // What ONNX Runtime's kernels may ask of a device, beyond WebGPU's defaults.
 const LIMITS = [
@@ -111,9 +113,16 @@ async function importOrt(device: Device): Promise<Ort> {
     if (device === 'webgpu') return await import('onnxruntime-web/webgpu');
     return await import('onnxruntime-web/wasm');
   } catch (error) {
-    const message = `ONNX Runtime can't be loaded (${firstLine(error)})`;
-    throw new VlmportError('DownloadError', message, 'check the connection and load again');
+    throw notLoaded(error);
   }
+}
+
+/** The script or the .wasm file of ONNX Runtime did not come. */
+function notLoaded(error: unknown): VlmportError {
+  const message = `ONNX Runtime can't be loaded (${firstLine(error)})`;
+  const hint =
+    'check the connection, and that its .wasm file lies where wasmPaths says; load again';
+  return new VlmportError('DownloadError', message, hint);
 }
 
 /** Threads need memory that is shared, which only a cross-origin isolated page has. */
@@ -153,6 +162,9 @@ function requestDevice(adapter: GPUAdapter): Promise<GPUDevice> {
 
 function openError(name: string, device: Device, error: unknown): VlmportError {
   const detail = typeof error === 'number' ? 'out of memory' : firstLine(error);
+  if (NOT_LOADED.test(detail)) {
+    return notLoaded(error);
+  }
   const message = `${name} can't be opened on ${device}: ${detail}`;
   const hint = /memory|alloc/i.test(detail)
     ? 'close other pages, or load a smaller precision'
