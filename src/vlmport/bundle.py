@@ -283,7 +283,7 @@ def read_manifest(path: Path) -> Manifest:
     layout = raw.get("layout", HUB)
     if isinstance(layout, str) and layout not in LAYOUTS:
         raise BundleError(
-            f"{path}: layout {layout!r}; this vlmport knows {', '.join(LAYOUTS)}",
+            f"{path}: layout {layout[:40]!r}; this vlmport knows {', '.join(LAYOUTS)}",
             hint="pip install --upgrade vlmport",
         )
     try:

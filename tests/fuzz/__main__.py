@@ -24,7 +24,13 @@ from tests.fuzz.targets import TARGETS, Target, Workshop
 
 ROOT = Path(__file__).parents[2]
 ROUND = 400  # seconds after which a round hangs
-EXAMPLES = {"picture": 400, "model.safetensors": 200, "bundle's chat_template.jinja": 100}
+EXAMPLES = {
+    "picture": 400,
+    "model.safetensors": 200,
+    "valid vlmport.json": 100,
+    "valid vlmport.json, components": 100,
+    "bundle's chat_template.jinja": 100,
+}
 FEW = 40
 
 

@@ -93,6 +93,58 @@ def mutated(draw: st.DrawFn, valid: Any, most: int = 3) -> Any:
     return document
 
 
+@st.composite
+def still_valid(draw: st.DrawFn, valid: Any, is_valid: Callable[[Any], bool], most: int = 3) -> Any:
+    """`valid` with up to `most` changes that a schema does not see, so that they get past it.
+
+    Each section has the same chance, however much stands in it. A value is replaced by one of its
+    own type, often by another of the document; keys are renamed to others, lists turned round. A
+    change that the schema refuses is taken back.
+    """
+    document = copy.deepcopy(valid)
+    found = list(places(valid))
+    texts = sorted({key for place in found for key in place if isinstance(key, str)})
+    texts += sorted(
+        {value for place in found if isinstance(value := _at(valid, place), str) and value}
+    )
+    for _ in range(draw(st.integers(1, most))):
+        section = draw(st.sampled_from(sorted(document)))
+        below = [(section,), *((section, *place) for place in places(document[section]))]
+        before = copy.deepcopy(document)
+        _change(draw, document, draw(st.sampled_from(below)), texts)
+        if not is_valid(document):
+            document = before
+    return document
+
+
+def _at(document: Any, place: Path) -> Any:
+    return parent_of(document, place)[place[-1]]
+
+
+def _change(draw: st.DrawFn, document: Any, place: Path, texts: list[str]) -> None:
+    """Another value of the same type at a place, or another key for it."""
+    parent, key = parent_of(document, place), place[-1]
+    value = parent[key]
+    if isinstance(parent, dict) and draw(st.integers(0, 5)) == 0:
+        del parent[key]
+        if draw(st.booleans()):
+            parent[draw(st.sampled_from(texts))] = value
+    elif isinstance(value, bool):
+        parent[key] = not value
+    elif isinstance(value, int):
+        near = st.sampled_from((value - 1, value + 1, 2 * value, value // 2))
+        parent[key] = draw(near | st.sampled_from(NUMBERS) | st.integers(0, 1000))
+    elif isinstance(value, float):
+        parent[key] = draw(st.sampled_from(FLOATS) | st.floats(-1e6, 1e6))
+    elif isinstance(value, str):
+        parent[key] = draw(st.sampled_from(texts) | st.sampled_from(TEXTS))
+    elif isinstance(value, list):
+        turned = (value[::-1], value[1:], value[:-1], value + value, [], value * 40)
+        parent[key] = draw(st.sampled_from(turned))
+    elif isinstance(value, dict):
+        parent[key] = {} if draw(st.booleans()) else dict(list(value.items())[:1])
+
+
 def written(document: Any) -> bytes:
     """As Python writes it: lone surrogates are escaped, numbers may be thousands of digits long."""
     return json.dumps(document).encode()

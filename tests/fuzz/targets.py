@@ -7,6 +7,7 @@ must say something, and have no second line that a traceback would have.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -16,25 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
 import numpy as np
 from hypothesis import strategies as st
 from rich.console import Console
 
+import vlmport
 from tests.checkpoints import write_prefix_checkpoint
 from tests.export.test_same_model import write_adapter
 from tests.fuzz.bounds import bounded
-from tests.fuzz.mutations import damaged, json_texts, written
+from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.checkpoint import Weights
 from vlmport.errors import VlmportError
 from vlmport.export import export
 from vlmport.inspection import describe, probe_bundle
+from vlmport.layouts import COMPONENTS
 from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
 from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter
 
 MAX_MESSAGE = 5_000
+SCHEMA = Path(vlmport.__file__).with_name("vlmport.schema.json")
 PICTURE = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)
 
 
@@ -56,6 +61,10 @@ class Workshop:
     def bundle(self) -> Path:
         return self.folder / "bundle"
 
+    @property
+    def four_files(self) -> Path:
+        return self.folder / "four_files"
+
     @classmethod
     def make(cls, folder: Path) -> Workshop:
         shop = cls(folder)
@@ -64,6 +73,7 @@ class Workshop:
             (shop.checkpoint / name).write_text(json.dumps(text), encoding="utf-8")
         write_adapter(shop.adapter, shop.checkpoint)
         export(shop.checkpoint, shop.bundle, precisions="fp32")
+        export(shop.checkpoint, shop.four_files, precisions="fp32", layout=COMPONENTS)
         return shop
 
     @contextlib.contextmanager
@@ -216,8 +226,33 @@ def run_bundle(shop: Workshop, data: bytes) -> None:
         probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
 
 
+def run_four_files(shop: Workshop, data: bytes) -> None:
+    with shop.altered(shop.four_files, MANIFEST, data) as folder, ours_or_right():
+        bundle = Bundle.open(folder)
+        describe(bundle, Console(file=io.StringIO()))
+        probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
+
+
 def manifests(shop: Workshop) -> st.SearchStrategy[bytes]:
     return json_texts(document(shop.bundle / MANIFEST))
+
+
+def valid_manifests(bundle: Path) -> st.SearchStrategy[bytes]:
+    """Manifests that the schema takes, and that say what is not so."""
+    return still_valid(document(bundle / MANIFEST), schema_takes).map(written)
+
+
+@functools.cache
+def validator() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def schema_takes(raw: Any) -> bool:
+    try:
+        validator()(raw)
+    except fastjsonschema.JsonSchemaValueException:
+        return False
+    return True
 
 
 def prompter_file(name: str) -> Target:
@@ -277,6 +312,12 @@ TARGETS = (
     exported_file("adapter_config.json", adapter=True),
     Target("model.safetensors", safetensors, read_weights),
     Target(MANIFEST, manifests, run_bundle),
+    Target("valid vlmport.json", lambda shop: valid_manifests(shop.bundle), run_bundle),
+    Target(
+        "valid vlmport.json, components",
+        lambda shop: valid_manifests(shop.four_files),
+        run_four_files,
+    ),
     prompter_file("tokenizer.json"),
     prompter_file("tokenizer_config.json"),
     prompter_file("chat_template.jinja"),

@@ -15,6 +15,8 @@ EXAMPLES = {
     "config.json": 12,
     "model.safetensors": 40,
     "vlmport.json": 30,
+    "valid vlmport.json": 12,
+    "valid vlmport.json, components": 12,
     "picture": 80,
     "bundle's tokenizer.json": 12,
     "bundle's tokenizer_config.json": 12,
