@@ -7,8 +7,8 @@ The clients take turns, each in a new page of the same browser, for a few rounds
 medians of all rounds, the first caption of each page left out. The time to the first token counts
 from the picture's file, and a second figure is a 12-megapixel photograph made ready: decoded,
 processed, encoded. WebGPU is a GPU in software (SwiftShader), which says that it works and nothing
-about speed. Prints a table, then one line of JSON. Needs `make test` to have run once, which
-installs and builds what is used here.
+about speed. Prints the rows of docs/web.md's table, then one line of JSON. Needs `make test` to
+have run once, which installs and builds what is used here.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ IMPORTS = {
     "onnxruntime-common": "./tjs/common/index.js",
 }
 WIDTH, HEIGHT = 4000, 3000
+HEADER = "| | first token, ms | tokens/s | 12-megapixel photo to features, ms |"
+CLIENTS = {"vlmport": "@vlmport/web", "transformers": "transformers.js", "python": "Python"}
+DEVICES = {"wasm": "WASM", "webgpu": "WebGPU in software"}
 
 
 def write_page(folder: Path) -> None:
@@ -171,9 +174,14 @@ def versions() -> dict[str, str]:
 
 
 def line(row: dict[str, Any]) -> str:
-    name = f"{row['client']} {row['device']} {row['precision']} {row['threads']} threads"
-    numbers = (row[key] for key in ("load_ms", "first_ms", "tokens_per_s", "photo_ms"))
-    return f"{name:36}" + "".join(f"{'' if one is None else one:>12}" for one in numbers)
+    """A row of the table in docs/web.md."""
+    place = "" if row["client"] == "python" else f"{DEVICES[row['device']]}, "
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    name = f"{CLIENTS[row['client']]}, {place}{row['precision']}, {threads}"
+    numbers = (row[key] for key in ("first_ms", "tokens_per_s", "photo_ms"))
+    return (
+        "| " + " | ".join([name, *("" if one is None else f"{one:.0f}" for one in numbers)]) + " |"
+    )
 
 
 def memory(folder: Path) -> list[dict[str, Any]]:
@@ -223,8 +231,7 @@ def main() -> None:
         if given.memory:
             rows = memory(Path(folder))
         else:
-            names = ("load ms", "first ms", "tok/s", "12 MP ms")
-            print(f"{'':36}" + "".join(f"{one:>12}" for one in names))
+            print(f"{HEADER}\n| --- | --- | --- | --- |")
             rows = speed(Path(folder), given.rounds, given.repeats, not given.no_webgpu)
     machine = {"machine": processor(), "cores": os.cpu_count(), "load": load}
     print(json.dumps({"rows": rows, "versions": versions(), **machine}))
