@@ -71,7 +71,7 @@ class Prompt:
     """One prompt, ready to run.
 
     Attributes:
-        pictures: those in it; with features, but for those that the request's prefix holds.
+        pictures: those in it, encoded.
         image_rows: of each image row, the content hash of its picture.
     """
 
@@ -161,13 +161,10 @@ class Asker:
         )
         shared = 0 if held is None else held.shared(ids, rows, token)
         known = int((ids[:shared] == token).sum())
-        there, features = [], []
-        for picture, count in zip(pictures, counts, strict=True):
-            if known >= count:
-                there.append(picture)
-            else:
-                there.append(encoded := self.features.encoded(picture))
-                features.append(encoded.rows[known:])
+        encoded = tuple(self.features.encoded(picture) for picture in pictures)
+        features = []
+        for picture, count in zip(encoded, counts, strict=True):
+            features.append(picture.rows[known:])
             known = max(0, known - count)
         seconds = time.perf_counter() - start
         stops, grammar = decoding.stops, decoding.grammar
@@ -181,7 +178,7 @@ class Asker:
             is_stopped=stops.ends if stops else None,
             mask=grammar.fresh().mask if grammar else None,
         )
-        return Prompt(request, ids, tuple(there), rows, stops, grammar is not None, seconds)
+        return Prompt(request, ids, encoded, rows, stops, grammar is not None, seconds)
 
     def _embed(
         self, ids: Int64[np.ndarray, " S"], features: Sequence[Float[np.ndarray, "T D"]]
