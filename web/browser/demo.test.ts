@@ -107,6 +107,41 @@ test('a file that is no picture leaves none broken; the next one is captioned', 
   await server.stop();
 });
 
+test('the same file can be chosen again, and no file shown before is held', async () => {
+  const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
+  const page = await visitor();
+  await page.addInitScript(() => {
+    const made: string[] = [];
+    const create = URL.createObjectURL.bind(URL);
+    URL.createObjectURL = file => (made.push(create(file)), made.at(-1)!);
+    Object.assign(globalThis, { made });
+  });
+  await page.goto(server.url);
+  await page.waitForSelector('#facts:not([hidden])');
+  const file = `${folders.pictures()}/${SAMPLE}`;
+  const made = () => page.evaluate(() => (globalThis as unknown as { made: string[] }).made);
+  for (const times of [1, 2]) {
+    await page.setInputFiles('#file', file);
+    await expect.poll(async () => (await made()).length, { timeout: 60_000 }).toBe(times);
+    expect(await page.inputValue('#file')).toBe('');
+  }
+  const held = await page.evaluate(
+    async urls =>
+      Promise.all(
+        urls.map(url =>
+          fetch(url).then(
+            () => true,
+            () => false,
+          ),
+        ),
+      ),
+    await made(),
+  );
+  expect(held).toEqual([false, true]);
+  await page.context().close();
+  await server.stop();
+});
+
 test('by keyboard alone, and every control has a name', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
   const page = await visitor();

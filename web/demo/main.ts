@@ -54,7 +54,7 @@ async function write(source: Blob | string): Promise<void> {
   picture = source;
   writing.abort();
   const mine = (writing = new AbortController());
-  view.showPicture(typeof source === 'string' ? source : URL.createObjectURL(source));
+  view.showPicture(source);
   let [begun, made]: [boolean, Caption | null] = [false, null];
   try {
     const ready = await vlm?.catch(() => null); // `load` has said why
@@ -106,7 +106,10 @@ function take(files: FileList | null | undefined): void {
 }
 
 function listen(): void {
-  ui.file.onchange = () => take(ui.file.files);
+  ui.file.onchange = () => {
+    take(ui.file.files);
+    ui.file.value = ''; // so that the same file can be chosen again
+  };
   ui.stop.onclick = () => (writing.abort(), loading.abort()); // a load that is done is not ended
   ui.again.onclick = () => void load();
   ui.device.onchange = () => void load();

@@ -74,8 +74,12 @@ export function showModel(vlm: VLM): void {
   caption.dataset.empty = 'The caption appears here.';
 }
 
-export function showPicture(url: string): void {
-  ui.preview.src = url;
+let shown = ''; // the address of the file that is shown; it holds the file until it is revoked
+
+export function showPicture(picture: Blob | string): void {
+  URL.revokeObjectURL(shown);
+  shown = typeof picture === 'string' ? '' : URL.createObjectURL(picture);
+  ui.preview.src = typeof picture === 'string' ? picture : shown;
   ui.preview.alt = 'The picture to caption';
   filled(true);
 }
