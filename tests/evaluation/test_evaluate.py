@@ -219,6 +219,23 @@ def test_figures_stand_in_the_manifest_and_the_card(own: Path) -> None:
     assert f"{SCENES}, 10 pictures, cpu: within its limits" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("precisions", "metric", "said"),
+    [
+        (["q4"], "exact_match", "nothing compared with fp32"),
+        (["fp32"], "exact_match", "nothing compared with fp32"),
+        (["fp32", "q4"], "cider_d", "nothing compared with fp32"),
+        (["fp32", "q4"], "exact_match", "within its limits"),
+    ],
+)
+def test_inspect_claims_no_limit_that_nothing_was_held_against(
+    own: Path, precisions: list[str], metric: str, said: str
+) -> None:
+    evaluate(own, limit=3, precisions=precisions, metrics=[metric])
+    shown = CliRunner().invoke(cli.app, ["inspect", str(own)], env={"COLUMNS": "200"})
+    assert f"{SCENES}, 3 pictures, cpu: {said}" in shown.stdout
+
+
 def test_later_precisions_join_the_earlier_ones(own: Path, pictures: Path) -> None:
     """fp32 of an earlier run is what q4 is held against; other pictures keep their own table."""
     evaluate(own, limit=10, precisions=["fp32"])
