@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 ROUND = 400  # seconds after which a round hangs
 EXAMPLES = {
     "picture": 400,
+    "decoding options": 1500,
     "model.safetensors": 200,
     "valid vlmport.json": 100,
     "valid vlmport.json, components": 100,

@@ -24,6 +24,7 @@ from rich.console import Console
 
 import vlmport
 from tests.checkpoints import write_prefix_checkpoint
+from tests.decoding.test_against_transformers import compare_if_any, requests, tables
 from tests.export.test_same_model import write_adapter
 from tests.fuzz.bounds import bounded
 from tests.fuzz.mutations import damaged, json_texts, still_valid, written
@@ -298,8 +299,8 @@ class Target:
     """A kind of input and what is done with it."""
 
     name: str
-    inputs: Callable[[Workshop], st.SearchStrategy[bytes]]
-    run: Callable[[Workshop, bytes], None]
+    inputs: Callable[[Workshop], st.SearchStrategy[Any]]
+    run: Callable[[Workshop, Any], None]
 
 
 TARGETS = (
@@ -322,4 +323,10 @@ TARGETS = (
     prompter_file("tokenizer_config.json"),
     prompter_file("chat_template.jinja"),
     Target("picture", lambda shop: damaged_pictures(), open_picture),
+    # Not bad input but any: `make test` draws the same always, other draws belong here.
+    Target(
+        "decoding options",
+        lambda shop: st.tuples(requests(), tables()),
+        lambda shop, drawn: compare_if_any(*drawn),
+    ),
 )
