@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +18,6 @@ import onnxruntime as ort
 from vlmport.bundle import Bundle
 from vlmport.errors import ExportError, PromptError, TokenizerError
 from vlmport.layouts import HUB
-
-if TYPE_CHECKING:
-    from vlmport.runtime.components import Components
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
@@ -86,14 +82,17 @@ def _hub_feeds(bundle: Bundle, precision: str) -> Feeds:
 
     golden = bundle.manifest.golden
     components = Components.open(bundle, precision=precision)
-    yield VISION, components.process_image(golden_image(golden), golden.options).inputs
+    vision = components.process_image(golden_image(golden), golden.options).inputs
     ids, embeds = golden_prompt(components, golden)
+    positions = _with_batch(components.position_ids(ids), _positions_rank(bundle, precision))
+    components.close()  # the wide graphs take their place in memory
+    yield VISION, vision
     yield (
         DECODER,
         {
             "inputs_embeds": embeds[None],
             "attention_mask": np.ones((1, len(ids)), np.int64),
-            "position_ids": _with_batch(components, components.position_ids(ids)),
+            "position_ids": positions,
             "num_logits_to_keep": np.array(0, np.int64),
         },
     )
@@ -113,9 +112,17 @@ def _four_files_feeds(bundle: Bundle, precision: str) -> Feeds:
     yield BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
 
 
-def _with_batch(components: Components, positions: np.ndarray) -> np.ndarray:
+def _positions_rank(bundle: Bundle, precision: str) -> int:
+    """How many axes the decoder's position ids have, without opening a session."""
+    from vlmport.runtime.components import DECODER
+
+    graph = ir.load(bundle.path(bundle.variant(DECODER, precision).model)).graph
+    ranks = {one.name: len(one.shape) for one in graph.inputs if one.shape is not None}
+    return ranks.get("position_ids", 2)
+
+
+def _with_batch(positions: np.ndarray, rank: int) -> np.ndarray:
     """[S] or [3, S] → [1, S] or, where the decoder wants three axes, [3, 1, S]."""
-    rank = components.decoder.positions_rank
     if rank == 3:
         positions = np.broadcast_to(positions, (3, positions.shape[-1]))
     return np.expand_dims(positions, rank - 2)
@@ -142,7 +149,7 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
     with tempfile.TemporaryDirectory(prefix=".float32-", dir=path.parent) as wide:
         whole = Path(wide, "model.onnx")
         ir.save(model, whole, external_data="weights", size_threshold_bytes=1024)
-        session = ort.InferenceSession(whole)
+        session = ort.InferenceSession(whole, _sparing())
     wanted = [one.name for one in session.get_outputs() if one.name.endswith(SUFFIX)]
     inputs = {
         one.name: feeds[one.name] if one.name in feeds else _empty(one.shape)
@@ -153,6 +160,16 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
         name.removesuffix(SUFFIX): float(np.asarray(value))
         for name, value in zip(wanted, values, strict=True)
     }
+
+
+def _sparing() -> ort.SessionOptions:
+    """Run the weights from their file, as they are: one pass is not worth a second copy."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return options
 
 
 def _place(value: ir.Value) -> str:
@@ -184,8 +201,7 @@ def _widen(graph: ir.Graph) -> None:
     for value in graph.initializers.values():
         if value.dtype == HALF:
             assert value.const_value is not None
-            wide = value.const_value.numpy().astype(np.float32)
-            value.const_value = ir.Tensor(wide, name=value.name)
+            value.const_value = _widened(value.const_value)
             value.type = ir.TensorType(FLOAT)
     for node in graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == HALF:
@@ -196,6 +212,23 @@ def _widen(graph: ir.Graph) -> None:
     for value in graph.inputs:
         if value.dtype == HALF:
             value.type = ir.TensorType(FLOAT)
+
+
+def _widened(half: ir.TensorProtocol) -> ir.LazyTensor:
+    """The same values in float32, made when they are written; neither form is kept in memory."""
+
+    def make() -> ir.Tensor:
+        wide = half.numpy().astype(np.float32)
+        if isinstance(half, ir.ExternalTensor):
+            half.release()
+        return ir.Tensor(wide, name=half.name)
+
+    return ir.LazyTensor(
+        make,
+        dtype=FLOAT,
+        shape=ir.Shape(half.shape.numpy()),
+        name=half.name,
+    )
 
 
 def _empty(shape: list[int | str]) -> np.ndarray:

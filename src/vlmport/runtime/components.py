@@ -122,6 +122,12 @@ class Components:
             )
         return self._decoder
 
+    def release(self, component: str) -> None:
+        """Release one session. A later call opens it again."""
+        self._sessions.pop(component, None)
+        if component == DECODER:
+            self._decoder = None
+
     def close(self) -> None:
         """Release all sessions. A later call opens them again."""
         self._decoder = None

@@ -17,7 +17,7 @@ from vlmport.bundle import Bundle, Golden, GoldenExpectation
 from vlmport.errors import BundleError, some_names
 from vlmport.layouts import HUB
 from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components, merge_image_features
+from vlmport.runtime.components import VISION, Components, merge_image_features
 from vlmport.runtime.four_files import FourFiles
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def _check_fits(components: Components | FourFiles, tokens: int) -> None:
 def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOKENS) -> GoldenRun:
     """Prefill the golden prompt and generate greedily, past any stop token, in a watched cache."""
     ids, embeds = golden_prompt(components, golden)
+    components.release(VISION)  # the decoder takes its place in memory
     faults = []
     if len(ids) != golden.prefill_tokens:
         faults.append(f"the prompt has {len(ids)} tokens, recorded were {golden.prefill_tokens}")
