@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import vlmport
 from vlmport import cli
-from vlmport.bundle import CARD, MANIFEST, SUFFIXES, Bundle
+from vlmport.bundle import CARD, MANIFEST, Bundle
 from vlmport.errors import BundleError, EvaluationError
 from vlmport.evaluation import Report, UnrecordedResultError, evaluate
 from vlmport.evaluation.examples import SCENES, drawn_scenes
@@ -31,25 +31,6 @@ from vlmport.evaluation.report import LIMITS, accuracy_markdown, limit_of, losse
 from vlmport.runtime.model import VLM
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model in every precision, not to be changed."""
-    out = tmp_path_factory.mktemp("shapes") / "shapes"
-    return vlmport.export("shapes", out, precisions=tuple(SUFFIXES)).folder
-
-
-@pytest.fixture
-def own(shapes: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shapes, tmp_path / "own"))
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """The examples, with their captions."""
-    return Path(shutil.copytree(EXAMPLES, tmp_path / "my | <pictures>"))
 
 
 def run(*arguments: object) -> Result:
