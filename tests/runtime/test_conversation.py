@@ -427,9 +427,9 @@ def _texts(messages: list[Any]) -> list[Any]:
 def test_a_stream_closed_after_any_piece(vlm: VLM, after: int) -> None:
     chat = vlm.conversation()
     whole = vlm.conversation()
-    pieces = list(whole.stream("the bar", [toy.picture(0)], max_new_tokens=9))
-    assert len(pieces) > 3
-    stream = chat.stream("the bar", [toy.picture(0)], max_new_tokens=9)
+    pieces = list(whole.stream("the bar", [toy.picture(0)], max_new_tokens=6))
+    assert 3 < len(pieces) < 7  # so that some `after` is past the last
+    stream = chat.stream("the bar", [toy.picture(0)], max_new_tokens=6)
     taken = [next(stream) for _ in range(min(after, len(pieces)))]
     stream.close()
     assert taken == pieces[:after]
@@ -437,7 +437,7 @@ def test_a_stream_closed_after_any_piece(vlm: VLM, after: int) -> None:
         assert _texts(chat.messages) == _texts(whole.messages)
     else:
         assert chat.messages == []
-        answer = chat.ask("the bar", [toy.picture(0)], max_new_tokens=9)
+        answer = chat.ask("the bar", [toy.picture(0)], max_new_tokens=6)
         assert answer.text == "".join(pieces)
 
 
@@ -469,6 +469,15 @@ def test_a_stream_during_which_the_conversation_goes_on(vlm: VLM, meanwhile: str
     assert _texts(chat.messages) == said
     chat.ask("and", max_new_tokens=2)
     assert chat.messages[-2]["content"][-1]["text"] == "and"
+
+
+def test_a_stream_that_is_closed_after_a_reset_brings_nothing_back(vlm: VLM) -> None:
+    chat = vlm.conversation()
+    stream = chat.stream("the", max_new_tokens=5, min_new_tokens=5)
+    next(stream)
+    chat.reset()
+    stream.close()
+    assert (chat.messages, chat.cached_tokens) == ([], 0)
 
 
 def test_a_broken_decoder_leaves_no_trace(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,3 +248,23 @@ def test_a_kept_row_is_where_the_next_request_begins(components: Components):
     second = Request(whole[10:14], search, 5, prefix=kept)
     Generation(components, [request_of(2, 4, 7), second, request_of(2, 4, 8)]).run()
     assert search.steps == 5
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_what_is_kept_before_the_end(components: Components, rows: int, steps: int):
+    """Of several rows the prompt alone; of one what was chosen, and no guess that was fed."""
+    whole = embeds_of(10)
+    search = RandomSearch(whole, rows, 5, 2)
+    request = Request(whole, search, 5)
+    generation = Generation(components, [request])
+    for _ in range(steps):
+        generation.step()
+    generation.cache.lengths += 2  # as where guesses are not judged yet
+    kept = generation.keep(request)
+    assert kept.length == (10 if rows > 1 else 10 + steps - 1)
+    made = list(search.texts[0])[: kept.length - 10]
+    so_far = np.concatenate([whole, WEIGHTS["embed"][made], whole[:3]])
+    second = Request(whole[:3], RandomSearch(so_far, 2, 3, 1), 3, prefix=kept)
+    Generation(components, [second]).run()
+    assert second.search.steps == 3
