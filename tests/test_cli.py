@@ -25,7 +25,7 @@ from vlmport.errors import ImageError
 from vlmport.runtime.model import VLM
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["caption", "export", "verify", "eval", "inspect", "models"]
+COMMANDS = ["caption", "ask", "chat", "export", "verify", "eval", "inspect", "models"]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -321,6 +322,19 @@ def test_on_a_terminal_an_error_is_said_and_forgotten(
     assert shown.out == answer(vlm, "What?", []) + "\n"
     assert "unknown command /nothing" in shown.err
     assert "Ctrl-D or /quit ends" in shown.err
+
+
+def test_ctrl_c_ends_a_pipe(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there to ask the next question."""
+    talk = Talk(vlm.conversation(), {"max_new_tokens": 6})
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\nWhy?\n"))
+
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk.conversation, "stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talk.run(interactive=False)
 
 
 class Terminal:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlmport.errors import VlmportError
     from vlmport.evaluation import evaluate
     from vlmport.export import export
+    from vlmport.runtime.conversation import Conversation
     from vlmport.runtime.model import VLM, Caption
     from vlmport.source import builtin_models, load
     from vlmport.verify import Report, verify
@@ -33,6 +34,7 @@ __all__ = [
     "VLM",
     "Bundle",
     "Caption",
+    "Conversation",
     "Report",
     "VlmportError",
     "__version__",
@@ -47,6 +49,7 @@ _HOMES = {
     "VLM": "vlmport.runtime.model",
     "Bundle": "vlmport.bundle",
     "Caption": "vlmport.runtime.model",
+    "Conversation": "vlmport.runtime.conversation",
     "Report": "vlmport.verify",
     "VlmportError": "vlmport.errors",
     "builtin_models": "vlmport.source",
