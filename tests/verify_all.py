@@ -3,9 +3,11 @@
 Every model here is exported in every layout of its family at every precision. Then each precision
 
 - runs the golden input that the export recorded (`inspect --probe`), with all hashes checked;
+- is compared with fp32 weight by weight, if it is rounded;
 - climbs the parity ladder against PyTorch (`verify`), where its rounding can be judged: the trained
   `shapes` at all of them and at a mix, models of random weights at fp32 and fp16. Those fail at few
-  bits by nature, as docs/verification.md says, so there the golden input alone has to do.
+  bits by nature, as docs/verification.md says, so there the golden input and the
+  weights have to do.
 
 At the end inputs are damaged at random for some minutes (`python -m tests.fuzz`). A table says what
 was run, how long it took and what failed; the exit code is 1 if anything did.
@@ -44,6 +46,7 @@ from vlmport.families import family_of
 from vlmport.inspection import probe_bundle
 from vlmport.layouts import HUB
 from vlmport.verify import verify
+from vlmport.verify.rounding import weight_rows
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = tuple(SUFFIXES)
@@ -154,6 +157,7 @@ def check_model(model: Model, folder: Path) -> Iterator[Result]:
         yield done
         if done.problem is None:
             yield timed(model.name, layout, "all", "probe", lambda out=out: probe(out))
+            yield timed(model.name, layout, "all", "weights", lambda out=out: weights(out))
             for precision in model.judged(layout):
                 check = lambda out=out, one=precision: climb(out, checkpoint, one)  # noqa: E731
                 yield timed(model.name, layout, precision, "verify", check)
@@ -164,6 +168,14 @@ def probe(out: Path) -> None:
     bundle, said = Bundle.open(out), io.StringIO()
     assert set(bundle.manifest.precisions) == set(PRECISIONS), bundle.manifest.precisions
     assert probe_bundle(bundle, "cpu", Console(file=said, width=200)), said.getvalue()
+
+
+def weights(out: Path) -> None:
+    """Each rounded weight beside its fp32 one, whatever the model was trained on."""
+    bundle = Bundle.open(out)
+    rows = [row for precision in PRECISIONS for row in weight_rows(bundle, precision)]
+    assert {row.precision for row in rows} == set(PRECISIONS) - {"fp32"}
+    assert all(row.passed for row in rows), "; ".join(r.describe() for r in rows if not r.passed)
 
 
 def climb(out: Path, checkpoint: Path, precision: str) -> None:
