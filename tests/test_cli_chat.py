@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from vlmport import cli
-from vlmport.cli.answers import stripped
 from vlmport.cli.ask import read_arguments
 from vlmport.cli.chat import Talk
 from vlmport.errors import ImageError, PromptError
@@ -295,13 +294,6 @@ def test_bytes_that_are_no_text(bundle: Path) -> None:
     assert done.exit_code == 2
     assert "the input is not UTF-8" in done.stderr or "not Unicode" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_pieces_without_the_space_around_them() -> None:
-    for text in ("  a b \n c \n", "abc", "   ", "", " x"):
-        for size in (1, 2, 3):
-            pieces = [text[at : at + size] for at in range(0, len(text), size)]
-            assert "".join(stripped(pieces)) == text.strip()
 
 
 def test_on_a_terminal_an_error_is_said_and_forgotten(
