@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,11 @@ def test_a_schema_comes_from_a_file(tiny_bundle: Path, picture: str, tmp_path: P
         (["--num-return-sequences", "2"], "num_return_sequences=2"),
         (["--option", "colour=1"], "unknown option 'colour'"),
         (["--option", "bad_words_ids=5,6"], "--option bad_words_ids=5,6: not JSON"),
+        (["--option", "colour"], "--option colour: expected NAME=VALUE"),
+        (["--option", "=1"], "--option =1: expected NAME=VALUE"),
+        (["--num-beams", "2", "--option", "num-beams=3"], "num_beams is given twice"),
+        (["--option", "min_length=2", "--option", "min_length=3"], "min_length is given twice"),
+        (["--logprobs", "2"], "--logprobs without --json"),
         (["--regex", "(a"], "regex='(a'"),
         (["--early-stopping", "soon"], "soon"),
     ],
@@ -144,3 +150,18 @@ def test_what_is_wrong_is_said_in_a_line(
 
 def test_every_option_is_one_of_generate() -> None:
     assert set(DECODING) - {"generation"} <= set(CHECKS)
+
+
+def test_a_default_that_is_left_out_is_said_in_a_line(
+    own_bundle_folder: Path, picture: str
+) -> None:
+    path = own_bundle_folder / "vlmport.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["generation"]["defaults"]["guidance_scale"] = 3.0
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as outside of tests
+        done = run("caption", picture, "-m", own_bundle_folder)
+    assert done.exit_code == 0
+    said = "warning: generation_config.json: option guidance_scale=3.0 is not supported; left out"
+    assert done.stderr.splitlines() == [said]

@@ -26,6 +26,10 @@ class VlmportError(Exception):
         self.hint = hint
 
 
+class OptionWarning(UserWarning):
+    """A default of generation_config.json that can't be served, and is left out."""
+
+
 class SourceError(VlmportError):
     """A model source (built-in name, folder, Hub id) that can't be found or read."""
 

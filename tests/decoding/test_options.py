@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmport.errors import OptionError
+from vlmport.errors import OptionError, OptionWarning
 from vlmport.runtime.options import CHECKS, REFUSED, GenerationOptions
 
 NO_DEFAULTS: dict[str, Any] = {}
@@ -135,8 +135,8 @@ def test_what_is_not_computed_is_refused_by_name(name: str):
     with pytest.raises(OptionError, match=f"{name}=7 is not supported") as caught:
         GenerationOptions.of({name: 7})
     assert caught.value.hint
-    with pytest.raises(OptionError, match=f"generation_config.json: {name}=7 is not supported"):
-        merged({name: 7})
+    with pytest.warns(OptionWarning, match=f"_config.json: option {name}=7 is not supported; left"):
+        assert merged({name: 7}) == GenerationOptions()
     for neutral in REFUSED[name][0]:
         assert merged({name: 7}, **{name: neutral}) == GenerationOptions()
         assert merged({name: neutral}) == GenerationOptions()
@@ -198,6 +198,13 @@ def test_defaults_apply_and_the_call_wins():
         ({"min_length": 5, "min_new_tokens": 2, "max_length": 9, "max_new_tokens": 7}, {}),
         ({"prompt_lookup_num_tokens": 3}, {"num_beams": 2}),
         ({"num_beams": 3, "do_sample": True}, {}),
+        ({"min_new_tokens": 10, "max_new_tokens": 5}, {}),
+        ({"min_new_tokens": 10}, {"min_length": 20}),
+        ({"forced_eos_token_id": 5, "suppress_tokens": [5]}, {}),
+        ({"forced_eos_token_id": 5}, {"suppress_tokens": (5,)}),
+        ({"suppress_tokens": [5]}, {"forced_eos_token_id": (5,)}),
+        ({"regex": "a"}, {"json_schema": '{"type": "null"}'}),
+        ({"json_schema": "{}"}, {"regex": "a"}),
     ],
 )
 def test_defaults_never_make_a_call_fail(defaults: dict[str, Any], given: dict[str, Any]):
@@ -220,11 +227,46 @@ def test_beams_that_draw_by_default_get_a_seed():
     assert merged(QWEN, num_beams=3, seed=5).seed == 5
 
 
-def test_a_default_that_is_wrong_is_named_as_one():
-    with pytest.raises(OptionError) as caught:
-        merged({"temperature": 0.0}, do_sample=True)
-    assert "generation_config.json: temperature=0.0, expected a number above 0" in str(caught.value)
-    assert "temperature=None" in str(caught.value.hint)
+@pytest.mark.parametrize(
+    ("defaults", "said", "left"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0.0, expected", {"do_sample": True}),
+        ({"num_beams": 100, "length_penalty": 0.5}, "num_beams=100, expected", {}),
+        ({"do_sample": "yes", "temperature": 0.5}, "do_sample='yes', expected", {}),
+        ({"guidance_scale": 3.0}, "option guidance_scale=3.0 is not supported", {}),
+        ({"top_k": -1, "do_sample": True}, "top_k=-1, expected", {"do_sample": True}),
+        ({"suppress_tokens": [-1], "min_new_tokens": 2}, "suppress_tokens", {"min_new_tokens": 2}),
+    ],
+)
+def test_a_default_that_cannot_be_served_is_left_out_and_named(
+    defaults: dict[str, Any], said: str, left: dict[str, Any]
+):
+    with pytest.warns(OptionWarning) as caught:
+        assert merged(defaults) == GenerationOptions.of(left)
+    (warning,) = caught
+    assert str(warning.message).startswith(f"generation_config.json: {said}")
+    assert str(warning.message).endswith("; left out")
+
+
+def test_a_wrong_default_that_has_no_meaning_is_not_worth_a_word():
+    assert merged({"temperature": 0.0, "length_penalty": 9, "max_length": -1}) == (
+        GenerationOptions()
+    )
+    assert merged({"temperature": 0.0}, do_sample=True, temperature=0.5).temperature == 0.5
+    assert merged({"guidance_scale": 3.0}, guidance_scale=None) == GenerationOptions()
+
+
+def test_a_default_that_a_model_cannot_serve_is_left_out():
+    def check(name: str, value: Any) -> None:
+        if name == "bad_words_ids" and value == ((7,),):
+            raise OptionError("no 7")
+
+    defaults = {"bad_words_ids": [[7]], "suppress_tokens": [7]}
+    with pytest.warns(OptionWarning, match="no 7; left out"):
+        options = GenerationOptions.merged(defaults, {}, check)
+    assert (options.bad_words_ids, options.suppress_tokens) == ((), (7,))
+    options = GenerationOptions.merged(defaults, {"bad_words_ids": [[7]]}, check)
+    assert options.bad_words_ids == ((7,),)  # the call's own is refused where it runs
 
 
 def test_lengths_that_count_the_prompt():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.runtime import toy
 from vlmport.bundle import Bundle
-from vlmport.errors import OptionError
+from vlmport.errors import OptionError, OptionWarning
 from vlmport.runtime.components import Components
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.model import VLM
@@ -47,6 +47,25 @@ def test_the_bundles_defaults_apply_and_the_call_overrides(vlm: VLM, bundle: Bun
     with pytest.raises(OptionError, match="several sequences can't be streamed"):
         other.stream(RGB)
     assert "".join(other.stream(RGB, num_beams=1)) == plain.text
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said"),
+    [
+        ({"temperature": 0.0, "do_sample": True, "top_k": 1}, "temperature=0.0, expected"),
+        ({"guidance_scale": 3.0}, "option guidance_scale=3.0 is not supported"),
+        ({"bad_words_ids": [[10**6]]}, "bad_words_ids: 1000000 not in a vocabulary"),
+        ({"encoder_no_repeat_ngram_size": 2}, "this model has no prompt tokens to look at"),
+        ({"min_new_tokens": 40}, "min_new_tokens=40 is more than max_new_tokens=12"),
+        ({"min_length": 40}, "min_length=40 is more than max_new_tokens=12"),
+    ],
+)
+def test_no_default_makes_a_call_without_options_fail(
+    defaults: dict[str, Any], said: str, vlm: VLM, bundle: Bundle
+):
+    other = with_generation(bundle, defaults=defaults, processors_see_prompt=False)
+    with pytest.warns(OptionWarning, match=said):
+        assert other.caption(RGB).token_ids == vlm.caption(RGB).token_ids
 
 
 def test_what_is_kept_of_the_prompt_for_penalties_is_the_bundles_choice(bundle: Bundle):

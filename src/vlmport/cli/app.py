@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlmport import __version__
-from vlmport.cli.console import report, say
+from vlmport.cli.console import report, say, warnings_of_ours
 from vlmport.errors import VlmportError
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -19,7 +19,8 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings_of_ours():
+                return super().invoke(ctx)
         except VlmportError as error:
             report(error)
             raise typer.Exit(error.exit_code) from error

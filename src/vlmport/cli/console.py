@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vlmport.errors import VlmportError
+from vlmport.errors import OptionWarning, VlmportError
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
@@ -29,6 +30,22 @@ def report(error: VlmportError) -> None:
 def say(text: str, style: str | None = None) -> None:
     """One line on stderr, as it is: paths may hold brackets, and only terminals wrap."""
     stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def warnings_of_ours() -> Iterator[None]:
+    """Each is one line, without the place in the code that it comes from."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, OptionWarning):
+                say(f"warning: {message}")
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = shown
+        yield
 
 
 @contextlib.contextmanager

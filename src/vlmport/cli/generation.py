@@ -94,8 +94,15 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for `generate`, of what was given."""
     given = {name: value for name, value in arguments.items() if value is not None}
     for text in given.pop("generation", ()):
-        name, _, value = text.partition("=")
-        given[name.strip().replace("-", "_")] = _json(f"--option {text}", value)
+        name, is_, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (is_ and name):
+            raise OptionError(
+                f"--option {text}: expected NAME=VALUE", hint="for example max_length=100"
+            )
+        if name in given:
+            raise OptionError(f"{name} is given twice", hint="leave one of the two out")
+        given[name] = _json(f"--option {text}", value)
     if (early := given.get("early_stopping")) in ("true", "false"):
         given["early_stopping"] = early == "true"
     if (path := given.get("json_schema")) is not None and isinstance(path, Path):

@@ -3,6 +3,7 @@ request to its caption."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from vlmport.runtime.grammar import Grammar, Grammars
 from vlmport.runtime.images import open_image
 from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.prompt import Message, Prompter, check_messages
-from vlmport.runtime.request import Request, most_new_tokens, new_request
+from vlmport.runtime.request import Request, check_default, most_new_tokens, new_request
 from vlmport.runtime.text import StopStrings
 
 if TYPE_CHECKING:
@@ -101,9 +102,13 @@ class Asker:
         )
 
     def decoding(self, given: Mapping[str, Any]) -> Decoding:
-        """The options of a call over the bundle's. Raises OptionError or DependencyError."""
-        defaults = self.components.manifest.generation.defaults
-        options = GenerationOptions.merged(defaults, given)
+        """The options of a call over the bundle's, of which those are left out, with a warning,
+        that can't be served. Raises OptionError or DependencyError."""
+        options = GenerationOptions.merged(
+            self.components.manifest.generation.defaults,
+            given,
+            functools.partial(check_default, self.components),
+        )
         stops = options.stop_strings
         return Decoding(
             options,

@@ -7,11 +7,12 @@ only warns of is refused here. docs/decoding.md has the table.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmport.errors import OptionError, did_you_mean
+from vlmport.errors import OptionError, OptionWarning, did_you_mean
 from vlmport.runtime import option_values as values
 from vlmport.runtime.option_values import TokenIds, whole_number
 from vlmport.runtime.random import new_seed
@@ -150,29 +151,47 @@ class GenerationOptions:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> GenerationOptions:
         """From keyword arguments. Raises OptionError for unknown names, with the nearest known."""
-        return cls(**_without_refused(given, "option"))
+        return cls(**_without_refused(given))
 
     @classmethod
-    def merged(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationOptions:
+    def merged(
+        cls,
+        defaults: Mapping[str, Any],
+        given: Mapping[str, Any],
+        check_default: Callable[[str, Any], None] | None = None,
+    ) -> GenerationOptions:
         """The options of a call, over the defaults of generation_config.json.
 
         The call wins. Defaults that its options leave without a meaning are dropped (a temperature
         where it says do_sample=False), and names that no option has say nothing. An option given
-        as None is the value that does nothing, whatever the default.
+        as None is the value that does nothing, whatever the default. A default that can't be
+        served is left out, with an OptionWarning: the call did not ask for it.
+
+        Args:
+            check_default: raises OptionError for a default that the model can't serve.
 
         Raises OptionError as the constructor does, and for unknown names in the call.
         """
-        wanted = _without_refused(given, "option")
-        known = {name: value for name, value in defaults.items() if name not in given}
-        known = {name: value for name, value in known.items() if name in CHECKS or name in REFUSED}
-        asked = _without_refused(known, WHERE)
-        merged = _meaningful(asked, wanted)
-        for name in asked.keys() & merged.keys() - wanted.keys():
+        wanted = _without_refused(given)
+        asked: dict[str, Any] = {}
+        wrong: dict[str, OptionError] = {}
+        for name in [one for one in defaults if one in CHECKS or one in REFUSED]:
             try:
-                _tidy(name, asked[name])
+                for one, value in _without_refused({name: defaults[name]}).items():
+                    asked[one] = _tidy(one, value)
+                    if check_default is not None and one not in given:
+                        check_default(one, asked[one])
             except OptionError as error:
-                hint = f"say otherwise, or give {name}=None to do without"
-                raise OptionError(f"{WHERE} {error}", hint=hint) from error
+                asked.pop(name, None)
+                wrong[name] = error
+        idle = {*given, *_idle(asked, wanted)}
+        for name in sorted(wrong.keys() - idle):
+            warnings.warn(f"{WHERE} {wrong[name]}; left out", OptionWarning, stacklevel=2)
+        merged = {name: value for name, value in asked.items() if name not in idle} | wanted
+        if not wanted.keys() >= {"do_sample", "num_beams"}:  # the call did not ask for both
+            samples, beams = (merged.get(name) for name in ("do_sample", "num_beams"))
+            if samples and (beams or 1) > 1:
+                merged.setdefault("seed", new_seed())
         return cls(**merged)
 
     def most_new_tokens(self, prompt_tokens: int) -> int | None:
@@ -237,7 +256,7 @@ DEFAULTS: Mapping[str, Any] = {
 NOTHING: Mapping[str, Any] = {**DEFAULTS, "top_k": 0}  # None asks for nothing, not for the default
 
 
-def _without_refused(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
+def _without_refused(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options among `given`. Raises OptionError for unknown names, and for what is refused."""
     unknown = [name for name in given if name not in CHECKS and name not in REFUSED]
     if unknown:
@@ -245,7 +264,7 @@ def _without_refused(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
         raise OptionError(f"unknown option {named}", hint=f"known: {', '.join(CHECKS)}")
     for name, (neutral, hint) in REFUSED.items():
         if name in given and not any(given[name] is one or given[name] == one for one in neutral):
-            raise OptionError(f"{whose} {name}={given[name]!r} is not supported", hint=hint)
+            raise OptionError(f"option {name}={given[name]!r} is not supported", hint=hint)
     return {name: value for name, value in given.items() if name in CHECKS}
 
 
@@ -254,12 +273,11 @@ def _tidy(name: str, value: Any) -> Any:
     return NOTHING[name] if value is None else CHECKS[name](name, value)
 
 
-def _meaningful(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What the call wants, and of the defaults what still has a meaning beside it."""
-    both = {**DEFAULTS, **asked, **wanted}
-    samples, beams, returned = (
-        _tidy(name, both[name]) for name in ("do_sample", "num_beams", "num_return_sequences")
-    )
+def _idle(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
+    """The defaults that have no meaning beside what the call wants and the other defaults."""
+    both = {**DEFAULTS, **asked, **{name: _tidy(name, value) for name, value in wanted.items()}}
+    samples, beams, returned = both["do_sample"], both["num_beams"], both["num_return_sequences"]
+    forced, most = both["forced_eos_token_id"], both["max_new_tokens"]
     idle = {"max_length"}  # it counts image tokens too; the bundle's max_new_tokens stands for it
     if not samples:
         idle.update(SAMPLING)
@@ -273,10 +291,13 @@ def _meaningful(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str
         idle.update(("max_new_tokens", "min_new_tokens", "min_length"))
     if wanted.keys() & {"min_new_tokens", "min_length"} or "min_new_tokens" in asked:
         idle.add("min_length")
-    merged = {name: value for name, value in asked.items() if name not in idle} | dict(wanted)
-    if samples and beams > 1 and not wanted.keys() >= {"do_sample", "num_beams"}:
-        merged.setdefault("seed", new_seed())  # the call did not ask for both
-    return merged
+    if "min_length" in wanted or (most is not None and both["min_new_tokens"] > most):
+        idle.add("min_new_tokens")
+    if forced and set(forced) <= set(both["suppress_tokens"]):
+        idle.add("suppress_tokens" if "forced_eos_token_id" in wanted else "forced_eos_token_id")
+    if both["json_schema"] is not None and both["regex"] is not None:
+        idle.add("json_schema" if "regex" in wanted else "regex")
+    return idle
 
 
 def _refuse_contradictions(options: GenerationOptions) -> None:

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlmport.errors import OptionError
 from vlmport.runtime.option_values import TokenIds
-from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.options import DEFAULTS, GenerationOptions
 from vlmport.runtime.scores import FORBIDDEN, log_softmax
 from vlmport.runtime.warpers import new_warpers
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Scores = Float32[np.ndarray, " V"]
 
+OF_PROMPT = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 LARGEST = float(np.finfo(np.float32).max)
 Mask = Callable[[Sequence[int]], "Bool[np.ndarray, ' V']"]
 """Which tokens may follow a row's new tokens. A pure function of them, so that beams may ask it in
@@ -91,9 +92,8 @@ def new_processors(
     prompt where processors see none.
     """
     o = options
-    _check_ids(o, vocab_size)
-    if not processors_see_prompt:
-        _refuse_prompt_options(o)
+    for name in vars(o):
+        check_served(name, getattr(o, name), vocab_size, processors_see_prompt)
 
     def below(ids: Iterable[int]) -> Int64[np.ndarray, " N"]:
         return np.array([one for one in ids if one < vocab_size], np.int64)
@@ -290,31 +290,27 @@ def _forbidden_words(
     }
 
 
-def _check_ids(options: GenerationOptions, vocab_size: int) -> None:
-    """Raise OptionError for token ids outside the vocabulary; those suppressed may stand there."""
-    o = options
-    for name, named in {
-        "bad_words_ids": [one for word in o.bad_words_ids for one in word],
-        "sequence_bias": [one for ids, _ in o.sequence_bias for one in ids],
-        "forced_eos_token_id": o.forced_eos_token_id,
-    }.items():
-        wrong = sorted({one for one in named if one >= vocab_size})
-        if wrong:
-            raise OptionError(
-                f"{name}: {', '.join(map(str, wrong))} not in a vocabulary of {vocab_size} tokens",
-                hint=f"ids are below {vocab_size}; this model's tokenizer gives them",
-            )
+def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: bool) -> None:
+    """Raise OptionError for an option that this model can't serve.
 
-
-def _refuse_prompt_options(options: GenerationOptions) -> None:
-    """Raise OptionError for options that mean nothing where processors see no prompt."""
-    o = options
-    for name, neutral in {
-        "encoder_repetition_penalty": 1.0,
-        "encoder_no_repeat_ngram_size": 0,
-    }.items():
-        if getattr(o, name) != neutral:
-            raise OptionError(
-                f"{name}={getattr(o, name)}: this model has no prompt tokens to look at",
-                hint="leave it out; repetition_penalty and no_repeat_ngram_size see new tokens",
-            )
+    Those are token ids outside the vocabulary (those suppressed may stand there), and options that
+    look at a prompt where processors see none.
+    """
+    if not processors_see_prompt and name in OF_PROMPT and value != DEFAULTS[name]:
+        raise OptionError(
+            f"{name}={value}: this model has no prompt tokens to look at",
+            hint="leave it out; repetition_penalty and no_repeat_ngram_size see new tokens",
+        )
+    named: Iterable[int] = ()
+    if name == "forced_eos_token_id":
+        named = value
+    elif name == "bad_words_ids":
+        named = [one for word in value for one in word]
+    elif name == "sequence_bias":
+        named = [one for ids, _ in value for one in ids]
+    wrong = sorted({one for one in named if one >= vocab_size})
+    if wrong:
+        raise OptionError(
+            f"{name}: {', '.join(map(str, wrong))} not in a vocabulary of {vocab_size} tokens",
+            hint=f"ids are below {vocab_size}; this model's tokenizer gives them",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from vlmport.runtime.cache import KeptRow
 from vlmport.runtime.components import Components
 from vlmport.runtime.lookup import look_up
 from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.processors import check_served
 from vlmport.runtime.search import Choice, IsStopped, Mask, Search, new_search
 
 if TYPE_CHECKING:
@@ -160,6 +161,17 @@ def _refuse_lookup(components: Components) -> None:
             "could change the text",
             hint="give the decoder another precision (fp32 or q4), or leave it out",
         )
+
+
+def check_default(components: Components, name: str, value: Any) -> None:
+    """Raise OptionError for a default of generation_config.json that this bundle can't serve."""
+    generation, vocab_size = components.manifest.generation, components.manifest.dims.vocab_size
+    check_served(name, value, vocab_size, generation.processors_see_prompt)
+    if name == "prompt_lookup_num_tokens" and value is not None:
+        _refuse_lookup(components)
+    most = generation.max_new_tokens
+    if name in ("min_new_tokens", "min_length") and value > most:  # after a short prompt at least
+        raise OptionError(f"{name}={value} is more than max_new_tokens={most}")
 
 
 def room_for_tokens(components: Components, tokens: int) -> int:
