@@ -167,11 +167,11 @@ def check_default(components: Components, name: str, value: Any) -> None:
     """Raise OptionError for a default of generation_config.json that this bundle can't serve."""
     generation, vocab_size = components.manifest.generation, components.manifest.dims.vocab_size
     check_served(name, value, vocab_size, generation.processors_see_prompt)
-    if name == "prompt_lookup_num_tokens" and value is not None:
-        _refuse_lookup(components)
     most = generation.max_new_tokens
     if name in ("min_new_tokens", "min_length") and value > most:  # after a short prompt at least
         raise OptionError(f"{name}={value} is more than max_new_tokens={most}")
+    if name == "prompt_lookup_num_tokens" and value is not None:
+        _refuse_lookup(components)
 
 
 def room_for_tokens(components: Components, tokens: int) -> int:
