@@ -133,7 +133,7 @@ def test_a_schema_comes_from_a_file(tiny_bundle: Path, picture: str, tmp_path: P
         (["--option", "=1"], "--option =1: expected NAME=VALUE"),
         (["--num-beams", "2", "--option", "num-beams=3"], "num_beams is given twice"),
         (["--option", "min_length=2", "--option", "min_length=3"], "min_length is given twice"),
-        (["--logprobs", "2"], "--logprobs without --json"),
+        (["--logprobs", "2"], "--logprobs: nothing would show them"),
         (["--regex", "(a"], "regex='(a'"),
         (["--early-stopping", "soon"], "soon"),
     ],

@@ -51,8 +51,6 @@ def caption(
 
     if stream and as_json:
         raise OptionError("--stream and --json contradict each other", hint="choose one")
-    if decoding.get("logprobs") is not None and not as_json:
-        raise OptionError("--logprobs without --json: nothing would show them", hint="give --json")
     decoding["image_options"] = read_image_options(image_option, no_split)
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
     with export_progress() as progress:

@@ -82,6 +82,10 @@ def with_decoding(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
         given = {name: arguments.pop(name) for name in DECODING}
+        if given["logprobs"] is not None and not arguments.get("as_json"):
+            raise OptionError(
+                "--logprobs: nothing would show them", hint="caption and ask do, with --json"
+            )
         command(**arguments, decoding=_read(given))
 
     del run.__wrapped__
