@@ -37,7 +37,7 @@ TURNS = 6
 
 NOTES = Stage(steps=1200, batch_size=32, rate=2e-3)
 JOIN = Stage(steps=300, batch_size=32, rate=2e-3)
-CHAT = Stage(steps=3000, batch_size=32, rate=1e-3, tower_rate=3e-4)
+CHAT = Stage(steps=1800, batch_size=32, rate=1e-3, tower_rate=3e-4)
 # How often one picture whole, one in tiles, two whole, two in tiles.
 WEIGHTS = (0.45, 0.25, 0.25, 0.05)
 NOTE_WEIGHTS = (0.65, 0.0, 0.35, 0.0)
