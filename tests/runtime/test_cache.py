@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -86,6 +87,48 @@ def test_a_prompt_in_chunks_equals_it_in_one(bundle, cuts: list[int], row: int):
         got = cache.prefill(row, embeds[at : at + size], keep=0)
         np.testing.assert_allclose(got, full[at : at + size], atol=TOLERANCE)
         at += size
+
+
+@pytest.mark.parametrize("length", [3, 5, 6, 7, 10, 11, 25])
+@pytest.mark.parametrize("keep", [0, 1, 2, 3])
+def test_a_long_prompt_is_read_in_chunks(
+    components: Components, monkeypatch: pytest.MonkeyPatch, length: int, keep: int
+):
+    """From the first token on and after others; its logits and the cache are those of one call."""
+    monkeypatch.setattr("vlmport.runtime.cache.CHUNK", 4)
+    calls: list[int] = []
+    append = KeyValueCache._append
+
+    def counted(self, row, past, embeds, *rest):
+        calls.append(len(embeds))
+        return append(self, row, past, embeds, *rest)
+
+    monkeypatch.setattr(KeyValueCache, "_append", counted)
+    embeds = embeds_of(3 + length + 1)
+    full = toy.reference_logits(WEIGHTS, embeds)
+    cache = new_cache(components)
+    cache.prefill(0, embeds[:3])
+    del calls[:]
+    got = cache.prefill(0, embeds[3:-1], keep=keep)
+    np.testing.assert_allclose(got, full[3:-1][-keep:], atol=TOLERANCE)
+    np.testing.assert_allclose(cache.step(embeds[None, -1:]), full[-1:], atol=TOLERANCE)
+    whole = keep in (0, 3) or length <= 6
+    assert calls == [length] if whole else calls[:-1] == [4] * (len(calls) - 1)
+    assert whole or 3 <= calls[-1] <= 6
+
+
+@pytest.mark.parametrize("which", ["row_by_row", "on_host"])
+def test_a_prompt_is_read_in_one_where_chunks_would_differ_or_cost(
+    components: Components, monkeypatch: pytest.MonkeyPatch, which: str
+):
+    monkeypatch.setattr("vlmport.runtime.cache.CHUNK", 4)
+    cache = new_cache(components)
+    assert cache._cuts(25, 1) == [0, 4, 8, 12, 16, 20, 25]
+    if which == "on_host":
+        cache.on_host = False
+    else:
+        cache.decoder = dataclasses.replace(cache.decoder, row_by_row=True)
+    assert cache._cuts(25, 1) == [0, 25]
 
 
 @settings(max_examples=25, deadline=None)
