@@ -38,7 +38,10 @@ def inspect(
             raise typer.Exit(EXIT_FAILED)
         return
     if probe:
-        raise OptionError(f"{path}: not a bundle, so there is no input to probe it with")
+        raise OptionError(
+            f"{path}: no vlmport.json, so there is no input to probe it with",
+            hint="leave out --probe, or export the bundle again",
+        )
     if path.is_file():
         describe_onnx(path, stdout)
     else:
