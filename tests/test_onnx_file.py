@@ -289,4 +289,4 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_a_single_graph_cannot_be_probed(file: Path) -> None:
     done = run(file, "--probe")
     assert done.exit_code == 2
-    assert "not a bundle, so there is no input to probe it with" in done.stderr
+    assert "no vlmport.json, so there is no input to probe it with" in done.stderr
