@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 to_ort = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
 
-# Tokens of a prompt that a decoder on the CPU reads at a time: the time of GroupQueryAttention grows
-# with the square of a call's tokens. 1,100 tokens of SmolLM-135M take 0.8 of the time so in float32.
+# Tokens of a prompt that a decoder on the CPU reads at a time: the time of GroupQueryAttention
+# grows with the square of a call's tokens. 1,100 tokens take 0.8 of the time so at fp32.
 CHUNK = 256
 
 
