@@ -15,7 +15,7 @@ from tests.verify.surgery import copied, edit_graph
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.export import export
-from vlmport.runtime.generate import Row
+from vlmport.runtime.hypotheses import Ending
 from vlmport.verify import verify
 from vlmport.verify.pictures import named_pictures
 
@@ -101,16 +101,20 @@ def test_a_stop_id_too_many(shapes: Case, broken: Bundle, precision: str) -> Non
 
 
 def test_a_runtime_that_never_stops(shapes: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = property(lambda row: "length" if len(row.tokens) >= row.max_new_tokens else None)
-    monkeypatch.setattr(Row, "stop_reason", full)
+    def full(ending: Ending, tokens: tuple[int, ...]) -> str | None:
+        return "length" if len(tokens) >= ending.max_new_tokens else None
+
+    monkeypatch.setattr(Ending, "reason", full)
     report = shapes.climb(shapes.bundle, "q4")
     assert_first_broken(report, "greedy_tokens")
     assert failing(report, "greedy_tokens") == {"regret"}
 
 
 def test_a_runtime_that_stops_too_soon(shapes: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = property(lambda row: "length" if len(row.tokens) >= 5 else None)
-    monkeypatch.setattr(Row, "stop_reason", full)
+    def full(ending: Ending, tokens: tuple[int, ...]) -> str | None:
+        return "length" if len(tokens) >= 5 else None
+
+    monkeypatch.setattr(Ending, "reason", full)
     report = shapes.climb(shapes.bundle, "q4")
     assert_first_broken(report, "greedy_tokens")
     assert 1 < value(report, "greedy_tokens", "regret") < float("inf")
