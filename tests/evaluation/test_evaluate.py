@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import vlmport
 from vlmport import cli
 from vlmport.bundle import CARD, MANIFEST, Bundle
+from vlmport.cli import console
 from vlmport.errors import BundleError, EvaluationError
 from vlmport.evaluation import Report, UnrecordedResultError, evaluate
 from vlmport.evaluation.examples import SCENES, drawn_scenes
@@ -168,7 +169,11 @@ def test_pictures_with_captions(own: Path, pictures: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mix", ["auto", "vision=q8,decoder=q4,embed=q4"])
-def test_a_mix_is_measured_under_its_name(shapes: Path, mix: str) -> None:
+def test_a_mix_is_measured_under_its_name(
+    shapes: Path, mix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A console keeps the width of the COLUMNS that it found when it was made.
+    monkeypatch.setattr(console.stdout, "_width", 200)
     report = evaluate(shapes, limit=5, precisions=["fp32", mix], record=False)
     name = "vision_encoder=q8,embed_tokens=q4,decoder_model_merged=q4"
     assert list(report.figures) == ["fp32", name]
