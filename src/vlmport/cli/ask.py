@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +22,8 @@ from vlmport.cli.arguments import (
     Threads,
     read_image_options,
 )
-from vlmport.cli.console import export_progress
 from vlmport.cli.generation import with_decoding
+from vlmport.cli.opening import open_model
 from vlmport.errors import ImageError, OptionError, PromptError
 
 # What ends so and holds no space is meant as a file.
@@ -58,23 +57,18 @@ def ask(
 
     The last argument is the question, all before it are pictures. A picture alone is captioned.
     """
-    from vlmport.source import load
-
     if stream and as_json:
         raise OptionError("--stream and --json contradict each other", hint="choose one")
     images, question = read_arguments(arguments)
     options = read_image_options(image_option, no_split)
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
-    with export_progress() as progress:
-        vlm = load(
-            model,
-            precision=precision,
-            device=device,
-            threads=threads,
-            adapter=adapter,
-            revision=revision,
-            progress=progress,
-        )
+    vlm = open_model(
+        model,
+        precision=precision,
+        device=device,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+    )
     with vlm:
         chat = vlm.conversation(system, image_options=options)
         if stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +20,9 @@ from vlmport.cli.arguments import (
     Threads,
     read_image_options,
 )
-from vlmport.cli.console import export_progress, report
+from vlmport.cli.console import report
 from vlmport.cli.generation import with_decoding
+from vlmport.cli.opening import open_model
 from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
 
 if TYPE_CHECKING:
@@ -47,22 +47,17 @@ def caption(
     decoding: dict[str, Any],
 ) -> None:
     """Caption pictures."""
-    from vlmport.source import load
-
     if stream and as_json:
         raise OptionError("--stream and --json contradict each other", hint="choose one")
     decoding["image_options"] = read_image_options(image_option, no_split)
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
-    with export_progress() as progress:
-        vlm = load(
-            model,
-            precision=precision,
-            device=device,
-            threads=threads,
-            adapter=adapter,
-            revision=revision,
-            progress=progress,
-        )
+    vlm = open_model(
+        model,
+        precision=precision,
+        device=device,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+    )
     with vlm:
         worst = (
             _stream_captions(vlm, images, decoding)

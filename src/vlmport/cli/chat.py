@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +23,9 @@ from vlmport.cli.arguments import (
     Threads,
     read_image_options,
 )
-from vlmport.cli.console import export_progress, report, say
+from vlmport.cli.console import report, say
 from vlmport.cli.generation import with_decoding
+from vlmport.cli.opening import open_model
 from vlmport.errors import PromptError, VlmportError, did_you_mean
 
 if TYPE_CHECKING:
@@ -62,20 +62,15 @@ def chat(
     decoding: dict[str, Any],
 ) -> None:
     """Talk about pictures: a line a question, from a terminal or a pipe. /help lists commands."""
-    from vlmport.source import load
-
     options = read_image_options(image_option, no_split)
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
-    with export_progress() as progress:
-        vlm = load(
-            model,
-            precision=precision,
-            device=device,
-            threads=threads,
-            adapter=adapter,
-            revision=revision,
-            progress=progress,
-        )
+    vlm = open_model(
+        model,
+        precision=precision,
+        device=device,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+    )
     with vlm:
         wanted = vlm.asker.decoding(decoding).options
         talk = Talk(

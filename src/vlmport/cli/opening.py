@@ -1,0 +1,23 @@
+"""Open the model that a command runs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from vlmport.cli.console import export_progress
+
+if TYPE_CHECKING:
+    from vlmport.runtime.model import VLM
+
+
+def open_model(source: str, **options: Any) -> VLM:
+    """`vlmport.load` with a bar on stderr where a checkpoint is exported first.
+
+    Raises as it does.
+    """
+    from vlmport.source import load
+
+    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
+    with export_progress() as progress:
+        return load(source, progress=progress, **options)
