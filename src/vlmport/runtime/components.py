@@ -20,6 +20,7 @@ from vlmport.layouts import HUB
 from vlmport.precisions import precision_name
 from vlmport.runtime.decoder import Decoder, scales_by_call
 from vlmport.runtime.options import whole_number
+from vlmport.runtime.refusals import refusal
 from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
 
 if TYPE_CHECKING:
@@ -153,10 +154,10 @@ class Components:
         try:
             values = session.run(None, feeds)
         except ORT_ERRORS as error:
+            reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
             raise ImageError(
-                f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: "
-                f"{first_line(error)}",
-                hint="is it extremely narrow?",
+                f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
+                hint=hint,
             ) from error
         outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
         if "prompt_ids" not in outputs:
@@ -299,6 +300,8 @@ def _run(
     try:
         return [np.asarray(value) for value in session.run(names, feeds)]
     except ORT_ERRORS as error:
+        if (refused := refusal(error)) is not None:
+            raise PromptError(f"{component}: {refused[0]}", hint=refused[1]) from error
         raise BundleError(
             f"{component} can't run: {first_line(error)}",
             hint="`vlmport inspect --probe` says whether this device runs this bundle",
