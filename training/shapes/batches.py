@@ -78,8 +78,9 @@ class DrawnBatches(Dataset[Batch]):
         counts = [rng.choice((1, 2, 2, 3, 3, 3)) for _ in range(self.batch_size)]
         scenes = [random_scene(rng, count) for count in counts]
         images = [squash(draw(scene), self.image_size) for scene in scenes if self.drawn]
-        answers = [patch_answers(scene, self.image_size, self.grid) for scene in scenes]
-        geometry = [patch_geometry(scene, self.image_size, self.grid) for scene in scenes]
+        size, patch = (self.image_size, self.image_size), self.image_size // self.grid
+        answers = [patch_answers(scene, size, patch) for scene in scenes]
+        geometry = [patch_geometry(scene, size, patch) for scene in scenes]
         ids = encode_captions(self.tokenizer, [caption(scene) for scene in scenes])
         pictures, known, places = (
             torch.from_numpy(np.array(part)) for part in (images, answers, geometry)
@@ -135,10 +136,14 @@ def note_ids(answers: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     return table[torch.arange(len(PATCH_QUESTIONS)), columns]
 
 
-def patch_answers(scene: Scene, image_size: int, grid: int) -> np.ndarray:
-    """[grid², 6] int64: the answers to `PATCH_QUESTIONS` at each patch, row by row."""
-    answers = np.zeros((grid * grid, len(PATCH_QUESTIONS)), np.int64)
-    coverage, owner = _owners(scene, image_size, grid)
+def patch_answers(scene: Scene, size: tuple[int, int], patch: int) -> np.ndarray:
+    """[N, 6] int64: the answers to `PATCH_QUESTIONS` at each patch, row by row.
+
+    Args:
+        size: width and height to which the picture is resized, multiples of `patch`.
+    """
+    coverage, owner = _owners(scene, size, patch)
+    answers = np.zeros((len(owner), len(PATCH_QUESTIONS)), np.int64)
     answers[coverage > TOUCHED, 1:] = IGNORE
     for index, thing in enumerate(scene.things):
         answers[owner == index, 1:] = _thing_answers(scene, index, thing)
@@ -158,19 +163,21 @@ def _thing_answers(scene: Scene, index: int, thing: Thing) -> list[int]:
     ]
 
 
-def patch_geometry(scene: Scene, image_size: int, grid: int) -> np.ndarray:
-    """[grid², 22] float32, lengths in patches.
+def patch_geometry(scene: Scene, size: tuple[int, int], patch: int) -> np.ndarray:
+    """[N, 22] float32, lengths in patches; sizes as in `patch_answers`.
 
     0-15: covered share of the patch's 4 x 4 cells. 16-19: left, top, right and bottom of the
     patch's object, from the patch's centre. 20-21: centre of the next named object, likewise.
     NaN where there is none.
     """
-    mask = _mask(scene, scene.things, image_size).reduce(image_size // (4 * grid))
-    cells = np.asarray(mask, np.float32).reshape(grid, 4, grid, 4).transpose(0, 2, 1, 3) / 255
-    centres = np.stack(np.meshgrid(*[np.arange(grid) + 0.5] * 2), axis=-1).reshape(-1, 2)
-    lengths = np.full((grid * grid, 6), np.nan)
-    _, owner = _owners(scene, image_size, grid)
-    unit = grid / np.array([scene.width, scene.height])
+    columns, rows = size[0] // patch, size[1] // patch
+    mask = _mask(scene, scene.things, size).reduce(patch // 4)
+    cells = np.asarray(mask, np.float32).reshape(rows, 4, columns, 4).swapaxes(1, 2) / 255
+    places = np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5)
+    centres = np.stack(places, axis=-1).reshape(-1, 2)
+    lengths = np.full((rows * columns, 6), np.nan)
+    _, owner = _owners(scene, size, patch)
+    unit = np.array([columns, rows]) / np.array([scene.width, scene.height])
     for index, thing in enumerate(scene.things):
         here = owner == index
         box = np.reshape(thing.box, (2, 2)) * unit
@@ -181,21 +188,20 @@ def patch_geometry(scene: Scene, image_size: int, grid: int) -> np.ndarray:
     return np.concatenate([cells.reshape(-1, 16), lengths], axis=1).astype(np.float32)
 
 
-def _owners(scene: Scene, image_size: int, grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """[grid²] greatest share that one thing covers, and that thing's index or -1."""
-    patch = image_size // grid
-    masks = [_mask(scene, (thing,), image_size).reduce(patch) for thing in scene.things]
+def _owners(scene: Scene, size: tuple[int, int], patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """[N] greatest share that one thing covers, and that thing's index or -1."""
+    masks = [_mask(scene, (thing,), size).reduce(patch) for thing in scene.things]
     coverage = np.stack([np.asarray(mask, np.float32).reshape(-1) / 255 for mask in masks])
-    owner = np.full(grid * grid, -1)
+    owner = np.full(coverage.shape[1], -1)
     for index, share in enumerate(coverage):
         owner[share >= min(COVERED, share.max())] = index
     return coverage.max(axis=0), owner
 
 
-def _mask(scene: Scene, things: tuple[Thing, ...], image_size: int) -> Image.Image:
-    """Mode L, 255 where the things are on the squashed picture."""
-    mask = Image.new("L", (image_size, image_size), 0)
-    x, y = image_size / scene.width, image_size / scene.height
+def _mask(scene: Scene, things: tuple[Thing, ...], size: tuple[int, int]) -> Image.Image:
+    """Mode L, 255 where the things are on the resized picture."""
+    mask = Image.new("L", size, 0)
+    x, y = size[0] / scene.width, size[1] / scene.height
     for thing in things:
         corners = [
             ((thing.cx + thing.side * u) * x, (thing.cy + thing.side * v) * y)

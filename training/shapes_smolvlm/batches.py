@@ -74,7 +74,7 @@ class Conversations(Dataset[Batch]):
             pictures, texts = show(scenes, form) if self.drawn else ([], [image_text(0, 0)] * 2)
             shown.append(pictures)
             rows.append(encode(self.tokenizer, conversation(scenes, rng, self.turns), texts))
-            answers.append([patch_answers(scene, TILE, GRID) for scene in scenes])
+            answers.append([patch_answers(scene, (TILE, TILE), TILE // GRID) for scene in scenes])
         ids, labels = pad(rows)
         return Batch(
             torch.from_numpy(np.array(shown)), ids, labels, torch.from_numpy(np.array(answers))
