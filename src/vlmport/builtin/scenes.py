@@ -103,13 +103,17 @@ def relation(scene: Scene, thing: Thing, other: Thing) -> str:
     return "above" if dy < 0 else "below"
 
 
-def random_scene(rng: random.Random, count: int | None = None) -> Scene:
-    """A scene without ambiguity; `count` objects, or one to three with equal chance."""
+def random_scene(
+    rng: random.Random, count: int | None = None, canvas: tuple[int, int] | None = None
+) -> Scene:
+    """A scene without ambiguity; `count` objects, or one to three with equal chance.
+
+    Args:
+        canvas: width and height in pixels; None for one of a random size, at most 4:3.
+    """
     count = rng.randint(1, 3) if count is None else count
     while True:
-        short = rng.randint(128, 288)
-        long = round(short * rng.uniform(1, 4 / 3))
-        width, height = (short, long) if rng.random() < 0.5 else (long, short)
+        width, height = canvas or _random_canvas(rng)
         background = rng.choice(tuple(BACKGROUNDS))
         colours = sorted(rng.sample(range(len(PALETTE)), count))
         names = [tuple(PALETTE)[index] for index in colours]
@@ -169,6 +173,12 @@ def _noun(thing: Thing) -> str:
     size = [] if thing.size == "medium" else [thing.size]
     words = [*size, thing.colour, thing.shape]
     return " ".join(["an" if words[0] == "orange" else "a", *words])
+
+
+def _random_canvas(rng: random.Random) -> tuple[int, int]:
+    short = rng.randint(128, 288)
+    long = round(short * rng.uniform(1, 4 / 3))
+    return (short, long) if rng.random() < 0.5 else (long, short)
 
 
 def _random_thing(rng: random.Random, colour: str, width: int, height: int) -> Thing:
