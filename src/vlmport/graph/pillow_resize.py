@@ -13,7 +13,7 @@ only that is ever float32. A dense product with one matrix would cost a hundred 
 
 Traps:
     - Pillow 13 changed the order of the passes, and it shows: the picture between them is rounded.
-    - A name inside a subgraph must differ from all names outside it, hence `_scope`.
+    - A name inside a subgraph must differ from all names outside it, hence `scope`.
     - ONNX Runtime 1.31 crashes, or fails to infer types, when it finds a condition constant and
       puts the branch in the place of an If that holds a Loop. Sizes known at export make
       conditions constant, hence `_always`.
@@ -21,12 +21,12 @@ Traps:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from vlmport.graph.branches import if_else, scope, unique_name
 from vlmport.graph.builder import OpBuilder
 from vlmport.graph.pillow_coefficients import Axis, Resample, pillow_axis
 
@@ -34,6 +34,7 @@ __all__ = ["PILLOW_VERSION", "Resample", "resize"]
 
 PILLOW_VERSION = "13"  # the major version whose pixels the graph equals
 
+UINT8 = ir.DataType.UINT8
 ROWS, COLUMNS = 0, 1  # the axis of an image [H, C] along which a pass goes
 CHANNELS = 3
 BLOCK = {ROWS: 12, COLUMNS: 5}
@@ -59,7 +60,7 @@ def resize(
         uint8 [height, width, 3].
     """
     resample = Resample(resample)
-    with _scope(op, _unique_name(op)):
+    with scope(op, unique_name(op, "resize")):
         size = op.Shape(image, end=2)
         new_height, new_width = op.Reshape(height, [1]), op.Reshape(width, [1])
         rows = pillow_axis(op, op.Slice(size, [0], [1]), new_height, resample, BLOCK[ROWS])
@@ -76,7 +77,7 @@ def resize(
             return _pass(op, between, rows, ROWS, always)
 
         condition = op.And(_is_vertical_first(op, rows, columns), always)
-        resized = _if(op, condition, vertical_first, horizontal_first)
+        resized = if_else(op, condition, vertical_first, horizontal_first, UINT8, 2)
         return op.Reshape(resized, op.Concat(new_height, new_width, [CHANNELS], axis=0))
 
 
@@ -101,7 +102,7 @@ def _pass(op: OpBuilder, image: ir.Value, axis: Axis, along: int, always: ir.Val
 
     def changed(op: OpBuilder) -> ir.Value:
         are_many = op.And(op.Greater(axis.taps, MAX_TAPS), always)
-        return _if(op, are_many, many_taps, few_taps)
+        return if_else(op, are_many, many_taps, few_taps, UINT8, 2)
 
     def few_taps(op: OpBuilder) -> ir.Value:
         return _few_taps(op, image, axis, along)
@@ -109,9 +110,9 @@ def _pass(op: OpBuilder, image: ir.Value, axis: Axis, along: int, always: ir.Val
     def many_taps(op: OpBuilder) -> ir.Value:
         return _many_taps(op, image, axis, along)
 
-    with _scope(op, "rows" if along == ROWS else "columns"):
+    with scope(op, "rows" if along == ROWS else "columns"):
         is_unchanged = op.And(op.Equal(axis.size_in, axis.size_out), always)
-        return _if(op, is_unchanged, unchanged, changed)
+        return if_else(op, is_unchanged, unchanged, changed, UINT8, 2)
 
 
 def _few_taps(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Value:
@@ -215,51 +216,6 @@ def _join_blocks(op: OpBuilder, blocks: ir.Value, axis: Axis, along: int) -> ir.
     return op.Slice(joined, [0], op.Mul(axis.size_out, CHANNELS), [COLUMNS])
 
 
-# Subgraphs.
-
-
-@contextmanager
-def _scope(op: OpBuilder, name: str) -> Iterator[None]:
-    """Prefix the names of everything written within."""
-    op.builder.push_module(name)
-    try:
-        yield
-    finally:
-        op.builder.pop_module()
-
-
-def _unique_name(op: OpBuilder) -> str:
-    """A name that no other call has: how far this graph, and each graph around it, has come."""
-    builder, place = op.builder, []
-    while builder is not None:
-        place.append(str(builder.graph.num_nodes()))
-        builder = builder.parent
-    return "resize" + "_".join(reversed(place))
-
-
-def _if(
-    op: OpBuilder,
-    condition: ir.Value,
-    then_branch: Callable[[OpBuilder], ir.Value],
-    else_branch: Callable[[OpBuilder], ir.Value],
-) -> ir.Value:
-    """What one branch or the other yields: a uint8 image [R, C]."""
-    dtype = ir.TensorType(ir.DataType.UINT8)
-
-    def subgraph(write: Callable[[OpBuilder], ir.Value]) -> ir.Graph:
-        def trace(op: OpBuilder) -> ir.Value:
-            with _scope(op, write.__name__):
-                return write(op)
-
-        outputs = [ir.Value(type=dtype, shape=ir.Shape([None, None]))]
-        return op.builder.subgraph(trace, [], outputs, name=write.__name__)
-
-    branches = {"then_branch": subgraph(then_branch), "else_branch": subgraph(else_branch)}
-    result = op.If(condition, **branches)
-    result.type, result.shape = dtype, ir.Shape([None, None])
-    return result
-
-
 def _loop(
     op: OpBuilder,
     steps: ir.Value,
@@ -269,7 +225,7 @@ def _loop(
     """Run `body` with 0, 1, ... and stack each of the matrices that it yields: [steps, ., .]."""
 
     def trace(op: OpBuilder, step: ir.Value, condition: ir.Value) -> list[ir.Value]:
-        with _scope(op, "body"):
+        with scope(op, "body"):
             return [op.Identity(condition), *body(op, step)]
 
     flag, index = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
@@ -18,10 +17,8 @@ from vlmport.checkpoint import Layers, Size, read_config
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
-from vlmport.graph.weights import TINY, Format, Quantizer, Weight
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int8
+from vlmport.graph.stored import Stored
+from vlmport.graph.weights import Format, Weight
 
 MAX_PATCHES = 1 << 20  # attention over as many would need terabytes
 
@@ -78,47 +75,6 @@ class SiglipVisionConfig:
     @property
     def num_patches(self) -> int:
         return self.side**2
-
-
-def quantize_rows(
-    tensor: Float[np.ndarray, "N ..."],
-) -> tuple[Int8[np.ndarray, "N ..."], Float[np.ndarray, "N ..."]]:
-    """Round to 255 levels, symmetric, a scale for each index of the first axis, which broadcasts.
-
-    For what is stored in 8 bits and computed in floats.
-    """
-    rest = tuple(range(1, tensor.ndim))
-    scales = np.abs(tensor).max(axis=rest, keepdims=True, initial=0).astype(np.float32) / 127
-    scales[scales < TINY] = 1  # nothing but zeros
-    return np.rint(tensor / scales).astype(np.int8), scales
-
-
-class Stored(nn.Module):
-    """A tensor that is computed with in floats, whatever it is kept in.
-
-    8 bits in q8, whose size is what people choose it for: ONNX Runtime unpacks it when a session
-    opens. Elsewhere floats.
-    """
-
-    def __init__(self, shape: tuple[int, ...], form: Format):
-        super().__init__()
-        self.packed = form.dynamic
-        if not self.packed:
-            self.weight = Weight(shape, dtype=form.dtype)
-            return
-        quantizer = Quantizer(quantize_rows)
-        rows = (shape[0], *(1 for _ in shape[1:]))
-        self.weight_quantized = Weight(
-            shape, convert=quantizer.quantized, alias="weight", dtype=ir.DataType.INT8
-        )
-        self.weight_scales = Weight(
-            rows, source_shape=shape, convert=quantizer.scales, alias="weight"
-        )
-
-    def tensor(self, op: OpBuilder) -> ir.Value:
-        if not self.packed:
-            return self.weight
-        return op.Mul(op.Cast(self.weight_quantized, to=ir.DataType.FLOAT), self.weight_scales)
 
 
 class PatchEmbedding(Stored):
