@@ -1,7 +1,9 @@
-"""A Llama-type decoder with a cache: Llama, SmolLM, SmolLM2.
+"""A Llama-type decoder with a cache: Llama, SmolLM, SmolLM2, and the text side of Qwen-VL.
 
-Source: transformers 5.23, modeling_llama.py. The graph's inputs and outputs are the Hub's
-decoder_model_merged: any client of that contract can run it.
+Source: transformers 5.23, modeling_llama.py, modeling_qwen2_5_vl.py and modeling_qwen3_vl.py. The
+graph's inputs and outputs are the Hub's decoder_model_merged: any client of that contract can run
+it. An embedding may carry further lanes (DeepStack) behind its own values: lane k is added after
+layer k. They are zeros where no picture is, so no mask is needed.
 
 Traps:
 - `seqlens_k` counts to the last 1 of the mask, not its sum: only so is left padding right too.
@@ -14,115 +16,22 @@ Traps:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.checkpoint import Layers, LazyTensor, Size, read_config, subsection
-from vlmport.errors import ConfigError
+from vlmport.checkpoint import LazyTensor
 from vlmport.graph.builder import MICROSOFT, GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from vlmport.graph.llama_config import LlamaConfig as LlamaConfig
+from vlmport.graph.mrope import mrope_angles
+from vlmport.graph.rotary import rotary_angles
 from vlmport.graph.weights import FLOAT32, Format
 
 FLOAT, INT64, INT32 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32
 MASKED = -10000.0  # added to scores of padded positions: exp() of it is 0, float16 holds it well
 
 Past = tuple[ir.Value, ir.Value]
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """What the graph needs of a Llama config, with Hugging Face's defaults (transformers 5.23)."""
-
-    vocab_size: Size = 32000
-    hidden_size: Size = 4096
-    intermediate_size: Size = 11008
-    num_hidden_layers: Layers = 32
-    num_attention_heads: Size = 32
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: Size = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    must_be: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "hidden_act": ("silu",),
-        "rope_interleaved": (False,),
-    }
-
-    @classmethod
-    def read(cls, raw: Mapping[str, Any], where: str) -> LlamaConfig:
-        """From a config.json section, in the transformers-4 or -5 spelling of the rope settings.
-
-        Raises ConfigError for values that this decoder does not compute.
-        """
-        config = read_config(cls, {**raw, **_rope_theta(raw, where)}, where)
-        config.check_heads(where)
-        if config.rope_theta <= 0:
-            raise ConfigError(
-                f"{where}: rope_theta {config.rope_theta:g}, expected more than 0",
-                hint="is the file of another model? 10000 is the usual base",
-            )
-        return config
-
-    def check_heads(self, where: str) -> None:
-        """Raise ConfigError for heads that the graph can't compute."""
-        if self.hidden_size % self.heads and self.head_dim is None:
-            raise ConfigError(
-                f"{where}: hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.heads}",
-                hint="set head_dim",
-            )
-        if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"{where}: num_attention_heads {self.heads} is not a multiple of "
-                f"num_key_value_heads {self.kv_heads}",
-                hint="each key-value head serves the same number of heads",
-            )
-        if self.head_size % 8:
-            raise ConfigError(
-                f"{where}: head_dim {self.head_size}, expected a multiple of 8",
-                hint="ONNX Runtime's GroupQueryAttention takes no other",
-            )
-
-    @property
-    def heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-def _rope_theta(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta`, from wherever a config says it. Raises ConfigError for scaled rotary angles.
-
-    transformers 5 writes `rope_parameters`, 4 `rope_scaling`; where both stand they must agree.
-    """
-    sections = [subsection(raw, name, where) for name in ("rope_parameters", "rope_scaling")]
-    kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in sections if rope}
-    if kinds - {"default"}:
-        raise ConfigError(
-            f"{where}: rope_type={', '.join(sorted(map(repr, kinds)))}, expected 'default'",
-            hint="scaled rotary embeddings are not supported yet",
-        )
-    thetas = [rope["rope_theta"] for rope in (*sections, raw) if "rope_theta" in rope]
-    if any(theta != thetas[0] for theta in thetas):
-        raise ConfigError(
-            f"{where}: rope_theta is given as {', '.join(map(repr, thetas))}",
-            hint="rope_parameters, rope_scaling and rope_theta must agree",
-        )
-    return {"rope_theta": thetas[0]} if thetas else {}
 
 
 class Step:
@@ -137,7 +46,8 @@ class Step:
         positions: ir.Value,
         dtype: ir.DataType = FLOAT,
     ):
-        """x [B, S, D], mask i64[B, P+S], positions i64[B, S]; bias and angles are of `dtype`."""
+        """x [B, S, …], mask i64[B, P+S], positions i64[B, S], or i64[3, B, S] in time, height and
+        width; bias and angles are of `dtype`."""
         length = op.Shape(mask, start=1, end=2)  # [1]: P+S
         count = op.Add(op.Range(0, op.Squeeze(length, [0]), 1), 1)  # 1 … P+S
         last = op.ReduceMax(op.Mul(mask, count), [1], keepdims=0)  # [B]
@@ -146,7 +56,7 @@ class Step:
         bias = op.Where(op.Cast(mask, to=ir.DataType.BOOL), 0.0, MASKED)  # [B, P+S]
         shape = op.Concat([1], [1], op.Shape(x, start=1, end=2), length, axis=0)
         bias = op.Expand(op.Unsqueeze(bias, [1, 2]), shape)  # [B, 1, S, P+S]
-        cos, sin = rotary_angles(op, positions, config.head_size, config.rope_theta)
+        cos, sin = _angles(op, config, positions)
         self.bias, self.cos, self.sin = (cast(op, value, dtype) for value in (bias, cos, sin))
 
 
@@ -155,17 +65,13 @@ def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
     return x if dtype == FLOAT else op.Cast(x, to=dtype)
 
 
-def rotary_angles(
-    op: OpBuilder, positions: ir.Value, head_dim: int, theta: float
-) -> tuple[ir.Value, ir.Value]:
-    """cos and sin f32[B, S, head_dim/2], computed in the graph: no table, no longest position.
-
-    Source: transformers 5.23, LlamaRotaryEmbedding, which computes them in float32 too.
-    """
-    frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
-    table = op.Constant(value_floats=frequencies)
-    angles = op.Mul(op.Unsqueeze(op.Cast(positions, to=FLOAT), [2]), table)
-    return op.Cos(angles), op.Sin(angles)
+def _angles(op: OpBuilder, config: LlamaConfig, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    if config.mrope_section is None:
+        return rotary_angles(op, positions, config.head_size, config.rope_theta)
+    section, interleaved = config.mrope_section, config.mrope_interleaved
+    return mrope_angles(
+        op, positions, config.head_size, config.rope_theta, section, interleaved=interleaved
+    )
 
 
 class Attention(nn.Module):
@@ -181,14 +87,19 @@ class Attention(nn.Module):
         width, size, bias = config.hidden_size, config.head_size, config.attention_bias
         keys = config.kv_heads * size
         parts = {"q_proj": config.heads * size, "k_proj": keys, "v_proj": keys}
-        self.qkv_proj = Linear(width, parts, bias=bias, form=form)
+        self.qkv_proj = Linear(width, parts, bias=bias or config.qkv_bias, form=form)
         self.o_proj = Linear(config.heads * size, width, bias=bias, form=form)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config.rms_norm_eps, form)
+            self.k_norm = RMSNorm(size, config.rms_norm_eps, form)
 
     def forward(self, op: OpBuilder, x: ir.Value, step: Step, past: Past) -> tuple[ir.Value, Past]:
         """x f32[B, S, D] → f32[B, S, D] and the cache [B, K, P+S, head_dim] twice."""
         heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
         sizes = [(heads + kv_heads) * size, kv_heads * size]
         rotated, values = op.Split(self.qkv_proj(op, x), sizes, axis=-1, _outputs=2)
+        if self.config.qk_norm:
+            rotated = self._normalised(op, rotated)
         rotated = op.RotaryEmbedding(rotated, step.cos, step.sin, num_heads=heads + kv_heads)
         y, key, value = op.GroupQueryAttention(
             op.Concat(rotated, values, axis=-1),  # [B, S, (H + 2K)·head_dim]
@@ -208,6 +119,14 @@ class Attention(nn.Module):
             _outputs=3,
         )
         return self.o_proj(op, y), (key, value)
+
+    def _normalised(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        """Queries and keys [B, S, (H+K)·head_dim], each head by itself."""
+        heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
+        x = op.Reshape(x, [0, 0, heads + kv_heads, size])
+        queries, keys = op.Split(x, [heads, kv_heads], axis=2, _outputs=2)
+        x = op.Concat(self.q_norm(op, queries)[0], self.k_norm(op, keys)[0], axis=2)
+        return op.Reshape(x, [0, 0, (heads + kv_heads) * size])
 
 
 class MLP(nn.Module):
@@ -251,6 +170,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig, form: Format):
         super().__init__()
+        self.config = config
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([DecoderLayer(config, form) for _ in layers])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
@@ -258,11 +178,23 @@ class LlamaModel(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, step: Step, pasts: list[Past]
     ) -> tuple[ir.Value, list[Past]]:
+        """x [B, S, D·(1+n)] with n lanes → [B, S, D]."""
         residual, presents = None, []
-        for layer, past in zip(self.layers, pasts, strict=True):
+        x, lanes = self._lanes(op, x)
+        for layer, past, lane in zip(self.layers, pasts, lanes, strict=True):
             x, residual, present = layer(op, x, residual, step, past)
+            x = x if lane is None else op.Add(x, lane)
             presents.append(present)
         return self.norm(op, x, residual)[0], presents
+
+    def _lanes(self, op: OpBuilder, x: ir.Value) -> tuple[ir.Value, list[ir.Value | None]]:
+        """The embeddings themselves, and what is added after each layer."""
+        count, layers = self.config.deepstack_lanes, self.config.num_hidden_layers
+        if not count:
+            return x, [None] * layers
+        widths = [self.config.hidden_size] * (1 + count)
+        x, *lanes = op.Split(x, widths, axis=-1, _outputs=1 + count)
+        return x, [*lanes, *[None] * (layers - count)]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -294,9 +226,10 @@ def decoder_graph(
     builder = new_graph("decoder_model_merged")
     op, dtype = builder.op, form.dtype
     rows, past_length = "batch_size", "past_sequence_length"
-    embeds = builder.input("inputs_embeds", FLOAT, [rows, "sequence_length", config.hidden_size])
+    embeds = builder.input("inputs_embeds", FLOAT, [rows, "sequence_length", config.embeds_size])
     mask = builder.input("attention_mask", INT64, [rows, "total_sequence_length"])
-    positions = builder.input("position_ids", INT64, [rows, "sequence_length"])
+    axes = [3] if config.mrope_section else []  # time, height, width
+    positions = builder.input("position_ids", INT64, [*axes, rows, "sequence_length"])
     keep = builder.input("num_logits_to_keep", INT64, [])
     cache = [rows, config.kv_heads, past_length, config.head_size]
     pasts: list[Past] = []
@@ -334,12 +267,14 @@ class TokenEmbedding(nn.Module):
 def embed_graph(
     config: LlamaConfig, name: str = "", form: Format = FLOAT32, extra_rows: int = 0
 ) -> GraphBuilder:
-    """embed_tokens: input_ids i64[B, S] → inputs_embeds f32[B, S, D]."""
+    """embed_tokens: input_ids i64[B, S] → inputs_embeds f32[B, S, D·(1+n)], zeros in n lanes."""
     builder = new_graph("embed_tokens")
     dims = ["batch_size", "sequence_length"]
     ids = builder.input("input_ids", INT64, dims)
     embeds = TokenEmbedding(config, name, form, extra_rows)(builder.op, ids)
-    add_output(builder, embeds, "inputs_embeds", FLOAT, [*dims, config.hidden_size])
+    if lanes := config.deepstack_lanes:
+        embeds = builder.op.Pad(embeds, [0, 0, 0, 0, 0, lanes * config.hidden_size])
+    add_output(builder, embeds, "inputs_embeds", FLOAT, [*dims, config.embeds_size])
     return builder
 
 
