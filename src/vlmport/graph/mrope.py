@@ -20,7 +20,7 @@ import onnx_ir as ir
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.grids import owners, starts_of
 from vlmport.graph.refusal import refuse
-from vlmport.graph.rotary import cos_and_sin
+from vlmport.graph.rotary import frequencies
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
@@ -37,7 +37,8 @@ def mrope_angles(
     """cos and sin f32[B, S, head_dim/2] of positions i64[3, B, S]."""
     axes = op.Constant(value_ints=axes_of_frequencies(section, interleaved=interleaved))
     by_axis = op.Transpose(op.Cast(positions, to=FLOAT), perm=[1, 2, 0])  # [B, S, 3]
-    return cos_and_sin(op, op.Gather(by_axis, axes, axis=2), head_dim, theta)
+    angles = op.Mul(op.Gather(by_axis, axes, axis=2), frequencies(op, head_dim, theta))
+    return op.Cos(angles), op.Sin(angles)
 
 
 def axes_of_frequencies(section: Sequence[int], *, interleaved: bool) -> list[int]:

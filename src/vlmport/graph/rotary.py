@@ -12,20 +12,16 @@ FLOAT = ir.DataType.FLOAT
 def rotary_angles(
     op: OpBuilder, positions: ir.Value, head_dim: int, theta: float
 ) -> tuple[ir.Value, ir.Value]:
-    """cos and sin f32[B, S, head_dim/2], computed in the graph: no table, no longest position.
-
-    Args:
-        positions: i64[B, S].
+    """cos and sin f32[B, S, head_dim/2] of positions i64[B, S], computed in the graph: no table,
+    no longest position.
 
     Source: transformers 5.23, LlamaRotaryEmbedding, which computes them in float32 too.
     """
-    return cos_and_sin(op, op.Unsqueeze(op.Cast(positions, to=FLOAT), [2]), head_dim, theta)
-
-
-def cos_and_sin(
-    op: OpBuilder, positions: ir.Value, head_dim: int, theta: float
-) -> tuple[ir.Value, ir.Value]:
-    """Of positions f32[B, S, 1], or of one for each frequency, f32[B, S, head_dim/2]."""
-    frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
-    angles = op.Mul(positions, op.Constant(value_floats=frequencies))
+    table = frequencies(op, head_dim, theta)
+    angles = op.Mul(op.Unsqueeze(op.Cast(positions, to=FLOAT), [2]), table)
     return op.Cos(angles), op.Sin(angles)
+
+
+def frequencies(op: OpBuilder, head_dim: int, theta: float) -> ir.Value:
+    """What positions are multiplied with: f32[head_dim/2], fastest first."""
+    return op.Constant(value_floats=[theta ** (-i / head_dim) for i in range(0, head_dim, 2)])
