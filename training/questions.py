@@ -1,160 +1,31 @@
-"""Questions about scenes, each with one right answer.
+"""The questions of `vlmport.builtin.questions`, under the name that the recipes know."""
 
-As in `training.shapes.scenes`, what a viewer could answer in two ways is never asked. Where a
-conversation has two pictures, a question about one of them names it ("in the second image").
-"""
-
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from training.shapes.scenes import (
-    PALETTE,
-    SHAPES,
-    Scene,
-    Thing,
-    _clear_relation,
-    caption,
-    random_scene,
-    relation,
+from vlmport.builtin.questions import (
+    CAPTION_QUESTIONS,
+    NUMBERS,
+    ORDINALS,
+    RELATIONS,
+    Exchange,
+    conversation,
+    describe,
+    growing_conversation,
+    held_out_questions,
+    questions,
+    scene_pair,
+    which,
 )
 
-ORDINALS = ("first", "second")
-NUMBERS = ("zero", "one", "two", "three")
-RELATIONS = ("left of", "right of", "above", "below")
-CAPTION_QUESTIONS = (
-    "Can you describe this image?",
-    "Describe this image.",
-    "What is in this image?",
-)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A question, its answer, and the pictures (indices into the scenes) that come with it."""
-
-    kind: str
-    question: str
-    answer: str
-    images: tuple[int, ...] = ()
-
-
-def describe(scene: Scene, rng: random.Random) -> Exchange:
-    """The caption of a picture, asked for in one of three ways."""
-    return Exchange("caption", rng.choice(CAPTION_QUESTIONS), caption(scene))
-
-
-def questions(scene: Scene, rng: random.Random, where: str = "") -> list[Exchange]:
-    """Every question that has one answer, of each kind; `where` names the picture.
-
-    Yes and no are asked once each, so that neither is the better guess.
-    """
-    asked = [
-        Exchange("count", f"how many shapes are there{where}?", NUMBERS[len(scene.things)]),
-        Exchange("background", f"what color is the background{where}?", scene.background),
-        _exists(scene.things[rng.randrange(len(scene.things))], "yes", where),
-        _exists(_absent(scene, rng), "no", where),
-    ]
-    for thing in scene.things:
-        if [other.shape for other in scene.things].count(thing.shape) == 1:
-            question = f"what color is the {thing.shape}{where}?"
-            asked.append(Exchange("color", question, thing.colour))
-        question = f"what shape is the {thing.colour} one{where}?"
-        asked.append(Exchange("shape", question, thing.shape))
-        asked += [_beside(scene, thing, side, where) for side in _sides(scene, thing)]
-    return asked
-
-
-def which(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
-    """ "which image has …?" for things that are in one of two pictures only."""
-    asked = []
-    for index, scene in enumerate(scenes):
-        others = {
-            (thing.colour, thing.shape)
-            for number, other in enumerate(scenes)
-            for thing in other.things
-            if number != index
-        }
-        for thing in scene.things:
-            if (thing.colour, thing.shape) not in others:
-                question = f"which image has {_a(thing.colour, thing.shape)}?"
-                asked.append(Exchange("which", question, f"the {ORDINALS[index]}"))
-    rng.shuffle(asked)
-    return asked
-
-
-def conversation(scenes: Sequence[Scene], rng: random.Random, turns: int) -> list[Exchange]:
-    """Up to `turns` exchanges about one or two pictures, no question twice.
-
-    Two pictures come together, or the second with a later question. Kinds are drawn evenly, so
-    that the rarer ones are learnt as well.
-    """
-    if len(scenes) == 1:
-        asked = [describe(scenes[0], rng), *questions(scenes[0], rng)]
-    else:
-        asked = which(scenes, rng)
-        for ordinal, scene in zip(ORDINALS, scenes, strict=True):
-            asked += questions(scene, rng, f" in the {ordinal} image")
-    chosen = _drawn(asked, rng, turns)
-    shown = tuple(range(len(scenes)))
-    return [_showing(chosen[0], shown), *chosen[1:]]
-
-
-def _drawn(asked: list[Exchange], rng: random.Random, turns: int) -> list[Exchange]:
-    left: dict[str, list[Exchange]] = {}
-    for exchange in asked:
-        left.setdefault(exchange.kind, []).append(exchange)
-    chosen: list[Exchange] = []
-    while left and len(chosen) < turns:
-        kind = rng.choice(sorted(left))
-        chosen.append(left[kind].pop(rng.randrange(len(left[kind]))))
-        if not left[kind]:
-            del left[kind]
-    return chosen
-
-
-def _showing(exchange: Exchange, images: tuple[int, ...]) -> Exchange:
-    return Exchange(exchange.kind, exchange.question, exchange.answer, images)
-
-
-def _exists(thing: Thing | tuple[str, str], answer: str, where: str) -> Exchange:
-    colour, shape = thing if isinstance(thing, tuple) else (thing.colour, thing.shape)
-    return Exchange(f"exists, {answer}", f"is there {_a(colour, shape)}{where}?", answer)
-
-
-def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A colour and shape that nothing has together; half of them have a colour that is there."""
-    present = {(thing.colour, thing.shape) for thing in scene.things}
-    colours = [thing.colour for thing in scene.things] if rng.random() < 0.5 else list(PALETTE)
-    while True:
-        pair = rng.choice(colours), rng.choice(SHAPES)
-        if pair not in present:
-            return pair
-
-
-def _sides(scene: Scene, thing: Thing) -> list[str]:
-    """The sides of a thing on which exactly one other lies, when all lie clearly somewhere."""
-    others = [other for other in scene.things if other is not thing]
-    if not all(_clear_relation(scene, thing, other) for other in others):
-        return []
-    lying = [relation(scene, other, thing) for other in others]
-    return [side for side in RELATIONS if lying.count(side) == 1]
-
-
-def _beside(scene: Scene, thing: Thing, side: str, where: str) -> Exchange:
-    (other,) = [
-        other
-        for other in scene.things
-        if other is not thing and relation(scene, other, thing) == side
-    ]
-    question = f"what is {side} the {thing.colour} {thing.shape}{where}?"
-    return Exchange("beside", question, _a(other.colour, other.shape))
-
-
-def _a(colour: str, shape: str) -> str:
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
-
-
-def scene_pair(rng: random.Random) -> list[Scene]:
-    """Two scenes of one or two things each."""
-    return [random_scene(rng, rng.randint(1, 2)) for _ in range(2)]
+__all__ = [
+    "CAPTION_QUESTIONS",
+    "NUMBERS",
+    "ORDINALS",
+    "RELATIONS",
+    "Exchange",
+    "conversation",
+    "describe",
+    "growing_conversation",
+    "held_out_questions",
+    "questions",
+    "scene_pair",
+    "which",
+]

@@ -14,13 +14,13 @@ from vlmport.builtin.scenes import (
     Scene,
     Thing,
     caption,
+    clear_relation,
     draw,
     held_out,
     is_clear,
     random_scene,
     relation,
 )
-from vlmport.builtin.scenes import _clear_relation as _clear_relation
 
 __all__ = [
     "BACKGROUNDS",
@@ -33,6 +33,7 @@ __all__ = [
     "Scene",
     "Thing",
     "caption",
+    "clear_relation",
     "draw",
     "held_out",
     "is_clear",

@@ -9,7 +9,7 @@ never chosen:
 * Objects are named in the order of `PALETTE`; colours in one scene are distinct.
 * An object is `a(n) [size] colour shape`; the middle size has no word.
 * Each object but the last is placed relative to the *next named* one: along the axis on which
-  their centres differ most. `_clear_relation` keeps the two axes well apart, both as drawn and
+  their centres differ most. `clear_relation` keeps the two axes well apart, both as drawn and
   as squashed to the model's square.
 * The caption ends with `on a <background> background`.
 
@@ -133,7 +133,14 @@ def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
 def is_clear(scene: Scene) -> bool:
     """No boxes touch, and every relation that the caption names has one answer."""
     apart = all(_apart(scene, a, b) for a, b in combinations(scene.things, 2))
-    return apart and all(_clear_relation(scene, a, b) for a, b in pairwise(scene.things))
+    return apart and all(clear_relation(scene, a, b) for a, b in pairwise(scene.things))
+
+
+def clear_relation(scene: Scene, a: Thing, b: Thing) -> bool:
+    """One axis leads by `AXIS_MARGIN` as squashed, and leads in pixels of the canvas too."""
+    dx, dy = abs(a.cx - b.cx), abs(a.cy - b.cy)
+    lead = dx / scene.width - dy / scene.height
+    return abs(lead) >= AXIS_MARGIN and (lead > 0) == (dx > dy)
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -199,13 +206,6 @@ def _jitter(rng: random.Random, rgb: RGB, reach: int) -> RGB:
 def _apart(scene: Scene, a: Thing, b: Thing) -> bool:
     reach = (a.side + b.side) / 2 + GAP * min(scene.width, scene.height)
     return abs(a.cx - b.cx) >= reach or abs(a.cy - b.cy) >= reach
-
-
-def _clear_relation(scene: Scene, a: Thing, b: Thing) -> bool:
-    """One axis leads by `AXIS_MARGIN` as squashed, and leads in pixels of the canvas too."""
-    dx, dy = abs(a.cx - b.cx), abs(a.cy - b.cy)
-    lead = dx / scene.width - dy / scene.height
-    return abs(lead) >= AXIS_MARGIN and (lead > 0) == (dx > dy)
 
 
 def _mask(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:

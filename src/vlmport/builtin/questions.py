@@ -1,0 +1,218 @@
+"""Questions about the scenes of `vlmport.builtin.scenes`, each with one right answer.
+
+The built-in models that answer are trained on them, and `vlmport eval --questions` measures on
+those that training never sees. As with captions, what a viewer could answer in two ways is never
+asked. Where a conversation has two pictures, a question about one of them names it ("in the second
+image").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vlmport.builtin.scenes import (
+    HELD_OUT_SEED,
+    PALETTE,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    clear_relation,
+    random_scene,
+    relation,
+)
+
+ORDINALS = ("first", "second")
+NUMBERS = ("zero", "one", "two", "three")
+RELATIONS = ("left of", "right of", "above", "below")
+CAPTION_QUESTIONS = (
+    "Can you describe this image?",
+    "Describe this image.",
+    "What is in this image?",
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question, its answer, and the pictures (indices into the scenes) that come with it."""
+
+    kind: str
+    question: str
+    answer: str
+    images: tuple[int, ...] = ()
+
+
+def describe(scene: Scene, rng: random.Random) -> Exchange:
+    """The caption of a picture, asked for in one of three ways."""
+    return Exchange("caption", rng.choice(CAPTION_QUESTIONS), caption(scene))
+
+
+def questions(scene: Scene, rng: random.Random, where: str = "") -> list[Exchange]:
+    """Every question that has one answer, of each kind; `where` names the picture.
+
+    Yes and no are asked once each, so that neither is the better guess.
+    """
+    asked = [
+        Exchange("count", f"how many shapes are there{where}?", NUMBERS[len(scene.things)]),
+        Exchange("background", f"what color is the background{where}?", scene.background),
+        _exists(scene.things[rng.randrange(len(scene.things))], "yes", where),
+        _exists(_absent(scene, rng), "no", where),
+    ]
+    for thing in scene.things:
+        if [other.shape for other in scene.things].count(thing.shape) == 1:
+            question = f"what color is the {thing.shape}{where}?"
+            asked.append(Exchange("color", question, thing.colour))
+        question = f"what shape is the {thing.colour} one{where}?"
+        asked.append(Exchange("shape", question, thing.shape))
+        asked += [_beside(scene, thing, side, where) for side in _sides(scene, thing)]
+    return asked
+
+
+def which(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
+    """ "which image has …?" for things that are in one of two pictures only."""
+    asked = []
+    for index, scene in enumerate(scenes):
+        others = {
+            (thing.colour, thing.shape)
+            for number, other in enumerate(scenes)
+            for thing in other.things
+            if number != index
+        }
+        for thing in scene.things:
+            if (thing.colour, thing.shape) not in others:
+                question = f"which image has {_a(thing.colour, thing.shape)}?"
+                asked.append(Exchange("which", question, f"the {ORDINALS[index]}"))
+    rng.shuffle(asked)
+    return asked
+
+
+def held_out_questions(count: int, seed: int = HELD_OUT_SEED) -> list[tuple[Exchange, list[Scene]]]:
+    """Questions by themselves, with their scenes, of a seed that training never uses.
+
+    Every fourth is about two pictures, and is one that only two can have. Kinds are drawn evenly.
+    The first of them are the same for any count.
+    """
+    rng = random.Random(f"{seed}-held-out-questions")
+    return [_held_out(rng, pictures=2 if number % 4 == 3 else 1) for number in range(count)]
+
+
+def conversation(
+    scenes: Sequence[Scene],
+    rng: random.Random,
+    turns: int,
+    weights: Mapping[str, float] | None = None,
+) -> list[Exchange]:
+    """Up to `turns` exchanges about one or two pictures, which all come with the first.
+
+    No question comes twice.
+
+    Args:
+        weights: how often a kind is drawn; None draws all evenly, so that rare ones are learnt too.
+    """
+    asked = [describe(scenes[0], rng)] if len(scenes) == 1 else []
+    chosen = _drawn([*asked, *_all_about(scenes, rng)], rng, turns, weights)
+    return [_showing(chosen[0], *range(len(scenes))), *chosen[1:]]
+
+
+def growing_conversation(
+    scenes: Sequence[Scene],
+    rng: random.Random,
+    turns: int,
+    weights: Mapping[str, float] | None = None,
+) -> list[Exchange]:
+    """A conversation about one picture, to which a second one comes with a later question."""
+    first, second = scenes
+    turn = rng.randint(1, turns - 1)
+    began = conversation([first], rng, turn, weights)
+    asked = [describe(second, rng), *_all_about(scenes, rng)]
+    begins, *rest = _drawn(asked, rng, turns - turn, weights)
+    # "this image" is the one that comes with the question.
+    later = [begins, *(one for one in rest if one.kind != "caption")]
+    return [*began, _showing(later[0], 1), *later[1:]]
+
+
+def _held_out(rng: random.Random, pictures: int) -> tuple[Exchange, list[Scene]]:
+    scenes = [random_scene(rng)] if pictures == 1 else scene_pair(rng)
+    (asked,) = _drawn(_all_about(scenes, rng), rng, 1)
+    return _showing(asked, *range(len(scenes))), scenes
+
+
+def _all_about(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
+    """Every question about one picture, or about two."""
+    if len(scenes) == 1:
+        return questions(scenes[0], rng)
+    asked = which(scenes, rng)
+    for ordinal, scene in zip(ORDINALS, scenes, strict=True):
+        asked += questions(scene, rng, f" in the {ordinal} image")
+    return asked
+
+
+def _drawn(
+    asked: list[Exchange],
+    rng: random.Random,
+    turns: int,
+    weights: Mapping[str, float] | None = None,
+) -> list[Exchange]:
+    left: dict[str, list[Exchange]] = {}
+    for exchange in asked:
+        left.setdefault(exchange.kind, []).append(exchange)
+    chosen: list[Exchange] = []
+    while left and len(chosen) < turns:
+        kinds = sorted(left)
+        if weights is None:
+            kind = rng.choice(kinds)
+        else:
+            (kind,) = rng.choices(kinds, [weights.get(one, 1.0) for one in kinds])
+        chosen.append(left[kind].pop(rng.randrange(len(left[kind]))))
+        if not left[kind]:
+            del left[kind]
+    return chosen
+
+
+def _showing(exchange: Exchange, *images: int) -> Exchange:
+    return replace(exchange, images=images)
+
+
+def _exists(thing: Thing | tuple[str, str], answer: str, where: str) -> Exchange:
+    colour, shape = thing if isinstance(thing, tuple) else (thing.colour, thing.shape)
+    return Exchange(f"exists, {answer}", f"is there {_a(colour, shape)}{where}?", answer)
+
+
+def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A colour and shape that nothing has together; half of them have a colour that is there."""
+    present = {(thing.colour, thing.shape) for thing in scene.things}
+    colours = [thing.colour for thing in scene.things] if rng.random() < 0.5 else list(PALETTE)
+    while True:
+        pair = rng.choice(colours), rng.choice(SHAPES)
+        if pair not in present:
+            return pair
+
+
+def _sides(scene: Scene, thing: Thing) -> list[str]:
+    """The sides of a thing on which exactly one other lies, when all lie clearly somewhere."""
+    others = [other for other in scene.things if other is not thing]
+    if not all(clear_relation(scene, thing, other) for other in others):
+        return []
+    lying = [relation(scene, other, thing) for other in others]
+    return [side for side in RELATIONS if lying.count(side) == 1]
+
+
+def _beside(scene: Scene, thing: Thing, side: str, where: str) -> Exchange:
+    (other,) = [
+        other
+        for other in scene.things
+        if other is not thing and relation(scene, other, thing) == side
+    ]
+    question = f"what is {side} the {thing.colour} {thing.shape}{where}?"
+    return Exchange("beside", question, _a(other.colour, other.shape))
+
+
+def _a(colour: str, shape: str) -> str:
+    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+
+
+def scene_pair(rng: random.Random) -> list[Scene]:
+    """Two scenes of one or two things each."""
+    return [random_scene(rng, rng.randint(1, 2)) for _ in range(2)]
