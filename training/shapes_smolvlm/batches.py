@@ -1,7 +1,7 @@
 """Conversations drawn on the fly: the same seed, stage and step give the same batch anywhere."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from training.fitting import IGNORE
-from training.questions import Exchange, conversation, scene_pair
+from training.questions import Exchange, conversation, growing_conversation, scene_pair
 from training.shapes.batches import patch_answers
 from training.shapes.scenes import Scene, draw, random_scene
 from training.shapes_smolvlm.prompts import TILE, image_text, render, tiles
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
     tiles: [B, I·n, 96, 96, 3] uint8; empty where pictures are not drawn.
     ids, labels: [B, S] int64, padded at the end; labels are IGNORE but where the model speaks.
-    answers: [B, I, 64, 6] int64, what each patch of the whole picture shows.
+    answers: [B, I, 64, 6] int64, what each patch of the whole picture shows; empty where they are.
     """
 
     tiles: torch.Tensor
@@ -44,60 +44,64 @@ class Batch(NamedTuple):
     answers: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Diet:
+    """What a stage is fed.
+
+    Attributes:
+        forms: how often each of FORMS is taken.
+        drawn: whether pictures are drawn; answers of their patches otherwise.
+        kinds: how often a kind of question is drawn, 1 where it does not stand here; None: evenly.
+        growing: share of the pairs whose second picture comes with a later question.
+        turns: exchanges of one conversation, at most.
+    """
+
+    forms: Sequence[float]
+    drawn: bool = True
+    kinds: Mapping[str, float] | None = None
+    growing: float = 0.0
+    turns: int = 6
+
+
 class Conversations(Dataset[Batch]):
     """Item `i` is the i-th batch of a stage."""
 
     def __init__(
-        self,
-        stage: str,
-        steps: int,
-        batch_size: int,
-        tokenizer: Tokenizer,
-        weights: Sequence[float],
-        *,
-        turns: int,
-        drawn: bool,
+        self, stage: str, steps: int, batch_size: int, tokenizer: Tokenizer, diet: Diet
     ) -> None:
         self.stage, self.steps, self.batch_size = stage, steps, batch_size
-        self.tokenizer, self.weights = tokenizer, weights
-        self.turns, self.drawn = turns, drawn
+        self.tokenizer, self.diet = tokenizer, diet
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        rng = random.Random(f"{self.stage}-{step}")
-        (form,) = rng.choices(FORMS, self.weights)
+        rng, drawn = random.Random(f"{self.stage}-{step}"), self.diet.drawn
+        (form,) = rng.choices(FORMS, self.diet.forms)
         shown, rows, answers = [], [], []
         for _ in range(self.batch_size):
             scenes = drawn_scenes(rng, form)
-            pictures, texts = show(scenes, form) if self.drawn else ([], [image_text(0, 0)] * 2)
+            pictures, texts = show(scenes, form) if drawn else ([], [image_text(0, 0)] * 2)
             shown.append(pictures)
-            rows.append(encode(self.tokenizer, conversation(scenes, rng, self.turns), texts))
-            answers.append([patch_answers(scene, (TILE, TILE), TILE // GRID) for scene in scenes])
+            rows.append(encode(self.tokenizer, self._conversation(scenes, rng), texts))
+            answers.append([patch_answers(scene, TILE, GRID) for scene in scenes if not drawn])
         ids, labels = pad(rows)
         return Batch(
             torch.from_numpy(np.array(shown)), ids, labels, torch.from_numpy(np.array(answers))
         )
 
+    def _conversation(self, scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
+        diet = self.diet
+        grows = diet.growing and len(scenes) == 2 and rng.random() < diet.growing
+        drawn = growing_conversation if grows else conversation
+        return drawn(scenes, rng, diet.turns, diet.kinds)
+
 
 def conversations(
-    stage: str,
-    steps: int,
-    batch_size: int,
-    tokenizer: Tokenizer,
-    weights: Sequence[float],
-    *,
-    turns: int,
-    drawn: bool,
+    stage: str, steps: int, batch_size: int, tokenizer: Tokenizer, diet: Diet
 ) -> DataLoader[Batch]:
-    """A loader over `Conversations` in order, drawn by one worker process.
-
-    Args:
-        weights: how often each of FORMS is taken.
-        turns: exchanges of one conversation, at most.
-    """
-    data = Conversations(stage, steps, batch_size, tokenizer, weights, turns=turns, drawn=drawn)
+    """A loader over `Conversations` in order, drawn by one worker process."""
+    data = Conversations(stage, steps, batch_size, tokenizer, diet)
     return DataLoader(data, batch_size=None, shuffle=False, num_workers=1, prefetch_factor=8)
 
 

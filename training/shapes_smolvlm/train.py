@@ -8,6 +8,9 @@ first, then all of it is trained together:
    the embeddings of the words for what its four patches show. No pictures yet.
 2. `join`: tower and language model frozen, the connector learns.
 3. `chat`: all weights learn to answer from pictures, whole or in tiles, one or two of them.
+4. `again`: a second cosine from the same rate, with more of what is learnt late (captions, the
+   color of a shape, what lies beside what, which of two pictures), and second pictures that come
+   with a later question.
 
 Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
 stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
@@ -15,6 +18,7 @@ stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the 
 
 import argparse
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,21 +30,30 @@ from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
 from training.fitting import Stage, fit, normalise, take_up, token_loss
 from training.shapes.batches import note_ids
-from training.shapes_smolvlm.batches import GRID, Batch, conversations
+from training.shapes_smolvlm.batches import GRID, Batch, Diet, conversations
 from training.shapes_smolvlm.checkpoint import model_config, write_checkpoint
 from training.shapes_smolvlm.prompts import IMAGE, train_tokenizer
 
 SHAPES = Path(__file__).parents[2] / "src/vlmport/builtin/shapes"
 TOWER_ON_DISK = "vision_encoder.vision_model."
 SCALE = 2  # patches of a feature, along each side
-TURNS = 6
 
-NOTES = Stage(steps=1200, batch_size=32, rate=2e-3)
-JOIN = Stage(steps=300, batch_size=32, rate=2e-3)
-CHAT = Stage(steps=1800, batch_size=32, rate=1e-3, tower_rate=3e-4)
-# How often one picture whole, one in tiles, two whole, two in tiles.
-WEIGHTS = (0.45, 0.25, 0.25, 0.05)
-NOTE_WEIGHTS = (0.65, 0.0, 0.35, 0.0)
+# Forms: one picture whole, one in tiles, two whole, two in tiles.
+EVEN = Diet(forms=(0.45, 0.25, 0.25, 0.05))
+LATE = Diet(
+    forms=(0.45, 0.20, 0.28, 0.07),
+    kinds={"caption": 3.0, "color": 3.0, "beside": 3.0, "which": 3.0},
+    growing=0.25,
+)
+LESSONS: dict[str, tuple[Stage, Diet]] = {
+    "notes": (
+        Stage(steps=1200, batch_size=32, rate=2e-3),
+        Diet(forms=(0.65, 0.0, 0.35, 0.0), drawn=False),
+    ),
+    "join": (Stage(steps=300, batch_size=32, rate=2e-3), EVEN),
+    "chat": (Stage(steps=1800, batch_size=32, rate=1e-3, tower_rate=3e-4), EVEN),
+    "again": (Stage(steps=5000, batch_size=32, rate=1e-3, tower_rate=3e-4), LATE),
+}
 
 
 class Chat(nn.Module):
@@ -52,6 +65,10 @@ class Chat(nn.Module):
         self.vlm = Idefics3ForConditionalGeneration._from_config(
             config, attn_implementation="eager"
         )
+        model = self.vlm.model
+        # Half the time of a step: what casts, norms and activations take is fused.
+        for layer in [*model.vision_model.encoder.layers, *model.text_model.layers]:
+            layer.compile(dynamic=True)
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
         """[B, N, 96, 96, 3] uint8 → [B·N·T, D]."""
@@ -74,7 +91,7 @@ class Chat(nn.Module):
         return token_loss(self.vlm.lm_head(hidden[spoken])[None], labels[spoken][None])
 
 
-def train_notes(stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> None:
+def train_notes(stage: Stage, model: Chat, batches: Iterable[Batch], tokenizer: Tokenizer) -> None:
     """Stage 1: answers from notes [B, I·16, D] in the places of the features."""
     embed = model.vlm.get_input_embeddings()
     text = [*model.vlm.model.text_model.parameters(), *model.vlm.lm_head.parameters()]
@@ -86,46 +103,28 @@ def train_notes(stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> N
         blocks = said.view(B * pictures, GRID // SCALE, SCALE, GRID // SCALE, SCALE, -1)
         return model.loss(batch, blocks.sum(dim=(2, 4)).flatten(0, 2) / SCALE)
 
-    batches = conversations(
-        f"{seed}-smolvlm-notes",
-        stage.steps,
-        stage.batch_size,
-        tokenizer,
-        NOTE_WEIGHTS,
-        turns=TURNS,
-        drawn=False,
-    )
     unique = list({id(weight): weight for weight in text}.values())
     fit("notes", stage, [{"params": unique}], batches, loss)
 
 
 def train_pictures(
-    name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int, *, frozen: bool
+    name: str, stage: Stage, model: Chat, batches: Iterable[Batch], save: Callable[[], object]
 ) -> None:
-    """Stages 2 and 3: answers from pictures; frozen but for the connector, or all weights."""
+    """The later stages: answers from pictures. All but the connector is frozen in `join`."""
     tower = list(model.vlm.model.vision_model.parameters())
     connector = list(model.vlm.model.connector.parameters())
     known = {id(weight) for weight in tower + connector}
     text = [weight for weight in model.vlm.parameters() if id(weight) not in known]
     for weight in tower + text:
-        weight.requires_grad_(not frozen)
+        weight.requires_grad_(name != "join")
     groups = [{"params": connector}]
-    if not frozen:
+    if name != "join":
         groups = [{"params": connector + text}, {"params": tower, "lr": stage.tower_rate}]
 
     def loss(batch: Batch) -> torch.Tensor:
         return model.loss(batch, model.features(batch.tiles))
 
-    batches = conversations(
-        f"{seed}-smolvlm-{name}",
-        stage.steps,
-        stage.batch_size,
-        tokenizer,
-        WEIGHTS,
-        turns=TURNS,
-        drawn=True,
-    )
-    fit(name, stage, groups, batches, loss)
+    fit(name, stage, groups, batches, loss, save)
 
 
 def load_tower(model: Chat) -> None:
@@ -141,10 +140,6 @@ def load_tower(model: Chat) -> None:
 
 def train(out: Path, seed: int, scale: float) -> None:
     """All stages; `scale` shortens each of them, for a trial."""
-    stages = {
-        name: replace(stage, steps=max(1, round(stage.steps * scale)))
-        for name, stage in {"notes": NOTES, "join": JOIN, "chat": CHAT}.items()
-    }
     work = out.with_name(f"{out.name}-stages")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed)
@@ -152,20 +147,26 @@ def train(out: Path, seed: int, scale: float) -> None:
     model = Chat(model_config(tokenizer))
     assert tokenizer.token_to_id(IMAGE) == model.vlm.config.image_token_id
     load_tower(model)
-    runs = {
-        "notes": lambda: train_notes(stages["notes"], model, tokenizer, seed),
-        "join": lambda: train_pictures("join", stages["join"], model, tokenizer, seed, frozen=True),
-        "chat": lambda: train_pictures(
-            "chat", stages["chat"], model, tokenizer, seed, frozen=False
-        ),
-    }
     done: list[Stage] = []
-    for name, run in runs.items():
+    for name, (whole, diet) in LESSONS.items():
+        stage = replace(whole, steps=max(1, round(whole.steps * scale)))
         # Results of another seed, of other lengths or after other stages are not taken up.
-        done.append(stages[name])
+        done.append(stage)
         recipe = hashlib.sha256(repr((seed, done)).encode()).hexdigest()[:8]
+
+        def save() -> int:
+            return write_checkpoint(out, model.vlm, tokenizer)
+
+        def run(name: str = name, stage: Stage = stage, diet: Diet = diet) -> None:
+            drawn = f"{seed}-smolvlm-{name}"
+            batches = conversations(drawn, stage.steps, stage.batch_size, tokenizer, diet)
+            if name == "notes":
+                train_notes(stage, model, batches, tokenizer)
+            else:
+                train_pictures(name, stage, model, batches, save)
+
         take_up(model, work / f"{name}-{recipe}.pt", seed, run)
-        print(f"{out}: {write_checkpoint(out, model.vlm, tokenizer)} bytes", flush=True)
+        print(f"{out}: {save()} bytes", flush=True)
 
 
 def main() -> None:
