@@ -42,7 +42,7 @@ def test_prefill_and_steps_equal_a_full_pass(components: Components):
         np.testing.assert_allclose(
             cache.step(embeds[None, i : i + 1]), full[i : i + 1], atol=TOLERANCE
         )
-    assert cache.lengths.tolist() == [20]
+    assert cache.lengths == [20]
 
 
 def test_everything_that_is_bound_outlives_its_binding(
@@ -177,7 +177,7 @@ def test_only_the_first_rows_step(components: Components):
         cache.prefill(row, embeds[: 4 + row])
     before = [buffer.copy() for buffer in cache.buffers]
     cache.step(np.stack([embeds[4:5], embeds[5:6]]))
-    assert cache.lengths.tolist() == [5, 6, 6]
+    assert cache.lengths == [5, 6, 6]
     for old, new in zip(before, cache.buffers, strict=True):
         np.testing.assert_array_equal(old[2], new[2])
 
@@ -209,7 +209,7 @@ def test_rows_are_reordered_without_moving_those_that_stay(components: Component
         cache.prefill(row, text)
     rows = cache.reorder([2, 0, 2])
     assert rows == [2, 0, 1]
-    assert cache.lengths.tolist() == [6, 8, 8]
+    assert cache.lengths == [6, 8, 8]
     token = embeds_of(1, seed=9)
     full = [toy.reference_logits(WEIGHTS, np.concatenate([text, token]))[-1] for text in texts]
     logits = cache.step(np.stack([token] * 3))
@@ -271,7 +271,7 @@ def test_a_kept_row_outlives_its_cache(components: Components):
     kept = cache.keep(1)
     other = new_cache(components, capacity=4)
     other.restore(0, kept)
-    assert (other.lengths.tolist(), other.offsets.tolist()) == ([11], [5])
+    assert (other.lengths, other.offsets) == ([11], [5])
     np.testing.assert_array_equal(other.prefill(0, embeds[11:]), want)
 
 
@@ -292,7 +292,7 @@ def test_the_context_is_the_limit_and_nothing_runs(components: Components):
     cache.prefill(0, embeds_of(8))
     with pytest.raises(PromptError, match="context is 8"):
         cache.step(embeds_of(1)[None])
-    assert cache.lengths.tolist() == [8]
+    assert cache.lengths == [8]
 
 
 def test_positions_go_on_at_the_offset(components: Components):

@@ -215,7 +215,7 @@ def test_a_stale_cache_changes_the_text(components: Components, monkeypatch, fau
             for buffer in self.buffers:
                 buffer[:, :, self.lengths[0] - 1] = 0
         if fault == "length lags":
-            self.lengths -= 1
+            self.lengths = [length - 1 for length in self.lengths]
         if fault == "wrong row":
             for buffer in self.buffers:
                 buffer[...] = buffer[::-1].copy()

@@ -260,7 +260,7 @@ def test_what_is_kept_before_the_end(components: Components, rows: int, steps: i
     generation = Generation(components, [request])
     for _ in range(steps):
         generation.step()
-    generation.cache.lengths += 2  # as where guesses are not judged yet
+    generation.cache.lengths[0] += 2  # as where guesses are not judged yet
     kept = generation.keep(request)
     assert kept.length == (10 if rows > 1 else 10 + steps - 1)
     made = list(search.texts[0])[: kept.length - 10]

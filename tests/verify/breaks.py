@@ -175,7 +175,7 @@ def positions_of_steps_that_restart(patch: pytest.MonkeyPatch, prompt_tokens: in
     plain = KeyValueCache.step
 
     def restarting(self, embeds):
-        self.offsets[:] = -prompt_tokens
+        self.offsets = [-prompt_tokens] * self.rows
         return plain(self, embeds)
 
     patch.setattr(KeyValueCache, "step", restarting)
@@ -226,7 +226,7 @@ def cache_that_forgets(patch: pytest.MonkeyPatch, prompt_tokens: int) -> None:
     plain = KeyValueCache.step
 
     def stuck(self, embeds):
-        self.lengths[:] = prompt_tokens - 1
+        self.lengths = [prompt_tokens - 1] * self.rows
         return plain(self, embeds)
 
     patch.setattr(KeyValueCache, "step", stuck)

@@ -105,7 +105,7 @@ class BeamSearch:
     def choose(self, logits: Float32[np.ndarray, "n V"]) -> Choice:
         now = self._now
         if not self._options.remove_invalid_values:
-            check_logits(logits, now.steps)
+            check_logits(logits, logits.argmax(-1).tolist(), now.steps)
         totals = self._totals(logits)
         if not totals.max() > -np.inf:
             return self._exhausted()
@@ -147,7 +147,7 @@ class BeamSearch:
     def _totals(self, logits: Float32[np.ndarray, "n V"]) -> Float32[np.ndarray, " beams*V"]:
         """The score of each beam with each token after it, beam by beam."""
         now = self._now
-        log_probs = log_softmax(logits)
+        log_probs = log_softmax(logits)  # an array of our own, which processors may write to
         rows = [
             self._processors(row, beam.tokens)
             for row, beam in zip(log_probs, now.running, strict=False)  # at first one row for all

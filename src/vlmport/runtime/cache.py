@@ -48,7 +48,7 @@ class _BoundStep:
     binding: ort.IOBinding
     feeds: dict[str, np.ndarray]
     mask: Int64[np.ndarray, " B*capacity"]
-    logits: Float[np.ndarray, "B 1 V"]
+    logits: Float[np.ndarray, "B V"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class KeyValueCache:
     """`rows` sequences of up to `limit` tokens; buffers start at `capacity` and grow.
 
     Attributes:
-        lengths: i64[rows], how many tokens of each row are valid. May be set to cut rows back.
-        offsets: i64[rows], what a row's next position is beyond its length (0 but for models
+        lengths: of each row, how many tokens are valid. May be set to cut rows back.
+        offsets: of each row, what its next position is beyond its length (0 but for models
             whose pictures take fewer positions than tokens).
         on_host: whether the decoder runs on the CPU, where the buffers lie.
     """
@@ -78,10 +78,11 @@ class KeyValueCache:
         self.decoder = decoder
         self.limit = limit
         self.capacity = min(capacity, limit)
-        self.lengths = np.zeros(rows, np.int64)
-        self.offsets = np.zeros(rows, np.int64)
+        self.lengths = [0] * rows
+        self.offsets = [0] * rows
         self.buffers = [port.empty(rows, self.capacity) for port in decoder.ports]
         self.on_host = decoder.session.get_providers()[0] == CPU
+        self._whole = decoder.logits_dtype == np.float32
         self._steps: dict[tuple[int, int], _BoundStep] = {}  # by first row and number
 
     @property
@@ -110,15 +111,15 @@ class KeyValueCache:
 
     def _grow(self, rows: int, capacity: int) -> None:
         """Larger buffers with the same contents."""
-        used, old = int(self.lengths.max(initial=0)), self.rows
+        used, old = max(self.lengths, default=0), self.rows
         self._steps.clear()
         for i, port in enumerate(self.decoder.ports):
             grown = port.empty(rows, capacity)
             grown[:old, :, :used] = self.buffers[i][:old, :, :used]
             self.buffers[i] = grown
         self.capacity = capacity
-        self.lengths = np.append(self.lengths, np.zeros(rows - old, np.int64))
-        self.offsets = np.append(self.offsets, np.zeros(rows - old, np.int64))
+        self.lengths += [0] * (rows - old)
+        self.offsets += [0] * (rows - old)
 
     def reorder(
         self, sources: Sequence[int], shared: Callable[[int, int], int] = lambda a, b: 0
@@ -146,14 +147,14 @@ class KeyValueCache:
             if placed[i] is None:
                 likest = {target: shared(source, target) for target in sorted(free)}
                 target = max(likest, key=likest.__getitem__)
-                self.copy_row(source, target, min(likest[target], int(self.lengths[target])))
+                self.copy_row(source, target, min(likest[target], self.lengths[target]))
                 placed[i] = target
                 free.remove(target)
         return [row for row in placed if row is not None]
 
     def copy_row(self, source: int, target: int, start: int = 0) -> None:
         """Make row `target` a copy of row `source`; the first `start` tokens are alike already."""
-        used = int(self.lengths[source])
+        used = self.lengths[source]
         self.lengths[target] = start  # so much holds if what follows is interrupted
         for buffer in self.buffers:
             buffer[target, :, start:used] = buffer[source, :, start:used]
@@ -162,10 +163,10 @@ class KeyValueCache:
 
     def keep(self, row: int) -> KeptRow:
         """A copy of a row, which outlives this cache."""
-        used = int(self.lengths[row])
+        used = self.lengths[row]
         return KeptRow(
             used,
-            int(self.offsets[row]),
+            self.offsets[row],
             tuple(buffer[row, :, :used].copy() for buffer in self.buffers),
         )
 
@@ -194,7 +195,7 @@ class KeyValueCache:
 
         Raises PromptError beyond the context, before anything runs.
         """
-        S, past = len(embeds), int(self.lengths[row])
+        S, past = len(embeds), self.lengths[row]
         self.reserve(past + S)
         if positions is None:
             positions = np.arange(past, past + S) + self.offsets[row]
@@ -244,8 +245,8 @@ class KeyValueCache:
         Raises PromptError where a row is at the end of the context, before anything runs.
         """
         B = len(embeds)
-        self.reserve(int(self.lengths[:B].max()) + 1)
-        if not self.decoder.row_by_row:
+        self.reserve(max(self.lengths[:B]) + 1)
+        if B == 1 or not self.decoder.row_by_row:
             return self._step(0, embeds)
         return np.concatenate([self._step(row, embeds[row : row + 1]) for row in range(B)])
 
@@ -253,18 +254,19 @@ class KeyValueCache:
         """One call of the decoder, for B rows from `first` on."""
         B = len(embeds)
         rows = slice(first, first + B)
-        lengths = self.lengths[rows]
-        total = int(lengths.max()) + 1
+        lengths, offsets = self.lengths[rows], self.offsets[rows]
+        total = max(lengths) + 1
         bound = self._steps.get((first, B)) or self._bind_step(rows, embeds.shape[-1])
         bound.feeds["inputs_embeds"][...] = embeds
-        bound.feeds["position_ids"][..., 0] = lengths + self.offsets[rows]
+        positions = [length + offset for length, offset in zip(lengths, offsets, strict=True)]
+        bound.feeds["position_ids"][..., 0] = positions
         mask = bound.mask[: B * total].reshape(B, total)
         if B > 1:  # one row's mask is all ones and stays so
-            np.less_equal(np.arange(total), lengths[:, None], out=mask)
+            np.less_equal(np.arange(total), np.array(lengths)[:, None], out=mask)
         bound.binding.bind_ortvalue_input("attention_mask", to_ort(mask))
         self._run(bound.binding)
-        lengths += 1
-        return bound.logits[:, 0].astype(np.float32, copy=False)
+        self.lengths[rows] = [length + 1 for length in lengths]
+        return bound.logits if self._whole else bound.logits.astype(np.float32)
 
     def _bind_step(self, rows: slice, width: int) -> _BoundStep:
         B = rows.stop - rows.start
@@ -277,7 +279,7 @@ class KeyValueCache:
             "num_logits_to_keep": np.array(1, np.int64),
         }
         binding = self._bind(feeds, [buffer[rows] for buffer in self.buffers], logits)
-        bound = _BoundStep(binding, feeds, mask, logits)
+        bound = _BoundStep(binding, feeds, mask, logits[:, 0])
         self._steps[rows.start, B] = bound
         return bound
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -103,13 +104,14 @@ class Reporter:
         return [TokenLogprob(one, float(np.float32(apart[one] - total)), top) for one in tokens]
 
 
-def check_logits(logits: Float32[np.ndarray, "n V"], place: int) -> None:
+def check_logits(logits: Float32[np.ndarray, "n V"], tops: Sequence[int], place: int) -> None:
     """Raise DeviceError for rows whose best logit is no number: a broken decoder, not an option.
 
     Args:
+        tops: the best token of each row, by `argmax`: NaN is the best of its row.
         place: how many tokens stand before, for the message.
     """
-    if not np.isfinite(logits.max(-1)).all():  # NaN is the maximum of its row
+    if not all(math.isfinite(logits[row, top]) for row, top in enumerate(tops)):
         raise DeviceError(
             f"the decoder's scores are not finite at token {place}",
             hint="`vlmport inspect --probe` tries this device; another precision may work",

@@ -55,6 +55,8 @@ class Row:
 
 
 Processor = Callable[["Scores", Row], "Scores"]
+# For those that compute: entering it costs more than a processor that only forbids.
+ignoring_overflow = np.errstate(over="ignore", invalid="ignore")
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,10 @@ class Processors:
     in_order: tuple[Processor, ...]
 
     def __call__(self, scores: Scores, tokens: Sequence[int]) -> Scores:
-        """The scores of the token after these. Those given stay as they are."""
-        if not self.in_order:
-            return scores
+        """The scores of the token after these. Those given may be written to."""
         row = Row(self.prompt, tokens)
-        scores = scores.copy()
-        with np.errstate(over="ignore", invalid="ignore"):
-            for processor in self.in_order:
-                scores = processor(scores, row)
+        for processor in self.in_order:
+            scores = processor(scores, row)
         return scores
 
 
@@ -142,6 +140,7 @@ def biased(biases: Mapping[TokenIds, float]) -> Processor:
             known.setdefault(ids[:-1], []).append((ids[-1], np.float32(bias)))
     longest = max(longer, default=0)
 
+    @ignoring_overflow
     def process(scores: Scores, row: Row) -> Scores:
         added = dict(alone)
         last = tuple(row.seen[-longest:].tolist()) if longest else ()
@@ -172,6 +171,7 @@ def penalized_prompt(penalty: float, prompt: Int64[np.ndarray, " P"]) -> Process
     return lambda scores, row: _penalize(scores, prompt, factor)
 
 
+@ignoring_overflow
 def _penalize(scores: Scores, ids: Int64[np.ndarray, " N"], factor: np.float32) -> Scores:
     old = scores[ids]
     scores[ids] = np.where(old < 0, old * factor, old / factor)
@@ -256,6 +256,7 @@ def valid(scores: Scores, row: Row) -> Scores:
 def likelier(start: int, factor: float, ids: Int64[np.ndarray, " N"]) -> Processor:
     """Past `start` new tokens, add |score| · (factor ** tokens past it - 1) to some scores."""
 
+    @ignoring_overflow
     def process(scores: Scores, row: Row) -> Scores:
         past = len(row.tokens) - start
         if past > 0:
@@ -276,7 +277,7 @@ def _power(base: float, exponent: int) -> float:
 
 
 def _of_scores(warper: Callable[[Scores], Scores]) -> Processor:
-    return lambda scores, row: warper(scores)
+    return ignoring_overflow(lambda scores, row: warper(scores))
 
 
 def _forbidden_words(

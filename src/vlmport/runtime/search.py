@@ -10,6 +10,7 @@ one, never something between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -141,8 +142,10 @@ def new_search(
     seed = None
     if options.do_sample:
         seed = new_seed() if options.seed is None else options.seed
-    kind = BeamSearch if options.num_beams > 1 else SideBySide
-    return kind(options, processors, Ending(stops, max_new_tokens, is_stopped), seed)
+    ending = Ending(stops, max_new_tokens, is_stopped)
+    if options.num_beams > 1:
+        return BeamSearch(options, processors, ending, seed)
+    return SideBySide(options, processors, ending, seed, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -171,12 +174,20 @@ class SideBySide:
     """Greedy decoding, or several sequences that are drawn independently of each other."""
 
     def __init__(
-        self, options: GenerationOptions, processors: Processors, ending: Ending, seed: int | None
+        self,
+        options: GenerationOptions,
+        processors: Processors,
+        ending: Ending,
+        seed: int | None,
+        vocab_size: int,
     ):
         self.rows = options.num_return_sequences
         self.seed = seed
         self._processors, self._ending = processors, ending
         self._reporter = Reporter(options.logprobs)
+        self._scores = np.empty(
+            vocab_size, np.float32
+        )  # for processors: a new array a token is slow
         self._check = not options.remove_invalid_values
         streams = [None if seed is None else stream(seed, n) for n in range(self.rows)]
         self._now = _Moment(
@@ -200,14 +211,14 @@ class SideBySide:
         return tuple(self._now.sequences[one].tokens for one in self._now.going)
 
     def choose(self, logits: Float32[np.ndarray, "n V"]) -> Choice:
-        now = self._now
+        now, tops = self._now, logits.argmax(-1).tolist()
         if self._check:
-            check_logits(logits, now.steps)
+            check_logits(logits, tops, now.steps)
         sequences = list(now.sequences)
         going, tokens, parents = [], [], []
         for place, n in enumerate(now.going):
             row = place if now.steps else 0  # all continue the one row of the prompt
-            sequences[n] = self._longer(sequences[n], logits[row])
+            sequences[n] = self._longer(sequences[n], logits[row], tops[row])
             if sequences[n].stop_reason is None:
                 going.append(n)
                 tokens.append(sequences[n].tokens[-1])
@@ -216,12 +227,17 @@ class SideBySide:
         self._now = _Moment(tuple(sequences), tuple(going), now.steps + 1, choice)
         return choice
 
-    def _longer(self, sequence: _Sequence, logits: Float32[np.ndarray, " V"]) -> _Sequence:
-        """The sequence with one token more."""
-        scores = self._processors(logits, sequence.tokens)
-        token, stream = int(scores.argmax()), sequence.stream
-        if not np.isfinite(scores[token]):
-            raise nothing_left(len(sequence.tokens))
+    def _longer(
+        self, sequence: _Sequence, logits: Float32[np.ndarray, " V"], token: int
+    ) -> _Sequence:
+        """The sequence with one token more; `token` is the best by the logits alone."""
+        scores, stream = logits, sequence.stream
+        if self._processors.in_order:
+            np.copyto(self._scores, logits)
+            scores = self._processors(self._scores, sequence.tokens)
+            token = int(scores.argmax())
+            if not math.isfinite(scores[token]):
+                raise nothing_left(len(sequence.tokens))
         if stream is not None:
             token, stream = draw(scores, stream)
         tokens = (*sequence.tokens, token)
