@@ -39,6 +39,7 @@ to_ort = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
 # Tokens of a prompt that a decoder on the CPU reads at a time: the time of GroupQueryAttention
 # grows with the square of a call's tokens. 1,100 tokens take 0.8 of the time so at fp32.
 CHUNK = 256
+MASKS_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,16 @@ class _BoundStep:
     binding: ort.IOBinding
     feeds: dict[str, np.ndarray]
     mask: Int64[np.ndarray, " B*capacity"]
+    masks: dict[int, ort.OrtValue]  # its beginnings as i64[B, total], by total
     logits: Float[np.ndarray, "B V"]
+
+    def masks_from(self, total: int) -> None:
+        """Make those of this total and of the next few: one by one they take far longer, as the
+        decoder leaves nothing in the processor's caches."""
+        B, capacity = len(self.logits), len(self.mask) // len(self.logits)
+        self.masks.clear()
+        for n in range(total, min(total + MASKS_AHEAD, capacity + 1)):
+            self.masks[n] = to_ort(self.mask[: B * n].reshape(B, n))
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class KeyValueCache:
         self.offsets = [0] * rows
         self.buffers = [port.empty(rows, self.capacity) for port in decoder.ports]
         self.on_host = decoder.session.get_providers()[0] == CPU
-        self._whole = decoder.logits_dtype == np.float32
+        self._in_float32 = decoder.logits_dtype == np.float32
         self._steps: dict[tuple[int, int], _BoundStep] = {}  # by first row and number
 
     @property
@@ -260,13 +270,15 @@ class KeyValueCache:
         bound.feeds["inputs_embeds"][...] = embeds
         positions = [length + offset for length, offset in zip(lengths, offsets, strict=True)]
         bound.feeds["position_ids"][..., 0] = positions
-        mask = bound.mask[: B * total].reshape(B, total)
+        if total not in bound.masks:
+            bound.masks_from(total)
         if B > 1:  # one row's mask is all ones and stays so
+            mask = bound.mask[: B * total].reshape(B, total)
             np.less_equal(np.arange(total), np.array(lengths)[:, None], out=mask)
-        bound.binding.bind_ortvalue_input("attention_mask", to_ort(mask))
+        bound.binding.bind_ortvalue_input("attention_mask", bound.masks[total])
         self._run(bound.binding)
         self.lengths[rows] = [length + 1 for length in lengths]
-        return bound.logits if self._whole else bound.logits.astype(np.float32)
+        return bound.logits if self._in_float32 else bound.logits.astype(np.float32)
 
     def _bind_step(self, rows: slice, width: int) -> _BoundStep:
         B = rows.stop - rows.start
@@ -279,7 +291,7 @@ class KeyValueCache:
             "num_logits_to_keep": np.array(1, np.int64),
         }
         binding = self._bind(feeds, [buffer[rows] for buffer in self.buffers], logits)
-        bound = _BoundStep(binding, feeds, mask, logits[:, 0])
+        bound = _BoundStep(binding, feeds, mask, {}, logits[:, 0])
         self._steps[rows.start, B] = bound
         return bound
 
