@@ -74,7 +74,21 @@ def position_ids_graph(image_token_id: int, merge_size: int) -> GraphBuilder:
     ids = builder.input("input_ids", INT64, dims)
     mask = builder.input("attention_mask", INT64, dims)
     grids = builder.input("image_grid_thw", INT64, ["num_images", 3])
+    positions, delta = mrope_positions(op, ids, mask, grids, image_token_id, merge_size)
+    add_output(builder, positions, "position_ids", INT64, [3, *dims])
+    add_output(builder, delta, "rope_delta", INT64, ["batch_size", 1])
+    return builder
 
+
+def mrope_positions(
+    op: OpBuilder,
+    ids: ir.Value,
+    mask: ir.Value,
+    grids: ir.Value,
+    image_token_id: int,
+    merge_size: int,
+) -> tuple[ir.Value, ir.Value]:
+    """The same as part of a graph: position_ids and rope_delta."""
     is_real = op.Cast(mask, to=BOOL)
     is_image = op.And(op.Equal(ids, image_token_id), is_real)
     tokens = _ImageTokens(op, grids, is_image, merge_size)
@@ -89,10 +103,7 @@ def position_ids_graph(image_token_id: int, merge_size: int) -> GraphBuilder:
     positions = op.Mul(op.Concat(*[op.Unsqueeze(one, [0]) for one in places], axis=0), real)
     last = op.ReduceMax(positions, [0, 2], keepdims=0)  # [B]
     delta = op.Sub(op.Add(last, 1), op.ReduceSum(real, [1], keepdims=0))
-
-    add_output(builder, positions, "position_ids", INT64, [3, *dims])
-    add_output(builder, op.Unsqueeze(delta, [1]), "rope_delta", INT64, ["batch_size", 1])
-    return builder
+    return positions, op.Unsqueeze(delta, [1])
 
 
 class _ImageTokens:
