@@ -195,7 +195,7 @@ def _write_manifest(
         prompt=family.prompt,
         generation=family.generation,
         pixels=family.pixels,
-        golden=golden_input(family.image_tokens, family.golden_options),
+        golden=golden_input(family.golden_tokens, family.golden_options),
         image_options=family.image_options,
     )
     write_manifest(folder, manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ WIDTH, HEIGHT = 48, 36
 MIN_PREFILL = 64
 
 
-def golden_input(image_tokens: int, options: Mapping[str, Any]) -> Golden:
+def golden_input(tokens_of: Callable[[int, int], int], options: Mapping[str, Any]) -> Golden:
     """A picture with edges, a gradient and all three channels apart; no expectations yet.
 
     It stands so often in the prompt that at least MIN_PREFILL tokens are prefilled.
+
+    Args:
+        tokens_of: the tokens of a picture of a height and width under these options.
     """
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     rgb = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), (x + y) % 16 * 16], axis=-1)
@@ -26,6 +29,7 @@ def golden_input(image_tokens: int, options: Mapping[str, Any]) -> Golden:
     image = GoldenImage(
         WIDTH, HEIGHT, base64.b64encode(rgb.astype(np.uint8).tobytes()).decode("ascii")
     )
+    image_tokens = tokens_of(HEIGHT, WIDTH)
     copies = -(-MIN_PREFILL // image_tokens)
     return Golden(image, copies, copies * image_tokens, {}, options)
 

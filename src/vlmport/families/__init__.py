@@ -7,9 +7,10 @@ from vlmport.errors import ConfigError, did_you_mean
 from vlmport.families.base import Family
 from vlmport.families.idefics3 import Idefics3
 from vlmport.families.prefix import PrefixCaptioner
+from vlmport.families.qwen2_5_vl import Qwen2_5VL
 from vlmport.families.smolvlm import SmolVLM
 
-FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner, Idefics3, SmolVLM)
+FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner, Idefics3, SmolVLM, Qwen2_5VL)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -169,10 +169,9 @@ class Family(ABC):
         """Of those, what the golden picture has otherwise: the fewest tokens."""
         return {}
 
-    @property
     @abstractmethod
-    def image_tokens(self) -> int:
-        """The tokens that a small picture takes under these options; sizes the golden probe."""
+    def golden_tokens(self, height: int, width: int) -> int:
+        """The tokens that a picture of this size takes under these options."""
 
     @abstractmethod
     def hub_files(self) -> HubFiles: ...

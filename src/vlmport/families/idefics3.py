@@ -32,6 +32,7 @@ from vlmport.errors import ConfigError, WeightError
 from vlmport.families.base import Family, HubFiles, without_sampling
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
+from vlmport.families.image_processor import PREPROCESSOR, PROCESSOR, read_image_processor
 from vlmport.families.tile_tokens import IMAGE_TOKEN, tile_tokens
 from vlmport.graph.bucketed_positions import PickedRows, bucketed_positions
 from vlmport.graph.builder import GraphBuilder, add_output, new_graph
@@ -46,7 +47,7 @@ from vlmport.graph.weights import Format
 from vlmport.tokenizer import read_tokenizer
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+CONFIG = "config.json"
 POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
 SPLITTING = "do_image_splitting"
 QUESTION = "Can you describe this image?"
@@ -137,7 +138,7 @@ class Idefics3(Family):
             subsection(raw, "vision_config", CONFIG), f"{CONFIG}: vision_config"
         )
         text = {**text, "tie_word_embeddings": config.tie_word_embeddings}
-        pixels = _pixel_config(checkpoint)
+        pixels = read_config(PixelConfig, *read_image_processor(checkpoint))
         tokenizer = read_tokenizer(checkpoint.folder)
         settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
         family = cls(
@@ -301,12 +302,11 @@ class Idefics3(Family):
         return {SPLITTING: self.pixel_config.do_image_splitting}
 
     @property
-    def image_tokens(self) -> int:
-        return len(self.tokens.alone)
-
-    @property
     def golden_options(self) -> Mapping[str, Any]:
         return {SPLITTING: False}  # 13 tiles would make a probe slow, and prove no more
+
+    def golden_tokens(self, height: int, width: int) -> int:
+        return len(self.tokens.alone)
 
     def hub_files(self) -> HubFiles:
         """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
@@ -354,23 +354,6 @@ def _text_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if raw.get("text_config") is None:
         return {"rms_norm_eps": 1e-5}
     return subsection(raw, "text_config", CONFIG)
-
-
-def _pixel_config(checkpoint: Checkpoint) -> PixelConfig:
-    """preprocessor_config.json; transformers 5 writes it into processor_config.json.
-
-    Raises ConfigError where neither has it.
-    """
-    where, raw = PREPROCESSOR, checkpoint.json(PREPROCESSOR)
-    if raw is None:
-        where = f"{PROCESSOR}: image_processor"
-        raw = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{checkpoint.folder}: no {PREPROCESSOR}, and no image_processor in {PROCESSOR}",
-            hint="save the processor too: AutoProcessor.from_pretrained(…).save_pretrained(folder)",
-        )
-    return read_config(PixelConfig, raw, where)
 
 
 def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: int) -> int:

@@ -249,6 +249,9 @@ class PrefixCaptioner(Family):
     def image_tokens(self) -> int:
         return self.vision.num_patches
 
+    def golden_tokens(self, height: int, width: int) -> int:
+        return self.image_tokens
+
     def hub_files(self) -> HubFiles:
         """The layout of transformers.js' llava, whose graphs and prompt ours are."""
         size, pixels = self.vision.image_size, self.pixel_config

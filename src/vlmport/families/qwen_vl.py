@@ -1,0 +1,322 @@
+"""Qwen's vision-language models: pictures of any size, and positions in time, height and width.
+
+Source: transformers 5.23, modeling_qwen2_5_vl.py, modeling_qwen3_vl.py, and
+image_processing_pil_qwen2_vl.py, whose processor both have. A family says its configs and its
+tower; the rest is here.
+
+Traps:
+- The template writes what stands round a picture, `<|vision_start|>` and `<|vision_end|>`; the
+  processor repeats `<|image_pad|>` between them.
+- Names of tensors: transformers 4 has `visual.*` and `model.*`, 5 has `model.visual.*` and
+  `model.language_model.*`. The graphs have those of 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import onnx_ir as ir
+
+from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
+from vlmport.errors import ConfigError
+from vlmport.families.base import Family, HubFiles, without_sampling
+from vlmport.families.chat_template import read_chat_template
+from vlmport.families.generation import Generation
+from vlmport.families.image_processor import PREPROCESSOR, read_image_processor
+from vlmport.families.qwen_pixels import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    PixelConfig,
+    image_processor_graph,
+)
+from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
+from vlmport.graph.llama import decoder_graph, embed_graph, tied_head
+from vlmport.graph.llama_config import LlamaConfig
+from vlmport.graph.mrope import position_ids_graph
+from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
+from vlmport.graph.precision import Precision
+from vlmport.graph.qwen_vision import QwenVisionConfig
+from vlmport.graph.smart_resize import SmartResize
+from vlmport.graph.weights import Format
+from vlmport.tokenizer import read_tokenizer
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+CONFIG = "config.json"
+IMAGE_TOKEN = "<|image_pad|>"
+QUESTION = "Describe this image."
+MAX_NEW_TOKENS = 128  # where the checkpoint names no length; its model card generates so many
+GOLDEN_TOKENS = 64  # of the golden picture, at least: a shorter prompt proves less
+
+# pixel_values and image_grid_thw → features [N / m², D·(1+n)], in the floats of the form
+Tower = Callable[[OpBuilder, ir.Value, ir.Value], ir.Value]
+
+
+@dataclass(frozen=True)
+class QwenVLConfig:
+    """The keys of config.json beside its two sub-configs, with Hugging Face's defaults."""
+
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class QwenVL(Family):
+    """A checkpoint of Qwen2.5-VL's or Qwen3-VL's shape."""
+
+    hub_names: ClassVar[str]  # how the names of Hugging Face's classes begin
+
+    config: QwenVLConfig
+    vision: QwenVisionConfig
+    text: LlamaConfig
+    pixel_config: PixelConfig
+    settings: Generation
+    chat_template: str
+    raw: Mapping[str, Any]
+
+    # What a family says
+
+    @classmethod
+    @abstractmethod
+    def text_section(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The decoder's keys of config.json. Raises ConfigError."""
+
+    @classmethod
+    @abstractmethod
+    def read_vision(cls, raw: Mapping[str, Any], where: str) -> QwenVisionConfig:
+        """The tower's config, from its section. Raises ConfigError."""
+
+    @classmethod
+    @abstractmethod
+    def read_text(cls, raw: Mapping[str, Any], vision: QwenVisionConfig, where: str) -> LlamaConfig:
+        """The decoder's config, from its section. Raises ConfigError."""
+
+    @abstractmethod
+    def vision_tower(self, form: Format) -> Tower:
+        """The tower under the name `visual`."""
+
+    # Reading
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Self:
+        raw = checkpoint.config
+        config = read_config(QwenVLConfig, raw, CONFIG)
+        text = cls.text_section(raw)
+        if not config.tie_word_embeddings and cls.ties_by_text_section(text):
+            config = dataclasses.replace(config, tie_word_embeddings=True)
+        tied = {"tie_word_embeddings": config.tie_word_embeddings}
+        vision = cls.read_vision(
+            subsection(raw, "vision_config", CONFIG), f"{CONFIG}: vision_config"
+        )
+        where = f"{CONFIG}: text_config"
+        family = cls(
+            config=config,
+            vision=vision,
+            text=cls.read_text({**text, **tied}, vision, where),
+            pixel_config=PixelConfig.read(*read_image_processor(checkpoint)),
+            settings=Generation.read(checkpoint, {"eos_token_id": 151645, **text}, where),
+            chat_template=read_chat_template(checkpoint),
+            raw=raw,
+        )
+        family._check(checkpoint)
+        return family
+
+    @classmethod
+    def ties_by_text_section(cls, text: Mapping[str, Any]) -> bool:
+        """Whether the text section ties the head where the outer config does not."""
+        return False
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Raise ConfigError where files disagree."""
+        vision, pixels = self.vision, self.pixel_config
+        sizes = {
+            "patch_size": (vision.patch_size, pixels.patch_size),
+            "temporal_patch_size": (vision.temporal_patch_size, pixels.temporal_patch_size),
+            "spatial_merge_size": (vision.spatial_merge_size, pixels.merge_size),
+        }
+        if wrong := [f"{key} {a} and {b}" for key, (a, b) in sizes.items() if a != b]:
+            raise ConfigError(
+                f"{CONFIG}'s vision_config and {PREPROCESSOR}: {', '.join(wrong)}",
+                hint="both files must come from one model",
+            )
+        if vision.out_hidden_size != self.text.hidden_size:
+            raise ConfigError(
+                f"{CONFIG}: out_hidden_size {vision.out_hidden_size} of the tower, hidden_size "
+                f"{self.text.hidden_size} of the decoder",
+                hint="is the file of another model?",
+            )
+        given = self.config.image_token_id
+        known = read_tokenizer(checkpoint.folder).token_to_id(IMAGE_TOKEN)
+        if given != known or given >= self.text.vocab_size:
+            raise ConfigError(
+                f"{CONFIG}: image_token_id {given}, {IMAGE_TOKEN!r} is {known} in the tokenizer, "
+                f"the embedding has {self.text.vocab_size} rows",
+                hint="config.json and the tokenizer must come from one model",
+            )
+
+    # Weights
+
+    def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
+        tensors = merged(
+            checkpoint.weights,
+            rename=plain_name,
+            adapter=adapter,
+            prefixes=("", "model.", "model.language_model."),
+        )
+        return tied_head(tensors, self.text, "")
+
+    def is_unused(self, key: str) -> bool:
+        return False
+
+    # Graphs
+
+    def fixed_graphs(self) -> dict[str, GraphBuilder]:
+        return {
+            "image_processor": image_processor_graph(self.pixel_config, self.config.image_token_id),
+            "position_ids": position_ids_graph(
+                self.config.image_token_id, self.vision.spatial_merge_size
+            ),
+        }
+
+    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
+        return {
+            "vision_encoder": self._vision_encoder(precision.vision),
+            "embed_tokens": embed_graph(self.text, "", precision.embed),
+            "decoder_model_merged": decoder_graph(self.text, "", precision.decoder, precision.head),
+        }
+
+    def _vision_encoder(self, form: Format) -> GraphBuilder:
+        """pixel_values f32[N, K], image_grid_thw i64[num_images, 3] →
+        image_features f32[T, D·(1+n)]."""
+        builder = new_graph("vision_encoder")
+        op, width = builder.op, self.text.embeds_size
+        rows = builder.input("pixel_values", FLOAT, ["num_patches", self.vision.patch_width])
+        grids = builder.input("image_grid_thw", INT64, ["num_images", 3])
+        features = self.vision_tower(form)(op, rows, grids)
+        if form.dtype != FLOAT:
+            features = op.Cast(features, to=FLOAT)
+        add_output(builder, features, "image_features", FLOAT, ["num_features", width])
+        return builder
+
+    # What runtimes need to know
+
+    @property
+    def dims(self) -> Dims:
+        text = self.text
+        return Dims(
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_key_value_heads=text.kv_heads,
+            head_dim=text.head_size,
+            vocab_size=text.vocab_size,
+            context_length=text.max_position_embeddings,
+        )
+
+    @property
+    def prompt(self) -> PromptSpec:
+        parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        token = self.config.image_token_id
+        return PromptSpec(IMAGE_TOKEN, token, token, ({"role": "user", "content": parts},))
+
+    @property
+    def generation(self) -> GenerationSpec:
+        return GenerationSpec(
+            stop_token_ids=self.settings.stop_token_ids,
+            pad_token_id=self.settings.pad_token_id,
+            max_new_tokens=self.settings.max_new_tokens or MAX_NEW_TOKENS,
+            processors_see_prompt=True,
+            defaults=self.settings.defaults,
+        )
+
+    @property
+    def pixels(self) -> PixelSpec:
+        resample = Resample(self.pixel_config.resample)
+        return PixelSpec(resample.name.lower(), f"Pillow {PILLOW_VERSION}")
+
+    @property
+    def image_options(self) -> Mapping[str, Any]:
+        return {MIN_PIXELS: self.pixel_config.min_pixels, MAX_PIXELS: self.pixel_config.max_pixels}
+
+    @property
+    def golden_options(self) -> Mapping[str, Any]:
+        """As few tokens as prove enough, in one copy."""
+        least = GOLDEN_TOKENS * self.pixel_config.patching.factor**2
+        return {MIN_PIXELS: least, MAX_PIXELS: 2 * least}
+
+    def golden_tokens(self, height: int, width: int) -> int:
+        factor, limits = self.pixel_config.patching.factor, self.golden_options
+        new = SmartResize(factor).sides_of(height, width, limits[MIN_PIXELS], limits[MAX_PIXELS])
+        return math.prod(new) // factor**2
+
+    def hub_files(self) -> HubFiles:
+        """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
+        pixels, processor = dataclasses.asdict(self.pixel_config), f"{self.hub_names}Processor"
+        limits = pixels.pop(MIN_PIXELS), pixels.pop(MAX_PIXELS)
+        dropped = ("auto_map", "text_config", "vision_config", "transformers.js_config")
+        sections = self.hub_sections()
+        return HubFiles(
+            config={
+                **{key: value for key, value in self.raw.items() if key not in dropped},
+                **dataclasses.asdict(self.config),
+                "eos_token_id": list(self.settings.stop_token_ids),
+                "pad_token_id": self.settings.pad_token_id,
+                **{key: without_sampling(section) for key, section in sections.items()},
+            },
+            preprocessor_config={
+                "image_processor_type": "Qwen2VLImageProcessor",
+                "processor_class": processor,
+                "do_convert_rgb": True,
+                "do_resize": True,
+                "do_rescale": True,
+                "do_normalize": True,
+                **{key: _listed(value) for key, value in pixels.items()},
+                MIN_PIXELS: limits[0],
+                MAX_PIXELS: limits[1],
+                "size": dict(zip(("shortest_edge", "longest_edge"), limits, strict=True)),
+            },
+            processor_config={"processor_class": processor},
+            generation_config=self.settings.hub_config(self.generation.max_new_tokens),
+            chat_template=self.chat_template,
+            new_tokens=(),
+            pipeline_tag="image-text-to-text",
+            description="a vision-language model",
+        )
+
+    def hub_sections(self) -> dict[str, dict[str, Any]]:
+        """vision_config and text_config, with every size that a client may read."""
+        text, vision = dataclasses.asdict(self.text), dataclasses.asdict(self.vision)
+        text = {key: value for key, value in text.items() if key not in self.text.of_the_kind}
+        text |= {"head_dim": self.text.head_size, "num_key_value_heads": self.text.kv_heads}
+        raw = {"vision": self.raw.get("vision_config") or {}, "text": self.text_section(self.raw)}
+        del text["rope_theta"], vision["rope_theta"]  # rope_parameters or rope_scaling stand in raw
+        known = {"vision": vision, "text": text}
+        return {
+            f"{part}_config": {
+                **raw[part],
+                "model_type": f"{self.model_types[0]}_{part}",
+                **{key: _listed(value) for key, value in known[part].items()},
+            }
+            for part in ("vision", "text")
+        }
+
+
+def _listed(value: Any) -> Any:
+    """A tuple as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def plain_name(key: str) -> str:
+    """The name of a tensor in transformers 4: `model.visual.x` is `visual.x`."""
+    for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if key.startswith(new):
+            return old + key.removeprefix(new)
+    return key
