@@ -118,6 +118,6 @@ def test_a_text_after_the_picture(folders: tuple[Path, Path], example: ModuleTyp
         features = reference.vision_features(reference.pixels(image))
         ids = np.concatenate([reference.image_ids(image), words])
         made = reference.generate(
-            reference.embeds(ids, features), bundle.manifest.generation.max_new_tokens
+            reference.embeds(ids, features), bundle.manifest.generation.max_new_tokens, ids
         )
         assert captioner.generate(image, text) == made.tokens.tolist(), path.name

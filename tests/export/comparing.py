@@ -34,6 +34,6 @@ def first_logits(bundle: Path, precision: str = "fp32") -> np.ndarray:
     features = components.encode_image(processed.inputs)
     token = components.manifest.prompt.image_token_id
     embeds = merge_image_features(components.embed(ids[None])[0], ids, features, token)
-    ones, positions = np.ones((1, len(ids)), np.int64), components.position_ids(ids)[None]
+    ones, positions = np.ones((1, len(ids)), np.int64), components.position_ids(ids).ids[None]
     logits, _ = components.decode(embeds[None], ones, positions)
     return logits[0]

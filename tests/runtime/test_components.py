@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime import toy
-from vlmport.bundle import Bundle, Variant
+from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, DeviceError, ImageError, OptionError, PromptError
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.decoder import Decoder
@@ -125,13 +123,10 @@ def test_embedding(components: Components):
         components.embed(np.array([[1, 999]]))
 
 
-def test_positions_count_from_zero(components: Components, bundle: Bundle):
-    assert components.position_ids(np.array([5, 6, 7])).tolist() == [0, 1, 2]
-    graphs = {**bundle.manifest.components, "position_ids": {"any": Variant("onnx/p.onnx")}}
-    manifest = dataclasses.replace(bundle.manifest, components=graphs)
-    theirs = Components(Bundle(bundle.folder, manifest), {}, components.device)
-    with pytest.raises(BundleError, match=r"position_ids\.onnx"):
-        theirs.position_ids(np.array([5]))
+def test_positions_count_from_zero(components: Components):
+    found = components.position_ids(np.array([5, 6, 7]))
+    assert (found.ids.tolist(), found.offset) == ([0, 1, 2], 0)
+    assert components.position_inputs == frozenset()
 
 
 def test_the_plain_form_grows_and_equals_a_full_pass(components: Components):

@@ -151,7 +151,7 @@ def test_feature_memory_is_bounded(vlm: VLM):
     assert vlm.features.misses == misses + 3
 
 
-def test_what_is_small_or_not_for_the_encoder_is_kept(vlm: VLM, monkeypatch: pytest.MonkeyPatch):
+def test_of_a_picture_only_what_positions_need_is_kept(vlm: VLM, monkeypatch: pytest.MonkeyPatch):
     """Pixels go once there are features; a grid, from which positions follow, stays."""
     process = vlm.components.process_image
     grid, mask = np.array([[1, 3, 4]]), np.zeros(5000, bool)
@@ -163,17 +163,15 @@ def test_what_is_small_or_not_for_the_encoder_is_kept(vlm: VLM, monkeypatch: pyt
         )
 
     monkeypatch.setattr(vlm.components, "process_image", with_grid)
+    monkeypatch.setattr(Components, "position_inputs", frozenset({"grid"}))
     picture = vlm.features.process(toy.picture())
     assert set(picture.inputs) == {"patches", "grid", "mask"}
     vlm.features.encoded(picture)
     kept = vlm.features.process(toy.picture())
-    assert set(kept.inputs) == {"grid", "mask"}
-    assert vlm.features.nbytes == kept.nbytes == 12 * toy.HIDDEN * 4 + 14 * 8 + 24 + 5000
+    assert set(kept.inputs) == {"grid"}
+    assert vlm.features.nbytes == kept.nbytes == 12 * toy.HIDDEN * 4 + 14 * 8 + 24
     vlm.features.encoded(kept)
     assert vlm.features.nbytes == kept.nbytes
-    monkeypatch.setattr("vlmport.runtime.features.SMALL", 1 << 20)
-    vlm.features.encoded(vlm.features.process(toy.picture(1)))
-    assert "patches" in vlm.features.process(toy.picture(1)).inputs
 
 
 def test_image_features_need_not_fit_together(vlm: VLM):

@@ -33,8 +33,8 @@ def expected(bundle: Bundle):
 
 
 def test_recording(components: Components, expected):
-    ids, embeds = golden_prompt(components, GOLDEN)
-    assert len(ids) == GOLDEN.prefill_tokens == 70
+    embeds = golden_prompt(components, GOLDEN).embeds
+    assert len(embeds) == GOLDEN.prefill_tokens == 70
     assert list(expected.tokens) == toy.reference_greedy(WEIGHTS, embeds, 16)
     first = toy.reference_logits(WEIGHTS, embeds)[-1]
     np.testing.assert_allclose(expected.logits, first[list(expected.logit_ids)], atol=2e-3)

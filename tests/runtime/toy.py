@@ -39,6 +39,7 @@ VOCAB, IMAGE, START, END = 113, 113, 114, 115  # the head knows the first 113 id
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 4, 2, 8, 24
 PATCH = 4
 THETA = 10000.0
+FIXED = ("image_processor", "position_ids")
 CONTEXT = 200
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}:"
@@ -78,11 +79,14 @@ class Weights:
         return self.tensors[name]
 
 
-def reference_logits(weights: Weights, embeds: np.ndarray) -> np.ndarray:
+def reference_logits(
+    weights: Weights, embeds: np.ndarray, positions: np.ndarray | None = None
+) -> np.ndarray:
     """All logits [S, V] of one row, in float64, without a cache."""
     x = embeds.astype("f8")
     S = len(x)
-    angle = np.arange(S)[:, None] / THETA ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    where = np.arange(S) if positions is None else positions
+    angle = where[:, None] / THETA ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
 
     def heads(y: np.ndarray, rotate: bool) -> np.ndarray:
@@ -133,6 +137,8 @@ def write_bundle(
         "embed_tokens": embed_tokens(weights),
         "decoder_model_merged": decoder(weights, positions_rank, cache_dtype),
     }
+    if positions_rank == 3:
+        models["position_ids"] = position_ids()
     for name, model in models.items():
         onnx.checker.check_model(model)
         onnx.save(model, folder / "onnx" / f"{name}.onnx")
@@ -141,7 +147,7 @@ def write_bundle(
     tokenizer.add_special_tokens(["<image>", "<start>", "<end>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"chat_template": TEMPLATE})
-    one = {name: {"any": Variant(f"onnx/{name}.onnx")} for name in ("image_processor",)}
+    one = {name: {"any": Variant(f"onnx/{name}.onnx")} for name in FIXED if name in models}
     rest = {name: {"fp32": Variant(f"onnx/{name}.onnx")} for name in models if name not in one}
     manifest = Manifest(
         producer="test",
@@ -240,6 +246,35 @@ def embed_tokens(weights: Weights) -> onnx.ModelProto:
         [value("inputs_embeds", T.FLOAT, [*dims, HIDDEN])],
         {"embed": weights["embed"]},
     )
+
+
+def position_ids() -> onnx.ModelProto:
+    """All tokens of a picture stand where the text after it begins. No mask is asked for."""
+    nodes = [
+        h.make_node("Equal", ["input_ids", "image_id"], ["is_image"]),
+        h.make_node("Where", ["is_image", "zero", "one"], ["steps"]),
+        h.make_node("CumSum", ["steps", "one"], ["before"], exclusive=1),
+        h.make_node("Shape", ["input_ids"], ["shape"]),
+        h.make_node("Concat", ["three", "shape"], ["shape3"], axis=0),
+        h.make_node("Expand", ["before", "shape3"], ["position_ids"]),
+        h.make_node("ReduceSum", ["steps", "axis"], ["text"], keepdims=1),
+        h.make_node("Slice", ["shape", "axis", "two"], ["count"]),
+        h.make_node("Sub", ["text", "count"], ["rope_delta"]),
+    ]
+    dims = ["batch_size", "sequence_length"]
+    constants = {
+        "image_id": np.array(IMAGE),
+        "zero": np.array(0),
+        "one": np.array(1),
+        "axis": np.array([1]),
+        "two": np.array([2]),
+        "three": np.array([3]),
+    }
+    outputs = [
+        value("position_ids", T.INT64, [3, *dims]),
+        value("rope_delta", T.INT64, ["batch_size", 1]),
+    ]
+    return model(nodes, [value("input_ids", T.INT64, dims)], outputs, constants)
 
 
 def decoder(

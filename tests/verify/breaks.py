@@ -167,7 +167,12 @@ BUNDLE: list[tuple[str, Callable[[Bundle, str], Bundle]]] = [
 
 def shifted_positions(patch: pytest.MonkeyPatch, prompt_tokens: int) -> None:
     plain = Components.position_ids
-    patch.setattr(Components, "position_ids", lambda *a, **k: plain(*a, **k) + 1)
+
+    def shifted(*args, **options):
+        positions = plain(*args, **options)
+        return dataclasses.replace(positions, ids=positions.ids + 1)
+
+    patch.setattr(Components, "position_ids", shifted)
 
 
 def positions_of_steps_that_restart(patch: pytest.MonkeyPatch, prompt_tokens: int) -> None:

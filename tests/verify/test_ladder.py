@@ -273,6 +273,6 @@ def test_stop_is_told_from_another_token(tiny: Case, broken: Bundle) -> None:
 def test_a_reference_that_contradicts_itself(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its generate counts positions itself: those that the ladder uses must be the same."""
     kind, plain = type(tiny.reference), type(tiny.reference).position_ids
-    monkeypatch.setattr(kind, "position_ids", lambda self, ids: plain(self, ids) // 2)
+    monkeypatch.setattr(kind, "position_ids", lambda self, *a: plain(self, *a) // 2)
     with pytest.raises(VerificationError, match="the reference contradicts itself"):
         Truth.of(tiny.reference, tiny.request, 4, tiny.bundle.manifest.prompt.image_token_id)

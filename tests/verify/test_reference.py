@@ -128,7 +128,7 @@ def test_generate_agrees_with_a_full_pass_and_stops(reference: Reference) -> Non
     ids = reference.image_ids(image)
     features = reference.vision_features(reference.pixels(image))
     embeds = reference.embeds(ids, features)
-    made = reference.generate(embeds, 6)
+    made = reference.generate(embeds, 6, ids)
     assert len(made.tokens) == 6
     assert made.tokens.tolist() == made.logits.argmax(-1).tolist()
     whole = np.concatenate([ids, made.tokens[:-1]])
@@ -137,7 +137,7 @@ def test_generate_agrees_with_a_full_pass_and_stops(reference: Reference) -> Non
 
     reference.stop_token_ids = (int(made.tokens[0]),)
     try:
-        assert reference.generate(embeds, 6).tokens.tolist() == made.tokens[:1].tolist()
+        assert reference.generate(embeds, 6, ids).tokens.tolist() == made.tokens[:1].tolist()
     finally:
         reference.stop_token_ids = (0,)
 

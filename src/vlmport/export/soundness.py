@@ -83,16 +83,15 @@ def _hub_feeds(bundle: Bundle, precision: str) -> Feeds:
     golden = bundle.manifest.golden
     components = Components.open(bundle, precision=precision)
     vision = components.process_image(golden_image(golden), golden.options).inputs
-    ids, embeds = golden_prompt(components, golden)
-    positions = _with_batch(components.position_ids(ids), _positions_rank(bundle, precision))
+    prompt = golden_prompt(components, golden)
     components.close()  # the wide graphs take their place in memory
     yield VISION, vision
     yield (
         DECODER,
         {
-            "inputs_embeds": embeds[None],
-            "attention_mask": np.ones((1, len(ids)), np.int64),
-            "position_ids": positions,
+            "inputs_embeds": prompt.embeds[None],
+            "attention_mask": np.ones((1, len(prompt.ids)), np.int64),
+            "position_ids": prompt.positions.ids[..., None, :],
             "num_logits_to_keep": np.array(0, np.int64),
         },
     )
@@ -110,22 +109,6 @@ def _four_files_feeds(bundle: Bundle, precision: str) -> Feeds:
     yield PROJECTION, {"vision_hidden_states": files.encode(pixels).hidden[None]}
     prefix, none = golden_prefix(files, golden), np.zeros((1, 0), np.int64)
     yield BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
-
-
-def _positions_rank(bundle: Bundle, precision: str) -> int:
-    """How many axes the decoder's position ids have, without opening a session."""
-    from vlmport.runtime.components import DECODER
-
-    graph = ir.load(bundle.path(bundle.variant(DECODER, precision).model)).graph
-    ranks = {one.name: len(one.shape) for one in graph.inputs if one.shape is not None}
-    return ranks.get("position_ids", 2)
-
-
-def _with_batch(positions: np.ndarray, rank: int) -> np.ndarray:
-    """[S] or [3, S] → [1, S] or, where the decoder wants three axes, [3, 1, S]."""
-    if rank == 3:
-        positions = np.broadcast_to(positions, (3, positions.shape[-1]))
-    return np.expand_dims(positions, rank - 2)
 
 
 def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:

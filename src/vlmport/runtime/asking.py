@@ -171,6 +171,7 @@ class Asker:
         for picture, count in zip(encoded, counts, strict=True):
             features.append(picture.rows[known:])
             known = max(0, known - count)
+        positions = self.components.position_ids(ids, [picture.inputs for picture in encoded])
         seconds = time.perf_counter() - start
         stops, grammar = decoding.stops, decoding.grammar
         request = new_request(
@@ -178,7 +179,8 @@ class Asker:
             self._embed(ids[shared:], features),
             decoding.options,
             prompt_ids=ids,
-            positions=self.components.position_ids(ids)[..., shared:],
+            positions=positions.ids[..., shared:],
+            offset=positions.offset,
             prefix=held.row.first(shared) if held is not None and shared else None,
             is_stopped=stops.ends if stops else None,
             mask=grammar.fresh().mask if grammar else None,

@@ -20,6 +20,7 @@ from vlmport.layouts import HUB
 from vlmport.precisions import precision_name
 from vlmport.runtime.decoder import Decoder, scales_by_call
 from vlmport.runtime.options import whole_number
+from vlmport.runtime.positions import AGAIN, Positions, computed, counted, picture_inputs
 from vlmport.runtime.refusals import refusal
 from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
 
@@ -108,19 +109,20 @@ class Components:
         return self._sessions[component]
 
     @property
-    def vision_inputs(self) -> frozenset[str]:
-        """The inputs of the vision encoder."""
-        return frozenset(one.name for one in self.session(VISION).get_inputs())
-
-    @property
     def decoder(self) -> Decoder:
         """The decoder's session with its cache names paired."""
         if self._decoder is None:
             session = self.session(DECODER)
             path = self.bundle.path(self.bundle.variant(DECODER, self.choice[DECODER]).model)
-            self._decoder = Decoder.of(
+            decoder = Decoder.of(
                 session, self.manifest.cache, DECODER, row_by_row=scales_by_call(path)
             )
+            if decoder.positions_rank == 3 and POSITIONS not in self.manifest.components:
+                raise BundleError(
+                    f"{DECODER}: takes positions on three axes, which no component gives",
+                    hint=AGAIN,
+                )
+            self._decoder = decoder
         return self._decoder
 
     def release(self, component: str) -> None:
@@ -207,18 +209,28 @@ class Components:
                 hint="does the tokenizer belong to this bundle?",
             ) from error
 
-    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int64[np.ndarray, "... S"]:
-        """Positions of a prompt's tokens: 0, 1, …
+    def position_ids(
+        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
+    ) -> Positions:
+        """Where a prompt's tokens stand: 0, 1, …, or what the bundle's graph for it says.
 
-        A bundle with a graph of its own for this (pictures with positions in height and width)
-        is refused here for now. Raises BundleError.
+        Args:
+            ids: of the whole prompt, pictures' ids included.
+            pictures: what the image processor gave for each picture, in the order of their ids.
+
+        Raises BundleError for a graph that can't be served, PromptError where it refuses these
+        pictures.
         """
-        if POSITIONS in self.manifest.components:
-            raise BundleError(
-                f"this bundle computes its positions by {POSITIONS}.onnx",
-                hint="this version of vlmport can't run it",
-            )
-        return np.arange(len(ids), dtype=np.int64)
+        if POSITIONS not in self.manifest.components:
+            return counted(ids)
+        return computed(self.session(POSITIONS), ids, pictures, POSITIONS)
+
+    @property
+    def position_inputs(self) -> frozenset[str]:
+        """What positions are computed from, of what the image processor gives."""
+        if POSITIONS not in self.manifest.components:
+            return frozenset()
+        return frozenset(picture_inputs(self.session(POSITIONS)))
 
     def decode(
         self,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8
 
 MAX_BYTES = 256 * 1024 * 1024
-SMALL = 1024  # bytes: pixels are larger, the sizes of a picture's grid are not
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Picture:
     """A picture whose place in the prompt is known.
 
     Attributes:
-        inputs: what the image processor gave. Once there are features, pixels are dropped: what
-            is left is small, or not for the vision encoder (a grid, for the positions).
+        inputs: what the image processor gave; once there are features, only what positions are
+            computed from.
     """
 
     key: bytes
@@ -84,12 +83,8 @@ class FeatureCache:
             return picture
         self.misses += 1
         features = self.components.encode_image(picture.inputs)
-        encoded = self.components.vision_inputs
-        left = {
-            name: value
-            for name, value in picture.inputs.items()
-            if name not in encoded or value.nbytes <= SMALL
-        }
+        needed = self.components.position_inputs
+        left = {name: value for name, value in picture.inputs.items() if name in needed}
         picture = Picture(picture.key, picture.prompt_ids, left, features)
         self._keep(picture)
         return picture

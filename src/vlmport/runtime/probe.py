@@ -19,6 +19,7 @@ from vlmport.layouts import HUB
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import VISION, Components, merge_image_features
 from vlmport.runtime.four_files import FourFiles
+from vlmport.runtime.positions import Positions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Int64, UInt8
@@ -92,20 +93,26 @@ def golden_image(golden: Golden) -> UInt8[np.ndarray, "H W 3"]:
         ) from error
 
 
-def golden_prompt(
-    components: Components, golden: Golden
-) -> tuple[Int64[np.ndarray, " S"], Float[np.ndarray, "S D"]]:
-    """Ids and embeddings of the picture, `copies` times, with nothing round it.
+@dataclass(frozen=True)
+class GoldenPrompt:
+    """The picture's ids, `copies` times, with nothing round them; its features among them."""
 
-    Raises BundleError where that is longer than the context.
-    """
+    ids: Int64[np.ndarray, " S"]
+    embeds: Float[np.ndarray, "S D"]
+    positions: Positions
+
+
+def golden_prompt(components: Components, golden: Golden) -> GoldenPrompt:
+    """Make the golden prompt. Raises BundleError where it is longer than the context."""
     processed = components.process_image(golden_image(golden), golden.options)
     _check_fits(components, golden.copies * len(processed.prompt_ids))
     features = components.encode_image(processed.inputs)
     ids = np.tile(processed.prompt_ids, golden.copies)
     token = components.manifest.prompt.image_token_id
     embeds = components.embed(ids[None])[0]
-    return ids, merge_image_features(embeds, ids, np.tile(features, (golden.copies, 1)), token)
+    embeds = merge_image_features(embeds, ids, np.tile(features, (golden.copies, 1)), token)
+    positions = components.position_ids(ids, [processed.inputs] * golden.copies)
+    return GoldenPrompt(ids, embeds, positions)
 
 
 def _check_fits(components: Components | FourFiles, tokens: int) -> None:
@@ -119,7 +126,8 @@ def _check_fits(components: Components | FourFiles, tokens: int) -> None:
 
 def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOKENS) -> GoldenRun:
     """Prefill the golden prompt and generate greedily, past any stop token, in a watched cache."""
-    ids, embeds = golden_prompt(components, golden)
+    prompt = golden_prompt(components, golden)
+    ids = prompt.ids
     components.release(VISION)  # the decoder takes its place in memory
     faults = []
     if len(ids) != golden.prefill_tokens:
@@ -130,7 +138,8 @@ def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOK
     for buffer in cache.buffers:
         buffer.fill(UNTOUCHED)
     watch = CacheWatch(cache)
-    logits = [cache.prefill(0, embeds)[-1].copy()]
+    cache.offsets[0] = prompt.positions.offset
+    logits = [cache.prefill(0, prompt.embeds, prompt.positions.ids)[-1].copy()]
     faults += watch.changes(0, len(ids), "the prompt")
     tokens = [int(logits[0].argmax())]
     for step in range(1, new_tokens):

@@ -103,6 +103,7 @@ def new_request(
     *,
     prompt_ids: Int64[np.ndarray, " S"] | None = None,
     positions: Int64[np.ndarray, "... S"] | None = None,
+    offset: int = 0,
     prefix: KeptRow | None = None,
     is_stopped: IsStopped | None = None,
     mask: Mask | None = None,
@@ -112,6 +113,7 @@ def new_request(
     Args:
         prompt_ids: of the whole prompt, the prefix included; None where only embeddings are known:
             no processor sees a prompt then.
+        positions, offset: as in Request.
 
     Raises as `most_new_tokens` does, and OptionError for options that this prompt or these graphs
     can't serve.
@@ -138,9 +140,7 @@ def new_request(
         odd = {token for token in ids if token >= vocab_size}
         until = odd | {*generation.stop_token_ids, components.manifest.prompt.image_token_id}
         lookup = Lookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size, until)
-    return Request(
-        embeds, search, most, positions, prompt_ids=prompt_ids, lookup=lookup, prefix=prefix
-    )
+    return Request(embeds, search, most, positions, offset, prompt_ids, lookup, prefix)
 
 
 def _refuse_lookup(components: Components) -> None:

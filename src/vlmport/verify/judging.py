@@ -102,7 +102,8 @@ class Judge:
             tokens, ended = tokens[: tokens.tolist().index(image) + 1], False
         ids = np.concatenate([self.truth.prompt_ids, tokens if ended else tokens[:-1]])
         embeds = self.reference.embeds(ids, self.truth.features)
-        logits = self.reference.logits(embeds, self.reference.position_ids(ids))
+        positions = self.reference.position_ids(ids, self.truth.pixels)
+        logits = self.reference.logits(embeds, positions)
         logits = logits[len(self.truth.prompt_ids) - 1 :]
         regret = metrics.regret(tokens, logits[: len(tokens)])
         return regret + metrics.end_regret(logits[-1], stops) if ended else regret

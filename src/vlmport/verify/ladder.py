@@ -132,15 +132,18 @@ class Ladder:
         }, None
 
     def _position_ids(self) -> Found:
-        """Of a prompt that ends with the picture, and of one with text after it. Decode steps
-        count on from the cache's lengths: the next rungs but one see that."""
+        """Of a prompt that ends with the picture, and of one with text after it; and where the
+        first new token stands. Steps count on from there: the next rungs but one see that."""
         truth, P = self.truth, len(self.truth.prompt_ids)
         with bundle_runs():
-            whole = self.components.position_ids(truth.ids)
-            prompt = self.components.position_ids(truth.prompt_ids)
-        wrong = metrics.unequal(whole, truth.position_ids)
-        wrong += metrics.unequal(prompt, truth.position_ids[..., :P])
-        return {"wrong": wrong}, None
+            whole = self.components.position_ids(truth.ids, truth.pixels)
+            prompt = self.components.position_ids(truth.prompt_ids, truth.pixels)
+        wrong = metrics.unequal(whole.ids, truth.position_ids)
+        wrong += metrics.unequal(prompt.ids, truth.position_ids[..., :P])
+        if prompt.offset == truth.offset:
+            return {"wrong": wrong}, None
+        detail = f"the next position is {P + prompt.offset}, expected {P + truth.offset}"
+        return {"wrong": wrong + 1}, detail
 
     def _first_logits(self) -> Found:
         """One pass without a cache. KL and agreement where a token is predicted: at the prompt's
@@ -191,6 +194,7 @@ class Ladder:
         truth, P, S = self.truth, len(self.truth.prompt_ids), len(self.truth.ids)
         limit = self.components.manifest.dims.context_length
         cache = KeyValueCache(self.components.decoder, rows=3, capacity=P + 1, limit=limit)
+        cache.offsets[1] = truth.offset
         cache.prefill(0, truth.embeds[: (P + 1) // 2])
         cache.prefill(2, truth.embeds[:P])
         parts = []
@@ -211,6 +215,7 @@ class Ladder:
                 self.truth.embeds[:P],
                 GenerationOptions(max_new_tokens=self.max_new_tokens),
                 positions=self.truth.position_ids[..., :P],
+                offset=self.truth.offset,
             )
             Generation(self.components, [request]).run()
         return self._judge.stops(request.tokens)

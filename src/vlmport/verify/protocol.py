@@ -85,18 +85,35 @@ class Reference(Protocol):
         """Embeddings of the ids, the features written over the image tokens' rows."""
         ...
 
-    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
-        """The decoder's positions of a sequence from its start."""
+    def position_ids(
+        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
+    ) -> Int[np.ndarray, "... S"]:
+        """The decoder's positions of a sequence from its start, [S] or [3, S].
+
+        Args:
+            pictures: what `pixels` gave for each picture, in the order of their ids.
+        """
         ...
 
     def logits(
-        self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, " S"]
+        self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, "... S"]
     ) -> Float[np.ndarray, "S V"]:
         """One pass over the whole sequence, without a cache."""
         ...
 
-    def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
-        """Greedy decoding by Hugging Face's `generate`, with its cache."""
+    def generate(
+        self,
+        embeds: Float[np.ndarray, "S D"],
+        max_new_tokens: int,
+        ids: Int[np.ndarray, " S"],
+        pictures: Sequence[Mapping[str, np.ndarray]] = (),
+    ) -> Generated:
+        """Greedy decoding by Hugging Face's `generate`, with its cache.
+
+        Args:
+            ids, pictures: what the embeddings were made of, as in `position_ids`: for a model that
+                counts its positions from them.
+        """
         ...
 
 

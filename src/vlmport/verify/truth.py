@@ -40,6 +40,7 @@ class Truth:
             is not known, since that can't be fed back.
         ids: prompt_ids and all new tokens but the last, which is never fed back.
         embeds, position_ids, logits: of ids.
+        offset: what the position after the prompt is beyond the number of its tokens.
     """
 
     pictures: tuple[PictureTruth, ...]
@@ -50,6 +51,7 @@ class Truth:
     embeds: Float[np.ndarray, "S D"]
     position_ids: Int[np.ndarray, "... S"]
     logits: Float[np.ndarray, "S V"]
+    offset: int = 0
     is_cut: bool = False
 
     @classmethod
@@ -62,18 +64,30 @@ class Truth:
         """
         pictures = tuple(_picture(reference, image, request.options) for image in request.images)
         prompt_ids = reference.prompt_ids(request)
-        none = np.zeros((0, reference.dims["hidden_size"]), np.float32)
-        features = np.concatenate([none, *(picture.features for picture in pictures)])
-        made = reference.generate(reference.embeds(prompt_ids, features), max_new_tokens)
+        pixels = [picture.pixels for picture in pictures]
+        features = np.zeros((0, reference.dims["hidden_size"]), np.float32)
+        if pictures:  # which may be wider than that
+            features = np.concatenate([picture.features for picture in pictures])
+        embeds = reference.embeds(prompt_ids, features)
+        made = reference.generate(embeds, max_new_tokens, prompt_ids, pixels)
         is_cut = image_token_id in made.tokens
         if is_cut:
             end = made.tokens.tolist().index(image_token_id) + 1
             made = Generated(made.tokens[:end], made.logits[:end])
         ids = np.concatenate([prompt_ids, made.tokens[:-1]])
-        embeds, positions = reference.embeds(ids, features), reference.position_ids(ids)
+        embeds, positions = reference.embeds(ids, features), reference.position_ids(ids, pixels)
         logits = reference.logits(embeds, positions)
         _check_positions(made, logits[len(prompt_ids) - 1 :])
-        return cls(pictures, prompt_ids, features, made, ids, embeds, positions, logits, is_cut)
+        after = np.append(prompt_ids, reference.stop_token_ids[:1])
+        offset = int(reference.position_ids(after, pixels)[..., -1].max()) - len(prompt_ids)
+        return cls(
+            pictures, prompt_ids, features, made, ids, embeds, positions, logits, offset, is_cut
+        )
+
+    @property
+    def pixels(self) -> list[Mapping[str, np.ndarray]]:
+        """The vision encoder's inputs of each picture."""
+        return [picture.pixels for picture in self.pictures]
 
 
 def _picture(reference: Reference, image: Image.Image, options: Mapping[str, Any]) -> PictureTruth:

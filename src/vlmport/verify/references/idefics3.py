@@ -141,7 +141,9 @@ class Idefics3Reference:
         embeds[image] = features
         return embeds
 
-    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+    def position_ids(
+        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
+    ) -> Int[np.ndarray, " S"]:
         """0 … S-1, as a llama counts when nobody gives it positions."""
         return np.arange(len(ids), dtype=np.int64)
 
@@ -159,7 +161,13 @@ class Idefics3Reference:
         return output.logits[0].numpy()
 
     @quietly
-    def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
+    def generate(
+        self,
+        embeds: Float[np.ndarray, "S D"],
+        max_new_tokens: int,
+        ids: Int[np.ndarray, " S"],
+        pictures: Sequence[Mapping[str, np.ndarray]] = (),
+    ) -> Generated:
         """`generate(inputs_embeds=…)`, greedy; positions are left to it."""
         return generated(self.model, embeds, max_new_tokens, self.stop_token_ids)
 

@@ -129,7 +129,9 @@ class PrefixReference:
         embeds[image] = features
         return embeds
 
-    def position_ids(self, ids: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+    def position_ids(
+        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
+    ) -> Int[np.ndarray, " S"]:
         """0 … S-1, as a llama counts when nobody gives it positions."""
         return np.arange(len(ids), dtype=np.int64)
 
@@ -147,7 +149,13 @@ class PrefixReference:
         return output.logits[0].numpy()
 
     @quietly
-    def generate(self, embeds: Float[np.ndarray, "S D"], max_new_tokens: int) -> Generated:
+    def generate(
+        self,
+        embeds: Float[np.ndarray, "S D"],
+        max_new_tokens: int,
+        ids: Int[np.ndarray, " S"],
+        pictures: Sequence[Mapping[str, np.ndarray]] = (),
+    ) -> Generated:
         """`language_model.generate(inputs_embeds=…)`, greedy; positions are left to it."""
         model = self.model.language_model
         return generated(model, embeds, max_new_tokens, self.stop_token_ids)
