@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.graph.running import open_graph
@@ -55,6 +55,7 @@ def run(session: ort.InferenceSession, sizes: list[int]) -> tuple[np.ndarray, np
     return np.asarray(y), torch.cat(truth, dim=1).numpy()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5))
 def test_frames_do_not_see_each_other(session: ort.InferenceSession, sizes: list[int]) -> None:
     y, truth = run(session, sizes)
