@@ -216,12 +216,20 @@ class LlamaForCausalLM(nn.Module):
 
 
 def decoder_graph(
-    config: LlamaConfig, name: str = "", form: Format = FLOAT32, head: Format = FLOAT32
+    config: LlamaConfig,
+    name: str = "",
+    form: Format = FLOAT32,
+    head: Format = FLOAT32,
+    *,
+    last_only: bool = False,
 ) -> GraphBuilder:
     """decoder_model_merged: embeddings, mask, positions and cache → logits and cache.
 
     Embeddings and logits are float32 at every precision, as clients expect; the cache has the
     floats of the form.
+
+    Args:
+        last_only: logits of the last row, [B, 1, V], and no input that says of how many.
     """
     builder = new_graph("decoder_model_merged")
     op, dtype = builder.op, form.dtype
@@ -230,7 +238,10 @@ def decoder_graph(
     mask = builder.input("attention_mask", INT64, [rows, "total_sequence_length"])
     axes = [3] if config.mrope_section else []  # time, height, width
     positions = builder.input("position_ids", INT64, [*axes, rows, "sequence_length"])
-    keep = builder.input("num_logits_to_keep", INT64, [])
+    if last_only:
+        keep, num_logits = op.Constant(value_int=1), 1
+    else:
+        keep, num_logits = builder.input("num_logits_to_keep", INT64, []), "num_logits"
     cache = [rows, config.kv_heads, past_length, config.head_size]
     pasts: list[Past] = []
     for i in range(config.num_hidden_layers):
@@ -243,7 +254,7 @@ def decoder_graph(
     if dtype != FLOAT:
         logits = op.Cast(logits, to=FLOAT)
 
-    add_output(builder, logits, "logits", FLOAT, [rows, "num_logits", config.vocab_size])
+    add_output(builder, logits, "logits", FLOAT, [rows, num_logits, config.vocab_size])
     cache = [rows, config.kv_heads, "total_sequence_length", config.head_size]
     for i, (key, value) in enumerate(presents):
         add_output(builder, key, f"present.{i}.key", dtype, cache)
@@ -264,6 +275,13 @@ class TokenEmbedding(nn.Module):
         return self.embed_tokens(op, ids)
 
 
+def with_lanes(op: OpBuilder, embeds: ir.Value, config: LlamaConfig) -> ir.Value:
+    """[B, S, D] → [B, S, D·(1+n)], zeros in n lanes."""
+    if not config.deepstack_lanes:
+        return embeds
+    return op.Pad(embeds, [0, 0, 0, 0, 0, config.deepstack_lanes * config.hidden_size])
+
+
 def embed_graph(
     config: LlamaConfig, name: str = "", form: Format = FLOAT32, extra_rows: int = 0
 ) -> GraphBuilder:
@@ -272,8 +290,7 @@ def embed_graph(
     dims = ["batch_size", "sequence_length"]
     ids = builder.input("input_ids", INT64, dims)
     embeds = TokenEmbedding(config, name, form, extra_rows)(builder.op, ids)
-    if lanes := config.deepstack_lanes:
-        embeds = builder.op.Pad(embeds, [0, 0, 0, 0, 0, lanes * config.hidden_size])
+    embeds = with_lanes(builder.op, embeds, config)
     add_output(builder, embeds, "inputs_embeds", FLOAT, [*dims, config.embeds_size])
     return builder
 

@@ -106,11 +106,9 @@ class TokenDecoder:
     def __call__(
         self, op: OpBuilder, x: ir.Value, mask: ir.Value, positions: ir.Value, pasts: list[Past]
     ) -> tuple[ir.Value, list[Past]]:
-        """float32 logits of every row, and the cache."""
+        """Logits of every row in the decoder's own floats, and the cache."""
         step = Step(op, self.config, x, mask, positions, self.dtype)
-        keep = op.Constant(value_int=0)
-        logits, presents = self.model(op, cast(op, x, self.dtype), step, pasts, keep)
-        return (logits if self.dtype == FLOAT else op.Cast(logits, to=FLOAT)), presents
+        return self.model(op, cast(op, x, self.dtype), step, pasts, op.Constant(value_int=0))
 
     def add_outputs(
         self,
@@ -119,8 +117,12 @@ class TokenDecoder:
         presents: list[Past],
         dims: tuple[str, str, str],
     ) -> None:
-        """`dims`: what batch, rows of logits and length of the cache are called."""
+        """float32 logits, and the cache.
+
+        `dims`: what batch, rows of logits and length of the cache are called.
+        """
         config, (batch, rows, length) = self.config, dims
+        logits = logits if self.dtype == FLOAT else builder.op.Cast(logits, to=FLOAT)
         add_output(builder, logits, "logits", FLOAT, [batch, rows, config.vocab_size])
         cache = [batch, config.kv_heads, length, config.head_size]
         for i, (key, value) in enumerate(presents):
@@ -143,18 +145,18 @@ def prefix_init_graph(config: LlamaConfig, name: str, precision: Precision) -> G
     mask = op.Expand(op.Constant(value_ints=[1]), shape)
     length = op.Squeeze(op.Shape(x, start=1, end=2), [0])
     positions = op.Expand(op.Range(0, length, 1), shape)
-    empty = _empty_cache(op, x, config, decoder.dtype)
-    pasts = [(empty, empty)] * config.num_hidden_layers
+    pasts = empty_pasts(op, x, config, decoder.dtype)
     logits, presents = decoder(op, x, mask, positions, pasts)
     decoder.add_outputs(builder, logits, presents, (rows, "total_sequence", "total_sequence"))
     return builder
 
 
-def _empty_cache(op: OpBuilder, x: ir.Value, config: LlamaConfig, dtype: ir.DataType) -> ir.Value:
-    """[B, K, 0, head_dim]."""
+def empty_pasts(op: OpBuilder, x: ir.Value, config: LlamaConfig, dtype: ir.DataType) -> list[Past]:
+    """Caches of no position yet, [B, K, 0, head_dim], for x [B, …]."""
     sizes = [config.kv_heads], [0], [config.head_size]
     shape = op.Concat(op.Shape(x, start=0, end=1), *sizes, axis=0)
-    return cast(op, op.ConstantOfShape(shape, value=ir.tensor(np.zeros(1, np.float32))), dtype)
+    none = cast(op, op.ConstantOfShape(shape, value=ir.tensor(np.zeros(1, np.float32))), dtype)
+    return [(none, none)] * config.num_hidden_layers
 
 
 def language_model_graph(config: LlamaConfig, name: str, precision: Precision) -> GraphBuilder:
