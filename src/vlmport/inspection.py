@@ -164,16 +164,14 @@ def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     if not entries:
         yield "accuracy         not measured yet"
         return
-    from vlmport.evaluation.report import losses  # with it comes ONNX Runtime: slow to import
+    # With it comes ONNX Runtime, which is slow to import.
+    from vlmport.evaluation.report import counted, losses
 
     for entry in entries:
         passed = "within its limits" if entry["passed"] else "a limit is BROKEN"
         if not losses(entry["figures"], entry["limits"]):
             passed = "nothing compared with fp32"
-        yield (
-            f"accuracy         {entry['data']}, {entry['pictures']} pictures, {entry['device']}: "
-            f"{passed}"
-        )
+        yield f"accuracy         {entry['data']}, {counted(entry)}, {entry['device']}: {passed}"
         for precision, figures in entry["figures"].items():
             shown = ", ".join(f"{name} {points:.2f}" for name, points in figures.items())
             yield f"  {precision:<14} {shown}"

@@ -44,6 +44,12 @@ def evaluate(
             metavar="FILE",
         ),
     ] = None,
+    questions: Annotated[
+        bool,
+        typer.Option(
+            "--questions", help="Ask about drawn scenes, for models that were trained on such."
+        ),
+    ] = False,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +64,9 @@ def evaluate(
             help="Precisions, with commas, or one mix; by default all of the bundle.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many pictures.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many pictures or questions.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures captioned together.", min=1)] = 8,
     device: Device = "cpu",
     threads: Threads = None,
@@ -67,7 +75,7 @@ def evaluate(
         bool, typer.Option(help="Write the figures into the bundle and its model card.")
     ] = True,
 ) -> None:
-    """Measure the captions of a bundle, and what each precision lost to fp32."""
+    """Measure the captions or answers of a bundle, and what each precision lost to fp32."""
     from vlmport.evaluation import UnrecordedResultError
     from vlmport.evaluation import evaluate as measure
     from vlmport.source import resolve
@@ -92,6 +100,7 @@ def evaluate(
                 opened,
                 pictures,
                 captions=captions,
+                questions=questions,
                 metrics=metrics,
                 precisions=names or None,
                 limit=limit,

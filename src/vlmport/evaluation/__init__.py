@@ -1,6 +1,7 @@
-"""Measure how good a bundle's captions are, at each precision, and what rounding cost.
+"""Measure how good a bundle's captions or answers are, at each precision, and what rounding cost.
 
     report = evaluate("bundle")                      # the held-out scenes of `shapes`
+    report = evaluate("bundle", questions=True)      # questions about such scenes
     report = evaluate("bundle", "folder/of/photos")  # with captions.json or metadata.csv in it
     report.figures, report.passed
 
@@ -10,7 +11,7 @@ docs/evaluation.md says what is measured, and the rules.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,18 @@ from rich.console import Console
 
 from vlmport import __version__
 from vlmport.bundle import Bundle
-from vlmport.errors import BundleError, EvaluationError, VlmportError
-from vlmport.evaluation.examples import ExampleSet, captioned_pictures, drawn_scenes
+from vlmport.errors import BundleError, EvaluationError, ImageError, PromptError, VlmportError
+from vlmport.evaluation.examples import (
+    ExampleSet,
+    captioned_pictures,
+    drawn_questions,
+    drawn_scenes,
+)
 from vlmport.evaluation.report import Answers, Report, accuracy_markdown, limit_of
 from vlmport.evaluation.scores import Metric, parse_metrics
 from vlmport.precisions import ANY
 from vlmport.recording import write_result
-from vlmport.runtime.model import BATCH_SIZE, VLM
+from vlmport.runtime.model import BATCH_SIZE, VLM, Caption
 from vlmport.runtime.options import whole_number
 
 __all__ = ["Progress", "Report", "UnrecordedResultError", "accuracy_markdown", "evaluate"]
@@ -55,6 +61,7 @@ def evaluate(
     pictures: str | Path | None = None,
     *,
     captions: str | Path | None = None,
+    questions: bool = False,
     metrics: Sequence[str] | None = None,
     precisions: Sequence[str] | None = None,
     limit: int | None = None,
@@ -66,17 +73,19 @@ def evaluate(
     progress: Progress | None = None,
     on_precision: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Caption pictures at each precision, score the captions, and write the figures down.
+    """Caption pictures, or ask about them, at each precision; score what is said; write it down.
 
     Args:
         pictures: a folder of pictures with reference captions; None for the 1,000 held-out scenes
             that the built-in `shapes` is measured on.
         captions: the file of captions; None finds captions.json, metadata.csv or metadata.jsonl.
+        questions: ask the 1,000 held-out questions about scenes, for models trained on such.
         metrics: of exact_match, rouge_l, cider_d; by default exact_match for the scenes and
             rouge_l for pictures.
         precisions: names, 'auto' or mixes such as 'vision=q8,decoder=q4'; None for all that the
             whole bundle exists in.
-        limit: take the first so many pictures.
+        limit: take the first so many pictures, or questions.
+        batch_size: pictures captioned together; questions are asked one by one.
         record: write the figures into vlmport.json and the model card.
         console: where to print the table; None prints nothing.
         progress: called with (done, all, what is next), in captions.
@@ -93,6 +102,11 @@ def evaluate(
         raise EvaluationError(
             f"captions {captions} without pictures", hint="give the folder of the pictures too"
         )
+    if pictures is not None and questions:
+        raise EvaluationError(
+            f"questions about {pictures}: they are about drawn scenes only",
+            hint="leave out the pictures, or the questions",
+        )
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     whole_number("batch_size", batch_size, 1)
     default = "exact_match" if pictures is None else "rouge_l"
@@ -100,9 +114,10 @@ def evaluate(
     wanted = list(precisions or bundle.manifest.precisions)
     for name in wanted:
         bundle.manifest.choose(name, device.partition(":")[0])
-    data = (
-        drawn_scenes(limit) if pictures is None else captioned_pictures(pictures, captions, limit)
-    )
+    if pictures is not None:
+        data = captioned_pictures(pictures, captions, limit)
+    else:
+        data = drawn_questions(limit) if questions else drawn_scenes(limit)
     report = _empty(bundle, data, chosen, device)
     for number, name in enumerate(wanted):
         with VLM.open(bundle, precision=name, device=device, threads=threads) as model:
@@ -151,16 +166,14 @@ def _measured(
     data, (number, count) = report.data, turn
     texts: list[str | None] = []
     unreadable = dict(report.unreadable)
-    # Where the bundle's defaults draw tokens, a figure would be one of many.
-    results = model.caption_each(data.images(), batch_size=batch_size, do_sample=False)
-    for example, result in zip(data.examples, results, strict=True):
+    for example, result in zip(data.examples, _said(model, data, batch_size), strict=True):
         if progress is not None:
             progress(number * len(data) + len(texts), count * len(data), model.precision)
         if isinstance(result, VlmportError):
             unreadable[example.name] = str(result)
             texts.append(None)
         else:
-            texts.append(result.text)
+            texts.append(result.text.strip())  # many models begin with a space
         if not report.answers and len(texts) == min(ENOUGH_TO_TELL, len(data)):
             _check_it_knows_scenes(data, texts)
     if len(unreadable) == len(data):
@@ -176,12 +189,27 @@ def _measured(
     return dataclasses.replace(report, answers=answers, unreadable=unreadable, limits=limits)
 
 
+def _said(
+    model: VLM, data: ExampleSet, batch_size: int
+) -> Iterator[Caption | ImageError | PromptError]:
+    """What the model says, in order. Where the bundle's defaults draw tokens, a figure would be
+    one of many: nothing is drawn."""
+    if not data.asks:
+        yield from model.caption_each(data.images(), batch_size=batch_size, do_sample=False)
+        return
+    for example in data.examples:
+        parts = [{"type": "image"} for _ in example.sources]
+        asked = [*parts, {"type": "text", "text": example.question}]
+        yield model.generate([{"role": "user", "content": asked}], example.images, do_sample=False)
+
+
 def _check_it_knows_scenes(data: ExampleSet, texts: Sequence[str | None]) -> None:
     """Drawn scenes are for models trained on them: 0 % of any other means nothing."""
     right = zip(texts, data.examples, strict=False)
     if data.is_drawn and not any(text in example.references for text, example in right):
+        what = "answers" if data.asks else "captions"
         raise EvaluationError(
-            f"none of the first {len(texts)} captions is right: without pictures of your own, eval "
+            f"none of the first {len(texts)} {what} is right: without pictures of your own, eval "
             f"takes {data.name}, for models trained on such scenes",
             hint="vlmport eval BUNDLE FOLDER measures on pictures with captions of yours",
         )

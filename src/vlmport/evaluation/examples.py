@@ -1,4 +1,5 @@
-"""What a bundle is measured on: pictures, each with the captions that are right for it."""
+"""What a bundle is measured on: pictures with the captions that are right for them, or with a
+question and its answer."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmport.builtin.questions import held_out_questions
 from vlmport.builtin.scenes import Scene, caption, draw, held_out
 from vlmport.errors import EvaluationError, OptionError, some_names
 from vlmport.evaluation.captions import find_captions, read_captions
@@ -18,21 +20,28 @@ if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource
 
 SCENES = "held-out scenes of shapes"
+QUESTIONS = "held-out questions about shapes"
 SCENE_COUNT = 1000
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (a file, or a scene that is drawn when its turn comes) and its captions."""
+    """Pictures (files, or scenes that are drawn when their turn comes) and what is right to say.
+
+    Attributes:
+        references: any of them is right.
+        question: None where a caption of one picture is asked for.
+    """
 
     name: str
-    source: Path | Scene
+    sources: tuple[Path | Scene, ...]
     references: tuple[str, ...]
+    question: str | None = None
 
     @property
-    def image(self) -> ImageSource:
-        return draw(self.source) if isinstance(self.source, Scene) else self.source
+    def images(self) -> list[ImageSource]:
+        return [draw(one) if isinstance(one, Scene) else one for one in self.sources]
 
 
 @dataclass(frozen=True)
@@ -53,19 +62,31 @@ class ExampleSet:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether these are the scenes that only a model trained on them can caption."""
-        return isinstance(self.examples[0].source, Scene)
+        """Whether these are scenes, about which only a model trained on them says what is right."""
+        return isinstance(self.examples[0].sources[0], Scene)
+
+    @property
+    def asks(self) -> bool:
+        """Whether these are questions; captions otherwise."""
+        return self.examples[0].question is not None
 
     @functools.cached_property
     def sha256(self) -> str:
         """Of the files' bytes, names and captions: only where all are the same are figures of two
         runs compared. A scene follows from its name."""
-        listed = [[one.name, _bytes_of(one.source), *one.references] for one in self.examples]
+        listed = [
+            [one.name, *map(_bytes_of, one.sources), *_asked(one), *one.references]
+            for one in self.examples
+        ]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def images(self) -> Iterator[ImageSource]:
-        """One at a time, so that no more than a batch of scenes is in memory."""
-        return (example.image for example in self.examples)
+        """The picture of each caption, one at a time: no more than a batch is in memory."""
+        return (image for example in self.examples for image in example.images)
+
+
+def _asked(example: Example) -> list[str]:
+    return [] if example.question is None else [example.question]
 
 
 def _bytes_of(source: Path | Scene) -> str | None:
@@ -84,7 +105,20 @@ def drawn_scenes(limit: int | None = None) -> ExampleSet:
     scenes = held_out(min(_checked(limit) or SCENE_COUNT, SCENE_COUNT))
     return ExampleSet(
         SCENES,
-        tuple(Example(f"scene {n}", one, (caption(one),)) for n, one in enumerate(scenes)),
+        tuple(Example(f"scene {n}", (one,), (caption(one),)) for n, one in enumerate(scenes)),
+    )
+
+
+def drawn_questions(limit: int | None = None) -> ExampleSet:
+    """The first of the 1,000 held-out questions that the built-in models which answer are measured
+    on, every fourth about two pictures."""
+    asked = held_out_questions(min(_checked(limit) or SCENE_COUNT, SCENE_COUNT))
+    return ExampleSet(
+        QUESTIONS,
+        tuple(
+            Example(f"question {n}", tuple(scenes), (one.answer,), one.question)
+            for n, (one, scenes) in enumerate(asked)
+        ),
     )
 
 
@@ -117,7 +151,7 @@ def captioned_pictures(
             f"{file}: {len(bare)} pictures of the folder have no caption: {some_names(bare)}",
             hint="caption them or move them away; --captions FILE leaves them out",
         )
-    examples = [Example(name, folder / name, texts) for name, texts in listed.items()]
+    examples = [Example(name, (folder / name,), texts) for name, texts in listed.items()]
     return ExampleSet(folder.resolve().name, tuple(examples[:limit]), tuple(bare))
 
 

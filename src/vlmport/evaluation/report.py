@@ -101,14 +101,15 @@ class Report:
 
     @property
     def pictures(self) -> int:
-        """How many the figures are the mean of."""
-        return len(self.data) - len(self.unreadable)
+        """How many were shown and could be read."""
+        return sum(len(one.sources) for one in self.data.examples) - len(self.unreadable)
 
     def entry(self) -> dict[str, Any]:
         """As it stands in vlmport.json under `accuracy`."""
         return {
             "data": self.data.name,
             "pictures": self.pictures,
+            **({"questions": len(self.data)} if self.data.asks else {}),
             "sha256": self.data.sha256,
             "device": self.device,
             "by": self.by,
@@ -133,6 +134,7 @@ class Report:
         example = self.data.examples[number]
         return {
             "picture": example.name,
+            **({} if example.question is None else {"question": example.question}),
             "references": list(example.references),
             "captions": {name: one.captions[number] for name, one in self.answers.items()},
             "scores": {
@@ -143,7 +145,7 @@ class Report:
 
     def print(self, console: Console) -> None:
         """A row for each precision, and under it every loss that is past its limit."""
-        title = escape(f"{self.data.name}, {self.pictures:,} pictures, {self.device}")
+        title = escape(f"{self.data.name}, {counted(self.entry())}, {self.device}")
         heads = [metric.title for metric in self.metrics]
         table = Table("precision", *heads, "to fp32", "may lose", title=title, title_justify="left")
         for precision, figures in self.figures.items():
@@ -228,14 +230,21 @@ def accuracy_markdown(accuracy: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(_table(entry) for entry in accuracy)
 
 
+def counted(entry: Mapping[str, Any]) -> str:
+    """'1,000 pictures', or '1,000 questions about 1,250 pictures'."""
+    asked = f"{entry['questions']:,} questions about " if "questions" in entry else ""
+    return f"{asked}{entry['pictures']:,} pictures"
+
+
 def _table(entry: Mapping[str, Any]) -> str:
     figures, limits = entry["figures"], entry["limits"]
     names = list(dict.fromkeys(name for one in figures.values() for name in one))
     heads = [METRICS[name].title if name in METRICS else name for name in names]
     data = html.escape(entry["data"]).replace("|", "&#124;")
     lines = [
-        f"`vlmport eval` on {data}, {entry['pictures']:,} pictures, by {entry['by']} on "
-        f"{entry['device']}. Each figure is the mean over the pictures, times 100.",
+        f"`vlmport eval` on {data}, {counted(entry)}, by {entry['by']} on {entry['device']}. Each "
+        f"figure is the mean over the {'questions' if 'questions' in entry else 'pictures'}, times "
+        "100.",
         "",
         "| precision | " + " | ".join(heads) + " | may lose to fp32 |",
         "| --- |" + " ---: |" * len(heads) + " ---: |",
