@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmport.cli.answers import json_row
+from vlmport.cli.answers import json_row, stripped
 from vlmport.cli.app import app
 from vlmport.cli.arguments import (
     Adapter,
@@ -81,7 +81,8 @@ def _print_captions(
             print(json_row({"image": str(path)}, "caption", result), flush=True)
         else:
             for answer in (result, *result.alternatives):
-                print(f"{path}: {answer}" if len(paths) > 1 else answer, flush=True)
+                text = answer.text.strip()
+                print(f"{path}: {text}" if len(paths) > 1 else text, flush=True)
     return failure
 
 
@@ -96,7 +97,7 @@ def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> Vl
             failure = error
             continue
         print(f"{path}: " if len(paths) > 1 else "", end="")
-        for piece in pieces:
+        for piece in stripped(pieces):
             print(piece, end="", flush=True)
         print(flush=True)
     return failure
