@@ -41,7 +41,7 @@ SCALE = 2  # patches of a feature, along each side
 # Forms: one picture whole, one in tiles, two whole, two in tiles.
 EVEN = Diet(forms=(0.45, 0.25, 0.25, 0.05))
 LATE = Diet(
-    forms=(0.45, 0.20, 0.28, 0.07),
+    forms=(0.52, 0.13, 0.30, 0.05),
     kinds={"caption": 3.0, "color": 3.0, "beside": 3.0, "which": 3.0},
     growing=0.25,
 )
@@ -52,7 +52,7 @@ LESSONS: dict[str, tuple[Stage, Diet]] = {
     ),
     "join": (Stage(steps=300, batch_size=32, rate=2e-3), EVEN),
     "chat": (Stage(steps=1800, batch_size=32, rate=1e-3, tower_rate=3e-4), EVEN),
-    "again": (Stage(steps=5000, batch_size=32, rate=1e-3, tower_rate=3e-4), LATE),
+    "again": (Stage(steps=3500, batch_size=32, rate=1.5e-3, tower_rate=3e-4), LATE),
 }
 
 
