@@ -32,6 +32,27 @@ function serviceWorker(): Plugin {
   };
 }
 
+/** Puts browser/page/counted.ts around ONNX Runtime, so that tests can count its runs. */
+function countedRuntime(): Plugin {
+  const OURS = '\0counted:';
+  return {
+    name: 'counted-runtime',
+    enforce: 'pre',
+    resolveId(source, importer = '') {
+      const inside = source.startsWith('onnxruntime-web/') && !importer.startsWith(OURS);
+      return inside ? OURS + source : null;
+    },
+    load(id) {
+      if (!id.startsWith(OURS)) return null;
+      const source = JSON.stringify(id.slice(OURS.length));
+      return `import { InferenceSession as Real } from ${source};
+        import { counted } from ${JSON.stringify(here('browser/page/counted.ts'))};
+        export * from ${source};
+        export const InferenceSession = counted(Real);`;
+    },
+  };
+}
+
 /** One script that exports what the package does; its worker and ONNX Runtime lie beside it. */
 const entry = {
   input: { vlmport: here('dist/index.js') },
@@ -49,7 +70,7 @@ export default defineConfig(({ mode }) => {
     root: here(test ? 'browser/page' : 'demo'),
     base: './',
     resolve: { alias },
-    worker: { format: 'es' },
+    worker: { format: 'es', plugins: () => (test ? [countedRuntime()] : []) },
     plugins: test || standalone ? [] : [serviceWorker()],
     build: {
       outDir: here(

@@ -19,10 +19,42 @@ export interface Expected {
   readonly tiles: Readonly<
     Record<string, { tokens: number[]; text: string; count: number; imageTokens: number }>
   >;
+  /** Conversations with that model, precision by precision. */
+  readonly talks: Talks;
   /** What the image processor makes of the first picture of `captions`. */
   readonly pixelValues: { readonly dims: readonly number[]; readonly data: readonly number[] };
   /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
   readonly pixels: Readonly<Record<string, { width: number; height: number; sha256: string }>>;
+}
+
+export interface Told {
+  readonly tokens: number[];
+  readonly text: string;
+  readonly counts: Vlmport.Caption['counts'];
+}
+
+export interface Turn {
+  readonly question: string | null;
+  readonly pictures: readonly string[];
+}
+
+export interface Talks {
+  readonly system: string;
+  readonly maxNewTokens: number | null;
+  readonly said: Readonly<
+    Record<
+      string,
+      {
+        readonly turns: readonly (Turn & Told)[];
+        readonly alone: readonly (Turn & Told)[];
+        readonly messages: Told & {
+          readonly messages: Vlmport.Message[];
+          readonly pictures: readonly string[];
+          readonly imageOptions: Vlmport.ImageOptions;
+        };
+      }
+    >
+  >;
 }
 
 function setting(name: string): string {

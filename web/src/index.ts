@@ -1,9 +1,14 @@
 export { cachedModels, clearCache } from './bundle/store.js';
 export type { CachedModel } from './bundle/store.js';
+export { Caption } from './caption.js';
+export { Conversation } from './conversation.js';
+export type { ConversationOptions, QuestionOptions } from './conversation.js';
 export { VlmportError } from './errors.js';
 export type { ErrorCode } from './errors.js';
+export type { ImagePart, Message, TextPart } from './messages.js';
+export type { AnswerOptions, CaptionOptions, GenerateOptions, ImageOptions } from './options.js';
 export type { PictureSource, PixelValues, RawImage } from './picture.js';
 export { PrefixConditioningVLM } from './prefix.js';
 export type { Device, Progress } from './protocol.js';
-export { Caption, VLM } from './vlm.js';
-export type { CaptionOptions, VlmOptions } from './vlm.js';
+export { VLM } from './vlm.js';
+export type { VlmOptions } from './vlm.js';

@@ -1,9 +1,8 @@
 /** The page's end of the line to the worker. */
 
 import { VlmportError, firstLine } from './errors.js';
-import type { Reply, Request } from './protocol.js';
+import type { Reply, Request, Started } from './protocol.js';
 
-type Started = Exclude<Request, { type: 'abort' }>;
 type Unnumbered<T> = T extends { readonly id: number } ? Omit<T, 'id'> : never;
 type Event = Exclude<Reply, { type: 'failed' | 'aborted' }>;
 
@@ -69,7 +68,8 @@ export class Link {
     this.end(new VlmportError('WorkerError', 'this model was disposed', 'load it again'));
   }
 
-  private post(request: Request, transfer: Transferable[] = []): void {
+  /** Send what needs no answer. */
+  post(request: Request, transfer: Transferable[] = []): void {
     this.worker.postMessage(request, transfer);
   }
 

@@ -5,8 +5,9 @@
  */
 
 import { VlmportError } from './errors.js';
+import { checkCount, checkNames } from './options.js';
 import type { PictureSource } from './picture.js';
-import { VLM, checkCount, checkNames } from './vlm.js';
+import { VLM } from './vlm.js';
 
 const HUB_ID = /^[\w-][\w.-]*\/[\w-][\w.-]*$/;
 

@@ -1,5 +1,6 @@
 /** What page and worker say to each other. */
 
+import type { ImageOptions, Message } from './bundle/manifest.js';
 import type { PlainError } from './errors.js';
 
 export type Device = 'webgpu' | 'wasm';
@@ -42,6 +43,10 @@ export interface Info {
   readonly reason: string | null;
   /** What else a person may want to know: one thread only, nothing kept, … */
   readonly notes: readonly string[];
+  /** Whether its template takes words beside a picture. */
+  readonly takesQuestions: boolean;
+  /** What asks for a caption. */
+  readonly caption: readonly Message[];
 }
 
 export interface LoadOptions {
@@ -52,8 +57,21 @@ export interface LoadOptions {
   readonly wasmPaths: string | null;
 }
 
-export interface CaptionOptions {
+/** A picture of a prompt. A conversation knows it by a number; null: it has come before. */
+export interface NumberedPicture {
+  readonly number: number;
+  readonly picture: Picture | null;
+}
+
+/** A prompt, and how to answer it. */
+export interface Asked {
+  /** Checked; a part `{type: 'image'}` for each picture. */
+  readonly messages: readonly Message[];
+  readonly pictures: readonly NumberedPicture[];
+  readonly imageOptions: ImageOptions;
   readonly maxNewTokens: number | null;
+  /** Whose pictures and cache these are; null for none. */
+  readonly conversation: number | null;
 }
 
 /** Generated text; `toString()` of what the page gets gives it. */
@@ -66,6 +84,8 @@ export interface CaptionData {
   readonly timings: { readonly image: number; readonly prefill: number; readonly decode: number };
   readonly counts: {
     readonly promptTokens: number;
+    /** Those that a conversation had not to prefill again. */
+    readonly cachedTokens: number;
     readonly imageTokens: number;
     readonly newTokens: number;
   };
@@ -73,19 +93,32 @@ export interface CaptionData {
 
 export type Request =
   | { readonly type: 'load'; readonly id: number; readonly options: LoadOptions }
+  | { readonly type: 'answer'; readonly id: number; readonly asked: Asked }
+  // A picture for a question to come: read, cut and known by its number.
   | {
-      readonly type: 'caption';
+      readonly type: 'attach';
       readonly id: number;
-      readonly picture: Picture;
-      readonly options: CaptionOptions;
+      readonly conversation: number;
+      readonly picture: NumberedPicture;
+      readonly imageOptions: ImageOptions;
+    }
+  // Pictures of a conversation, all of it (null), or the features of what was seen of late.
+  | {
+      readonly type: 'forget';
+      readonly conversation: number | null;
+      readonly numbers: readonly number[] | null;
     }
   | { readonly type: 'abort'; readonly id: number };
+
+/** A request that is answered, and can be aborted. */
+export type Started = Exclude<Request, { readonly type: 'forget' | 'abort' }>;
 
 export type Reply =
   | { readonly type: 'progress'; readonly id: number; readonly progress: Progress }
   | { readonly type: 'loaded'; readonly id: number; readonly info: Info }
   | { readonly type: 'changed'; readonly id: number; readonly info: Info } // another device now
   | { readonly type: 'piece'; readonly id: number; readonly text: string }
-  | { readonly type: 'captioned'; readonly id: number; readonly caption: CaptionData }
+  | { readonly type: 'answered'; readonly id: number; readonly caption: CaptionData }
+  | { readonly type: 'attached'; readonly id: number }
   | { readonly type: 'failed'; readonly id: number; readonly error: PlainError }
   | { readonly type: 'aborted'; readonly id: number };

@@ -2,10 +2,21 @@
 
 import { wholeAddress } from './address.js';
 import { bundleAddress } from './bundle/store.js';
-import { VlmportError, didYouMean, firstLine } from './errors.js';
+import { type Caption, whole } from './caption.js';
+import { Conversation, type ConversationOptions } from './conversation.js';
+import { VlmportError, firstLine } from './errors.js';
 import { Link } from './link.js';
-import { type PictureSource, toPicture, transferOf } from './picture.js';
-import type { CaptionData, Device, Info, LoadOptions, Progress } from './protocol.js';
+import { type Message, checkMessages } from './messages.js';
+import { Model } from './model.js';
+import {
+  type CaptionOptions,
+  type GenerateOptions,
+  checkAnswerOptions,
+  checkCount,
+  checkNames,
+} from './options.js';
+import { type PictureSource, toPicture } from './picture.js';
+import type { Device, Info, LoadOptions, Progress } from './protocol.js';
 
 export interface VlmOptions {
   /** 'auto' takes WebGPU where it gives right results, else WebAssembly. */
@@ -20,46 +31,10 @@ export interface VlmOptions {
   wasmPaths?: string;
 }
 
-export interface CaptionOptions {
-  /** At most so many tokens; the bundle's default without it. */
-  maxNewTokens?: number;
-  signal?: AbortSignal;
-}
-
 const VLM_OPTIONS = ['device', 'precision', 'onProgress', 'signal', 'threads', 'wasmPaths'];
-const CAPTION_OPTIONS = ['maxNewTokens', 'signal'];
-
-/** Generated text; `String(caption)` gives it. */
-export class Caption implements CaptionData {
-  readonly text: string;
-  readonly tokenIds: readonly number[];
-  readonly stopReason: 'stop' | 'length';
-  readonly timings: CaptionData['timings'];
-  readonly counts: CaptionData['counts'];
-
-  constructor(data: CaptionData) {
-    this.text = data.text;
-    this.tokenIds = data.tokenIds;
-    this.stopReason = data.stopReason;
-    this.timings = data.timings;
-    this.counts = data.counts;
-  }
-
-  /** Tokens per second, the first left out: it is the prompt's. */
-  get tokensPerSecond(): number {
-    return this.timings.decode > 0 ? (this.counts.newTokens - 1) / this.timings.decode : 0;
-  }
-
-  toString(): string {
-    return this.text;
-  }
-}
 
 export class VLM {
-  private constructor(
-    private readonly link: Link,
-    private info: Info,
-  ) {}
+  private constructor(private readonly model: Model) {}
 
   /**
    * Load a bundle from its address, a folder with a vlmport.json.
@@ -83,7 +58,7 @@ export class VLM {
         },
         { signal: options.signal },
       );
-      return new VLM(link, info!);
+      return new VLM(new Model(link, info!));
     } catch (error) {
       link.close();
       throw error;
@@ -94,93 +69,107 @@ export class VLM {
 
   /** The model's name. */
   get name(): string {
-    return this.info.name;
+    return this.model.info.name;
   }
 
   get device(): Device {
-    return this.info.device;
+    return this.model.info.device;
   }
 
   /** The precision in use, or the mix. */
   get precision(): string {
-    return this.info.precision;
+    return this.model.info.precision;
   }
 
   get threads(): number {
-    return this.info.threads;
+    return this.model.info.threads;
   }
 
   /** Why this device and not another, in plain words; null where it is the one asked for. */
   get reason(): string | null {
-    return this.info.reason;
+    return this.model.info.reason;
   }
 
   /** What else a person may want to know: one thread only, nothing kept, … */
   get notes(): readonly string[] {
-    return this.info.notes;
+    return this.model.info.notes;
+  }
+
+  /** Whether the model answers questions; else it captions pictures and refuses words. */
+  get takesQuestions(): boolean {
+    return this.model.info.takesQuestions;
   }
 
   /** Caption one picture. Throws VlmportError, or the signal's reason. */
   async caption(image: PictureSource, options: CaptionOptions = {}): Promise<Caption> {
-    const pieces = this.stream(image, options);
-    for (;;) {
-      const next = await pieces.next();
-      if (next.done) return next.value;
-    }
+    return whole(this.stream(image, options));
   }
 
   /**
-   * The caption of a picture, piece by piece as it is made; the generator returns the whole.
+   * Answer messages. Each part `{ type: 'image' }` without a picture takes the next of `images`.
    *
-   * All pieces together are the text that `caption` gives. Leaving the loop ends the generation.
+   * Throws VlmportError, or the signal's reason.
    */
-  stream(image: PictureSource, options: CaptionOptions = {}): AsyncGenerator<string, Caption> {
-    checkCaptionOptions(options);
-    return this.pieces(image, options);
+  async generate(messages: readonly Message[], options: GenerateOptions = {}): Promise<Caption> {
+    checkMessages(messages, options.images); // one picture is no message, though `stream` takes it
+    return whole(this.stream(messages, options));
+  }
+
+  /**
+   * The caption of a picture, or the answer to messages, piece by piece as it is made; the generator
+   * returns the whole.
+   *
+   * All pieces together are the text that `caption` or `generate` gives. Leaving the loop ends the
+   * generation. What is wrong with the arguments is thrown here, not at the first piece.
+   */
+  stream(image: PictureSource, options?: CaptionOptions): AsyncGenerator<string, Caption>;
+  stream(messages: readonly Message[], options?: GenerateOptions): AsyncGenerator<string, Caption>;
+  stream(
+    asked: PictureSource | readonly Message[],
+    options: GenerateOptions = {},
+  ): AsyncGenerator<string, Caption> {
+    if (isMessages(asked)) {
+      checkAnswerOptions(options, ['imageOptions', 'images']);
+      return this.pieces(asked, options);
+    }
+    checkAnswerOptions(options, ['imageOptions']);
+    const caption = this.model.info.caption as readonly Message[];
+    return this.pieces(caption, { ...options, images: [asked] });
+  }
+
+  /** A conversation that begins with nothing but, perhaps, a system message. */
+  conversation(options: ConversationOptions = {}): Conversation {
+    return new Conversation(this.model, options);
+  }
+
+  /** Forget the features of the pictures that were seen of late; conversations keep theirs. */
+  forgetPictures(): void {
+    this.model.link.post({ type: 'forget', conversation: null, numbers: null });
   }
 
   /** End the worker and free all memory. What still runs fails with a WorkerError. */
   dispose(): void {
-    this.link.close();
+    this.model.link.close();
   }
 
-  private async *pieces(
-    image: PictureSource,
-    { maxNewTokens, signal }: CaptionOptions,
+  private pieces(
+    asked: readonly Message[],
+    { images, imageOptions = {}, maxNewTokens, signal }: GenerateOptions,
   ): AsyncGenerator<string, Caption> {
-    signal?.throwIfAborted();
-    const picture = await toPicture(image);
-    const left = new AbortController(); // the caller left the loop
-    const waiting: string[] = [];
-    let caption: Caption | null = null;
-    let wake = () => {};
-    const finished = this.link.request(
-      { type: 'caption', picture, options: { maxNewTokens: maxNewTokens ?? null } },
-      reply => {
-        if (reply.type === 'piece') waiting.push(reply.text);
-        if (reply.type === 'changed') this.info = reply.info;
-        if (reply.type === 'captioned') caption = new Caption(reply.caption);
-        wake();
-        return caption !== null;
-      },
-      {
-        signal: signal ? AbortSignal.any([signal, left.signal]) : left.signal,
-        transfer: transferOf(picture),
-      },
-    );
-    finished.catch(() => {}); // heard below
-    try {
-      while (caption === null) {
-        const piece = new Promise<void>(resolve => (wake = resolve));
-        await Promise.race([piece, finished]);
-        while (waiting.length) yield waiting.shift()!;
-      }
-      return caption;
-    } finally {
-      if (caption === null) left.abort();
-    }
+    const { messages, pictures: sources } = checkMessages(asked, images);
+    const { model } = this;
+    return (async function* () {
+      signal?.throwIfAborted();
+      const read = await Promise.all(sources.map(source => toPicture(source)));
+      const pictures = read.map((picture, number) => ({ number, picture }));
+      const asked = { messages, pictures, imageOptions, conversation: null };
+      return yield* model.answer({ ...asked, maxNewTokens: maxNewTokens ?? null }, signal);
+    })();
   }
 }
+
+const isMessages = (asked: PictureSource | readonly Message[]): asked is readonly Message[] =>
+  Array.isArray(asked);
 
 function checkLoadOptions(url: string | URL, options: VlmOptions): LoadOptions {
   checkNames(options, VLM_OPTIONS);
@@ -210,24 +199,4 @@ function wasmFolder(address: string): string {
     const message = `wasmPaths '${address}' is not a URL (${firstLine(error)})`;
     throw new VlmportError('OptionError', message, "for example './ort/'");
   }
-}
-
-function checkCaptionOptions(options: CaptionOptions): void {
-  checkNames(options, CAPTION_OPTIONS);
-  if (options.maxNewTokens !== undefined) checkCount('maxNewTokens', options.maxNewTokens);
-}
-
-/** Throws OptionError for what is no whole number from 1 on. */
-export function checkCount(name: string, value: number): void {
-  if (Number.isInteger(value) && value >= 1) return;
-  const message = `${name}=${value}, expected a whole number of at least 1`;
-  throw new VlmportError('OptionError', message, `for example ${name}: 2`);
-}
-
-/** Unknown options are refused, not ignored. */
-export function checkNames(options: object, known: readonly string[]): void {
-  const unknown = Object.keys(options).find(name => !known.includes(name));
-  if (unknown === undefined) return;
-  const message = `unknown option '${unknown}'${didYouMean(unknown, known)}`;
-  throw new VlmportError('OptionError', message, `known: ${known.join(', ')}`);
 }

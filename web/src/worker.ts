@@ -1,7 +1,7 @@
 /** The worker: everything heavy happens here, one request after the other. */
 
 import { VlmportError, asVlmportError, isAbort } from './errors.js';
-import type { Reply, Request } from './protocol.js';
+import type { Reply, Request, Started } from './protocol.js';
 import { Engine } from './runtime/engine.js';
 
 /** What of a worker's global scope is used here. */
@@ -20,12 +20,16 @@ scope.onmessage = ({ data: request }) => {
     running.get(request.id)?.abort();
     return;
   }
+  if (request.type === 'forget') {
+    last = last.then(() => engine?.forget(request.conversation, request.numbers));
+    return;
+  }
   const controller = new AbortController();
   running.set(request.id, controller);
   last = last.then(() => answer(request, controller.signal));
 };
 
-async function answer(request: Exclude<Request, { type: 'abort' }>, signal: AbortSignal) {
+async function answer(request: Started, signal: AbortSignal) {
   const { id } = request;
   try {
     signal.throwIfAborted();
@@ -41,10 +45,7 @@ async function answer(request: Exclude<Request, { type: 'abort' }>, signal: Abor
   }
 }
 
-async function perform(
-  request: Exclude<Request, { type: 'abort' }>,
-  signal: AbortSignal,
-): Promise<Reply> {
+async function perform(request: Started, signal: AbortSignal): Promise<Reply> {
   const { id } = request;
   if (request.type === 'load') {
     const onProgress = throttled(progress => scope.postMessage({ type: 'progress', id, progress }));
@@ -58,8 +59,12 @@ async function perform(
     onPiece: (text: string) => scope.postMessage({ type: 'piece', id, text }),
     onChange: (info: Engine['info']) => scope.postMessage({ type: 'changed', id, info }),
   };
-  const caption = await engine.caption(request.picture, request.options, hear, signal);
-  return { type: 'captioned', id, caption };
+  if (request.type === 'attach') {
+    const { conversation, picture, imageOptions } = request;
+    await engine.attach(conversation, picture, imageOptions, hear, signal);
+    return { type: 'attached', id };
+  }
+  return { type: 'answered', id, caption: await engine.answer(request.asked, hear, signal) };
 }
 
 type Tell = Parameters<typeof Engine.open>[1];

@@ -7,12 +7,14 @@
 
 import { VlmportError } from '../errors.js';
 import type { Components, Feeds } from './components.js';
+import type { CachePort } from './decoder.js';
 import { type Rows, rowsOf } from './rows.js';
 import type { Tensor } from './sessions.js';
+import { firstOfAxis } from './slices.js';
 
 const BYTES: Readonly<Record<string, number>> = { float32: 4, float16: 2 };
 
-/** The cache that fits the device. `capacity` is the longest that the sequence may become. */
+/** The cache that fits the device. `capacity` is what the sequence may come to at first. */
 export function openCache(components: Components, capacity: number): KeyValueCache {
   return components.runtime.gpu === null
     ? new GrowingCache(components)
@@ -20,35 +22,59 @@ export function openCache(components: Components, capacity: number): KeyValueCac
 }
 
 export abstract class KeyValueCache {
-  /** How many tokens are in it. */
-  length = 0;
+  /** What the next position is beyond the length (0 but for models whose pictures take fewer
+   * positions than tokens). */
+  offset = 0;
+  protected tokens = 0;
 
-  constructor(protected readonly components: Components) {}
+  constructor(readonly components: Components) {}
 
   protected abstract run(feeds: Feeds): Promise<Tensor | undefined>;
   abstract dispose(): void;
 
-  /** Run embeddings [1, S, D] after what is here; the logits of the last. Disposes `embeds`. */
-  async append(embeds: Tensor): Promise<Float32Array> {
+  /** Make room for a sequence of `length` tokens. What is here stays. */
+  abstract reserve(length: number): void;
+
+  /** Forget all but the first `length` tokens. */
+  abstract truncate(length: number): void;
+
+  /** How many tokens are in it. */
+  get length(): number {
+    return this.tokens;
+  }
+
+  /**
+   * Run embeddings [1, S, D] after what is here; the logits of the last. Disposes `embeds`.
+   *
+   * `positions` are of the new tokens, one row of S or three; without them they count on.
+   */
+  async append(embeds: Tensor, positions?: readonly BigInt64Array[]): Promise<Float32Array> {
     const added = embeds.dims[1] ?? 0;
-    const feeds = this.feeds(embeds, added);
+    const feeds = this.feeds(embeds, positions ?? [this.countedOn(added)]);
     try {
       const logits: Rows = await rowsOf(await this.run(feeds));
-      this.length += added;
+      this.tokens += added;
       return logits.data.subarray((logits.count - 1) * logits.width);
     } finally {
       Object.values(feeds).forEach(tensor => tensor.dispose());
     }
   }
 
+  private countedOn(added: number): BigInt64Array {
+    const start = this.tokens + this.offset;
+    return BigInt64Array.from({ length: added }, (_, i) => BigInt(start + i));
+  }
+
   /** All inputs but the cache, as far as the decoder has them. */
-  private feeds(inputs_embeds: Tensor, added: number): Feeds {
+  private feeds(inputs_embeds: Tensor, positions: readonly BigInt64Array[]): Feeds {
     const { decoder } = this.components;
-    const total = this.length + added;
-    const positions = Array.from({ length: added }, (_, i) => BigInt(this.length + i));
-    const axes = decoder.positionsRank === 3 ? 3 : 1; // time, height and width alike
-    const position_ids = BigInt64Array.from(Array<bigint[]>(axes).fill(positions).flat());
-    const dims = axes === 3 ? [3, 1, added] : [1, added];
+    const added = inputs_embeds.dims[1] ?? 0;
+    const total = this.tokens + added;
+    const axes = decoder.positionsRank === 3 ? [0, 1, 2] : [0];
+    const rows = axes.map(axis => positions[positions.length === 1 ? 0 : axis]!); // else alike
+    const position_ids = new BigInt64Array(axes.length * added);
+    rows.forEach((row, axis) => position_ids.set(row, axis * added));
+    const dims = axes.length === 3 ? [3, 1, added] : [1, added];
     const int64 = (data: BigInt64Array, shape: number[]) =>
       this.components.tensor('int64', data, shape);
     const offered: Feeds = {
@@ -73,7 +99,7 @@ class GrowingCache extends KeyValueCache {
   }
 
   protected async run(feeds: Feeds): Promise<Tensor | undefined> {
-    const wanted = this.length + (feeds.inputs_embeds?.dims[1] ?? 0);
+    const wanted = this.tokens + (feeds.inputs_embeds?.dims[1] ?? 0);
     const outputs = await this.components.decode({ ...feeds, ...this.past });
     for (const { past, present } of this.components.decoder.ports) {
       const grown = outputs[present];
@@ -87,37 +113,86 @@ class GrowingCache extends KeyValueCache {
     return outputs.logits;
   }
 
+  reserve(): void {} // it grows by itself
+
+  truncate(length: number): void {
+    for (const [name, tensor] of Object.entries(this.past)) {
+      if ((tensor.dims[2] ?? 0) <= length) continue;
+      this.past[name] = firstOfAxis(this.components.runtime.ort, tensor, 2, length);
+      tensor.dispose();
+    }
+    this.tokens = Math.min(length, this.tokens);
+  }
+
   dispose(): void {
     Object.values(this.past).forEach(tensor => tensor.dispose());
   }
 }
 
 class BufferCache extends KeyValueCache {
-  private readonly buffers: GPUBuffer[] = [];
+  private buffers: GPUBuffer[] = [];
   private readonly past: Feeds = {};
   private readonly fetches: Record<string, Tensor | null> = { logits: null };
 
-  constructor(components: Components, gpu: GPUDevice, capacity: number) {
+  constructor(
+    components: Components,
+    private readonly gpu: GPUDevice,
+    private capacity: number,
+  ) {
     super(components);
-    const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
-    for (const { past, present, type, heads, headDim } of components.decoder.ports) {
-      const size = heads * capacity * headDim * (BYTES[type] ?? 4);
-      const buffer = gpu.createBuffer({ size: Math.ceil(size / 16) * 16, usage });
-      this.buffers.push(buffer);
-      const shared = components.runtime.ort.Tensor.fromGpuBuffer(buffer, {
-        dataType: type === 'float16' ? 'float16' : 'float32',
-        dims: [1, heads, capacity, headDim],
-      });
-      this.past[past] = this.fetches[present] = shared;
-    }
+    this.bind(components.decoder.ports.map(port => this.create(port)));
   }
 
   protected async run(feeds: Feeds): Promise<Tensor | undefined> {
     return (await this.components.decode({ ...feeds, ...this.past }, this.fetches)).logits;
   }
 
+  /** Larger buffers with the same contents: [heads, capacity, headDim], head by head. */
+  reserve(length: number): void {
+    if (length <= this.capacity) return;
+    const { ports } = this.components.decoder;
+    const { context_length } = this.components.manifest.dims;
+    const [old, narrow] = [this.buffers, this.capacity];
+    this.capacity = Math.max(length, Math.min(2 * narrow, context_length));
+    const grown = ports.map(port => this.create(port));
+    const encoder = this.gpu.createCommandEncoder();
+    ports.forEach((port, i) => {
+      const row = port.headDim * (BYTES[port.type] ?? 4);
+      for (let head = 0; this.tokens && head < port.heads; head++) {
+        const [from, to] = [head * narrow * row, head * this.capacity * row];
+        encoder.copyBufferToBuffer(old[i]!, from, grown[i]!, to, this.tokens * row);
+      }
+    });
+    this.gpu.queue.submit([encoder.finish()]);
+    this.dispose();
+    this.bind(grown);
+  }
+
+  /** What lies behind the length is never read. */
+  truncate(length: number): void {
+    this.tokens = Math.min(length, this.tokens);
+  }
+
   dispose(): void {
     Object.values(this.past).forEach(tensor => tensor.dispose());
     this.buffers.forEach(buffer => buffer.destroy());
+  }
+
+  private create({ heads, headDim, type }: CachePort): GPUBuffer {
+    const size = heads * this.capacity * headDim * (BYTES[type] ?? 4);
+    const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
+    return this.gpu.createBuffer({ size: Math.ceil(size / 16) * 16, usage });
+  }
+
+  private bind(buffers: GPUBuffer[]): void {
+    this.buffers = buffers;
+    this.components.decoder.ports.forEach(({ past, present, type, heads, headDim }, i) => {
+      const { Tensor } = this.components.runtime.ort;
+      const shared = Tensor.fromGpuBuffer(buffers[i]!, {
+        dataType: type === 'float16' ? 'float16' : 'float32',
+        dims: [1, heads, this.capacity, headDim],
+      });
+      this.past[past] = this.fetches[present] = shared;
+    });
   }
 }

@@ -7,11 +7,12 @@
 import { type BundleFiles, letGo } from '../bundle/download.js';
 import type { Golden, ImageOptions, Manifest } from '../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
-import { VlmportError, firstLine } from '../errors.js';
+import { VlmportError, didYouMean, firstLine } from '../errors.js';
+import { type Decoder, decoderOf } from './decoder.js';
 import type { Rgb } from './images.js';
 import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
 import { type Rows, joined, mergeImageFeatures, rowsOf } from './rows.js';
-import { scalar, slices } from './slices.js';
+import { joinedTensors, scalar, slices } from './slices.js';
 import { nextTask } from './tasks.js';
 
 const IMAGE = 'image_processor';
@@ -21,30 +22,30 @@ const POSITIONS = 'position_ids';
 const DECODER = 'decoder_model_merged';
 const TILES = 'num_images'; // the axis of the vision encoder's inputs whose indices are independent
 const USED = [IMAGE, VISION, EMBED, DECODER];
+const ON_HOST = [IMAGE, POSITIONS]; // exact integers
 
 export type Feeds = Record<string, Tensor>;
 
-/** What the image processor makes of one picture. `dispose` frees the inputs. */
+/** What the image processor makes of one picture. */
 export interface ProcessedImage {
   readonly inputs: Feeds;
   readonly promptIds: number[];
 }
 
-/** One cache tensor: its input, its output, and the sizes that never change. */
-export interface CachePort {
-  readonly past: string;
-  readonly present: string;
-  readonly heads: number;
-  readonly headDim: number;
-  readonly type: TensorType;
+/** A picture as a prompt takes it. */
+export interface InPrompt {
+  readonly features: Rows;
+  /** What positions are computed from. */
+  readonly inputs: Feeds;
 }
 
-/** The decoder's session and what its inputs and outputs are. */
-export interface Decoder {
-  readonly session: Session;
-  readonly ports: readonly CachePort[];
-  readonly inputs: ReadonlySet<string>;
-  readonly positionsRank: number; // 2: [B, S]; 3: [3, B, S]
+/** What of a prompt is to be run: its embeddings [1, S, D]; whoever gets it owns them. */
+export interface Prompt {
+  readonly embeds: Tensor;
+  /** One row of S positions, or three (time, height and width). */
+  readonly positions: readonly BigInt64Array[];
+  /** What the position after the prompt is beyond the number of its tokens. */
+  readonly offset: number;
 }
 
 /** The files of the chosen graphs, the largest graph first: so that the peak of memory is small. */
@@ -54,10 +55,13 @@ export function graphFiles(
 ): { name: string; paths: string[] }[] {
   const size = (paths: string[]) =>
     paths.reduce((sum, path) => sum + (manifest.files[path]?.size ?? 0), 0);
-  return USED.map(name => {
-    const { model, data } = variantOf(manifest, choice, name);
-    return { name, paths: [model, ...data] };
-  }).sort((a, b) => size(b.paths) - size(a.paths));
+  const used = [...USED, ...(POSITIONS in manifest.components ? [POSITIONS] : [])];
+  return used
+    .map(name => {
+      const { model, data } = variantOf(manifest, choice, name);
+      return { name, paths: [model, ...data] };
+    })
+    .sort((a, b) => size(b.paths) - size(a.paths));
 }
 
 export class Components {
@@ -69,7 +73,7 @@ export class Components {
     readonly choice: Choice,
     private readonly sessions: ReadonlyMap<string, Session>,
   ) {
-    this.decoder = decoderOf(this.session(DECODER), manifest);
+    this.decoder = decoderOf(this.session(DECODER), manifest.cache, DECODER);
   }
 
   /** Fetch and open the graphs, one after the other; a graph's bytes are let go before the next. */
@@ -80,10 +84,6 @@ export class Components {
     onOpen: (name: string) => void,
   ): Promise<Components> {
     const { manifest } = files;
-    if (POSITIONS in manifest.components) {
-      const message = `this bundle computes its positions by ${POSITIONS}.onnx`;
-      throw new VlmportError('BundleError', message, "this version of @vlmport/web can't run it");
-    }
     const sessions = new Map<string, Session>();
     try {
       for (const { name, paths } of graphFiles(manifest, choice)) {
@@ -110,7 +110,10 @@ export class Components {
 
   /**
    * Resize, normalise and lay out one picture. `options` are further inputs of the graph; the
-   * manifest's are taken where they say nothing. Throws ImageError where the graph refuses it.
+   * manifest's are taken where they say nothing.
+   *
+   * Throws OptionError for an option that the graph does not have, ImageError where it refuses the
+   * picture.
    */
   async processImage(
     { width, height, data }: Rgb,
@@ -131,15 +134,28 @@ export class Components {
     }
   }
 
+  /** Throws OptionError for one that the image processor does not have, or of another kind. */
+  checkImageOptions(options: ImageOptions): void {
+    Object.values(this.optionFeeds(options)).forEach(tensor => tensor.dispose());
+  }
+
   /** The image processor's options as tensors of the types that it takes. */
   private optionFeeds(options: ImageOptions): Feeds {
-    const { inputMetadata } = this.session(IMAGE);
+    const known = this.session(IMAGE).inputMetadata.filter(one => one.name !== 'image');
+    const names = known.map(one => one.name);
     return Object.fromEntries(
       Object.entries(options).map(([name, value]) => {
-        const input = inputMetadata.find(one => one.name === name);
-        if (input?.isTensor) return [name, scalar(this.runtime.ort, input.type, value)];
-        const message = `${IMAGE}: no input '${name}', which image_options name`;
-        throw new VlmportError('BundleError', message, 'export the bundle again');
+        const input = known.find(one => one.name === name);
+        if (!input?.isTensor) {
+          const message = `image option '${name}' is unknown${didYouMean(name, names)}`;
+          const hint = `this bundle has: ${names.join(', ') || 'none'}`;
+          throw new VlmportError('OptionError', message, hint);
+        }
+        if (!fitsType(value, input.type)) {
+          const message = `image option ${name}=${value}: expected ${input.type}`;
+          throw new VlmportError('OptionError', message, 'true, false, 5 or 0.5');
+        }
+        return [name, scalar(this.runtime.ort, input.type, value)];
       }),
     );
   }
@@ -165,34 +181,36 @@ export class Components {
   }
 
   /**
-   * Image features [T, D] of the processor's output, which is disposed.
+   * Image features [T, D] of the processor's output, which may be encoded again.
    *
    * Where every input has an axis named `num_images`, its indices (a picture's tiles) are run one
    * by one: all at once take many times the memory, and no abort would be heard for as long.
    */
-  async encodeImage({ inputs }: ProcessedImage, signal: AbortSignal): Promise<Rows> {
-    try {
-      const session = this.session(VISION);
-      const missing = session.inputNames.find(name => !(name in inputs));
-      if (missing !== undefined) {
-        const message = `${VISION}: input '${missing}' is not made by the image processor`;
-        throw new VlmportError('BundleError', message, 'export the bundle again');
-      }
-      const feeds = Object.fromEntries(session.inputNames.map(name => [name, inputs[name]!]));
-      const parts: Rows[] = [];
-      for (const part of slices(this.runtime.ort, session.inputMetadata, feeds, TILES)) {
-        try {
-          parts.push(await rowsOf((await this.run(VISION, part)).image_features));
-        } finally {
-          Object.values(part).forEach(tensor => tensor.dispose());
-        }
-        await nextTask();
-        signal.throwIfAborted();
-      }
-      return joined(parts);
-    } finally {
-      Object.values(inputs).forEach(tensor => tensor.dispose());
+  async encodeImage(inputs: Feeds, signal: AbortSignal): Promise<Rows> {
+    const session = this.session(VISION);
+    const missing = session.inputNames.find(name => !(name in inputs));
+    if (missing !== undefined) {
+      const message = `${VISION}: input '${missing}' is not made by the image processor`;
+      throw new VlmportError('BundleError', message, 'export the bundle again');
     }
+    const feeds = Object.fromEntries(session.inputNames.map(name => [name, inputs[name]!]));
+    const parts: Rows[] = [];
+    for (const part of slices(this.runtime.ort, session.inputMetadata, feeds, TILES)) {
+      try {
+        parts.push(await rowsOf((await this.run(VISION, part)).image_features));
+      } finally {
+        Object.values(part).forEach(tensor => tensor.dispose());
+      }
+      await nextTask();
+      signal.throwIfAborted();
+    }
+    return joined(parts);
+  }
+
+  /** Of what the image processor gave, what positions are computed from. */
+  positionInputs(inputs: Feeds): Feeds {
+    const wanted = this.sessions.get(POSITIONS)?.inputNames ?? [];
+    return Object.fromEntries(Object.entries(inputs).filter(([name]) => wanted.includes(name)));
   }
 
   /** Rows of the embedding table: a tensor [1, S, D], on the device. */
@@ -207,11 +225,59 @@ export class Components {
     throw new VlmportError('BundleError', `${EMBED}: no inputs_embeds`, 'export the bundle again');
   }
 
-  /** A prompt's embeddings [1, S, D] with features, in order, over its image tokens' rows. */
-  async embedPrompt(ids: readonly number[], features: readonly Rows[]): Promise<Tensor> {
-    const embeds = await rowsOf(await this.embed(ids));
-    const merged = mergeImageFeatures(embeds, ids, features, this.manifest.prompt.image_token_id);
-    return this.tensor('float32', merged, [1, embeds.count, embeds.width]);
+  /**
+   * A prompt from its token `start` on: embeddings with features, in order, over the rows of image
+   * tokens, and positions. Of the pictures before `start` nothing is looked at but the positions.
+   */
+  async prompt(ids: readonly number[], pictures: readonly InPrompt[], start = 0): Promise<Prompt> {
+    const token = this.manifest.prompt.image_token_id;
+    const where = await this.positions(
+      ids,
+      pictures.map(one => one.inputs),
+    );
+    const features = pictures.map(one => one.features);
+    const past = ids.slice(0, start).filter(id => id === token).length;
+    const embeds = await rowsOf(await this.embed(ids.slice(start)));
+    const merged = mergeImageFeatures(embeds, ids.slice(start), features, token, past);
+    return {
+      embeds: this.tensor('float32', merged, [1, embeds.count, embeds.width]),
+      positions: where.positions.map(row => row.slice(start)),
+      offset: where.offset,
+    };
+  }
+
+  /**
+   * Positions of a prompt: 0, 1, …, or what the bundle's own graph makes of the ids and of what the
+   * image processor gave for each picture, joined along the first axis.
+   */
+  private async positions(
+    ids: readonly number[],
+    pictures: readonly Feeds[],
+  ): Promise<Omit<Prompt, 'embeds'>> {
+    const session = this.sessions.get(POSITIONS);
+    if (!session) return { positions: [BigInt64Array.from(ids, (_, i) => BigInt(i))], offset: 0 };
+    const { ort } = this.runtime;
+    const shape = [1, ids.length];
+    const given: Feeds = {
+      input_ids: this.tensor('int64', BigInt64Array.from(ids, BigInt), shape),
+      attention_mask: this.tensor('int64', new BigInt64Array(ids.length).fill(1n), shape),
+    };
+    const feeds = Object.fromEntries(
+      session.inputMetadata.map(input => {
+        const own = given[input.name];
+        return [input.name, own ?? joinedTensors(ort, input, pictures)];
+      }),
+    );
+    const { position_ids, rope_delta } = await session.run(feeds).catch((error: unknown) => {
+      const message = `no positions for ${pictures.length} pictures: ${firstLine(error)}`;
+      throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+    });
+    const all = bigints(position_ids, POSITIONS, 'position_ids');
+    const [offset] = bigints(rope_delta, POSITIONS, 'rope_delta');
+    const positions = Array.from({ length: all.length / ids.length }, (_, axis) =>
+      all.slice(axis * ids.length, (axis + 1) * ids.length),
+    );
+    return { positions, offset: Number(offset) };
   }
 
   /** Run the decoder. The caller owns what it gets, and what it gave. */
@@ -257,9 +323,9 @@ async function openGraph(
   const bytes = await files.read(model);
   onOpen(name);
   try {
-    // The processor's exact integers belong on the host; embeddings go from step to step on the GPU.
+    // Embeddings go from step to step on the GPU.
     return await runtime.open(name, bytes, external, {
-      onHost: name === IMAGE,
+      onHost: ON_HOST.includes(name),
       onGpu: name === EMBED ? ['inputs_embeds'] : [],
     });
   } finally {
@@ -279,39 +345,19 @@ export function goldenImage({ width, height, rgb }: Golden['image']): Rgb {
   throw new VlmportError('BundleError', message, 'export the bundle again');
 }
 
-/** Pair cache inputs and outputs by name. Throws BundleError where one has no partner. */
-function decoderOf(session: Session, manifest: Manifest): Decoder {
-  const again = 'export the bundle again';
-  const { past, present } = manifest.cache;
-  const outputs = new Set(session.outputNames);
-  const ports = session.inputMetadata.flatMap((input): CachePort[] => {
-    if (!input.name.startsWith(past)) return [];
-    const partner = present + input.name.slice(past.length);
-    const [heads, headDim] = input.isTensor ? [input.shape[1], input.shape[3]] : [];
-    if (!outputs.has(partner) || !input.isTensor || !isSize(heads) || !isSize(headDim)) {
-      const message = `${DECODER}: ${input.name} has no partner, or no fixed sizes`;
-      throw new VlmportError('BundleError', message, again);
-    }
-    return [{ past: input.name, present: partner, heads, headDim, type: input.type }];
-  });
-  const inputs = new Set(session.inputNames);
-  if (!ports.length || !outputs.has('logits') || !inputs.has('inputs_embeds')) {
-    throw new VlmportError('BundleError', `${DECODER}: no cache, logits or inputs_embeds`, again);
-  }
-  const positions = session.inputMetadata.find(one => one.name === 'position_ids');
-  return {
-    session,
-    ports,
-    inputs,
-    positionsRank: positions?.isTensor ? positions.shape.length : 2,
-  };
+const isName = (size: number | string) => typeof size === 'string';
+
+/** Whether a value is one of a tensor's type: no number for a truth value, no 0.5 for an integer. */
+function fitsType(value: unknown, type: TensorType): boolean {
+  if (type === 'bool') return typeof value === 'boolean';
+  return typeof value === 'number' && (type.startsWith('float') || Number.isInteger(value));
 }
 
-const isName = (size: number | string) => typeof size === 'string';
-const isSize = (size: unknown): size is number => typeof size === 'number' && size > 0;
+const integers = (tensor: Tensor | undefined) =>
+  Array.from(bigints(tensor, IMAGE, 'prompt_ids'), Number);
 
-function integers(tensor: Tensor | undefined): number[] {
+function bigints(tensor: Tensor | undefined, component: string, name: string): BigInt64Array {
   const data = tensor?.data;
-  if (data instanceof BigInt64Array) return Array.from(data, Number);
-  throw new VlmportError('BundleError', `${IMAGE}: no prompt_ids`, 'export the bundle again');
+  if (data instanceof BigInt64Array) return data;
+  throw new VlmportError('BundleError', `${component}: no ${name}`, 'export the bundle again');
 }

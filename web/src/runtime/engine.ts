@@ -9,22 +9,24 @@ import { type BundleFiles, openBundle } from '../bundle/download.js';
 import { choose, precisionName } from '../bundle/precisions.js';
 import { bundleAddress, openStore } from '../bundle/store.js';
 import { VlmportError, asVlmportError } from '../errors.js';
+import type { ImageOptions } from '../bundle/manifest.js';
 import type {
+  Asked,
   CaptionData,
-  CaptionOptions,
   Device,
   Info,
   LoadOptions,
-  Picture,
+  NumberedPicture,
   Progress,
 } from '../protocol.js';
-import { Components, type ProcessedImage, graphFiles } from './components.js';
-import { generate, notFollowed } from './generate.js';
-import { openImage } from './images.js';
+import { type Question, answer } from './asking.js';
+import { Components, graphFiles } from './components.js';
+import { Conversation, Conversations } from './conversations.js';
+import { FeatureCache, type Picture } from './features.js';
+import { notFollowed } from './generate.js';
 import { probe } from './probe.js';
 import { Prompter, promptFiles } from './prompt.js';
 import { Runtime } from './sessions.js';
-import { TextStream } from './text.js';
 
 const HALF = /f(p)?16$/; // precisions that compute in 16 bits
 
@@ -40,6 +42,8 @@ interface Ready {
 export class Engine {
   /** The GPU was left for this, which holds no graphs yet; null once it does. */
   private next: Runtime | null = null;
+  private readonly features = new FeatureCache();
+  private readonly conversations = new Conversations();
 
   private constructor(
     private readonly options: LoadOptions,
@@ -72,7 +76,7 @@ export class Engine {
   }
 
   get info(): Info {
-    const { components, probed } = this.ready;
+    const { components, prompter, probed } = this.ready;
     const { device, threads } = components.runtime;
     const notes = [];
     if (!globalThis.crossOriginIsolated) {
@@ -91,28 +95,90 @@ export class Engine {
       threads,
       reason: this.reason,
       notes,
+      takesQuestions: prompter.takesQuestions,
+      caption: this.files.manifest.prompt.caption,
     };
   }
 
   /**
-   * Caption one picture. Where the GPU fails before the first piece, WebAssembly takes over;
-   * `onChange` is then called.
+   * Answer a prompt. Where the GPU fails before the first piece, WebAssembly takes over; `onChange`
+   * is then called.
    *
-   * Throws ImageError, PromptError or DeviceError, or the abort.
+   * Throws ImageError, OptionError, PromptError, BundleError or DeviceError, or the abort.
    */
-  async caption(
-    picture: Picture,
-    options: CaptionOptions,
+  async answer(
+    asked: Asked,
     hear: { onPiece: (text: string) => void; onChange: OnChange },
     signal: AbortSignal,
   ): Promise<CaptionData> {
     const start = performance.now();
-    const open = await opened(picture, signal);
-    if (this.next) await this.takeOver(this.next, hear.onChange, signal);
+    const { conversation: number, maxNewTokens, messages } = asked;
+    const own = number === null ? new Conversation() : this.conversations.of(number);
+    try {
+      if (this.next) await this.takeOver(this.next, hear.onChange, signal);
+      const pictures: Picture[] = [];
+      for (const one of asked.pictures) {
+        pictures.push(await this.picture(own, one, asked.imageOptions, signal));
+      }
+      const question = { messages, pictures, maxNewTokens };
+      const onEncoded = (encoded: readonly Picture[]) =>
+        encoded.forEach((picture, i) => own.pictures.set(asked.pictures[i]!.number, picture));
+      return await this.withFallback(question, own, { ...hear, onEncoded, start }, signal);
+    } finally {
+      if (number === null) own.dispose();
+    }
+  }
+
+  /** Read a picture for a question to come. Throws ImageError or OptionError, or the abort. */
+  async attach(
+    conversation: number,
+    picture: NumberedPicture,
+    options: ImageOptions,
+    { onChange }: { onChange: OnChange },
+    signal: AbortSignal,
+  ): Promise<void> {
+    if (this.next) await this.takeOver(this.next, onChange, signal);
+    await this.picture(this.conversations.of(conversation), picture, options, signal);
+  }
+
+  /** Forget some pictures of a conversation or all of it; with no conversation, features. */
+  forget(conversation: number | null, numbers: readonly number[] | null): void {
+    if (conversation === null) this.features.clear();
+    else this.conversations.forget(conversation, numbers);
+  }
+
+  /** A picture of a conversation: read and cut, known by its number from here on. */
+  private async picture(
+    { pictures }: Conversation,
+    { number, picture }: NumberedPicture,
+    options: ImageOptions,
+    signal: AbortSignal,
+  ): Promise<Picture> {
+    const known = pictures.get(number);
+    if (known) return known;
+    if (picture === null) {
+      throw new VlmportError('WorkerError', `no picture ${number}`, 'please report this');
+    }
+    const read = await this.features.process(this.ready.components, picture, options, signal);
+    signal.throwIfAborted();
+    pictures.set(number, read);
+    return read;
+  }
+
+  private async withFallback(
+    question: Question,
+    own: Conversation,
+    hear: Parameters<typeof answer>[3] & { onChange: OnChange },
+    signal: AbortSignal,
+  ): Promise<CaptionData> {
     let said = false;
     const onPiece = (text: string) => ((said = true), hear.onPiece(text));
+    const attempt = () => {
+      const model = { ...this.ready, features: this.features };
+      return answer(model, question, own, { ...hear, onPiece }, signal);
+    };
     try {
-      return await caption(this.ready, open, options, { onPiece, start }, signal);
+      return await attempt();
     } catch (error) {
       const cause = asVlmportError(error, 'DeviceError');
       const hopeless = this.options.device !== 'auto' || this.info.device === 'wasm';
@@ -120,7 +186,7 @@ export class Engine {
       await this.leaveGpu(cause, hear.onChange, signal);
       if (said)
         throw new VlmportError('DeviceError', cause.message, 'try again: now on WebAssembly');
-      return caption(this.ready, open, options, { onPiece, start }, signal);
+      return attempt();
     }
   }
 
@@ -194,69 +260,4 @@ function untrusted(device: Device, problems: readonly string[]): VlmportError {
   const message = `${device} gives other results than recorded: ${problems.join('; ')}`;
   const hint = device === 'webgpu' ? "device: 'wasm' works" : 'export the bundle again';
   return new VlmportError('DeviceError', message, hint);
-}
-
-type Opened = (components: Components) => Promise<ProcessedImage>;
-
-/** A picture that was read once, whichever device it then runs on. */
-async function opened(picture: Picture, signal: AbortSignal): Promise<Opened> {
-  if (picture.kind === 'values') {
-    const { dims, data } = picture;
-    return components => components.processValues(dims, data);
-  }
-  const rgb = await openImage(picture, signal);
-  return components => components.processImage(rgb);
-}
-
-/** Template → ids with pictures spliced in → embeddings with features over image rows → text. */
-async function caption(
-  { components, prompter }: Ready,
-  open: Opened,
-  options: CaptionOptions,
-  { onPiece, start }: { onPiece: (text: string) => void; start: number },
-  signal: AbortSignal,
-): Promise<CaptionData> {
-  const { prompt, generation, dims } = components.manifest;
-  const asked = prompter.encode(prompter.render(prompt.caption));
-  const processed = await open(components);
-  const ids = prompter.splice(asked, [processed.promptIds]);
-  const room = dims.context_length - ids.length + 1;
-  if (!ids.length || room < 2) {
-    const message = `the prompt has ${ids.length} tokens, the model's context is ${dims.context_length}`;
-    throw new VlmportError('PromptError', message, 'a smaller picture may fit');
-  }
-  const features = await components.encodeImage(processed, signal);
-  const encoded = performance.now();
-  const embeds = await components.embedPrompt(ids, [features]);
-  const maxNewTokens = Math.min(options.maxNewTokens ?? generation.max_new_tokens, room);
-  const stopTokenIds = new Set(generation.stop_token_ids);
-  const tokenIds: number[] = [];
-  const text = new TextStream(prompter.tokenizer);
-  const say = (piece: string) => piece && onPiece(piece);
-  let first = encoded;
-  for await (const { token } of generate(components, embeds, {
-    maxNewTokens,
-    stopTokenIds,
-    signal,
-  })) {
-    if (tokenIds.push(token) === 1) first = performance.now();
-    if (!stopTokenIds.has(token)) say(text.push(token));
-  }
-  say(text.finish());
-  const seconds = (from: number, to: number) => (to - from) / 1000;
-  return {
-    text: text.whole(),
-    tokenIds,
-    stopReason: stopTokenIds.has(tokenIds.at(-1) ?? -1) ? 'stop' : 'length',
-    timings: {
-      image: seconds(start, encoded),
-      prefill: seconds(encoded, first),
-      decode: seconds(first, performance.now()),
-    },
-    counts: {
-      promptTokens: ids.length,
-      imageTokens: features.count,
-      newTokens: tokenIds.length,
-    },
-  };
 }

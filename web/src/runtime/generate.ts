@@ -2,9 +2,8 @@
 
 import type { Json } from '../bundle/schema.js';
 import { VlmportError } from '../errors.js';
-import { openCache } from './cache.js';
-import type { Components } from './components.js';
-import type { Tensor } from './sessions.js';
+import type { KeyValueCache } from './cache.js';
+import type { Prompt } from './components.js';
 import { nextTask } from './tasks.js';
 
 export interface GenerateOptions {
@@ -47,31 +46,28 @@ export function notFollowed(defaults: Readonly<Record<string, Json>>): string[] 
     .map(([name, value]) => `${name}=${JSON.stringify(value)}`);
 }
 
-/** Generate until a stop token, which is given out too, or `maxNewTokens`. Disposes `embeds`. */
+/**
+ * Generate until a stop token, which is given out too, or `maxNewTokens`. Disposes the embeddings;
+ * the cache then holds the prompt and all tokens but the last.
+ */
 export async function* generate(
-  components: Components,
-  embeds: Tensor,
+  cache: KeyValueCache,
+  prompt: Prompt,
   { maxNewTokens, stopTokenIds, signal }: GenerateOptions,
 ): AsyncGenerator<Step, void, undefined> {
-  // The last token is never fed back, so it needs no room.
-  const cache = openCache(components, (embeds.dims[1] ?? 0) + maxNewTokens - 1);
-  try {
-    let next = embeds;
-    for (let made = 1; ; made++) {
-      const scores = await cache.append(next);
-      const token = best(scores);
-      if (!Number.isFinite(scores[token])) {
-        const message = `the decoder's scores are not finite at token ${made - 1}`;
-        throw new VlmportError('DeviceError', message, 'another device or precision may work');
-      }
-      yield { token, scores };
-      if (stopTokenIds.has(token) || made >= maxNewTokens) return;
-      await nextTask();
-      signal.throwIfAborted();
-      next = await components.embed([token]);
+  cache.offset = prompt.offset;
+  let scores = await cache.append(prompt.embeds, prompt.positions);
+  for (let made = 1; ; made++) {
+    const token = best(scores);
+    if (!Number.isFinite(scores[token])) {
+      const message = `the decoder's scores are not finite at token ${made - 1}`;
+      throw new VlmportError('DeviceError', message, 'another device or precision may work');
     }
-  } finally {
-    cache.dispose();
+    yield { token, scores };
+    if (stopTokenIds.has(token) || made >= maxNewTokens) return;
+    await nextTask();
+    signal.throwIfAborted();
+    scores = await cache.append(await cache.components.embed([token]));
   }
 }
 

@@ -5,6 +5,7 @@
 
 import type { Golden, GoldenExpectation } from '../bundle/manifest.js';
 import { asVlmportError } from '../errors.js';
+import { openCache } from './cache.js';
 import { type Components, goldenImage } from './components.js';
 import { generate } from './generate.js';
 
@@ -35,29 +36,37 @@ async function compare(
   expected: GoldenExpectation,
   signal: AbortSignal,
 ): Promise<string[]> {
-  const processed = await components.processImage(goldenImage(golden.image), golden.options);
-  const features = await components.encodeImage(processed, signal);
+  const image = goldenImage(golden.image);
+  const { inputs, promptIds } = await components.processImage(image, golden.options);
+  const features = await components.encodeImage(inputs, signal);
   const copies = Array.from({ length: golden.copies });
-  const ids = copies.flatMap(() => processed.promptIds);
+  const ids = copies.flatMap(() => promptIds);
   if (ids.length !== golden.prefill_tokens) {
     return [`the prompt has ${ids.length} tokens, recorded were ${golden.prefill_tokens}`];
   }
-  const embeds = await components.embedPrompt(
+  const picture = { features, inputs: components.positionInputs(inputs) };
+  const prompt = await components.prompt(
     ids,
-    copies.map(() => features),
+    copies.map(() => picture),
   );
-  const options = { maxNewTokens: expected.tokens.length, stopTokenIds: new Set<number>(), signal };
+  const maxNewTokens = expected.tokens.length;
+  const cache = openCache(components, ids.length + maxNewTokens - 1);
+  const options = { maxNewTokens, stopTokenIds: new Set<number>(), signal };
   let step = 0;
-  for await (const { token, scores } of generate(components, embeds, options)) {
-    const problem = (step === 0 && logitsProblem(scores, expected)) || null;
-    if (problem) return [problem];
-    const wanted = expected.tokens[step++]!;
-    if (token === wanted) continue;
-    // After a near tie the texts may well part.
-    if (scores[token]! - (scores[wanted] ?? -Infinity) <= expected.tolerance) return [];
-    return [`token ${step} of ${expected.tokens.length} is ${token}, recorded was ${wanted}`];
+  try {
+    for await (const { token, scores } of generate(cache, prompt, options)) {
+      const problem = (step === 0 && logitsProblem(scores, expected)) || null;
+      if (problem) return [problem];
+      const wanted = expected.tokens[step++]!;
+      if (token === wanted) continue;
+      // After a near tie the texts may well part.
+      if (scores[token]! - (scores[wanted] ?? -Infinity) <= expected.tolerance) return [];
+      return [`token ${step} of ${maxNewTokens} is ${token}, recorded was ${wanted}`];
+    }
+    return [];
+  } finally {
+    cache.dispose();
   }
-  return [];
 }
 
 function logitsProblem(scores: Float32Array, expected: GoldenExpectation): string | null {

@@ -1,4 +1,7 @@
-/** Messages to token ids: the chat template, the tokenizer, and pictures spliced in. */
+/**
+ * Messages to token ids: the chat template, the tokenizer, and pictures spliced in (the twin of
+ * vlmport/runtime/prompt.py, whose checks of messages are on the page, in messages.ts).
+ */
 
 import { Template } from '@huggingface/jinja';
 import { Tokenizer } from '@huggingface/tokenizers';
@@ -73,6 +76,16 @@ export class Prompter {
     }
   }
 
+  /** Whether the template takes words beside a picture, and shows them to the model. */
+  get takesQuestions(): boolean {
+    const content = [{ type: 'image' }, { type: 'text', text: 'words' }];
+    try {
+      return this.render([{ role: 'user', content }]).includes('words');
+    } catch {
+      return false;
+    }
+  }
+
   /** Token ids of a rendered prompt: nothing is added to it. */
   encode(text: string): number[] {
     return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
@@ -87,8 +100,13 @@ export class Prompter {
     const placeholder = this.spec.placeholder_token_id;
     const places = ids.filter(id => id === placeholder).length;
     if (places !== images.length) {
-      const message = `${images.length} pictures for ${places} placeholders '${this.spec.image_placeholder}' in the prompt`;
-      throw new VlmportError('PromptError', message, 'one picture for each image part');
+      const { image_placeholder } = this.spec;
+      const message = `${images.length} pictures for ${places} placeholders '${image_placeholder}' in the prompt`;
+      const hint =
+        places > images.length
+          ? `does a text part contain '${image_placeholder}'?`
+          : "the template leaves out a picture; put it into a user's message";
+      throw new VlmportError('PromptError', message, hint);
     }
     let next = 0;
     return ids.flatMap(id => (id === placeholder ? (images[next++] ?? []) : [id]));

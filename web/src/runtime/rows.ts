@@ -55,23 +55,28 @@ export function halfToNumber(bits: number): number {
 }
 
 /**
- * Embeddings with features, in order, over the rows where the id is the image token's.
+ * Embeddings with features, in order, over the rows where the id is the image token's. The first
+ * `past` of the features' rows have been used before.
  *
- * Throws PromptError unless there are exactly as many of one as of the other.
+ * Throws PromptError unless there are exactly as many rows as such ids.
  */
 export function mergeImageFeatures(
   embeds: Rows,
   ids: readonly number[],
   features: readonly Rows[],
   imageTokenId: number,
+  past = 0,
 ): Float32Array {
   const places = ids.flatMap((id, row) => (id === imageTokenId ? [row] : []));
-  const rows = features.flatMap(({ count, width, data }) =>
-    Array.from({ length: count }, (_, i) => data.subarray(i * width, (i + 1) * width)),
-  );
+  const rows = features
+    .flatMap(({ count, width, data }) =>
+      Array.from({ length: count }, (_, i) => data.subarray(i * width, (i + 1) * width)),
+    )
+    .slice(past);
   if (places.length !== rows.length) {
     const message = `${places.length} image tokens in the prompt, ${rows.length} features`;
-    throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+    const hint = "is every picture's placeholder in the prompt, and no image token by hand?";
+    throw new VlmportError('PromptError', message, hint);
   }
   const merged = Float32Array.from(embeds.data);
   rows.forEach((row, i) => {

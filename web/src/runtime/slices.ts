@@ -1,5 +1,6 @@
-/** Tensors cut along a named axis, and single numbers as tensors. */
+/** Tensors cut along a named axis, joined along the first; and single numbers as tensors. */
 
+import { VlmportError } from '../errors.js';
 import type { Ort, Session, Tensor, TensorData, TensorType } from './sessions.js';
 
 /** A tensor's numbers: whatever indexes like a typed array. */
@@ -41,6 +42,70 @@ function sliceOf(ort: Ort, { type, data, dims }: Tensor, axis: number, index: nu
     (cut as Uint8Array).set(rows(i * count + index) as Uint8Array, i * inner);
   }
   return new ort.Tensor(type, cut, dims.with(axis, 1));
+}
+
+/** The first `length` indices of an axis, as a tensor of its own. */
+export function firstOfAxis(
+  ort: Ort,
+  { type, data, dims }: Tensor,
+  axis: number,
+  length: number,
+): Tensor {
+  const product = (sizes: readonly number[]) => sizes.reduce((a, b) => a * b, 1);
+  const [outer, inner] = [product(dims.slice(0, axis)), product(dims.slice(axis + 1))];
+  const numbers = data as Numbers;
+  const cut = numbers.slice(0, outer * length * inner);
+  for (let i = 1; i < outer; i++) {
+    const start = i * (dims[axis] ?? 0) * inner;
+    (cut as Uint8Array).set(
+      numbers.subarray(start, start + length * inner) as Uint8Array,
+      i * length * inner,
+    );
+  }
+  return new ort.Tensor(type, cut, dims.with(axis, length));
+}
+
+const ARRAYS: Readonly<Record<string, { new (length: number): TensorData }>> = {
+  int64: BigInt64Array,
+  int32: Int32Array,
+  float32: Float32Array,
+  uint8: Uint8Array,
+  bool: Uint8Array,
+};
+
+/**
+ * What several feeds have for an input, one after the other along its first axis; with no feeds, or
+ * none of them with rows, an empty tensor.
+ *
+ * Throws BundleError where one of them lacks it, or has it in another type or shape.
+ */
+export function joinedTensors(
+  ort: Ort,
+  input: Session['inputMetadata'][number],
+  feeds: readonly Readonly<Record<string, Tensor>>[],
+): Tensor {
+  const parts = feeds.map(feed => feed[input.name]);
+  const [type, shape] = input.isTensor ? [input.type, input.shape] : ['none', []];
+  const inner = shape.slice(1).map((size, i) => {
+    return typeof size === 'number' ? size : (parts[0]?.dims[i + 1] ?? 0);
+  });
+  const fits = (part: Tensor | undefined): part is Tensor =>
+    part?.type === type &&
+    part.dims.length === shape.length &&
+    inner.every((size, i) => size === part.dims[i + 1]);
+  const Numbers = ARRAYS[type];
+  if (Numbers === undefined || !shape.length || !parts.every(fits)) {
+    const message = `input '${input.name}' ${type}[${shape}] is not what the image processor gives`;
+    throw new VlmportError('BundleError', message, 'export the bundle again');
+  }
+  const count = parts.reduce((sum, part) => sum + (part.dims[0] ?? 0), 0);
+  const data = new Numbers(inner.reduce((a, b) => a * b, count));
+  let at = 0;
+  for (const part of parts) {
+    (data as Uint8Array).set(part.data as Uint8Array, at);
+    at += (part.data as Uint8Array).length;
+  }
+  return new ort.Tensor(type as TensorType, data, [count, ...inner]);
 }
 
 /** A number or a truth value as a tensor of no axes. */

@@ -1,0 +1,77 @@
+"""Conversations as Python has them, for the browser to have the same (web/browser/support.ts)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmport.bundle import Bundle
+from vlmport.runtime.answer import Caption
+from vlmport.runtime.model import VLM
+
+Turn = tuple[str | None, tuple[str, ...]]  # a question, or none for a caption; names of pictures
+SYSTEM = "Answer in one word."
+TURNS: tuple[Turn, ...] = (
+    ("What is it?", ("rgb.png",)),
+    ("Where?", ()),
+    (None, ("tall.png",)),
+    ("Which of these?", ("subsampled.jpg", "rgb.png")),
+)
+ALONE: tuple[Turn, ...] = (("Name a color.", ()), ("And one more?", ()))
+TOKENS = 12
+
+
+def told(answer: Caption) -> dict[str, Any]:
+    return {
+        "tokens": answer.token_ids,
+        "text": answer.text,
+        "counts": {
+            "promptTokens": answer.counts["prompt_tokens"],
+            "cachedTokens": answer.counts["cached_tokens"],
+            "imageTokens": answer.counts["image_tokens"],
+            "newTokens": answer.counts["new_tokens"],
+        },
+    }
+
+
+def talk(
+    vlm: VLM, folder: Path, turns: Sequence[Turn] = TURNS, tokens: int | None = TOKENS
+) -> list[dict[str, Any]]:
+    """A conversation, turn by turn."""
+    chat = vlm.conversation(SYSTEM)
+    found = []
+    for question, names in turns:
+        images = [folder / name for name in names]
+        answer = chat.ask(question, images, **({"max_new_tokens": tokens} if tokens else {}))
+        found.append({"question": question, "pictures": names, **told(answer)})
+    return found
+
+
+def messages(vlm: VLM, folder: Path) -> dict[str, Any]:
+    """One prompt of several turns and pictures."""
+    content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    asked = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": [{"type": "text", "text": "Larger?"}, {"type": "image"}]},
+    ]
+    names = ("rgb.png", "tall.png", "subsampled.jpg")
+    options = {"do_image_splitting": False}
+    images = [folder / name for name in names]
+    answer = vlm.generate(asked, images, image_options=options, max_new_tokens=TOKENS)
+    return {"messages": asked, "pictures": names, "imageOptions": options, **told(answer)}
+
+
+def talks(bundle: Bundle, folder: Path) -> dict[str, Any]:
+    """Precision → what was said, of all precisions that the bundle has."""
+    found = {}
+    for precision in bundle.manifest.precisions:
+        with VLM.open(bundle, precision=precision) as vlm:
+            found[precision] = {
+                "turns": talk(vlm, folder),
+                "alone": talk(vlm, folder, ALONE),
+                "messages": messages(vlm, folder),
+            }
+    return {"system": SYSTEM, "maxNewTokens": TOKENS, "said": found}

@@ -1,0 +1,35 @@
+import type { CaptionData } from './protocol.js';
+
+/** Generated text; `String(caption)` gives it. */
+export class Caption implements CaptionData {
+  readonly text: string;
+  readonly tokenIds: readonly number[];
+  readonly stopReason: 'stop' | 'length';
+  readonly timings: CaptionData['timings'];
+  readonly counts: CaptionData['counts'];
+
+  constructor(data: CaptionData) {
+    this.text = data.text;
+    this.tokenIds = data.tokenIds;
+    this.stopReason = data.stopReason;
+    this.timings = data.timings;
+    this.counts = data.counts;
+  }
+
+  /** Tokens per second, the first left out: it is the prompt's. */
+  get tokensPerSecond(): number {
+    return this.timings.decode > 0 ? (this.counts.newTokens - 1) / this.timings.decode : 0;
+  }
+
+  toString(): string {
+    return this.text;
+  }
+}
+
+/** A stream read to its end. */
+export async function whole(pieces: AsyncGenerator<string, Caption>): Promise<Caption> {
+  for (;;) {
+    const next = await pieces.next();
+    if (next.done) return next.value;
+  }
+}

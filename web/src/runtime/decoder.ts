@@ -1,0 +1,55 @@
+/**
+ * The decoder's inputs and outputs: which cache tensor belongs to which, and of what sizes (the twin
+ * of vlmport/runtime/decoder.py).
+ */
+
+import type { Manifest } from '../bundle/manifest.js';
+import { VlmportError } from '../errors.js';
+import type { Session, TensorType } from './sessions.js';
+
+/** One cache tensor: its input, its output, and the sizes that never change. */
+export interface CachePort {
+  readonly past: string;
+  readonly present: string;
+  readonly heads: number;
+  readonly headDim: number;
+  readonly type: TensorType;
+}
+
+/** The decoder's session and what its inputs and outputs are. */
+export interface Decoder {
+  readonly session: Session;
+  readonly ports: readonly CachePort[];
+  readonly inputs: ReadonlySet<string>;
+  readonly positionsRank: number; // 2: [B, S]; 3: [3, B, S]
+}
+
+/** Pair cache inputs and outputs by name. Throws BundleError where one has no partner. */
+export function decoderOf(session: Session, cache: Manifest['cache'], where: string): Decoder {
+  const again = 'export the bundle again';
+  const { past, present } = cache;
+  const outputs = new Set(session.outputNames);
+  const ports = session.inputMetadata.flatMap((input): CachePort[] => {
+    if (!input.name.startsWith(past)) return [];
+    const partner = present + input.name.slice(past.length);
+    const [heads, headDim] = input.isTensor ? [input.shape[1], input.shape[3]] : [];
+    if (!outputs.has(partner) || !input.isTensor || !isSize(heads) || !isSize(headDim)) {
+      const message = `${where}: ${input.name} has no partner, or no fixed sizes`;
+      throw new VlmportError('BundleError', message, again);
+    }
+    return [{ past: input.name, present: partner, heads, headDim, type: input.type }];
+  });
+  const inputs = new Set(session.inputNames);
+  if (!ports.length || !outputs.has('logits') || !inputs.has('inputs_embeds')) {
+    throw new VlmportError('BundleError', `${where}: no cache, logits or inputs_embeds`, again);
+  }
+  const positions = session.inputMetadata.find(one => one.name === 'position_ids');
+  return {
+    session,
+    ports,
+    inputs,
+    positionsRank: positions?.isTensor ? positions.shape.length : 2,
+  };
+}
+
+const isSize = (size: unknown): size is number => typeof size === 'number' && size > 0;
