@@ -23,8 +23,20 @@ def export(
         str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16.")
     ] = "fp32,q8,q4",
     layout: Annotated[
-        str, typer.Option(help="Form of folder: hub, or components (a captioner's four files).")
+        str,
+        typer.Option(
+            help="Form of folder: hub; components (a captioner's four files); fused or genai "
+            "(Qwen-VL)."
+        ),
     ] = "hub",
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            help="Of the layout fused: the size of every picture.",
+            metavar="WIDTHxHEIGHT",
+        ),
+    ] = None,
     adapter: Adapter = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
     revision: Revision = None,
@@ -38,6 +50,7 @@ def export(
             out,
             precisions=precision,
             layout=layout,
+            image_size=image_size,
             adapter=adapter,
             force=force,
             revision=revision,

@@ -13,6 +13,7 @@ from vlmport.bundle import (
     DEFAULT_PRECISIONS,
     SUFFIXES,
     Bundle,
+    Golden,
     Manifest,
     Variant,
     hash_folder,
@@ -22,23 +23,26 @@ from vlmport.checkpoint import Checkpoint, locate_adapter
 from vlmport.errors import ExportError, did_you_mean
 from vlmport.export.assign import Assignment
 from vlmport.export.card import write_card
-from vlmport.export.files import write_hub_files
+from vlmport.export.files import write_hub_files, write_json
 from vlmport.export.folder import atomic_folder, check_space, check_target
 from vlmport.export.golden import golden_input, record
 from vlmport.export.soundness import check_float16, check_prompt
 from vlmport.export.writing import Job, data_files, write_model
 from vlmport.families import family_of
-from vlmport.families.base import Family, Layout
+from vlmport.families.base import Family, Layout, SizedLayout
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
-from vlmport.layouts import HUB
+from vlmport.layouts import HUB, ImageSize
 
 # Device → the precisions that 'auto' prefers there, best first, of each component. The 8-bit
 # kernels are fastest for many rows (a picture's patches), the 4-bit ones for one (a decode step).
 # WASM unpacks 4-bit matrices anew in every call; WebGPU has no 8-bit activations.
 MANY_ROWS, ONE_ROW = ("q8", "q4", "fp32"), ("q4", "q8", "fp32")
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"vision_encoder": MANY_ROWS, "projection": MANY_ROWS, "*": ONE_ROW},
+    "cpu": {
+        **dict.fromkeys(("vision_encoder", "vision", "projection", "text_with_image"), MANY_ROWS),
+        "*": ONE_ROW,
+    },
     "cuda": {"*": ("fp16", "fp32")},
     "webgpu": {"*": ("q4", "fp32")},
     "wasm": {"*": ("q8", "fp32")},
@@ -54,6 +58,7 @@ def export(
     *,
     precisions: str | Sequence[str] = DEFAULT_PRECISIONS,
     layout: str = HUB,
+    image_size: str | ImageSize | None = None,
     adapter: str | Path | None = None,
     force: bool = False,
     revision: str | None = None,
@@ -65,6 +70,7 @@ def export(
     Args:
         precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16.
         layout: the form of folder, of those that the model's family has (vlmport.layouts).
+        image_size: such as '672x672', width first; of layouts for pictures of one size.
         adapter: a PEFT folder whose LoRA is merged into the weights.
         force: overwrite a bundle that is there.
         revision: branch, tag or commit of a Hub id.
@@ -73,7 +79,8 @@ def export(
 
     Raises:
         SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
-        ExportError: `out` exists, an unknown precision or layout, a full disk.
+        ExportError: `out` exists, an unknown precision or layout, an image size that the model or
+            the layout does not take, a full disk.
         In each case `out` is left as it was.
     """
     chosen = parse_precisions(precisions)
@@ -81,7 +88,7 @@ def export(
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)
-    form = _layout(family, layout)
+    form = _layout(family, layout, None if image_size is None else ImageSize.parse(image_size))
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     with atomic_folder(out, force=force) as folder:
         meter = Meter(progress)
@@ -96,15 +103,23 @@ def export(
     return Bundle.open(out)
 
 
-def _layout(family: Family, name: str) -> Layout:
-    """Raises ExportError for one that the family does not have."""
+def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
+    """Raises ExportError for one that the family does not have, or not at this size."""
     layouts = family.layouts
     if name not in layouts:
         raise ExportError(
             f"unknown layout {name!r}{did_you_mean(name, layouts)}",
             hint=f"a model of the family {family.name!r} has: {', '.join(layouts)}",
         )
-    return layouts[name]
+    layout = layouts[name]
+    if isinstance(layout, SizedLayout):
+        return layout.at(size or layout.default)
+    if size is not None:
+        raise ExportError(
+            f"layout {name!r} has no one image size",
+            hint="leave out the image size: its graphs process pictures by themselves",
+        )
+    return layout
 
 
 class Meter:
@@ -172,6 +187,9 @@ def _write_manifest(
     hub = layout.hub_files()
     client = _transformers_js(components, auto) if layout_name == HUB else None
     write_hub_files(checkpoint, hub, folder, client)
+    chosen = {name: components[name][form].model for name, form in auto["cpu"].items()}
+    for file, settings in layout.client_files(chosen).items():
+        write_json(folder / file, settings)
     forms = {p: _describe(p, folder, components) for p in precisions}
     write_card(
         checkpoint,
@@ -195,11 +213,17 @@ def _write_manifest(
         prompt=family.prompt,
         generation=family.generation,
         pixels=family.pixels,
-        golden=golden_input(family.golden_tokens, family.golden_options),
-        image_options=family.image_options,
+        golden=_golden_input(family, layout),
+        image_options=family.image_options if layout.image_tokens is None else {},
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _golden_input(family: Family, layout: Layout) -> Golden:
+    if (tokens := layout.image_tokens) is not None:
+        return golden_input(lambda height, width: tokens, {})
+    return golden_input(family.golden_tokens, family.golden_options)
 
 
 def _try_out(bundle: Bundle) -> None:

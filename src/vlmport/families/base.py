@@ -12,7 +12,7 @@ from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptS
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
 from vlmport.graph.precision import Precision
-from vlmport.layouts import HUB
+from vlmport.layouts import HUB, ImageSize
 
 # Old configs carry sampling options, which clients would apply beside generation_config.json's.
 SAMPLING_KEYS = frozenset(
@@ -75,6 +75,8 @@ class HubFiles:
 
 
 Graphs = dict[str, GraphBuilder]
+# Component → the file that 'auto' stands for on the CPU ⇒ further JSON files by name.
+ClientFiles = Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Layout:
         shared: component → the component, written before it, whose weights of the same name are
             its own. These then lie in that one's data files, once, in its folder or a folder
             below: ONNX Runtime follows no path upwards.
+        client_files: what only this layout's client reads, such as which graphs to open.
+        image_tokens: the tokens of a picture, where all have one size; no image options then.
     """
 
     fixed_graphs: Callable[[], Graphs]
@@ -97,11 +101,26 @@ class Layout:
     hub_files: Callable[[], HubFiles]
     paths: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    client_files: ClientFiles = lambda files: {}
+    image_tokens: int | None = None
 
     def path(self, component: str, suffix: str) -> str:
         """Where a component's graph lies in the folder."""
         path = self.paths.get(component, "onnx/{component}{suffix}.onnx")
         return path.format(component=component, suffix=suffix)
+
+
+@dataclass(frozen=True)
+class SizedLayout:
+    """A layout whose graphs take pictures of one size, which is said at export.
+
+    Attributes:
+        default: where nobody says one.
+        at: the layout at a size. Raises ExportError for one that the model can't take.
+    """
+
+    default: ImageSize
+    at: Callable[[ImageSize], Layout]
 
 
 class Family(ABC):
@@ -135,7 +154,7 @@ class Family(ABC):
         """Of the Hub's layout: component → graph at a precision."""
 
     @property
-    def layouts(self) -> Mapping[str, Layout]:
+    def layouts(self) -> Mapping[str, Layout | SizedLayout]:
         """Layouts by name (vlmport.layouts). Every family has the Hub's."""
         return {HUB: Layout(self.fixed_graphs, self.graphs, self.hub_files)}
 

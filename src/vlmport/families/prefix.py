@@ -33,7 +33,7 @@ from vlmport.checkpoint import (
     subsection,
 )
 from vlmport.errors import ConfigError
-from vlmport.families.base import Family, Graphs, HubFiles, Layout, without_sampling
+from vlmport.families.base import Family, Graphs, HubFiles, Layout, SizedLayout, without_sampling
 from vlmport.families.generation import Generation
 from vlmport.families.prefix_layouts import HEAD, LANGUAGE_MODEL, four_files
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
@@ -169,7 +169,7 @@ class PrefixCaptioner(Family):
         }
 
     @property
-    def layouts(self) -> Mapping[str, Layout]:
+    def layouts(self) -> Mapping[str, Layout | SizedLayout]:
         return {**super().layouts, COMPONENTS: four_files(self)}
 
     def image_processor(self, *, with_prompt: bool = True) -> GraphBuilder:
