@@ -37,3 +37,13 @@ def stop_token_ids(folder: Path, decoders: int | Sequence[int] | None) -> tuple[
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def processor_template(folder: Path) -> str | None:
+    """The processor's own chat template, which counts before the tokenizer's."""
+    plain, wrapped = folder / "chat_template.jinja", folder / "chat_template.json"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    if wrapped.is_file():
+        return json.loads(wrapped.read_text(encoding="utf-8")).get("chat_template")
+    return None

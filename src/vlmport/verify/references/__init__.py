@@ -24,6 +24,8 @@ REFERENCES = {
     "prefix_conditioning_vlm": ("prefix", "PrefixReference"),
     "idefics3": ("idefics3", "Idefics3Reference"),
     "smolvlm": ("idefics3", "Idefics3Reference"),
+    "qwen2_5_vl": ("qwen_vl", "QwenVLReference"),
+    "qwen3_vl": ("qwen_vl", "QwenVLReference"),
 }
 
 

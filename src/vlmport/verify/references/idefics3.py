@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 
 from vlmport.errors import ConfigError, PromptError
-from vlmport.verify.configs import stop_token_ids
+from vlmport.verify.configs import processor_template, stop_token_ids
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
 from vlmport.verify.references.loading import (
@@ -193,15 +193,5 @@ def _processor(folder: Path) -> Any:
         image,
         tokenizer,
         image_seq_len=settings.get("image_seq_len", 169),
-        chat_template=_chat_template(folder) or tokenizer.chat_template,
+        chat_template=processor_template(folder) or tokenizer.chat_template,
     )
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The processor's own, which counts before the tokenizer's."""
-    plain, wrapped = folder / "chat_template.jinja", folder / "chat_template.json"
-    if plain.is_file():
-        return plain.read_text(encoding="utf-8")
-    if wrapped.is_file():
-        return json.loads(wrapped.read_text(encoding="utf-8")).get("chat_template")
-    return None

@@ -161,6 +161,17 @@ def generated(
     model: Any, embeds: Float[np.ndarray, "S D"], max_new_tokens: int, stops: Sequence[int]
 ) -> Generated:
     """Greedy tokens of `model.generate(inputs_embeds=…)`."""
+    inputs = {
+        "inputs_embeds": torch.from_numpy(embeds)[None],
+        "attention_mask": torch.ones(1, len(embeds), dtype=torch.int64),
+    }
+    return generated_from(model, inputs, max_new_tokens, stops)
+
+
+def generated_from(
+    model: Any, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, stops: Sequence[int]
+) -> Generated:
+    """Greedy tokens of `model.generate(**inputs)`, without those of the prompt."""
     settings = transformers.GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -170,13 +181,9 @@ def generated(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    output = model.generate(
-        inputs_embeds=torch.from_numpy(embeds)[None],
-        attention_mask=torch.ones(1, len(embeds), dtype=torch.int64),
-        generation_config=settings,
-    )
+    output = model.generate(**inputs, generation_config=settings)
     logits = torch.stack([step[0] for step in output.logits]).float().numpy()
-    return Generated(output.sequences[0].numpy(), logits)
+    return Generated(output.sequences[0, -len(logits) :].numpy(), logits)
 
 
 def useful_threads(weights: int) -> int:

@@ -1,0 +1,268 @@
+"""Qwen2.5-VL's and Qwen3-VL's truth: Hugging Face's own models, processor on Pillow and tokenizer.
+
+`generate` runs the whole model from the pixels, as its users do; `logits` is given what the ladder
+hands from rung to rung. That both agree shows that features, lanes and positions are split and
+joined rightly here.
+
+Traps:
+- The plain name of the image processor is the one on torchvision, whose pixels differ.
+- Without mm_token_type_ids the model counts positions as if there were no pictures.
+- The model keeps the offset of the last prompt's positions; positions are therefore always given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from vlmport.errors import PromptError
+from vlmport.verify.configs import processor_template, stop_token_ids
+from vlmport.verify.pictures import Picture, drawn_pictures
+from vlmport.verify.protocol import Generated
+from vlmport.verify.references.loading import (
+    DECODER_DIMS,
+    add_adapter,
+    config_int,
+    generated_from,
+    load_strictly,
+    quietly,
+    read_state,
+    useful_threads,
+    versions,
+)
+from vlmport.verify.requests import Message, Request
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+CAPTION = "Describe this image."
+QUESTION = "What is in the picture, and where?"
+# Sides of pictures beside the ladder's own, in units of a merged patch: both sides exactly between
+# two multiples, which Python rounds to the even one; a strip; the smallest there is; a square.
+SIDES = ((12.5, 6.5), (1.0, 9.0), (0.25, 0.25), (7.0, 7.0), (3.4, 8.7))
+KINDS: dict[str, tuple[Any, Any, Any]] = {
+    "qwen2_5_vl": (
+        transformers.Qwen2_5_VLConfig,
+        transformers.Qwen2_5_VLForConditionalGeneration,
+        transformers.Qwen2_5_VLProcessor,
+    ),
+    "qwen3_vl": (
+        transformers.Qwen3VLConfig,
+        transformers.Qwen3VLForConditionalGeneration,
+        transformers.Qwen3VLProcessor,
+    ),
+}
+
+
+class WithoutVideos:
+    """Before a processor class: no processor of videos, which would need torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "video_processor" and argument is None:
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+class QwenVLReference:
+    """A checkpoint of either model type, in either spelling of its tensors' names."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        image_token_id: int,
+        adapter: str | Path | None = None,
+    ):
+        config_class, model_class, processor_class = KINDS[config["model_type"]]
+        settings = config_class(**config)
+        # Eager attention is the plain formula; the fused kernels reorder its sums.
+        settings._attn_implementation = "eager"
+        model: Any = model_class(settings).float()
+        state = {_name(name): tensor for name, tensor in read_state(folder).items()}
+        load_strictly(model, state, tied_head=bool(settings.tie_word_embeddings), where=folder)
+        if adapter is not None:
+            adapted: Any = add_adapter(model, Path(adapter))
+            model = adapted.get_base_model()
+        self.model = model.eval().requires_grad_(False)
+        self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
+        self.image_token_id = settings.image_token_id
+        self.lanes = len(getattr(settings.vision_config, "deepstack_visual_indexes", ()))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        # Before transformers 5.3 or so, the plain name was the one on Pillow.
+        kind = getattr(transformers, "Qwen2VLImageProcessorPil", None)
+        kind = kind or transformers.Qwen2VLImageProcessor
+        self.image_processor = kind.from_pretrained(str(folder))
+        template = processor_template(folder) or tokenizer.chat_template
+        kind = type(processor_class.__name__, (WithoutVideos, processor_class), {})
+        self.processor = kind(self.image_processor, tokenizer, None, chat_template=template)
+        self.grey_level = self.image_processor.rescale_factor / min(self.image_processor.image_std)
+        text: Any = settings.text_config
+        self.stop_token_ids = stop_token_ids(folder, text.eos_token_id)
+        self.dims: Mapping[str, int] = {
+            name: config_int(text, name) for name in DECODER_DIMS if name != "head_dim"
+        }
+        self.dims["head_dim"] = getattr(
+            text, "head_dim", text.hidden_size // text.num_attention_heads
+        )
+        self.versions = versions()
+
+    def requests(self, pictures: Sequence[Picture]) -> list[Request]:
+        """Pictures of eight grids at least; other limits of their size; two in one prompt, over
+        two turns; three in one message; text alone, of one turn and of two."""
+        processor = self.image_processor
+        factor = processor.patch_size * processor.merge_size
+        sizes = [tuple(max(1, round(side * factor)) for side in pair) for pair in SIDES]
+        taken = {one.image.size for one in pictures}
+        pictures = [*pictures, *drawn_pictures([size for size in sizes if size not in taken])]
+        asked, question = _messages(CAPTION, 1), _messages(QUESTION, 1)
+        requests = [Request(one.name, (one,), asked, is_caption=True) for one in pictures]
+        most = {"max_pixels": 9 * factor**2, "min_pixels": 4 * factor**2}
+        least = {"max_pixels": 40 * factor**2, "min_pixels": 30 * factor**2}
+        requests.append(Request("few pixels", (pictures[0],), question, options=most))
+        requests.append(Request("more pixels", (pictures[-1],), question, options=least))
+        turns = (
+            *question,
+            {"role": "assistant", "content": [{"type": "text", "text": "A square."}]},
+            *_messages("Which is larger?", 1),
+        )
+        few = {"max_pixels": 25 * factor**2, "min_pixels": 4 * factor**2}
+        requests.append(
+            Request("two pictures, two turns", tuple(pictures[1:3]), turns, options=few)
+        )
+        three = (pictures[2], pictures[0], pictures[1])
+        requests.append(Request("three pictures", three, _messages(QUESTION, 3), options=few))
+        requests.append(Request("text alone", (), _messages("Why is the sky blue?", 0)))
+        talk = ({"role": "system", "content": "Be brief."}, *_messages("Who are you?", 0))
+        talk = (*talk, {"role": "assistant", "content": "A model."}, *_messages("Which?", 0))
+        requests.append(Request("text of two turns", (), talk))
+        return requests
+
+    def image_ids(
+        self, image: Image.Image, options: Mapping[str, Any] | None = None
+    ) -> Int[np.ndarray, " T"]:
+        return self._process(self.processor.image_token, [image], options)["input_ids"][0]
+
+    def prompt_ids(self, request: Request) -> Int[np.ndarray, " S"]:
+        text = self.processor.apply_chat_template(
+            [dict(message) for message in request.messages], add_generation_prompt=True
+        )
+        return self._process(text, request.images, request.options)["input_ids"][0]
+
+    def pixels(
+        self, image: Image.Image, options: Mapping[str, Any] | None = None
+    ) -> dict[str, np.ndarray]:
+        """pixel_values float32 [N, K] and image_grid_thw int64 [1, 3]."""
+        made = self._process(self.processor.image_token, [image], options)
+        return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
+
+    def _process(
+        self, text: str, images: Sequence[Image.Image], options: Mapping[str, Any] | None
+    ) -> Mapping[str, np.ndarray]:
+        if not images:
+            return self.processor(text=text, return_tensors="np")
+        size = dict(self.image_processor.size)
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            size[edge] = (options or {}).get(name, size[edge])
+        return self.processor(text=text, images=list(images), size=size, return_tensors="np")
+
+    @quietly
+    def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T W"]:
+        """Features, then the lanes of DeepStack: W is D·(1+n)."""
+        tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+        made = self.model.get_image_features(**tensors)
+        lanes = [torch.cat(lane) for lane in getattr(made, "deepstack_features", None) or ()]
+        return torch.cat([torch.cat(made.pooler_output), *lanes], dim=-1).numpy()
+
+    @quietly
+    def embeds(
+        self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T W"]
+    ) -> Float[np.ndarray, "S W"]:
+        """Zeros in the lanes of text. Raises PromptError unless there are as many image tokens as
+        features."""
+        image = np.asarray(ids) == self.image_token_id
+        if image.sum() != len(features):
+            raise PromptError(f"{image.sum()} image tokens in the prompt, {len(features)} features")
+        plain = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
+        embeds = np.concatenate([plain, np.zeros_like(np.tile(plain, self.lanes))], axis=1)
+        if image.any():
+            embeds[image] = features
+        return embeds
+
+    def position_ids(
+        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
+    ) -> Int[np.ndarray, "3 S"]:
+        """In time, height and width, by the model's own get_rope_index."""
+        inputs = self._inputs(ids, pictures)
+        inputs.pop("pixel_values", None)
+        return self.model.model.get_rope_index(**inputs)[0][:, 0].numpy()
+
+    def _inputs(
+        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, torch.Tensor]:
+        """What the processor gives for a prompt, in a batch of one."""
+        tokens = torch.from_numpy(np.asarray(ids))[None]
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "mm_token_type_ids": (tokens == self.image_token_id).int(),
+        }
+        for name in ("pixel_values", "image_grid_thw") if pictures else ():
+            whole = np.concatenate([picture[name] for picture in pictures])
+            inputs[name] = torch.from_numpy(whole)
+        return inputs
+
+    @quietly
+    def logits(
+        self, embeds: Float[np.ndarray, "S W"], position_ids: Int[np.ndarray, "3 S"]
+    ) -> Float[np.ndarray, "S V"]:
+        """One causal pass over the whole sequence, without a cache. A row with anything in its
+        lanes is one of a picture."""
+        width = self.dims["hidden_size"]
+        plain, lanes = embeds[:, :width], embeds[:, width:]
+        stacked: dict[str, Any] = {}
+        if self.lanes:
+            visual = lanes.any(axis=1)
+            parts = np.split(lanes[visual], self.lanes, axis=1)
+            stacked["visual_pos_masks"] = torch.from_numpy(visual)[None]
+            stacked["deepstack_visual_embeds"] = [torch.from_numpy(part) for part in parts]
+        hidden = self.model.model.language_model(
+            inputs_embeds=torch.from_numpy(np.ascontiguousarray(plain))[None],
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.int64),
+            position_ids=torch.from_numpy(np.asarray(position_ids))[:, None],
+            use_cache=False,
+            **stacked,
+        ).last_hidden_state
+        return self.model.lm_head(hidden)[0].numpy()
+
+    @quietly
+    def generate(
+        self,
+        embeds: Float[np.ndarray, "S W"],
+        max_new_tokens: int,
+        ids: Int[np.ndarray, " S"],
+        pictures: Sequence[Mapping[str, np.ndarray]] = (),
+    ) -> Generated:
+        """`generate(input_ids=…, pixel_values=…)`, greedy: nothing of it comes from `embeds`."""
+        inputs = self._inputs(ids, pictures)
+        return generated_from(self.model, inputs, max_new_tokens, self.stop_token_ids)
+
+
+def _messages(text: str, pictures: int) -> tuple[Message, ...]:
+    """A user's message: the pictures, then the text."""
+    parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+    return ({"role": "user", "content": parts},)
+
+
+def _name(name: str) -> str:
+    """A tensor's name as transformers 5 has it."""
+    if name.startswith(("model.visual.", "model.language_model.", "lm_head.")):
+        return name
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1)
