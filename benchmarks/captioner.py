@@ -6,18 +6,20 @@ what a figure depends on are the shapes, not the values. `SMALL` is for trying a
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from safetensors.numpy import load_file, save_file
+from workload import Workload, write_llama, write_workload
+
+from vlmport.export import export
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkpoint writer is the tests'
 
-from tests.checkpoints import write_json, write_prefix_checkpoint  # noqa: E402
+from tests.checkpoints import write_prefix_checkpoint  # noqa: E402
+
+LENGTHS = (100, 1100)
 
 
 class Size(NamedTuple):
@@ -57,24 +59,14 @@ def write_captioner(
     )
 
 
-def write_parts(checkpoint: Path, folder: Path, size: Size) -> None:
-    """What engines are made from: `tower.safetensors`, and `llama`, a Hugging Face folder.
-
-    The checkpoint is one without LoRA.
-    """
-    tensors = load_file(checkpoint / "model.safetensors")
-    towers = ("vision_encoder.", "projection.")
-    tower = {name: tensor for name, tensor in tensors.items() if name.startswith(towers)}
-    save_file(tower, folder / "tower.safetensors")
-    llama = folder / "llama"
-    llama.mkdir()
-    language = {
-        name.removeprefix("language_model."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("language_model.")
-    }
-    save_file(language, llama / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["text_config"]
-    write_json(llama / "config.json", {**config, "architectures": ["LlamaForCausalLM"]})
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copyfile(checkpoint / name, llama / name)
+def write_model(
+    folder: Path, precisions: str, *, small: bool, tokenizer: Path | None = None
+) -> Workload:
+    """The folder that `workload.py` describes, without LoRA: one picture, and prompts of text."""
+    if tokenizer is not None:
+        raise ValueError("the captioner's prompts are ids: it takes no tokenizer")
+    checkpoint = write_captioner(folder / "checkpoint", SMALL if small else REAL, lora=False)
+    write_llama(checkpoint, folder / "llama", "language_model.")
+    bundle = export(checkpoint, folder / "bundle", precisions=precisions)
+    pictures: dict[tuple[int, int], dict[str, Any]] = {(224, 224): {}}
+    return write_workload(folder, bundle, pictures, question=None, lengths=LENGTHS, new_tokens=0)

@@ -1,6 +1,6 @@
 """The peers that need a conversion: onnxruntime-genai, OpenVINO and llama.cpp.
 
-Each is converted from the files that `write_parts` wrote, as its own documents say it is done.
+Each is converted from the files of a workload, as its own documents say it is done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from workload import Workload
 
 CAPACITY = 2048
 
@@ -22,9 +23,8 @@ class Genai:
 
     can_encode = False
 
-    def __init__(self, precision: str, folder: Path, threads: int):
-        import onnxruntime_genai as og
-
+    @staticmethod
+    def prepare(precision: str, folder: Path) -> None:
         out = folder / "genai"
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-i", str(folder / "llama"), "-o", str(out), "-c", str(folder / "genai-cache")]
@@ -33,6 +33,11 @@ class Genai:
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:
             raise RuntimeError(f"its builder: {built.stderr.strip().rpartition(chr(10))[2]}")
+
+    def __init__(self, precision: str, folder: Path, threads: int):
+        import onnxruntime_genai as og
+
+        out = folder / "genai"
         path = out / "genai_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         options = settings["model"]["decoder"]["session_options"]
@@ -41,10 +46,10 @@ class Genai:
         self.og, self.model = og, og.Model(str(out))
         self.generator: Any = None
 
-    def encode(self) -> None:
+    def encode(self, images: int) -> np.ndarray:
         raise NotImplementedError
 
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
+    def prefill(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         params = self.og.GeneratorParams(self.model)
         params.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False)
         self.generator = self.og.Generator(self.model, params)
@@ -61,22 +66,27 @@ class Genai:
 class OpenVino:
     """torch's modules converted, weights compressed by NNCF, the cache inside as state.
 
-    bf16 is what OpenVINO computes in by itself where the CPU has it.
+    bf16 is what OpenVINO computes in by itself where the CPU has it. Several images are run one by
+    one: all at once is no faster and takes more memory.
     """
 
     can_encode = True
 
-    def __init__(self, precision: str, folder: Path, threads: int):
+    @staticmethod
+    def prepare(precision: str, folder: Path) -> None:
         import openvino as ov
         import torch
+        from openvino._offline_transformations import apply_make_stateful_transformation
         from torch_parts import Decoder, load_parts
 
         tower, llama = load_parts(folder, torch.float32)
         decoder = Decoder.of(llama)
         inputs, names, outputs, _ = decoder.example(7, 5)
+        pixels = np.load(folder / "pixels-1.npy")
         with torch.no_grad():
-            vision = ov.convert_model(tower, example_input=tower.example(0, 0)[0])
+            vision = ov.convert_model(tower, example_input=torch.from_numpy(pixels))
             text = ov.convert_model(decoder, example_input=inputs)
+        vision.reshape(list(pixels.shape))
         for port, name in zip(text.inputs, names, strict=True):
             port.get_tensor().set_names({name})
         for port, name in zip(text.outputs, outputs, strict=True):
@@ -96,25 +106,44 @@ class OpenVino:
                 text, mode=mode, **({} if precision == "int8" else {"group_size": 32})
             )
             vision = nncf.compress_weights(vision, mode=modes.INT8_SYM)
-        from openvino._offline_transformations import apply_make_stateful_transformation
-
         apply_make_stateful_transformation(text, pairs)
+        for name, model in (("vision", vision), ("text", text)):
+            ov.save_model(model, folder / f"openvino-{precision}-{name}.xml")
+        table = llama.get_input_embeddings().weight.detach().numpy()
+        np.save(folder / f"openvino-{precision}-embedding.npy", table)
+
+    def __init__(self, precision: str, folder: Path, threads: int):
+        import openvino as ov
+
         core = ov.Core()
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        self.vision = core.compile_model(vision, "CPU", options).create_infer_request()
-        self.text = core.compile_model(text, "CPU", options).create_infer_request()
-        self.pixels = np.zeros((1, 3, tower.side, tower.side), np.float32)
-        self.table = llama.get_input_embeddings().weight.detach().numpy()
+        self.vision, self.text = (
+            core.compile_model(
+                folder / f"openvino-{precision}-{name}.xml", "CPU", options
+            ).create_infer_request()
+            for name in ("vision", "text")
+        )
+        workload = Workload.read(folder)
+        self.pixels = {n: np.load(folder / f"pixels-{n}.npy") for n in workload.images}
+        self.image_token_id = workload.image_token_id
+        self.table = np.load(folder / f"openvino-{precision}-embedding.npy")
         self.token, self.length = 0, 0
 
-    def encode(self) -> None:
-        self.vision.infer([self.pixels])
+    def encode(self, images: int) -> np.ndarray:
+        made = []
+        for one in self.pixels[images]:
+            self.vision.infer([one[None]])
+            made.append(self.vision.get_output_tensor(0).data[0].copy())
+        return np.concatenate(made)
 
-    def _run(self, ids: np.ndarray) -> np.ndarray:
+    def _run(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         past = self.length
         self.length += len(ids)
+        embeds = self.table[ids]
+        if features is not None:
+            embeds[ids == self.image_token_id] = features
         feeds = {
-            "inputs_embeds": self.table[ids][None],
+            "inputs_embeds": embeds[None],
             "attention_mask": np.ones((1, self.length), np.int64),
             "position_ids": np.arange(past, self.length)[None],
         }
@@ -123,10 +152,10 @@ class OpenVino:
         self.token = int(logits.argmax())
         return logits
 
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
+    def prefill(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         self.text.reset_state()
         self.length = 0
-        return self._run(ids).copy()
+        return self._run(ids, features).copy()
 
     def decode(self, steps: int) -> None:
         for _ in range(steps):
@@ -138,11 +167,15 @@ class LlamaCpp:
 
     can_encode = False
 
+    @staticmethod
+    def prepare(precision: str, folder: Path) -> None:
+        write_gguf(folder / "llama", folder / f"llama-{precision}.gguf", precision)
+
     def __init__(self, precision: str, folder: Path, threads: int):
         import llama_cpp
 
         path = folder / f"llama-{precision}.gguf"
-        self.vocabulary = write_gguf(folder / "llama", path, precision)
+        self.vocabulary = Workload.read(folder).vocab_size
         self.lib = llama_cpp
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
@@ -156,7 +189,7 @@ class LlamaCpp:
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.token = 0
 
-    def encode(self) -> None:
+    def encode(self, images: int) -> np.ndarray:
         raise NotImplementedError
 
     def _run(self, ids: list[int]) -> np.ndarray:
@@ -169,7 +202,7 @@ class LlamaCpp:
         self.token = int(logits.argmax())
         return logits
 
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
+    def prefill(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         return self._run(ids.tolist()).copy()
 
@@ -186,8 +219,8 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(source: Path, path: Path, precision: str) -> int:
-    """The decoder as GGUF without a tokenizer; returns the size of its vocabulary."""
+def write_gguf(source: Path, path: Path, precision: str) -> None:
+    """The decoder as GGUF without a tokenizer."""
     import gguf
     import ml_dtypes  # noqa: F401 (numpy learns of bfloat16)
     from gguf.quants import quantize
@@ -204,7 +237,7 @@ def write_gguf(source: Path, path: Path, precision: str) -> int:
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
     kind = gguf.GGMLQuantizationType[precision.upper()]
@@ -219,7 +252,6 @@ def write_gguf(source: Path, path: Path, precision: str) -> int:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return config["vocab_size"]
 
 
 def gguf_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The captioner's parts in torch, as transformers computes them."""
+"""The parts of the models in torch, as transformers computes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import nn
 from torch.export import Dim
 from transformers import (
     DynamicCache,
+    Idefics3ForConditionalGeneration,
+    Idefics3Model,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipVisionConfig,
@@ -111,16 +113,39 @@ class Decoder(nn.Module):
         return ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, cache)
 
 
-def load_parts(folder: Path, dtype: torch.dtype) -> tuple[Tower, LlamaForCausalLM]:
-    """The tower and the decoder with the weights that `write_parts` wrote."""
+class Tiles(nn.Module):
+    """SmolVLM's tower and connector: pixel_values [B, 3, H, W] → image features [B, T, D].
+
+    The positions of the patches are constants: the tower's own code looks them up image by image,
+    which no tracer follows.
+    """
+
+    def __init__(self, model: Idefics3Model):
+        super().__init__()
+        self.tower, self.connector = model.vision_model, model.connector
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        embeddings = self.tower.embeddings
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        hidden = patches + embeddings.position_embedding.weight
+        hidden = self.tower.encoder(inputs_embeds=hidden).last_hidden_state
+        return self.connector(self.tower.post_layernorm(hidden))
+
+
+def load_parts(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, LlamaForCausalLM]:
+    """Of a workload's folder, what makes features of images, and the language model."""
     llama = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=dtype).eval()
-    tensors = load_file(folder / "tower.safetensors")
-    vision = json.loads((folder / "captioner/config.json").read_text("utf-8"))["vision_config"]
-    tower = Tower(Size(vision, {"hidden_size": llama.config.hidden_size}))
+    config = json.loads((folder / "checkpoint/config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "idefics3":
+        model = Idefics3ForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=dtype)
+        return Tiles(model.model).eval(), llama
+    tower = Tower(Size(config["vision_config"], {"hidden_size": llama.config.hidden_size}))
+    towers = ("vision_encoder.", "projection.")
+    tensors = load_file(folder / "checkpoint/model.safetensors")
     state = {
         name.replace("vision_encoder.", "encoder.", 1).replace(".projection.", ".", 1): tensor
         for name, tensor in tensors.items()
-        if not name.startswith("vision_encoder.head.")
+        if name.startswith(towers) and not name.startswith("vision_encoder.head.")
     }
     expected = {name.replace(".vision_model.", ".", 1): name for name in tower.state_dict()}
     tower.load_state_dict({expected[name]: tensor for name, tensor in state.items()})
