@@ -24,12 +24,13 @@ from typing import Any, ClassVar, Self
 import onnx_ir as ir
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
-from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
+from vlmport.checkpoint import Checkpoint, LazyTensor, merged, read_config, subsection
 from vlmport.errors import ConfigError
-from vlmport.families.base import Family, HubFiles, without_sampling
+from vlmport.families.base import Family, HubFiles, Layout, SizedLayout, without_sampling
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, read_image_processor
+from vlmport.families.qwen_layouts import fused, genai
 from vlmport.families.qwen_pixels import (
     MAX_PIXELS,
     MIN_PIXELS,
@@ -45,6 +46,7 @@ from vlmport.graph.precision import Precision
 from vlmport.graph.qwen_vision import QwenVisionConfig
 from vlmport.graph.smart_resize import SmartResize
 from vlmport.graph.weights import Format
+from vlmport.layouts import FUSED, GENAI
 from vlmport.tokenizer import read_tokenizer
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -193,6 +195,10 @@ class QwenVL(Family):
             "embed_tokens": embed_graph(self.text, "", precision.embed),
             "decoder_model_merged": decoder_graph(self.text, "", precision.decoder, precision.head),
         }
+
+    @property
+    def layouts(self) -> Mapping[str, Layout | SizedLayout]:
+        return {**super().layouts, FUSED: fused(self), GENAI: genai(self)}
 
     def _vision_encoder(self, form: Format) -> GraphBuilder:
         """pixel_values f32[N, K], image_grid_thw i64[num_images, 3] →
