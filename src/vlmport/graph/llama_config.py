@@ -85,6 +85,11 @@ class LlamaConfig:
                 f"{self.head_size // 2}",
                 hint="is the file of another model?",
             )
+        if self.deepstack_lanes > self.num_hidden_layers:
+            raise ConfigError(
+                f"{where}: {self.deepstack_lanes} DeepStack lanes, {self.num_hidden_layers} layers",
+                hint="each is added after a layer of its own",
+            )
 
     def check_heads(self, where: str) -> None:
         """Raise ConfigError for heads that the graph can't compute."""
