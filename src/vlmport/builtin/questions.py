@@ -91,8 +91,8 @@ def which(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
 def held_out_questions(count: int, seed: int = HELD_OUT_SEED) -> list[tuple[Exchange, list[Scene]]]:
     """Questions by themselves, with their scenes, of a seed that training never uses.
 
-    Every fourth is about two pictures, and is one that only two can have. Kinds are drawn evenly.
-    The first of them are the same for any count.
+    Every fourth is about two pictures, and is one that only two can have. Kinds are drawn evenly,
+    but for `which`, that only pairs have. The first of them are the same for any count.
     """
     rng = random.Random(f"{seed}-held-out-questions")
     return [_held_out(rng, pictures=2 if number % 4 == 3 else 1) for number in range(count)]
@@ -135,7 +135,7 @@ def growing_conversation(
 
 def _held_out(rng: random.Random, pictures: int) -> tuple[Exchange, list[Scene]]:
     scenes = [random_scene(rng)] if pictures == 1 else scene_pair(rng)
-    (asked,) = _drawn(_all_about(scenes, rng), rng, 1)
+    (asked,) = _drawn(_all_about(scenes, rng), rng, 1, {"which": 3.0})
     return _showing(asked, *range(len(scenes))), scenes
 
 
