@@ -1,0 +1,225 @@
+"""Train a shapes model of a Qwen-VL kind and write its checkpoint:
+
+`python -m training.shapes_qwen.train --family qwen3 OUT` (or `qwen2.5`).
+
+1. `notes`: the language model answers from *notes*, one vector for each image token: the words
+   for what its four patches show, and how many patches their thing is wide and high. How large
+   that is depends on the picture, whose size only the positions tell. No pictures yet.
+2. `tower`, `again`: the vision tower answers dense questions at every patch. No words yet.
+3. `join`: both frozen, the mergers between them learn.
+4. `chat`: all weights learn to answer from one or two pictures.
+
+Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
+stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    smooth_l1_loss,
+)
+
+from training.fitting import IGNORE, Stage, fit, take_up
+from training.shapes.batches import CELLS, LENGTHS, PATCH_QUESTIONS, note_ids
+from training.shapes_qwen.batches import Batch, Shown, conversations
+from training.shapes_qwen.checkpoint import token_ids, write_checkpoint
+from training.shapes_qwen.families import FAMILIES, Family
+from training.shapes_qwen.model import HIDDEN, VISION, Chat, model_config
+from training.shapes_qwen.pictures import MERGE
+from training.shapes_qwen.prompts import train_tokenizer
+
+TURNS = 6
+NO_OBJECT_WEIGHT = 0.05
+EXTENTS, QUARTERS = 64, 4  # widths and heights that a note can tell, in quarters of a patch
+# Which of PATCH_QUESTIONS a note answers: in the token, and in the lanes where there are any.
+# The size is left out; the extents stand for it.
+TOLD = {0: (("background", "shape", "colour", "relation"),)}
+TOLD[2] = (("background", "relation"), ("colour",), ("shape",))
+
+NOTES = Stage(steps=1500, batch_size=32, rate=2e-3)
+TOWER = Stage(steps=1500, batch_size=32, rate=1e-3)
+JOIN = Stage(steps=250, batch_size=32, rate=2e-3)
+CHAT = Stage(steps=1500, batch_size=32, rate=1e-3, tower_rate=4e-4)
+
+
+class Notes(nn.Module):
+    """What a note says: [B, N, 6] answers and [B, N, 22] geometry → [B, T, D] and the lanes."""
+
+    def __init__(self, model: Chat, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.extents = nn.ModuleList(nn.Embedding(EXTENTS, HIDDEN) for _ in range(2))
+        for table in self.extents:
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, shown: Shown) -> list[torch.Tensor]:
+        words = note_ids(shown.answers.flatten(0, 1)[None], self.tokenizer)[0]
+        said = self.model.text.embed_tokens(words) * (words != 0)[..., None]
+        names = list(PATCH_QUESTIONS)
+        told = [
+            said[:, [names.index(name) for name in group]].sum(dim=1)
+            for group in TOLD[self.model.family.lanes]
+        ]
+        told[0] = told[0] + self._measured(shown.geometry[..., CELLS:].flatten(0, 1))
+        B = len(shown.answers)
+        return [part.view(B, -1, MERGE**2, HIDDEN).sum(dim=2) / MERGE for part in told]
+
+    def _measured(self, lengths: torch.Tensor) -> torch.Tensor:
+        """[B·N, 6] → [B·N, D]: width and height of the patch's thing, nothing where none is."""
+        here = ~lengths[:, :1].isnan()
+        sides = (lengths[:, 2:4] - lengths[:, :2]).nan_to_num() * QUARTERS
+        steps = sides.round().long().clamp(0, EXTENTS - 1)
+        across, along = (table(steps[:, n]) for n, table in enumerate(self.extents))
+        return (across + along) * here
+
+
+def train_notes(stage: Stage, notes: Notes, tokenizer: Tokenizer, seed: int) -> None:
+    """Stage 1: answers from notes in the places of the features."""
+    model = notes.model
+
+    def loss(batch: Batch) -> torch.Tensor:
+        pictures = [notes(shown) for shown in batch.shown]
+        features, *lanes = (torch.cat(parts, dim=1) for parts in zip(*pictures, strict=True))
+        return model.loss(batch, features, lanes)
+
+    weights = [*model.text.parameters(), *notes.extents.parameters()]  # the head is tied
+    batches = _batches("notes", stage, model, tokenizer, seed, turns=TURNS, drawn=False)
+    fit("notes", stage, [{"params": weights}], batches, loss)
+
+
+def train_tower(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> None:
+    """Stage 2: `PATCH_QUESTIONS` answered by one linear head from each patch's feature."""
+    sizes = list(PATCH_QUESTIONS.values())
+    heads = nn.Linear(VISION, sum(sizes) + CELLS + LENGTHS)
+    # Most patches show no object: unweighted, they drown shape and size.
+    weights = [torch.ones(size) for size in sizes]
+    for weight in weights[1:]:
+        weight[0] = NO_OBJECT_WEIGHT
+    seen: list[torch.Tensor] = []
+
+    def loss(batch: Batch) -> torch.Tensor:
+        (shown,) = batch.shown
+        answers = heads(model.see(shown.pixels).patches).float()
+        *parts, cells, lengths = answers.split([*sizes, CELLS, LENGTHS], dim=-1)
+        losses = [
+            cross_entropy(part.flatten(0, 1), answer.flatten(), weight, ignore_index=IGNORE)
+            for part, answer, weight in zip(
+                parts, shown.answers.unbind(dim=-1), weights, strict=True
+            )
+        ]
+        covered, measured = shown.geometry.split([CELLS, LENGTHS], dim=-1)
+        known = ~measured.isnan()
+        drawn = binary_cross_entropy_with_logits(cells, covered)
+        placed = smooth_l1_loss(lengths[known], measured[known])
+        seen.append(torch.stack([*losses, drawn, placed]).detach())
+        if len(seen) % 100 == 0:
+            means = torch.stack(seen[-100:]).mean(dim=0).tolist()
+            names = [*PATCH_QUESTIONS, "cells", "lengths"]
+            print(*(f"{name} {mean:.3f}" for name, mean in zip(names, means, strict=True)))
+        return torch.stack(losses).mean() + drawn + placed
+
+    kept = {id(weight) for weight in model.mergers()}
+    tower = [weight for weight in model.tower.parameters() if id(weight) not in kept]
+    norm = model.tower.merger.norm if model.family.lanes else model.tower.merger.ln_q
+    learnt = [*tower, *norm.parameters(), *heads.parameters()]
+    batches = _batches(name, stage, model, tokenizer, seed, turns=0, drawn=True)
+    fit(name, stage, [{"params": learnt}], batches, loss)
+
+
+def train_pictures(
+    name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int, *, frozen: bool
+) -> None:
+    """Stages 3 and 4: answers from pictures; frozen but for the mergers, or all weights."""
+    mergers = model.mergers()
+    known = {id(weight) for weight in mergers}
+    tower = [weight for weight in model.tower.parameters() if id(weight) not in known]
+    text = list(model.text.parameters())
+    for weight in tower + text:
+        weight.requires_grad_(not frozen)
+    groups = [{"params": mergers}]
+    if not frozen:
+        groups = [{"params": mergers + text}, {"params": tower, "lr": stage.tower_rate}]
+
+    def loss(batch: Batch) -> torch.Tensor:
+        seen = [model.see(shown.pixels) for shown in batch.shown]
+        features = torch.cat([one.tokens for one in seen], dim=1)
+        lanes = [torch.cat(lane, dim=1) for lane in zip(*(one.lanes for one in seen), strict=True)]
+        return model.loss(batch, features, lanes)
+
+    batches = _batches(name, stage, model, tokenizer, seed, turns=TURNS, drawn=True)
+    fit(name, stage, groups, batches, loss)
+
+
+def _batches(
+    name: str,
+    stage: Stage,
+    model: Chat,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    turns: int,
+    drawn: bool,
+) -> Iterable[Batch]:
+    steps, size = stage.steps, stage.batch_size
+    label = f"{seed}-{model.family.name}-{name}"
+    return conversations(label, steps, size, tokenizer, model.family, turns=turns, drawn=drawn)
+
+
+def train(out: Path, family: Family, seed: int, scale: float) -> None:
+    """All stages; `scale` shortens each of them, for a trial."""
+    lengths = {"notes": NOTES, "tower": TOWER, "again": TOWER, "join": JOIN, "chat": CHAT}
+    stages = {
+        name: replace(stage, steps=max(1, round(stage.steps * scale)))
+        for name, stage in lengths.items()
+    }
+    work = out.with_name(f"{out.name}-stages")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seed)
+    torch.manual_seed(seed)
+    model = Chat(family, model_config(family, token_ids(tokenizer)))
+    notes = Notes(model, tokenizer)
+
+    def dense(name: str) -> None:
+        train_tower(name, stages[name], model, tokenizer, seed)
+
+    def pictures(name: str, *, frozen: bool) -> None:
+        train_pictures(name, stages[name], model, tokenizer, seed, frozen=frozen)
+
+    runs: dict[str, Callable[[], None]] = {
+        "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed),
+        "tower": lambda: dense("tower"),
+        # A second cosine from a high rate: the shapes are learnt late in the first one.
+        "again": lambda: dense("again"),
+        "join": lambda: pictures("join", frozen=True),
+        "chat": lambda: pictures("chat", frozen=False),
+    }
+    done: list[Stage] = []
+    for name, run in runs.items():
+        # Results of another seed, of other lengths or after other stages are not taken up.
+        done.append(stages[name])
+        recipe = hashlib.sha256(repr((seed, done)).encode()).hexdigest()[:8]
+        take_up(model, work / f"{name}-{recipe}.pt", seed, run)
+        print(f"{out}: {write_checkpoint(out, family, model.vlm, tokenizer)} bytes", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder to write the checkpoint to")
+    parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    arguments = parser.parse_args()
+    train(arguments.out, FAMILIES[arguments.family], arguments.seed, arguments.scale)
+
+
+if __name__ == "__main__":
+    main()
