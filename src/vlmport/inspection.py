@@ -94,7 +94,8 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
 
     A precision without a golden fails: nothing is known of it.
     """
-    from vlmport.runtime.probe import check_golden, open_graphs
+    from vlmport.runtime.golden import open_graphs
+    from vlmport.runtime.probe import check_golden
 
     golden = bundle.manifest.golden
     precisions = bundle.manifest.precisions

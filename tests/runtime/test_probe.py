@@ -13,10 +13,10 @@ from vlmport.bundle import Bundle, GoldenImage
 from vlmport.errors import BundleError
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components
+from vlmport.runtime.golden import golden_image
 from vlmport.runtime.probe import (
     CacheWatch,
     check_golden,
-    golden_image,
     golden_prompt,
     logit_ids,
     record_golden,

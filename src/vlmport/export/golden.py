@@ -36,7 +36,8 @@ def golden_input(tokens_of: Callable[[int, int], int], options: Mapping[str, Any
 
 def record(bundle: Bundle, precisions: Sequence[str]) -> Manifest:
     """The manifest with the expectations of each precision, from running it."""
-    from vlmport.runtime.probe import open_graphs, record_golden
+    from vlmport.runtime.golden import open_graphs
+    from vlmport.runtime.probe import record_golden
 
     golden = bundle.manifest.golden
     expected = {}

@@ -8,7 +8,7 @@ be seen on somebody's GPU.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ExportError, PromptError, TokenizerError
-from vlmport.layouts import HUB
+from vlmport.export.golden_feeds import golden_feeds
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
@@ -30,7 +30,7 @@ def check_prompt(bundle: Bundle) -> None:
     Raises ExportError where the picture would not find its placeholder.
     """
     from vlmport.runtime.components import Components
-    from vlmport.runtime.probe import golden_image
+    from vlmport.runtime.golden import golden_image
     from vlmport.runtime.prompt import Prompter, check_messages
 
     spec = bundle.manifest.prompt
@@ -54,9 +54,8 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
 
     Raises ExportError naming the tensors past LIMIT.
     """
-    feeds_of = _hub_feeds if bundle.manifest.layout == HUB else _four_files_feeds
     largest = {}
-    for component, feeds in feeds_of(bundle, precision):
+    for component, feeds in golden_feeds(bundle, precision):
         path = bundle.path(bundle.variant(component, precision).model)
         magnitudes = half_magnitudes(path, feeds)
         beyond = {name: value for name, value in magnitudes.items() if not value <= LIMIT}
@@ -70,45 +69,6 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
             )
         largest[component] = max(magnitudes.values(), default=0.0)
     return largest
-
-
-Feeds = Iterator[tuple[str, Mapping[str, np.ndarray]]]
-
-
-def _hub_feeds(bundle: Bundle, precision: str) -> Feeds:
-    """Each graph that may hold float16, and what the golden picture comes to there."""
-    from vlmport.runtime.components import DECODER, VISION, Components
-    from vlmport.runtime.probe import golden_image, golden_prompt
-
-    golden = bundle.manifest.golden
-    components = Components.open(bundle, precision=precision)
-    vision = components.process_image(golden_image(golden), golden.options).inputs
-    prompt = golden_prompt(components, golden)
-    components.close()  # the wide graphs take their place in memory
-    yield VISION, vision
-    yield (
-        DECODER,
-        {
-            "inputs_embeds": prompt.embeds[None],
-            "attention_mask": np.ones((1, len(prompt.ids)), np.int64),
-            "position_ids": prompt.positions.ids[..., None, :],
-            "num_logits_to_keep": np.array(0, np.int64),
-        },
-    )
-
-
-def _four_files_feeds(bundle: Bundle, precision: str) -> Feeds:
-    """The same of the layout `components`. Going on computes as beginning does."""
-    from vlmport.runtime.four_files import BEGIN, PROJECTION, VISION, FourFiles
-    from vlmport.runtime.probe import golden_image, golden_prefix
-
-    golden = bundle.manifest.golden
-    files = FourFiles.open(bundle, precision=precision)
-    pixels = files.pixels(golden_image(golden))
-    yield VISION, {"pixel_values": pixels}
-    yield PROJECTION, {"vision_hidden_states": files.encode(pixels).hidden[None]}
-    prefix, none = golden_prefix(files, golden), np.zeros((1, 0), np.int64)
-    yield BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
 
 
 def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -148,29 +148,8 @@ class Components:
         Raises OptionError for an option that the graph does not have, ImageError where the graph
         refuses the picture, BundleError where it gives no prompt ids.
         """
-        session = self.session(IMAGE)
-        feeds = {
-            "image": np.ascontiguousarray(rgb),
-            **_option_feeds(session, {**self.manifest.image_options, **(options or {})}),
-        }
-        try:
-            values = session.run(None, feeds)
-        except ORT_ERRORS as error:
-            reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
-            raise ImageError(
-                f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
-                hint=hint,
-            ) from error
-        outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
-        if "prompt_ids" not in outputs:
-            raise BundleError(
-                f"{IMAGE}: no output 'prompt_ids'; it has {', '.join(outputs)}",
-                hint="export the bundle again",
-            )
-        prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
-        return ProcessedImage(
-            {name: np.asarray(value) for name, value in outputs.items()}, prompt_ids
-        )
+        options = {**self.manifest.image_options, **(options or {})}
+        return process_image(self.session(IMAGE), rgb, options)
 
     def check_image_options(self, options: Mapping[str, Any]) -> None:
         """Raise OptionError for one that the image processor does not have, or of another kind."""
@@ -274,6 +253,29 @@ class Components:
                     hint="export the bundle again",
                 )
         return logits.astype(np.float32, copy=False), grown
+
+
+def process_image(
+    session: ort.InferenceSession, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any]
+) -> ProcessedImage:
+    """What an image processor's graph makes of one picture. Raises as the method of Components."""
+    feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, options)}
+    try:
+        values = session.run(None, feeds)
+    except ORT_ERRORS as error:
+        reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
+        raise ImageError(
+            f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
+            hint=hint,
+        ) from error
+    outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
+    if "prompt_ids" not in outputs:
+        raise BundleError(
+            f"{IMAGE}: no output 'prompt_ids'; it has {', '.join(outputs)}",
+            hint="export the bundle again",
+        )
+    prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
+    return ProcessedImage({name: np.asarray(value) for name, value in outputs.items()}, prompt_ids)
 
 
 def merge_image_features(
