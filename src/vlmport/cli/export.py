@@ -25,8 +25,8 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            help="Form of folder: hub; components (a captioner's four files); fused or genai "
-            "(Qwen-VL)."
+            help="Form of folder: hub; components (a captioner's four files); fused (two graphs "
+            "without a cache); genai (onnxruntime-genai's)."
         ),
     ] = "hub",
     image_size: Annotated[
