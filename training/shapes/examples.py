@@ -1,4 +1,6 @@
-"""Draw the pictures of `examples/` and their captions: `python -m training.shapes.examples OUT`.
+"""Draw the pictures of `examples/`, with captions, questions and answers.
+
+    python -m training.shapes.examples OUT
 
 The first is placed by hand; the others are seeded scenes with canvases of 256 to 320 pixels.
 """
@@ -8,10 +10,23 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from training.questions import Exchange, questions, which
 from training.shapes.scenes import Scene, Thing, caption, draw, is_clear, random_scene
 
 SEED = 7
+# Of each picture in order: the first is asked "what color is the square?".
+QUESTION_KINDS = (
+    "color",
+    "background",
+    "beside",
+    "exists, no",
+    "shape",
+    "count",
+    "beside",
+    "exists, yes",
+)
 COUNTS = (1, 2, 2, 2, 3, 3, 3)
 LEAST, MOST = 256, 320
 
@@ -35,14 +50,34 @@ def example_scenes() -> dict[str, Scene]:
     return scenes
 
 
+def example_questions(scenes: dict[str, Scene]) -> list[dict[str, Any]]:
+    """A question about each picture, a kind at a time; then which of two pictures has something."""
+    rng = random.Random(f"{SEED}-example-questions")
+    asked = []
+    for kind, (name, scene) in zip(QUESTION_KINDS, scenes.items(), strict=True):
+        found = [one for one in questions(scene, rng) if one.kind == kind]
+        asked.append(_entry([name], rng.choice(found)))
+    names = list(scenes)
+    for answer, pair in (("the second", names[:2]), ("the first", names[3:5])):
+        found = [one for one in which([scenes[n] for n in pair], rng) if one.answer == answer]
+        asked.append(_entry(pair, found[0]))
+    return asked
+
+
+def _entry(names: list[str], asked: Exchange) -> dict[str, Any]:
+    return {"images": names, "question": asked.question, "answer": asked.answer}
+
+
 def write_examples(folder: Path) -> None:
-    """One PNG for each scene, and captions.json."""
+    """One PNG for each scene, captions.json and questions.json."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = example_scenes()
     for name, scene in scenes.items():
         draw(scene).save(folder / name, optimize=True)
     captions = {name: caption(scene) for name, scene in scenes.items()}
-    (folder / "captions.json").write_text(json.dumps(captions, indent=2) + "\n")
+    asked = example_questions(scenes)
+    for file, content in (("captions.json", captions), ("questions.json", asked)):
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _on_larger_canvas(scene: Scene) -> Scene:
