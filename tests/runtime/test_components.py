@@ -129,6 +129,15 @@ def test_positions_count_from_zero(components: Components):
     assert components.position_inputs == frozenset()
 
 
+def test_no_rows_of_any_width_change_nothing():
+    """A prompt without a picture in a bundle whose features are wider than a caller knows."""
+    embeds = np.ones((2, 12), np.float32)
+    none = np.zeros((0, 4), np.float32)
+    merged = merge_image_features(embeds, np.array([1, 2]), none, toy.IMAGE)
+    np.testing.assert_array_equal(merged, embeds)
+    assert merged is not embeds
+
+
 def test_the_plain_form_grows_and_equals_a_full_pass(components: Components):
     embeds = WEIGHTS["embed"][np.arange(2, 14)]
     full = toy.reference_logits(WEIGHTS, embeds)

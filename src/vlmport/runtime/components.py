@@ -295,12 +295,14 @@ def merge_image_features(
             f"{len(at)} image tokens in the prompt, {len(features)} features",
             hint="is every picture's placeholder in the prompt, and no image token by hand?",
         )
-    if len(at) and features.shape[1] != embeds.shape[1]:
+    merged = embeds.copy()
+    if not len(at):
+        return merged
+    if features.shape[1] != embeds.shape[1]:
         raise PromptError(
             f"features are {features.shape[1]} wide, embeddings {embeds.shape[1]}",
             hint="do all files belong to one bundle?",
         )
-    merged = embeds.copy()
     merged[at] = features
     return merged
 
