@@ -18,7 +18,7 @@ from vlmport.families import FAMILIES, family_of
 from vlmport.families.prefix import CHAT_TEMPLATE, PrefixCaptioner
 from vlmport.graph.builder import to_model
 from vlmport.graph.precision import PRECISIONS
-from vlmport.runtime.prompt import compile_template
+from vlmport.runtime.chat_template import render_template
 
 
 @pytest.fixture
@@ -201,7 +201,8 @@ def test_stop_and_padding_tokens(
 @pytest.mark.parametrize("copies", [0, 1, 3])
 def test_the_template_emits_placeholders_alone(copies: int) -> None:
     parts = [{"type": "image"}] * copies
-    rendered = compile_template(CHAT_TEMPLATE).render(
+    rendered = render_template(
+        CHAT_TEMPLATE,
         messages=[{"role": "user", "content": parts}, {"role": "user", "content": []}],
         add_generation_prompt=True,
     )
@@ -211,12 +212,12 @@ def test_the_template_emits_placeholders_alone(copies: int) -> None:
 @pytest.mark.parametrize("content", ["hello", [{"type": "text", "text": "hello"}]])
 def test_the_template_refuses_text(content: Any) -> None:
     with pytest.raises(Exception, match="takes pictures and no text"):
-        compile_template(CHAT_TEMPLATE).render(messages=[{"role": "user", "content": content}])
+        render_template(CHAT_TEMPLATE, messages=[{"role": "user", "content": content}])
 
 
 def test_the_caption_prompt_is_the_picture(folder: Path) -> None:
     (message,) = read(folder).prompt.caption
-    rendered = compile_template(CHAT_TEMPLATE).render(messages=[message])
+    rendered = render_template(CHAT_TEMPLATE, messages=[message])
     assert rendered == "<image>"
 
 

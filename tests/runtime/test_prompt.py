@@ -16,7 +16,8 @@ from tests.runtime import toy
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import PromptSpec
 from vlmport.errors import PromptError, TokenizerError
-from vlmport.runtime.prompt import Prompter, check_messages, compile_template
+from vlmport.runtime.chat_template import render_template
+from vlmport.runtime.prompt import Prompter, check_messages
 
 IMAGE_PART = {"type": "image"}
 
@@ -166,7 +167,7 @@ def test_pictures_without_placeholders(prompter: Prompter):
 
 
 def render(template: str, **values: Any) -> str:
-    return compile_template(template).render(**values)
+    return render_template(template, **values)
 
 
 LOOP = "{% for i in [1, 2, 3] %}"
@@ -187,7 +188,7 @@ LOOP = "{% for i in [1, 2, 3] %}"
     ],
 )
 def test_the_template_language_is_that_of_transformers(template: str, want: str):
-    assert compile_template(template).render() == want
+    assert render_template(template) == want
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from vlmport.bundle import PromptSpec
 from vlmport.errors import PromptError, TokenizerError, did_you_mean
 from vlmport.json_files import load_json
+from vlmport.runtime.chat_template import render_template
 from vlmport.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
-    from jinja2.nodes import Node
-    from jinja2.parser import Parser
 
 ROLES = ("system", "user", "assistant", "tool")
 AGAIN = "download or export the bundle again"
@@ -66,7 +58,8 @@ class Prompter:
             raise PromptError("this bundle has no chat template", hint="export the bundle again")
         special = {name: token for name, token in self._special.items() if token is not None}
         try:
-            return compile_template(self._template).render(
+            return render_template(
+                self._template,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -199,83 +192,6 @@ def _check_encodable(text: str, where: str) -> None:
             f"{where}: not Unicode at character {error.start}: {text[error.start]!a}",
             hint="text is read as UTF-8",
         ) from None
-
-
-class SafeDict:
-    """`dict(…)` and `dict.fromkeys(…)` for templates, without the type itself."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class SafeNamespace(Namespace):
-    """`namespace(…)` whose attributes can't begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any):
-        self, args = args[0], args[1:]  # so that a template may have an attribute named self
-        for name in dict(*args, **kwargs):
-            _check_attribute(name)
-        Namespace.__init__(self, *args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        super().__setitem__(name, value)
-
-
-def _check_attribute(name: str) -> None:
-    if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not store {name!r}")
-
-
-class GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks what is trained on: its body."""
-
-    tags = {"generation"}  # noqa: RUF012, jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=32)
-def compile_template(source: str) -> jinja2.Template:
-    """A chat template, sandboxed and with the additions that transformers gives it.
-
-    Source: transformers 5.23, chat_template_utils.py, _cached_compile_jinja_template.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["dict"] = SafeDict()
-    environment.globals["namespace"] = SafeNamespace
-    return environment.from_string(source)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which no prompt wants."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
