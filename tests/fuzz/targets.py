@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fastjsonschema
 import numpy as np
@@ -29,12 +30,14 @@ from tests.export.test_same_model import write_adapter
 from tests.fuzz.bounds import bounded
 from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
+from tests.fuzz.templates import templates
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.checkpoint import Weights
 from vlmport.errors import VlmportError
 from vlmport.export import export
 from vlmport.inspection import describe, probe_bundle
 from vlmport.layouts import COMPONENTS
+from vlmport.runtime import chat_template
 from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
 from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter
@@ -261,7 +264,7 @@ def prompter_file(name: str) -> Target:
 
     def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
         if name.endswith(".jinja"):
-            return damaged((shop.bundle / name).read_bytes())
+            return st.one_of(damaged((shop.bundle / name).read_bytes()), templates())
         return json_texts(document(shop.bundle / name))
 
     def run(shop: Workshop, data: bytes) -> None:
@@ -272,7 +275,7 @@ def prompter_file(name: str) -> Target:
                 del config["chat_template"]
                 (folder / "tokenizer_config.json").unlink()
                 (folder / "tokenizer_config.json").write_bytes(written(config))
-            with ours_or_right():
+            with ours_or_right(), mock.patch.object(chat_template, "SECONDS", 0.5):
                 prompter = Prompter(folder, spec)
                 ids = prompter.encode(prompter.render(spec.caption))
                 prompter.splice(ids, [np.zeros(25, np.int64)])
