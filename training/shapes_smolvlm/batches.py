@@ -16,7 +16,8 @@ from training.shapes.batches import patch_answers
 from training.shapes.scenes import Scene, draw, random_scene
 from training.shapes_smolvlm.prompts import TILE, image_text, render, tiles
 
-GRID = 8  # patches along a tile's side
+PATCH = 12
+GRID = TILE // PATCH  # patches along a tile's side
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Conversations(Dataset[Batch]):
             pictures, texts = show(scenes, form) if drawn else ([], [image_text(0, 0)] * 2)
             shown.append(pictures)
             rows.append(encode(self.tokenizer, self._conversation(scenes, rng), texts))
-            answers.append([patch_answers(scene, TILE, GRID) for scene in scenes if not drawn])
+            answers.append([_patches(scene) for scene in scenes if not drawn])
         ids, labels = pad(rows)
         return Batch(
             torch.from_numpy(np.array(shown)), ids, labels, torch.from_numpy(np.array(answers))
@@ -103,6 +104,11 @@ def conversations(
     """A loader over `Conversations` in order, drawn by one worker process."""
     data = Conversations(stage, steps, batch_size, tokenizer, diet)
     return DataLoader(data, batch_size=None, shuffle=False, num_workers=1, prefetch_factor=8)
+
+
+def _patches(scene: Scene) -> np.ndarray:
+    """[64, 6] int64: what each patch of the whole picture shows."""
+    return patch_answers(scene, (TILE, TILE), PATCH)
 
 
 def drawn_scenes(rng: random.Random, form: Form) -> list[Scene]:
