@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +21,9 @@ from vlmport.verify.references import load_reference
 from vlmport.verify.report import Report
 from vlmport.verify.requests import Request
 from vlmport.verify.truth import Truth
+
+if TYPE_CHECKING:
+    from tests.verify.qwen import Family
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Case:
     )
     bundle = export(checkpoint, folder / "bundle", precisions=("fp32", "q4"))
     return case(checkpoint, bundle, drawn_pictures()[1])
+
+
+@pytest.fixture(scope="session")
+def qwens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    """One of each Qwen-VL family."""
+    from tests.verify.qwen import WRITERS, made
+
+    return {name: made(tmp_path_factory.mktemp(name), write) for name, write in WRITERS.items()}
+
+
+@pytest.fixture(scope="session")
+def qwen_cases(qwens: dict[str, Family]) -> dict[str, Case]:
+    """Two pictures of different grids over two turns."""
+    return {name: family.case() for name, family in qwens.items()}
 
 
 @pytest.fixture
