@@ -20,8 +20,10 @@ from vlmport.builtin import builtin_folder
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import locate, locate_adapter
 from vlmport.errors import DependencyError, SourceError
-from vlmport.layouts import HUB
+from vlmport.layouts import COMPONENTS, FUSED, GENAI, HUB
 from vlmport.verify.four_files import run_four_files_ladder
+from vlmport.verify.fused import run_fused_ladder
+from vlmport.verify.genai import run_genai_ladder
 from vlmport.verify.judging import Progress
 from vlmport.verify.ladder import run_ladder
 from vlmport.verify.pictures import drawn_pictures, named_pictures
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource
 
 __all__ = ["Measure", "Report", "Row", "UnrecordedError", "parity_markdown", "verify"]
+
+LADDERS = {
+    HUB: run_ladder,
+    COMPONENTS: run_four_files_ladder,
+    FUSED: run_fused_ladder,
+    GENAI: run_genai_ladder,
+}
 
 
 def verify(
@@ -76,7 +85,7 @@ def verify(
     folder = locate(builtin_folder(reference) or reference, revision)
     truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
-    climb = run_ladder if bundle.manifest.layout == HUB else run_four_files_ladder
+    climb = LADDERS[bundle.manifest.layout]
     weights = tuple(row for name in names for row in weight_rows(bundle, name))
     ladder = climb(truth, bundle, names, truth.requests(pictures), progress)
     report = Report(truth.versions, ladder + weights)

@@ -19,6 +19,7 @@ from vlmport.bundle import Bundle
 from vlmport.errors import SourceError
 from vlmport.runtime.four_files import BEGIN, GO_ON, FourFiles
 from vlmport.verify import metrics
+from vlmport.verify.climbing import closeness
 from vlmport.verify.judging import Found, Judge, Progress, bundle_runs, max_new_tokens, row_of
 from vlmport.verify.limits import FOUR_FILES_RUNGS, four_files_limits_of
 from vlmport.verify.lookup import look_up
@@ -68,7 +69,7 @@ class FourFilesLadder:
     def _hidden_states(self) -> Found:
         with bundle_runs():
             ours = self.files.encode(self._truths_pixels).hidden
-        return _closeness(ours, self.hidden.last)
+        return closeness(ours, self.hidden.last)
 
     def _pooler_output(self) -> Found:
         """Present where the reference has one, and only there."""
@@ -77,17 +78,17 @@ class FourFilesLadder:
         truth = self.hidden.pooled
         if truth is None:
             none = np.ones((1, 1), np.float32)
-            values, _ = _closeness(none if ours is None else ours[None], none)
+            values, _ = closeness(none if ours is None else ours[None], none)
             return values, "the checkpoint has no pooling head"
         if ours is None:
-            values, _ = _closeness(np.zeros((0, 0), np.float32), truth[None])
+            values, _ = closeness(np.zeros((0, 0), np.float32), truth[None])
             return values, "the vision encoder has no pooler_output"
-        return _closeness(ours[None], truth[None])
+        return closeness(ours[None], truth[None])
 
     def _projected_prefix(self) -> Found:
         with bundle_runs():
             ours = self.files.project(self.hidden.last)
-        return _closeness(ours, self.truth.features)
+        return closeness(ours, self.truth.features)
 
     def _embeddings(self) -> Found:
         """A share of the vocabulary, as both graphs look it up."""
@@ -114,13 +115,13 @@ class FourFilesLadder:
         truth = self.truth.logits[: self._prefix_rows]
         with bundle_runs():
             ours, _ = self.files.begin(self.truth.features, NO_IDS)
-        return _closeness(ours, truth, tail=1)
+        return closeness(ours, truth, tail=1)
 
     def _prompted_logits(self) -> Found:
         """The prefix and, as prompt ids, the reference's tokens."""
         with bundle_runs():
             ours, _ = self.files.begin(self.truth.features, self._new_ids)
-        return _closeness(ours, self.truth.logits, tail=len(self._new_ids) + 1)
+        return closeness(ours, self.truth.logits, tail=len(self._new_ids) + 1)
 
     def _cached_decode(self) -> Found:
         """The prefix, two tokens at once, then token by token, against one pass of each side."""
@@ -135,7 +136,7 @@ class FourFilesLadder:
                 at = stop
             whole, _ = self.files.begin(self.truth.features, ids)
         ours = np.concatenate(parts)
-        values, _ = _closeness(ours, truth, tail=tail)
+        values, _ = closeness(ours, truth, tail=tail)
         return values | {
             "self": metrics.worst_error(ours, whole),
             "self kl": metrics.mean_divergence(ours[-tail:], whole[-tail:]),
@@ -177,21 +178,6 @@ class FourFilesLadder:
     def _new_ids(self) -> Int[np.ndarray, " n"]:
         """The reference's tokens but the last, which is never fed back."""
         return self.truth.ids[self._prefix_rows :]
-
-
-def _closeness(
-    ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"], tail: int = 0
-) -> Found:
-    """How far rows are apart by every measure; of the last `tail` rows as logits too."""
-    values: dict[str, float] = {
-        "worst": metrics.worst_error(ours, truth),
-        "typical": metrics.typical_error(ours, truth),
-        "cosine": metrics.least_cosine(ours, truth),
-    }
-    if tail:
-        values["kl"] = metrics.mean_divergence(ours[-tail:], truth[-tail:])
-        values["top1"] = metrics.agreement(ours[-tail:], truth[-tail:])
-    return values, None
 
 
 def run_four_files_ladder(

@@ -40,7 +40,18 @@ FOUR_FILES_RUNGS = (
     "end_to_end",
 )
 
-# Before either of them: of a component at a precision that is not fp32, not of a picture.
+# Of the layout `fused`; those of `genai` are the Hub's.
+FUSED_RUNGS = (
+    "pixels",
+    "vision_features",
+    "embeddings",
+    "first_logits",
+    "padded_logits",
+    "greedy_tokens",
+    "end_to_end",
+)
+
+# Before any of them: of a component at a precision that is not fp32, not of a picture.
 WEIGHTS_RUNG = "weights"
 
 # From the bottom up, whichever ladder a report is of.
@@ -57,6 +68,7 @@ ORDER = (
     "position_ids",
     "first_logits",
     "prompted_logits",
+    "padded_logits",
     "cached_decode",
     "greedy_tokens",
     "end_to_end",
@@ -77,6 +89,7 @@ LIKELY_CAUSES = {
     "projected_prefix": "a weight of the projection, or its activation",
     "embeddings": "the embedding table (rows, order, scale), or the head's where they are tied",
     "prompted_logits": "where prompt ids stand, their embeddings, or the positions after a prefix",
+    "padded_logits": "the attention mask, or positions that count padding",
     "merged_embeds": "the embedding table (rows, order, scale), or features written over the "
     "wrong rows",
     "position_ids": "where positions start, or how they go on after a cache",
@@ -274,6 +287,41 @@ ROUNDED_HEAD = {"cosine": Limit(0.97, "", POOLED, at_least=True)}
 EIGHT_BIT_ROWS = {"7 bits": Limit(0.52, "steps of a row", TIED)}
 
 
+def fused_limits_of(precision: str, resample: str = "bicubic") -> Mapping[str, Mapping[str, Limit]]:
+    """The same numbers for the rungs of the layout `fused`."""
+    hub = limits_of(precision, resample)
+    embeds = {name: one for name, one in hub["merged_embeds"].items() if name != "wrong features"}
+    return {
+        "pixels": hub["pixels"],
+        "vision_features": hub["vision_features"],
+        "embeddings": EIGHT_BIT_ROWS if precision == "q8" else embeds,
+        "first_logits": hub["first_logits"],
+        "padded_logits": hub["first_logits"],
+        "greedy_tokens": hub["greedy_tokens"],
+        "end_to_end": hub["end_to_end"],
+    }
+
+
+def genai_limits_of(precision: str, resample: str = "bicubic") -> Mapping[str, Mapping[str, Limit]]:
+    """The same numbers for the layout `genai`, whose decoder gives one row of logits a run."""
+    hub = limits_of(precision, resample)
+    return {
+        **hub,
+        "first_logits": _without_agreement(hub["first_logits"]),
+        "cached_decode": _without_bound(hub["cached_decode"]),
+    }
+
+
+def _without_agreement(limits: Mapping[str, Limit]) -> dict[str, Limit]:
+    """Of one position: a near tie would decide about agreement alone."""
+    return {name: one for name, one in limits.items() if name != "top1"}
+
+
+def _without_bound(limits: Mapping[str, Limit]) -> dict[str, Limit]:
+    """Without those of the runtime's own cache."""
+    return {name: one for name, one in limits.items() if not name.startswith("bound")}
+
+
 def four_files_limits_of(
     precision: str, resample: str = "bicubic"
 ) -> Mapping[str, Mapping[str, Limit]]:
@@ -287,12 +335,9 @@ def four_files_limits_of(
         "pooler_output": vision if precision in ("fp32", "fp16") else ROUNDED_HEAD,
         "projected_prefix": vision,
         "embeddings": EIGHT_BIT_ROWS if precision == "q8" else embeds,
-        # One position: a near tie would decide about agreement alone.
-        "first_logits": {name: one for name, one in logits.items() if name != "top1"},
+        "first_logits": _without_agreement(logits),
         "prompted_logits": logits,
-        "cached_decode": {
-            name: one for name, one in hub["cached_decode"].items() if not name.startswith("bound")
-        },
+        "cached_decode": _without_bound(hub["cached_decode"]),
         "greedy_tokens": hub["greedy_tokens"],
         "end_to_end": {name: one for name, one in hub["end_to_end"].items() if name != "prompt"},
     }

@@ -124,3 +124,17 @@ class PrefixReference(Reference, Protocol):
     def hidden_states(self, inputs: Mapping[str, np.ndarray]) -> HiddenStates:
         """The tower alone."""
         ...
+
+
+@runtime_checkable
+class FixedSizeReference(Reference, Protocol):
+    """One whose processor takes pictures of any size, and can be held to one."""
+
+    def at_size(self, request: Request, width: int, height: int) -> Request:
+        """The request with every picture resized to this size by the processor's filter, and
+        options under which the processor leaves it so."""
+        ...
+
+    def planes(self, pixels: Mapping[str, np.ndarray]) -> Float[np.ndarray, "1 3 h w"]:
+        """What `pixels` gave for one picture, the patches put together again."""
+        ...

@@ -12,6 +12,7 @@ Traps:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,24 @@ class QwenVLReference:
         """pixel_values float32 [N, K] and image_grid_thw int64 [1, 3]."""
         made = self._process(self.processor.image_token, [image], options)
         return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
+
+    def at_size(self, request: Request, width: int, height: int) -> Request:
+        filter_, pixels = Image.Resampling(self.image_processor.resample), width * height
+        pictures = tuple(
+            Picture(one.name, one.image.resize((width, height), filter_))
+            for one in request.pictures
+        )
+        options = {"min_pixels": pixels, "max_pixels": pixels}
+        return dataclasses.replace(request, pictures=pictures, options=options)
+
+    def planes(self, pixels: Mapping[str, np.ndarray]) -> Float[np.ndarray, "1 3 h w"]:
+        """Of the frames, which are all alike, the first."""
+        merge, side = self.image_processor.merge_size, self.image_processor.patch_size
+        _, rows, columns = pixels["image_grid_thw"][0]
+        blocks = (rows // merge, columns // merge, merge, merge)
+        patches = pixels["pixel_values"].reshape(*blocks, 3, -1, side, side)[..., 0, :, :]
+        patches = patches.transpose(4, 0, 2, 5, 1, 3, 6)  # 3, (rows, m, p), (columns, m, p)
+        return np.ascontiguousarray(patches.reshape(1, 3, rows * side, columns * side))
 
     def _process(
         self, text: str, images: Sequence[Image.Image], options: Mapping[str, Any] | None
