@@ -23,6 +23,7 @@ from tests.checkpoints import write_prefix_checkpoint
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
+from tests.web import talks
 from tests.web.pictures import write_pictures
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
@@ -160,7 +161,8 @@ def packed(node: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A random model that cuts pictures into tiles and has a chat template."""
     folder = tmp_path_factory.mktemp("tiles")
-    return export(write_idefics3_checkpoint(folder / "source"), folder / "tiles", precisions="fp32")
+    source = write_idefics3_checkpoint(folder / "source")
+    return export(source, folder / "tiles", precisions="fp32,q8,q4")
 
 
 def captions_of_tiles(bundle: Bundle, pictures: list[Path]) -> dict[str, dict[str, Any]]:
@@ -199,6 +201,7 @@ def expectations(bundle: Bundle, tiles: Bundle, kinds: list[Path]) -> dict[str, 
         "precisions": bundle.manifest.precisions,
         "captions": captions,
         "pixels": pixels,
+        "talks": talks.talks(tiles, kinds[0].parent),
         "tiles": captions_of_tiles(tiles, [path for path in kinds if path.name in CUT]),
         "pixelValues": {"dims": values.shape, "data": values.ravel().tolist()},
     }

@@ -198,9 +198,14 @@ test('a GPU without 16-bit shaders', async () => {
     message: "the GPU can't compute q4f16: it has no 16-bit shaders",
   });
   expect(refused.hint).toMatch(/precision: 'auto'/);
-  // Nor has WebAssembly kernels for its embeddings: so there is nothing that could take over.
-  const nowhere = await refusal(page, { options: half });
-  expect(nowhere.message).toMatch(/^embed_tokens can't be opened on wasm/);
+  // Nor has this build's WebAssembly a kernel for its embeddings: so nothing could take over.
+  expect(await refusal(page, { options: half })).toEqual({
+    code: 'DeviceError',
+    message:
+      "embed_tokens can't be opened on wasm: this ONNX Runtime can't compute GatherBlockQuantized " +
+      "in this precision. WebGPU is not used: the GPU can't compute q4f16: it has no 16-bit shaders",
+    hint: "precision: 'auto' takes one that it can",
+  });
   const fp16 = await ask(page, { options: { ...options, precision: 'fp16' } });
   expect(fp16).toMatchObject({ device: 'wasm', precision: 'fp16' });
   expect(fp16.reason).toMatch(/^WebGPU is not used: the GPU can't compute fp16/);

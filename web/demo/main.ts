@@ -1,11 +1,12 @@
 /**
- * The demo: pick, drop or paste a picture, and watch the caption arrive.
+ * The demo: pick, drop or paste a picture, and watch the caption arrive; ask about it, where the
+ * model answers questions.
  *
  * `?model=URL` names another bundle than the one beside the page; `?device=` and `?precision=` are
  * those of `VLM.load`.
  */
 
-import { type Caption, VLM, type VlmOptions, clearCache } from '@vlmport/web';
+import { type Caption, type Conversation, VLM, type VlmOptions, clearCache } from '@vlmport/web';
 import * as view from './view.js';
 import { ui } from './view.js';
 
@@ -22,6 +23,7 @@ let vlm: Promise<VLM> | null = null;
 let loading = new AbortController();
 let writing = new AbortController();
 let picture: Blob | string | null = null;
+let chat: Conversation | null = null; // about the picture
 
 async function load(): Promise<void> {
   loading.abort();
@@ -31,6 +33,7 @@ async function load(): Promise<void> {
     () => {},
   );
   const mine = (loading = new AbortController());
+  chat = null;
   view.showLoading();
   const options: VlmOptions = {
     device: ui.device.value as 'auto' | 'webgpu' | 'wasm',
@@ -49,27 +52,47 @@ async function load(): Promise<void> {
   }
 }
 
-/** Caption a picture; one that is under way is given up. */
+/** Caption a picture; whatever is under way is given up. */
 async function write(source: Blob | string): Promise<void> {
   picture = source;
+  chat?.reset();
+  view.showPicture(source);
+  await follow((ready, signal) => {
+    view.beginCaption();
+    return ready.stream(source, { signal });
+  });
+}
+
+/** Ask about the picture; whatever is under way is given up. */
+async function ask(question: string): Promise<void> {
+  await follow((ready, signal) => {
+    chat ??= ready.conversation();
+    const isNew = chat.messages.length === 0 && picture !== null;
+    view.beginAnswer(question);
+    return chat.stream(question, { images: isNew ? [picture!] : [], signal });
+  });
+}
+
+/** Show a text as it is made, unless another takes its place. */
+async function follow(
+  begin: (vlm: VLM, signal: AbortSignal) => AsyncGenerator<string, Caption>,
+): Promise<void> {
   writing.abort();
   const mine = (writing = new AbortController());
-  view.showPicture(source);
   let [begun, made]: [boolean, Caption | null] = [false, null];
   try {
     const ready = await vlm?.catch(() => null); // `load` has said why
     if (!ready || mine.signal.aborted) return;
-    view.beginCaption();
     begun = true;
-    const pieces = ready.stream(source, { signal: mine.signal });
+    const pieces = begin(ready, mine.signal);
     let next = await pieces.next();
-    for (; !next.done; next = await pieces.next()) view.addPiece(next.value);
+    for (; !next.done; next = await pieces.next()) if (mine === writing) view.addPiece(next.value);
     made = next.value;
-    view.showModel(ready); // it may have changed its device on the way
+    if (mine === writing) view.showModel(ready); // it may have changed its device on the way
   } catch (error) {
     if (!mine.signal.aborted) view.showError(error);
   } finally {
-    if (begun && mine === writing) view.endCaption(made);
+    if (begun && mine === writing) view.endText(made);
   }
 }
 
@@ -109,6 +132,13 @@ function listen(): void {
   ui.file.onchange = () => {
     take(ui.file.files);
     ui.file.value = ''; // so that the same file can be chosen again
+  };
+  ui.ask.onsubmit = event => {
+    event.preventDefault();
+    const question = ui.question.value.trim();
+    if (question === '') return;
+    ui.question.value = '';
+    void ask(question);
   };
   ui.stop.onclick = () => (writing.abort(), loading.abort()); // a load that is done is not ended
   ui.again.onclick = () => void load();

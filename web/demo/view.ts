@@ -14,6 +14,8 @@ export const ui = {
   preview: element('preview', HTMLImageElement),
   invitation: element('invitation', HTMLSpanElement),
   samples: element('samples', HTMLDivElement),
+  ask: element('ask', HTMLFormElement),
+  question: element('question', HTMLInputElement),
   device: element('device', HTMLSelectElement),
   stop: element('stop', HTMLButtonElement),
   forget: element('forget', HTMLButtonElement),
@@ -25,6 +27,7 @@ const status = element('status', HTMLSpanElement);
 const bytes = element('bytes', HTMLSpanElement);
 const bar = element('progress', HTMLProgressElement);
 const caption = element('caption', HTMLParagraphElement);
+const talk = element('talk', HTMLOListElement);
 const error = element('error', HTMLDivElement);
 const facts = element('facts', HTMLElement);
 const notes = element('notes', HTMLUListElement);
@@ -55,7 +58,8 @@ export function showLoading(): void {
   bytes.textContent = '';
   bar.removeAttribute('value');
   notes.replaceChildren();
-  caption.textContent = '';
+  ui.ask.hidden = true;
+  clearTexts();
   caption.dataset.empty = 'A caption appears here once the model is ready.';
   ui.stop.disabled = false;
   showError(null);
@@ -71,6 +75,7 @@ export function showModel(vlm: VLM): void {
   const said = [vlm.reason, ...vlm.notes].filter(one => one !== null);
   notes.replaceChildren(...said.map(text => item(sentence(text))));
   element('model', HTMLSpanElement).textContent = `Model: ${vlm.name}`;
+  ui.ask.hidden = !vlm.takesQuestions;
   caption.dataset.empty = 'The caption appears here.';
 }
 
@@ -94,34 +99,58 @@ function filled(whether: boolean): void {
   ui.file.setAttribute('aria-label', whether ? 'Choose another picture' : 'Choose a picture');
 }
 
-export function beginCaption(): void {
-  showError(null);
+let text: HTMLElement = caption; // what is being written
+
+/** Nothing is said of any picture. */
+export function clearTexts(): void {
+  endText(null);
   caption.textContent = '';
+  talk.replaceChildren();
+}
+
+export function beginCaption(): void {
+  clearTexts();
   caption.dataset.empty = '';
   caption.classList.remove('long');
-  caption.classList.add('writing');
-  caption.setAttribute('aria-busy', 'true');
+  begin(caption);
+}
+
+/** A question is asked; its answer is written below it. */
+export function beginAnswer(question: string): void {
+  endText(null);
+  const answer = line(talk, 'answered', '');
+  talk.insertBefore(line(talk, 'asked', question), answer);
+  begin(answer);
+  talk.scrollTop = talk.scrollHeight;
+}
+
+function begin(place: HTMLElement): void {
+  showError(null);
+  text = place;
+  text.classList.add('writing');
+  text.setAttribute('aria-busy', 'true');
   ui.stop.disabled = false;
   fact('first', '…');
   fact('speed', '…');
 }
 
 export function addPiece(piece: string): void {
-  caption.append(piece);
-  caption.classList.toggle('long', (caption.textContent ?? '').length > LONG);
+  text.append(piece);
+  if (text === caption) caption.classList.toggle('long', (text.textContent ?? '').length > LONG);
+  else talk.scrollTop = talk.scrollHeight;
 }
 
-export function endCaption(made: Caption | null): void {
-  caption.classList.remove('writing');
-  caption.removeAttribute('aria-busy');
+/** What was being written is done, or with null given up. */
+export function endText(made: Caption | null): void {
+  text.classList.remove('writing');
+  text.removeAttribute('aria-busy');
   caption.dataset.empty = error.hidden ? 'The caption appears here.' : '';
+  if (text !== caption && text.textContent === '') text.textContent = made ? '(nothing)' : '–';
   ui.stop.disabled = true;
   const seconds = made && made.timings.image + made.timings.prefill;
   fact('first', seconds === null ? '–' : `${(seconds * 1000).toFixed(0)} ms`);
-  fact(
-    'speed',
-    made === null ? '–' : made.tokensPerSecond.toFixed(made.tokensPerSecond < 10 ? 1 : 0),
-  );
+  const speed = made?.tokensPerSecond ?? 0;
+  fact('speed', speed ? speed.toFixed(speed < 10 ? 1 : 0) : '–');
 }
 
 /** Say what went wrong, or with null nothing. `canLoad` offers to load the model again. */
@@ -150,9 +179,16 @@ export function showStatus(text: string): void {
 }
 
 function item(text: string): HTMLLIElement {
-  const line = document.createElement('li');
-  line.textContent = text;
-  return line;
+  const one = document.createElement('li');
+  one.textContent = text;
+  return one;
+}
+
+function line(list: HTMLOListElement, kind: string, text: string): HTMLLIElement {
+  const one = item(text);
+  one.className = kind;
+  list.append(one);
+  return one;
 }
 
 /** A message as a sentence of its own; an address at its start stays as it is. */

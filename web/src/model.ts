@@ -55,16 +55,19 @@ export class Model {
       for (let told = false; ;) {
         const piece = new Promise<void>(resolve => (wake = resolve));
         if (!waiting.length && done() === null) await Promise.race([piece, finished]);
-        while (waiting.length) {
-          const next = waiting.shift()!;
+        for (;;) {
+          signal?.throwIfAborted(); // also where the worker was done before it heard of that
+          const next = waiting.shift();
           const whole = done();
-          if (whole && !waiting.length) ((told = true), onDone(whole));
+          if (whole && !waiting.length && !told) {
+            told = true;
+            onDone(whole);
+          }
+          if (next === undefined) break;
           yield next;
         }
         const whole = done();
-        if (whole === null) continue;
-        if (!told) onDone(whole);
-        return whole;
+        if (whole !== null) return whole;
       }
     } finally {
       if (done() === null) left.abort();

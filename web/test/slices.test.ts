@@ -1,7 +1,7 @@
 import * as common from 'onnxruntime-common';
 import { expect, test } from 'vitest';
 import type { Ort, Session, Tensor } from '../src/runtime/sessions.js';
-import { scalar, slices } from '../src/runtime/slices.js';
+import { firstOfAxis, joinedTensors, scalar, slices } from '../src/runtime/slices.js';
 
 const ort = common as unknown as Ort;
 
@@ -60,4 +60,28 @@ test('a number as a tensor of each type', () => {
   expect(told(scalar(ort, 'int64', 7))).toEqual(['int64', [], [7n]]);
   expect(told(scalar(ort, 'float32', 0.5))).toEqual(['float32', [], [0.5]]);
   expect(told(scalar(ort, 'int32', 3))).toEqual(['int32', [], [3]]);
+});
+
+test('the first of an axis, for what a cache holds of a prompt', () => {
+  const cut = firstOfAxis(ort, counting(1, 2, 3, 2), 2, 2);
+  expect([cut.dims, Array.from(cut.data as Float32Array)]).toEqual([
+    [1, 2, 2, 2],
+    [0, 1, 2, 3, 6, 7, 8, 9],
+  ]);
+  expect(firstOfAxis(ort, counting(1, 2, 3, 2), 2, 0).dims).toEqual([1, 2, 0, 2]);
+});
+
+test('grids of several pictures are joined; of none they are empty', () => {
+  const [grid] = inputs({ grid: ['num_images', 3] }).map(one => ({ ...one, type: 'int64' }));
+  const input = grid as Session['inputMetadata'][number];
+  const of = (...numbers: bigint[]) => ({
+    grid: new ort.Tensor('int64', BigInt64Array.from(numbers), [numbers.length / 3, 3]),
+  });
+  const joined = joinedTensors(ort, input, [of(1n, 2n, 4n), of(1n, 6n, 8n, 1n, 2n, 2n)]);
+  expect(joined.dims).toEqual([3, 3]);
+  expect(joined.data).toEqual(BigInt64Array.of(1n, 2n, 4n, 1n, 6n, 8n, 1n, 2n, 2n));
+  expect(joinedTensors(ort, input, []).dims).toEqual([0, 3]);
+  const said = /input 'grid' int64\[num_images,3\] is not what the image processor gives/;
+  expect(() => joinedTensors(ort, input, [{}])).toThrow(said);
+  expect(() => joinedTensors(ort, input, [{ grid: counting(1, 3) }])).toThrow(said);
 });

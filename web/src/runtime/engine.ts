@@ -70,8 +70,19 @@ export class Engine {
       const cause = asVlmportError(error, 'DeviceError');
       if (options.device !== 'auto' || cause.code !== 'DeviceError') throw cause;
       const host = runtime ? runtime.withoutGpu() : await Runtime.start('wasm', options);
-      const ready = await loadOn(host, files, options, onProgress, signal);
-      return new Engine(options, files, ready, `WebGPU is not used: ${cause.message}`);
+      const reason = `WebGPU is not used: ${cause.message}`;
+      try {
+        const ready = await loadOn(host, files, options, onProgress, signal);
+        return new Engine(options, files, ready, reason);
+      } catch (error) {
+        signal.throwIfAborted();
+        const { code, message, hint } = asVlmportError(error, 'DeviceError');
+        throw new VlmportError(
+          code,
+          code === 'DeviceError' ? `${message}. ${reason}` : message,
+          hint,
+        );
+      }
     }
   }
 

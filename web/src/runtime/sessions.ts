@@ -24,6 +24,9 @@ const SMALLEST_SUBGROUP = 4;
 const MOST_THREADS = 4;
 // How ONNX Runtime says that its .wasm file did not come, or that something else came instead.
 const NOT_LOADED = /CompileError|fetching of the wasm|Failed to fetch|NetworkError/;
+// How it says that it lacks an operator for some type. The build with WebGPU lacks a few that the
+// other one has: embeddings of 4 bits that come out in 16, for example.
+const NO_KERNEL = /Failed to find kernel for (?:[\w.]+\.)?(\w+)\(/;
 
 // What ONNX Runtime's kernels may ask of a device, beyond WebGPU's defaults.
 const LIMITS = [
@@ -164,6 +167,11 @@ function openError(name: string, device: Device, error: unknown): VlmportError {
   const detail = typeof error === 'number' ? 'out of memory' : firstLine(error);
   if (NOT_LOADED.test(detail)) {
     return notLoaded(error);
+  }
+  const [, operator] = NO_KERNEL.exec(detail) ?? [];
+  if (operator !== undefined) {
+    const message = `${name} can't be opened on ${device}: this ONNX Runtime can't compute ${operator} in this precision`;
+    return new VlmportError('DeviceError', message, "precision: 'auto' takes one that it can");
   }
   const message = `${name} can't be opened on ${device}: ${detail}`;
   const hint = /memory|alloc/i.test(detail)

@@ -1,0 +1,64 @@
+import { expect, test } from 'vitest';
+import type { Components } from '../src/runtime/components.js';
+import { FeatureCache, type Picture } from '../src/runtime/features.js';
+
+const signal = new AbortController().signal;
+
+/** Components that only count what they encode: 100 bytes of features for each picture. */
+function counting(fails = false) {
+  const encoded: string[] = [];
+  const components = {
+    encodeImage: (inputs: Record<string, unknown>) => {
+      if (fails) return Promise.reject(new Error('lost'));
+      encoded.push(Object.keys(inputs)[0]!);
+      return Promise.resolve({ count: 1, width: 25, data: new Float32Array(25) });
+    },
+    positionInputs: ({ grid }: Record<string, unknown>) => (grid ? { grid } : {}),
+  } as unknown as Components;
+  return { components, encoded };
+}
+
+const picture = (key: string, more = {}): Picture =>
+  ({ key, promptIds: [], inputs: { [key]: 'pixels', ...more }, features: null }) as never;
+
+test('what was encoded is not encoded again, by key', async () => {
+  const { components, encoded } = counting();
+  const cache = new FeatureCache(1000);
+  for (const key of ['a', 'b', 'a']) await cache.encoded(components, picture(key), signal);
+  expect(encoded).toEqual(['a', 'b']);
+  cache.clear();
+  await cache.encoded(components, picture('a'), signal);
+  expect(encoded).toEqual(['a', 'b', 'a']);
+});
+
+test('the oldest are forgotten, the most recently used are kept', async () => {
+  const { components, encoded } = counting();
+  const cache = new FeatureCache(250);
+  for (const key of ['a', 'b', 'a', 'c', 'a', 'b']) {
+    await cache.encoded(components, picture(key), signal);
+  }
+  expect(encoded).toEqual(['a', 'b', 'c', 'b']);
+  const none = new FeatureCache(50);
+  const once = await none.encoded(components, picture('d'), signal);
+  await none.encoded(components, once, signal); // it carries its features itself
+  expect(encoded.slice(4)).toEqual(['d']);
+});
+
+test('pixels are let go, what positions are computed from stays', async () => {
+  const { components } = counting();
+  const { inputs } = await new FeatureCache().encoded(
+    components,
+    picture('a', { grid: [1, 2, 2] }),
+    signal,
+  );
+  expect(inputs).toEqual({ grid: [1, 2, 2] });
+});
+
+test('a picture whose encoding failed can be encoded elsewhere', async () => {
+  const cache = new FeatureCache();
+  const one = picture('a');
+  await expect(cache.encoded(counting(true).components, one, signal)).rejects.toThrow('lost');
+  const { components, encoded } = counting();
+  await cache.encoded(components, one, signal);
+  expect(encoded).toEqual(['a']);
+});

@@ -1,0 +1,88 @@
+import { expect, test } from 'vitest';
+import { type Message, checkMessages, filled, stripped } from '../src/messages.js';
+
+const A = 'https://example.org/a.png';
+const B = new URL('https://example.org/b.png');
+
+test('pictures are taken out in the order in which they stand', () => {
+  const { messages, pictures } = checkMessages(
+    [
+      { role: 'system', content: 'Be brief.' },
+      { role: 'user', content: [{ type: 'image' }, { type: 'image', image: B }] },
+      { role: 'user', content: [{ type: 'text', text: 'x' }, { type: 'image' }] },
+    ],
+    [A, A],
+  );
+  expect(pictures).toEqual([A, B, A]);
+  expect(messages).toEqual([
+    { role: 'system', content: [{ type: 'text', text: 'Be brief.' }] },
+    { role: 'user', content: [{ type: 'image' }, { type: 'image' }] },
+    { role: 'user', content: [{ type: 'text', text: 'x' }, { type: 'image' }] },
+  ]);
+});
+
+test('a message filled with its pictures is one that can be checked again', () => {
+  const content = [{ type: 'image' as const }, { type: 'text' as const, text: 'x' }];
+  const message = filled([{ role: 'user', content }], [B])[0]!;
+  expect(message.content[0]).toEqual({ type: 'image', image: B });
+  expect(checkMessages([message]).pictures).toEqual([B]);
+  expect(content[0]).toEqual({ type: 'image' });
+});
+
+test('what a message holds besides is kept, if it can be sent', () => {
+  const message = { role: 'tool', content: 'x', name: 'clock' } as Message;
+  expect(checkMessages([message]).messages[0]).toMatchObject({ name: 'clock' });
+  const odd = { role: 'tool', content: 'x', call: () => 5 } as Message;
+  expect(() => checkMessages([odd])).toThrow(/the messages can't be sent to the worker/);
+});
+
+test.each([
+  ['no list', 'hello', 'messages must be a list of at least one message, got "hello"'],
+  ['none', [], 'messages must be a list of at least one message, got []'],
+  ['no message', [5], 'messages[0]: expected role and content, got 5'],
+  ['no content', [{ role: 'user' }], 'messages[0]: expected role and content, got {"role":"user"}'],
+  [
+    'a role nearly right',
+    [{ role: 'asistant', content: 'x' }],
+    "messages[0]: role 'asistant' is unknown (did you mean 'assistant'?)",
+  ],
+  ['content of no kind', [{ role: 'user', content: 5 }], 'messages[0]: content is 5'],
+  [
+    'a video',
+    [{ role: 'user', content: [{ type: 'video' }] }],
+    'messages[0].content[0]: expected a text or an image part, got {"type":"video"}',
+  ],
+  [
+    'no picture',
+    [{ role: 'user', content: [{ type: 'image', image: null }] }],
+    'messages[0].content[0]: its image is null',
+  ],
+  [
+    'a text of no text',
+    [{ role: 'user', content: [{ type: 'text' }] }],
+    'messages[0].content[0]: expected a text or an image part, got {"type":"text"}',
+  ],
+  ['no place', [{ role: 'user', content: 'x' }], '1 picture given, 0 image parts without a'],
+])('%s', (_, messages, said) => {
+  const images = said.startsWith('1 picture') ? [A] : [];
+  expect(() => checkMessages(messages as Message[], images)).toThrow(said);
+});
+
+test('a video has its own hint', () => {
+  const asked = [{ role: 'user', content: [{ type: 'video_url' }] }] as unknown as Message[];
+  expect(() => checkMessages(asked)).toThrow(
+    expect.objectContaining({ hint: 'videos are not read; give some frames as pictures' }),
+  );
+});
+
+test('half a character is named, a whole one is fine', () => {
+  expect(checkMessages([{ role: 'user', content: 'fine \ud83d\ude00' }]).pictures).toEqual([]);
+  expect(() => checkMessages([{ role: 'user', content: 'cut \ud83d' }])).toThrow(
+    'messages[0].content[0]: not Unicode at character 4: "\\ud83d"',
+  );
+});
+
+test('answers are stripped as Python strips them', () => {
+  expect(stripped(' \x1c\x85\u3000a b\n\u2029')).toBe('a b');
+  expect(stripped('\ufeffa\u200b')).toBe('\ufeffa\u200b'); // no space to Python
+});
