@@ -8,7 +8,8 @@ be seen on somebody's GPU.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -123,38 +124,54 @@ def _place(value: ir.Value) -> str:
     return f"{producer.name}:{value.index()}" if value.index() else producer.name
 
 
-def _half_values(graph: ir.Graph) -> Iterable[ir.Value]:
-    """Values that float16 flows into. Contrib operators state no types, so these are followed."""
-    half = {value for value in graph.initializers.values() if value.dtype == HALF}
+def _half_values(graph: ir.Graph, half: set[ir.Value] | None = None) -> Iterator[ir.Value]:
+    """Values that float16 flows into. Contrib operators state no types, so these are followed.
+
+    `half` are those of the graph around. Of a branch only what it yields can be looked at.
+    """
+    half = set() if half is None else half
+    half |= {value for value in graph.initializers.values() if value.dtype == HALF}
     half |= {value for value in graph.inputs if value.dtype == HALF}
     for node in graph:
+        branches = _branches(node)
+        for branch in branches:
+            deque(_half_values(branch, half), maxlen=0)
         if node.op_type == "Cast":
             is_half = node.attributes["to"].as_int() == HALF
+        elif branches:
+            is_half = any(value in half for branch in branches for value in branch.outputs)
         else:
             is_half = any(value in half for value in node.inputs if value is not None)
-        for value in node.outputs if is_half else ():
+        for value in node.outputs if is_half and node.op_type != "Shape" else ():
             if value.name:
                 half.add(value)
                 if value.uses():
                     yield value
 
 
-def _widen(graph: ir.Graph) -> None:
-    """Make every float16 of a graph a float32, in place."""
-    for value in graph.initializers.values():
-        if value.dtype == HALF:
-            assert value.const_value is not None
-            value.const_value = _widened(value.const_value)
-            value.type = ir.TensorType(FLOAT)
-    for node in graph:
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    """The subgraphs of a node."""
+    kinds = node.attributes.values()
+    return [one.as_graph() for one in kinds if one.type == ir.AttributeType.GRAPH]
+
+
+def _widen(whole: ir.Graph) -> None:
+    """Make every float16 of a graph and its branches a float32, in place."""
+    for graph in (whole, *whole.subgraphs()):
+        for value in graph.initializers.values():
+            if value.dtype == HALF:
+                assert value.const_value is not None
+                value.const_value = _widened(value.const_value)
+                value.type = ir.TensorType(FLOAT)
+        for value in graph.inputs:
+            if value.dtype == HALF:
+                value.type = ir.TensorType(FLOAT)
+    for node in whole.all_nodes():
         if node.op_type == "Cast" and node.attributes["to"].as_int() == HALF:
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
         for value in node.outputs:
             if value.dtype == HALF:
                 value.type = ir.TensorType(FLOAT)
-    for value in graph.inputs:
-        if value.dtype == HALF:
-            value.type = ir.TensorType(FLOAT)
 
 
 def _widened(half: ir.TensorProtocol) -> ir.LazyTensor:
