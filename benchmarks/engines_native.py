@@ -97,6 +97,7 @@ class OpenVino:
         shapes |= {"position_ids": [1, -1]}
         text.reshape({name: shapes.get(name, [1, heads, -1, size]) for name in names})
         pairs = dict(zip(names[3:], outputs[1:], strict=True))
+        reorder_cache(text, names[3:])
         if precision != "bf16":
             import nncf
 
@@ -107,6 +108,7 @@ class OpenVino:
             )
             vision = nncf.compress_weights(vision, mode=modes.INT8_SYM)
         apply_make_stateful_transformation(text, pairs)
+        empty_states(text)
         for name, model in (("vision", vision), ("text", text)):
             ov.save_model(model, folder / f"openvino-{precision}-{name}.xml")
         table = llama.get_input_embeddings().weight.detach().numpy()
@@ -146,6 +148,7 @@ class OpenVino:
             "inputs_embeds": embeds[None],
             "attention_mask": np.ones((1, self.length), np.int64),
             "position_ids": np.arange(past, self.length)[None],
+            "beam_idx": np.zeros(1, np.int32),
         }
         self.text.infer(feeds)
         logits = self.text.get_tensor("logits").data[0, -1]
@@ -160,6 +163,41 @@ class OpenVino:
     def decode(self, steps: int) -> None:
         for _ in range(steps):
             self._run(np.array([self.token]))
+
+
+def reorder_cache(model: Any, names: list[str]) -> None:
+    """Pick the cache's rows by an input `beam_idx`, as optimum-intel's exports do.
+
+    OpenVINO's CPU plugin fuses attention with its cache only where it finds this; without it a
+    token takes several times as long.
+    """
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    rows = ops.parameter(ov.PartialShape([1]), ov.Type.i32, name="beam_idx")
+    rows.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([rows])
+    for name in names:
+        port = model.input(name)
+        readers = port.get_target_inputs()
+        picked = ops.gather(port, rows, ops.constant(0, ov.Type.i64))
+        for reader in readers:
+            reader.replace_source_output(picked.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def empty_states(model: Any) -> None:
+    """Let the states begin without tokens, as optimum-intel's exports say it; the fusion asks."""
+    from openvino import opset13 as ops
+
+    shape = ops.shape_of(model.input("inputs_embeds"), output_type="i64")
+    batch = ops.gather(shape, ops.constant([0]), ops.constant(0))
+    for state in (one for one in model.get_ops() if one.get_type_name() == "ReadValue"):
+        _, *sizes = (size.get_min_length() for size in state.get_output_partial_shape(0))
+        whole = ops.concat([batch, *(ops.constant(np.array([size])) for size in sizes)], axis=0)
+        zero = ops.constant(0.0, state.get_output_element_type(0))
+        state.set_arguments([ops.broadcast(zero, whole).output(0)])
+    model.validate_nodes_and_infer_types()
 
 
 class LlamaCpp:
@@ -180,6 +218,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
+        model_params.use_extra_bufts = False  # 0.3.36 crashes in its AMX kernels (SIGSEGV)
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
         if not self.model:
             raise RuntimeError("llama.cpp can't load the GGUF file")
