@@ -12,17 +12,25 @@ from vlmport.families.qwen3_vl import Qwen3VL
 from vlmport.families.smolvlm import SmolVLM
 
 FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner, Idefics3, SmolVLM, Qwen2_5VL, Qwen3VL)
-EXPERTS = ("qwen3_vl_moe",)  # model types of mixtures of experts, which are not computed
+# Model types that people may take for supported ones → what they are, and what to take.
+NOT_SUPPORTED = {
+    "qwen3_vl_moe": (
+        "a mixture of experts",
+        "take a dense model of the same kind, such as Qwen3-VL-2B, 4B, 8B or 32B",
+    ),
+    "qwen2_vl": ("an older kind of model than Qwen2.5-VL", "take Qwen2.5-VL or Qwen3-VL"),
+    "qwen2_5_omni": ("a model of sound and video too", "take Qwen2.5-VL or Qwen3-VL"),
+}
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family that a checkpoint's model_type names, read from it. Raises ConfigError."""
     by_type = {model_type: family for family in FAMILIES for model_type in family.model_types}
-    if checkpoint.model_type in EXPERTS:
+    if (other := NOT_SUPPORTED.get(checkpoint.model_type)) is not None:
         raise ConfigError(
-            f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is a mixture of experts, "
-            "which is not supported",
-            hint="take a dense model of the same kind, such as Qwen3-VL-2B, 4B, 8B or 32B",
+            f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is {other[0]}, which is "
+            "not supported",
+            hint=other[1],
         )
     if (family := by_type.get(checkpoint.model_type)) is None:
         raise ConfigError(
