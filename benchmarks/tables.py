@@ -3,7 +3,7 @@
     python benchmarks/peers.py | tail -1 >> results.jsonl
     python benchmarks/tables.py results.jsonl
 
-Takes the lines of `vlmport bench`, export.py and peers.py.
+Takes the lines of `vlmport bench`, export.py, peers.py and encode.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ HEADINGS = {
     "encode_ms": "encode, ms",
     "prefill_ms": "prefill, ms",
     "decode_tokens_per_s": "decode, tokens/s",
+    "request_s": "request, s",
     "python_ms": "Python, ms a token",
     "cold_s": "first caption, s",
     "peak_mb": "peak memory, MB",
@@ -63,10 +64,10 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"threads: {machine['threads']}, load {machine.get('load', 'unknown')}; Python "
         f"{machine['python']}, {versions}. Medians of {settings['rounds']} rounds."
     ]
-    cosines = report.get("cosines", {})
-    if cosines:
+    for what, cosines in report.get("cosines", {}).items():
         named = ", ".join(f"{name} {value:.4f}" for name, value in cosines.items())
-        lines.append(f"Cosine of the logits with torch's in float32: {named}.")
+        if named:
+            lines.append(f"Cosine of the logits ({what}) with torch's in float32: {named}.")
     left_out = [f"{name} ({reason})" for name, reason in report.get("missing", {}).items()]
     left_out += report.get("notes", [])
     if left_out:
