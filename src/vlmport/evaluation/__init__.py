@@ -107,7 +107,8 @@ def evaluate(
             f"questions about {pictures}: they are about drawn scenes only",
             hint="leave out the pictures, or the questions",
         )
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    # One that was opened before knows nothing of what was recorded since.
+    bundle = Bundle.open(bundle.folder if isinstance(bundle, Bundle) else bundle)
     whole_number("batch_size", batch_size, 1)
     default = "exact_match" if pictures is None else "rouge_l"
     chosen = parse_metrics(metrics or [default])
