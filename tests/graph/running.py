@@ -35,13 +35,18 @@ class InMemory:
         return np.array(self.array, np.float32)
 
 
-def open_graph(builder: GraphBuilder, tensors: Mapping[str, np.ndarray]) -> ort.InferenceSession:
-    """A session of a graph whose weights are these; every one of them has to be used."""
+def graph_bytes(builder: GraphBuilder, tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A graph whose weights are these; every one of them has to be used."""
     assignment = Assignment({name: InMemory(name, array) for name, array in tensors.items()})
     assignment.assign(builder.graph, lambda count: None)
     assignment.finish(lambda key: False)
+    return ir.to_proto(to_model(builder)).SerializeToString()
+
+
+def open_graph(builder: GraphBuilder, tensors: Mapping[str, np.ndarray]) -> ort.InferenceSession:
+    """A session of it."""
+    data = graph_bytes(builder, tensors)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    data = ir.to_proto(to_model(builder)).SerializeToString()
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])

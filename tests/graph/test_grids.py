@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
@@ -50,6 +50,7 @@ def merges_and_grids(draw: st.DrawFn) -> tuple[int, np.ndarray]:
     return merge, np.array(grids, np.int64)
 
 
+@settings(deadline=None)
 @given(merges_and_grids())
 def test_rows_columns_and_frames_are_those_of_transformers(case: tuple[int, np.ndarray]) -> None:
     merge, grids = case
