@@ -160,6 +160,24 @@ def test_an_adapter_of_either_spelling_is_merged(
     np.testing.assert_allclose(got, plain[QUERY].numpy() + change, rtol=1e-5, atol=1e-6)
 
 
+def test_the_image_processor_of_processor_config_counts_first(folder: Path) -> None:
+    write_qwen2_5(folder, spelling="v5")
+    nested = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    write_json(folder / "preprocessor_config.json", {**nested, "size": None, "max_pixels": 4000})
+    truth = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder).size
+    family = family_of(Checkpoint.open(folder))
+    assert family.image_options == {
+        "min_pixels": truth["shortest_edge"],
+        "max_pixels": truth["longest_edge"],
+    }
+    assert truth["longest_edge"] == nested["size"]["longest_edge"] != 4000
+    write_json(folder / "processor_config.json", {"processor_class": "Qwen2_5_VLProcessor"})
+    assert family_of(Checkpoint.open(folder)).image_options["max_pixels"] == 4000
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json, and no image_processor"):
+        family_of(Checkpoint.open(folder))
+
+
 def test_plain_names() -> None:
     names = {
         "model.visual.merger.ln_q.weight": "visual.merger.ln_q.weight",

@@ -14,13 +14,14 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 def read_image_processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     """The settings, and what to call their place in errors.
 
-    They are preprocessor_config.json; transformers 5 writes them into processor_config.json.
-    Raises ConfigError where neither has them.
+    transformers 5 writes them into processor_config.json, and reads them there first; 4 writes
+    preprocessor_config.json. Raises ConfigError where neither has them.
     """
-    where, raw = PREPROCESSOR, checkpoint.json(PREPROCESSOR)
-    if raw is None:
-        where = f"{PROCESSOR}: image_processor"
-        raw = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
+    where, raw = f"{PROCESSOR}: image_processor", checkpoint.json(PROCESSOR) or {}
+    if "image_processor" in raw:
+        raw = raw["image_processor"]
+    else:
+        where, raw = PREPROCESSOR, checkpoint.json(PREPROCESSOR)
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{checkpoint.folder}: no {PREPROCESSOR}, and no image_processor in {PROCESSOR}",
