@@ -11,6 +11,10 @@ first, then all of it is trained together:
 4. `again`: a second cosine from the same rate, with more of what is learnt late (captions, the
    color of a shape, what lies beside what, which of two pictures), and second pictures that come
    with a later question.
+5. `captions`: short conversations, most of them a caption: where things lie is said by a few words
+   only, which drown in long ones.
+6. `pairs`: short conversations, most of them about two pictures: which of them is meant is learnt
+   last, for the same reason.
 
 Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
 stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
@@ -45,6 +49,18 @@ LATE = Diet(
     kinds={"caption": 3.0, "color": 3.0, "beside": 3.0, "which": 3.0},
     growing=0.25,
 )
+SHORT = Diet(
+    forms=(0.78, 0.07, 0.12, 0.03),
+    kinds={"caption": 8.0, "which": 8.0, "beside": 2.0},
+    growing=0.25,
+    turns=2,
+)
+PAIRS = Diet(
+    forms=(0.25, 0.04, 0.61, 0.10),
+    kinds={"caption": 8.0, "which": 5.0, "beside": 2.0, "background": 2.0, "count": 2.0},
+    growing=0.25,
+    turns=3,
+)
 LESSONS: dict[str, tuple[Stage, Diet]] = {
     "notes": (
         Stage(steps=1200, batch_size=32, rate=2e-3),
@@ -53,6 +69,8 @@ LESSONS: dict[str, tuple[Stage, Diet]] = {
     "join": (Stage(steps=300, batch_size=32, rate=2e-3), EVEN),
     "chat": (Stage(steps=1800, batch_size=32, rate=1e-3, tower_rate=3e-4), EVEN),
     "again": (Stage(steps=3500, batch_size=32, rate=1.5e-3, tower_rate=3e-4), LATE),
+    "captions": (Stage(steps=1500, batch_size=32, rate=1.5e-3, tower_rate=3e-4), SHORT),
+    "pairs": (Stage(steps=900, batch_size=32, rate=1.5e-3, tower_rate=3e-4), PAIRS),
 }
 
 
