@@ -138,7 +138,7 @@ def broken(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (wants_more, "position_ids: input 'cells' is not made by the image processor, which gives"),
+        (wants_more, "position_ids: input 'cells' is not made by the image processor"),
         (says_no_delta, "position_ids: no output 'rope_delta'"),
         (says_too_little, r"positions \[3, 1, \d+\] and rope_delta \[1, 1\] of \d+ tokens"),
         (None, "takes positions on three axes, which no component gives"),
@@ -170,6 +170,9 @@ def test_without_pictures_what_is_made_of_them_is_empty(placed: Bundle, tmp_path
     assert components.position_ids(ids).offset == 0
     cells = {"cells": np.array([[3, 4]]), "patches": np.zeros((12, 48))}
     assert components.position_ids(ids, [cells, cells]).offset == 4
+    for odd in (np.ones((1, 2), "f4"), np.ones(2, np.int64)):
+        with pytest.raises(BundleError, match=r"is tensor\(int64\) \['num_pictures', 2\], the im"):
+            components.position_ids(ids, [cells, {"cells": odd}])
 
 
 def test_positions_of_another_rank_than_the_decoder_takes(own_bundle, tmp_path: Path) -> None:

@@ -86,17 +86,25 @@ def computed(
 
 def _joined(one: Any, pictures: Sequence[Mapping[str, np.ndarray]], where: str) -> np.ndarray:
     """What was made under a name for all pictures, along axis 0; of none, an axis of 0."""
-    if missing := [picture for picture in pictures if one.name not in picture]:
-        made = ", ".join(missing[0]) or "nothing that small"
+    if any(one.name not in picture for picture in pictures):
         raise BundleError(
-            f"{where}: input {one.name!r} is not made by the image processor, which gives {made}",
+            f"{where}: input {one.name!r} is not made by the image processor", hint=AGAIN
+        )
+    dtype, rest = DTYPES.get(one.type), one.shape[1:]
+    none = np.zeros((0, *(size if isinstance(size, int) else 0 for size in rest)), dtype)
+    values = [picture[one.name] for picture in pictures]
+    like = [(value.dtype, value.ndim, value.shape[1:]) for value in values]
+    if odd := [
+        value
+        for value, kind in zip(values, like, strict=True)
+        if kind != (dtype, none.ndim, values[0].shape[1:])
+    ]:
+        raise BundleError(
+            f"{where}: input {one.name!r} is {one.type} {one.shape}, the image processor makes "
+            f"{odd[0].dtype} {list(odd[0].shape)}",
             hint=AGAIN,
         )
-    dtype = DTYPES[one.type]
-    if not pictures:
-        rest = [size if isinstance(size, int) else 0 for size in one.shape[1:]]
-        return np.zeros((0, *rest), dtype)
-    return np.concatenate([np.asarray(picture[one.name], dtype) for picture in pictures])
+    return np.concatenate(values) if values else none
 
 
 def _failed(error: Exception, where: str) -> VlmportError:
