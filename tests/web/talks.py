@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,14 @@ def told(answer: Caption) -> dict[str, Any]:
 
 
 def talk(
-    vlm: VLM, folder: Path, turns: Sequence[Turn] = TURNS, tokens: int | None = TOKENS
+    vlm: VLM,
+    folder: Path,
+    turns: Sequence[Turn],
+    system: str | None = SYSTEM,
+    tokens: int | None = TOKENS,
 ) -> list[dict[str, Any]]:
-    """A conversation, turn by turn."""
-    chat = vlm.conversation(SYSTEM)
+    """A conversation, turn by turn; `tokens` None: as long as the answers are."""
+    chat = vlm.conversation(system)
     found = []
     for question, names in turns:
         images = [folder / name for name in names]
@@ -48,8 +52,8 @@ def talk(
     return found
 
 
-def messages(vlm: VLM, folder: Path) -> dict[str, Any]:
-    """One prompt of several turns and pictures."""
+def messages(vlm: VLM, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """One prompt of several turns and pictures, under options of the image processor."""
     content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     asked = [
         {"role": "system", "content": SYSTEM},
@@ -58,20 +62,19 @@ def messages(vlm: VLM, folder: Path) -> dict[str, Any]:
         {"role": "user", "content": [{"type": "text", "text": "Larger?"}, {"type": "image"}]},
     ]
     names = ("rgb.png", "tall.png", "subsampled.jpg")
-    options = {"do_image_splitting": False}
     images = [folder / name for name in names]
     answer = vlm.generate(asked, images, image_options=options, max_new_tokens=TOKENS)
-    return {"messages": asked, "pictures": names, "imageOptions": options, **told(answer)}
+    return {"messages": asked, "pictures": names, "imageOptions": dict(options), **told(answer)}
 
 
-def talks(bundle: Bundle, folder: Path) -> dict[str, Any]:
+def talks(bundle: Bundle, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Precision → what was said, of all precisions that the bundle has."""
     found = {}
     for precision in bundle.manifest.precisions:
         with VLM.open(bundle, precision=precision) as vlm:
             found[precision] = {
-                "turns": talk(vlm, folder),
+                "turns": talk(vlm, folder, TURNS),
                 "alone": talk(vlm, folder, ALONE),
-                "messages": messages(vlm, folder),
+                "messages": messages(vlm, folder, options),
             }
     return {"system": SYSTEM, "maxNewTokens": TOKENS, "said": found}

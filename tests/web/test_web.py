@@ -21,6 +21,7 @@ import pytest
 
 from tests.checkpoints import write_prefix_checkpoint
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
 from tests.web import talks
@@ -165,6 +166,25 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(source, folder / "tiles", precisions="fp32,q8,q4")
 
 
+# Options of the image processor that a test of each talking model sets.
+TALKERS: dict[str, dict[str, Any]] = {
+    "tiles": {"do_image_splitting": False},
+    "windows": {"max_pixels": 3136},
+    "lanes": {"max_pixels": 4096},
+}
+
+
+@pytest.fixture(scope="session")
+def talkers(tiles: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Random models that answer questions; of the last two, positions have a graph of their own."""
+    folder = tmp_path_factory.mktemp("talkers")
+    found = {"tiles": tiles}
+    for name, write in (("windows", write_qwen2_5), ("lanes", write_qwen3)):
+        source = write(folder / f"{name}-source")
+        found[name] = export(source, folder / name, precisions="fp32,q8")
+    return found
+
+
 def captions_of_tiles(bundle: Bundle, pictures: list[Path]) -> dict[str, dict[str, Any]]:
     found = {}
     with VLM.open(bundle, precision="fp32") as vlm:
@@ -180,7 +200,9 @@ def captions_of_tiles(bundle: Bundle, pictures: list[Path]) -> dict[str, dict[st
     return found
 
 
-def expectations(bundle: Bundle, tiles: Bundle, kinds: list[Path]) -> dict[str, Any]:
+def expectations(
+    bundle: Bundle, talkers: Mapping[str, Bundle], kinds: list[Path]
+) -> dict[str, Any]:
     """What Python's runtime gives, as web/browser/support.ts reads it."""
     captions: dict[str, dict[str, Any]] = {path.name: {} for path in sorted(EXAMPLES.glob("*.png"))}
     for precision in bundle.manifest.precisions:
@@ -201,8 +223,11 @@ def expectations(bundle: Bundle, tiles: Bundle, kinds: list[Path]) -> dict[str, 
         "precisions": bundle.manifest.precisions,
         "captions": captions,
         "pixels": pixels,
-        "talks": talks.talks(tiles, kinds[0].parent),
-        "tiles": captions_of_tiles(tiles, [path for path in kinds if path.name in CUT]),
+        "talks": {
+            name: talks.talks(talker, kinds[0].parent, TALKERS[name])
+            for name, talker in talkers.items()
+        },
+        "tiles": captions_of_tiles(talkers["tiles"], [path for path in kinds if path.name in CUT]),
         "pixelValues": {"dims": values.shape, "data": values.ravel().tolist()},
     }
 
@@ -214,7 +239,7 @@ def environment(
     client: Client,
     bundle: Bundle,
     sizes: dict[str, str],
-    tiles: Bundle,
+    talkers: dict[str, Bundle],
     packed: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, str]]:
@@ -224,7 +249,7 @@ def environment(
     run(node, "vite", "build")
     folder = tmp_path_factory.mktemp("expected")
     kinds = write_pictures(folder / "kinds")
-    (folder / "expected.json").write_text(json.dumps(expectations(bundle, tiles, kinds)))
+    (folder / "expected.json").write_text(json.dumps(expectations(bundle, talkers, kinds)))
     server = make_server(bundle, 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -233,7 +258,7 @@ def environment(
         "VLMPORT_WEB_BUNDLE": str(bundle.folder),
         "VLMPORT_WEB_PLAIN": packed["plain"],
         "VLMPORT_WEB_BUILT": packed["built"],
-        "VLMPORT_WEB_TILES": str(tiles.folder),
+        "VLMPORT_WEB_TALKERS": json.dumps({name: str(one.folder) for name, one in talkers.items()}),
         "VLMPORT_WEB_TRANSFORMERS": str(
             TRANSFORMERS / "node_modules/@huggingface/transformers/dist"
         ),

@@ -1,178 +1,27 @@
-/** Conversations: the answers that Python has, for the work of what is new. */
+/** What a conversation is: when a turn counts, what is refused, what is kept. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type * as Vlmport from '../src/index.js';
-import type { Fed } from './page/counted.js';
 import type { TestServer } from './server.js';
-import {
-  type Told,
-  type Turn,
-  expected,
-  folders,
-  launch,
-  openPage,
-  startServer,
-} from './support.js';
-
-interface Page_ {
-  readonly vlmport: typeof Vlmport;
-  readonly runs: Fed[];
-}
-
-const { said, system, maxNewTokens } = expected().talks;
-const turns: readonly Turn[] = said.fp32!.turns;
+import { type CountedPage, folders, launch, openCounted, startServer } from './support.js';
 
 let server: TestServer;
 let browser: Browser;
+let page: Page;
 beforeAll(async () => {
   server = await startServer({ '/tiles/': folders.tiles() });
-  server.workerPrelude =
-    "globalThis.onRun = fed => (globalThis.channel ??= new BroadcastChannel('runs')).postMessage(fed)";
-  browser = await launch({ webgpu: true });
+  browser = await launch();
+  page = await openCounted(browser, server);
 });
 afterAll(async () => {
   await browser.close();
   await server.stop();
 });
 
-/** A page in which `runs` fills with what ONNX Runtime is fed. */
-async function open(): Promise<Page> {
-  const page = await openPage(browser, server.url);
-  await page.evaluate(() => {
-    const runs: Fed[] = [];
-    new BroadcastChannel('runs').onmessage = ({ data }: MessageEvent<Fed>) => runs.push(data);
-    Object.assign(globalThis, { runs });
-  });
-  return page;
-}
-
-interface Talk {
-  readonly options: Vlmport.VlmOptions;
-  readonly turns: readonly Turn[];
-  readonly system: string;
-  readonly maxNewTokens: number | null;
-}
-
-interface Work {
-  /** Runs of the vision encoder. */
-  readonly encoded: number;
-  /** Tokens that the decoder was fed, run by run. */
-  readonly fed: readonly number[];
-}
-
-/** A conversation in the page, streamed, with the work of each turn. */
-function talk(page: Page, asking: Talk): Promise<(Told & { streamed: string; work: Work })[]> {
-  return page.evaluate(async ({ options, turns, system, maxNewTokens }) => {
-    const { vlmport, runs } = globalThis as unknown as Page_;
-    const vlm = await vlmport.VLM.load('/tiles/', options);
-    const chat = vlm.conversation({ system });
-    const said = [];
-    const heard = () => new Promise(resolve => setTimeout(resolve, 50)); // the last of the runs
-    for (const { question, pictures } of turns) {
-      await heard();
-      runs.length = 0;
-      const images = pictures.map(name => `/kinds/${name}`);
-      const pieces = chat.stream(question ?? undefined, {
-        images,
-        ...(maxNewTokens === null ? {} : { maxNewTokens }),
-      });
-      let streamed = '';
-      let next = await pieces.next();
-      for (; !next.done; next = await pieces.next()) streamed += next.value;
-      const { tokenIds, text, counts } = next.value;
-      await heard();
-      const work = {
-        encoded: runs.filter(fed => 'pixel_values' in fed).length,
-        fed: runs.flatMap(fed => fed.inputs_embeds?.[1] ?? []),
-      };
-      said.push({ tokens: [...tokenIds], text, counts, streamed, work });
-    }
-    if (vlm.device !== options.device) throw new Error(`${vlm.device}: ${vlm.reason}`);
-    vlm.dispose();
-    return said;
-  }, asking);
-}
-
-/**
- * Of q4 three turns: a CPU rounds what these kernels multiply to 8 bits and a GPU does not, so that a
- * near tie, of which a model without training is full, falls to the other side in the fourth.
- */
-const FORMS = [
-  { device: 'wasm', precision: 'fp32', count: 4 },
-  { device: 'wasm', precision: 'q8', count: 4 },
-  { device: 'webgpu', precision: 'fp32', count: 4 },
-  { device: 'webgpu', precision: 'q4', count: 3 },
-] as const;
-
-test.each(FORMS)(
-  '$precision on $device: tokens and work of Python',
-  async ({ count, ...options }) => {
-    const page = await open();
-    const some = turns.slice(0, count);
-    const found = await talk(page, { options, turns: some, system, maxNewTokens });
-    const wanted = said[options.precision]!.turns.slice(0, count);
-    expect(found.map(({ tokens, text, counts }) => ({ tokens, text, counts }))).toEqual(
-      wanted.map(({ tokens, text, counts }) => ({ tokens, text, counts })),
-    );
-    expect(found.map(one => one.streamed)).toEqual(found.map(one => one.text));
-    for (const { counts, work } of found) {
-      expect(work.fed).toEqual([
-        counts.promptTokens - counts.cachedTokens,
-        ...Array(counts.newTokens - 1).fill(1),
-      ]);
-    }
-    // Tile by tile: 2 x 3 and the whole; the second question costs none, rgb.png is known at last.
-    expect(found.map(one => one.work.encoded)).toEqual([7, 0, 4, 10].slice(0, count));
-    await page.context().close();
-  },
-);
-
-test('text alone encodes nothing', async () => {
-  const page = await open();
-  const options = { device: 'wasm', precision: 'fp32' } as const;
-  const found = await talk(page, { options, turns: said.fp32!.alone, system, maxNewTokens });
-  expect(found.map(({ tokens, text, counts }) => ({ tokens, text, counts }))).toEqual(
-    said.fp32!.alone.map(({ tokens, text, counts }) => ({ tokens, text, counts })),
-  );
-  expect(found.map(one => one.work.encoded)).toEqual([0, 0]);
-  await page.context().close();
-});
-
-type Asked = Vlmport.GenerateOptions & { readonly messages: Vlmport.Message[] };
-
-test.each([
-  { device: 'wasm', precision: 'fp32' },
-  { device: 'wasm', precision: 'q8' },
-  { device: 'webgpu', precision: 'fp32' },
-] as const)('messages, $precision on $device: the tokens of Python', async options => {
-  const { messages, pictures, imageOptions, ...wanted } = said[options.precision]!.messages;
-  const images = pictures.map(name => `/kinds/${name}`);
-  const page = await open();
-  const found = await page.evaluate(
-    async ({ options, asked }) => {
-      const { VLM } = (globalThis as unknown as Page_).vlmport;
-      const { messages, ...others } = JSON.parse(asked) as Asked;
-      const vlm = await VLM.load('/tiles/', options);
-      const { tokenIds, text, counts } = await vlm.generate(messages, others);
-      const pieces = vlm.stream(messages, others);
-      let streamed = '';
-      let next = await pieces.next();
-      for (; !next.done; next = await pieces.next()) streamed += next.value;
-      vlm.dispose();
-      return { tokens: tokenIds, text, counts, streamed };
-    },
-    { options, asked: JSON.stringify({ messages, images, imageOptions, maxNewTokens }) },
-  );
-  expect(found).toEqual({ ...wanted, streamed: wanted.text });
-  await page.context().close();
-});
-
 /** Run in a page with `vlm`, a model on WebAssembly, and `outcome`, an error's code and message. */
 async function inPage<T>(work: (vlm: Vlmport.VLM, outcome: Outcome) => Promise<T>): Promise<T> {
-  const page = await open();
-  try {
-    return (await page.evaluate(`(async () => {
+  return (await page.evaluate(`(async () => {
       const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
       const outcome = work => Promise.resolve().then(work).then(
         () => 'fine', error => (error.code ?? error.name) + ': ' + error.message);
@@ -180,9 +29,6 @@ async function inPage<T>(work: (vlm: Vlmport.VLM, outcome: Outcome) => Promise<T
       vlm.dispose();
       return found;
     })()`)) as T;
-  } finally {
-    await page.context().close();
-  }
 }
 
 type Outcome = (work: () => unknown) => Promise<string>;
@@ -252,7 +98,7 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
     expect.stringMatching(/^PromptError: the prompt has \d+ tokens, the model's context is 2048/),
     'PromptError: images must be a list of pictures, got "/kinds/rgb.png"',
     'PromptError: a question is a text, got number',
-    'PromptError: messages[3].content[0]: not Unicode at character 5: "\\ud83d"',
+    'PromptError: messages[0].content[0]: not Unicode at character 5: "\\ud83d"',
     expect.stringMatching(/^OptionError: unknown option 'numBeams'/),
     expect.stringMatching(/^ImageError: .*nowhere\.png: the server says 404/),
     "OptionError: unknown option 'sistem' (did you mean 'system'?)",
@@ -268,22 +114,19 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
 });
 
 test('too long a conversation is refused before anything runs', async () => {
-  const page = await open();
   const found = await page.evaluate(async () => {
-    const { vlmport, runs } = globalThis as unknown as Page_;
+    const { vlmport, forgetRuns } = globalThis as unknown as CountedPage;
     const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
     const chat = vlm.conversation();
-    await new Promise(resolve => setTimeout(resolve, 100));
-    runs.length = 0;
+    await forgetRuns();
     const images = ['/kinds/rgb.png'];
     const error = await chat.ask('word '.repeat(2000), { images }).catch((thrown: Error) => thrown);
-    await new Promise(resolve => setTimeout(resolve, 100));
+    const runs = await forgetRuns();
     vlm.dispose();
     return { error: String(error), fed: runs.map(fed => Object.keys(fed).sort()) };
   });
   expect(found.error).toMatch(/the model's context is 2048/);
   expect(found.fed).toEqual([['do_image_splitting', 'image']]); // what says how many tokens it takes
-  await page.context().close();
 });
 
 test('attached pictures come first, and wait until a question succeeds', async () => {
@@ -336,20 +179,17 @@ test('a reset keeps the system message alone, and one question is answered at a 
 });
 
 test('pictures are known by their pixels, in and out of conversations', async () => {
-  const page = await open();
   const found = await page.evaluate(async () => {
-    const { vlmport, runs } = globalThis as unknown as Page_;
+    const { vlmport, forgetRuns } = globalThis as unknown as CountedPage;
     const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
     const encoded = async (work: () => Promise<unknown>) => {
-      runs.length = 0;
+      await forgetRuns();
       await work();
-      await new Promise(resolve => setTimeout(resolve, 100));
-      return runs.filter(fed => 'pixel_values' in fed).length;
+      return (await forgetRuns()).filter(fed => 'pixel_values' in fed).length;
     };
     const blob = await (await fetch('/kinds/rgb.png')).blob();
     const bitmap = await createImageBitmap(blob, { colorSpaceConversion: 'none' });
     const short = { maxNewTokens: 1 };
-    await new Promise(resolve => setTimeout(resolve, 100));
     const counts = [
       await encoded(() => vlm.caption('/kinds/rgb.png', short)),
       await encoded(() => vlm.caption(blob, short)),
@@ -363,5 +203,4 @@ test('pictures are known by their pixels, in and out of conversations', async ()
     return counts;
   });
   expect(found).toEqual([7, 0, 0, 1, 7]);
-  await page.context().close();
 });

@@ -171,3 +171,31 @@ test('what goes wrong is said, with a hint', async () => {
   await page.context().close();
   await server.stop();
 });
+
+test('a model that answers questions is asked; of a captioner nothing can be asked', async () => {
+  const server = await TestServer.start({
+    '/': BUILT,
+    '/bundle/': folders.bundle(),
+    '/tiles/': folders.tiles(),
+  });
+  const page = await visitor();
+  await page.goto(`${server.url}?device=wasm`);
+  await page.waitForSelector('#facts:not([hidden])');
+  expect(await page.isHidden('#ask')).toBe(true);
+  await page.goto(`${server.url}?device=wasm&model=/tiles/`);
+  await page.waitForSelector('#facts:not([hidden])');
+  await page.click('#samples button');
+  await page.waitForFunction(() => document.getElementById('caption')!.textContent !== '');
+  await page.fill('#question', 'What is it?'); // in the middle of the caption, perhaps
+  await page.keyboard.press('Enter');
+  await page.waitForSelector('.answered:not(:empty)');
+  expect(await page.textContent('.asked')).toBe('What is it?');
+  expect(await page.inputValue('#question')).toBe('');
+  await page.waitForFunction(() => !document.querySelector('.writing'));
+  expect(await page.textContent('#fact-first')).toMatch(/ms$/);
+  expect(await page.isHidden('#error')).toBe(true);
+  await page.click('#samples button:nth-child(2)'); // another picture, another conversation
+  expect(await page.locator('#talk li').count()).toBe(0);
+  await page.context().close();
+  await server.stop();
+});

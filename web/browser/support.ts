@@ -4,6 +4,7 @@ import { existsSync, readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { type Browser, type Page, chromium } from 'playwright-core';
 import type * as Vlmport from '../src/index.js';
+import type { Fed } from './page/counted.js';
 import { TestServer } from './server.js';
 
 const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
@@ -19,8 +20,8 @@ export interface Expected {
   readonly tiles: Readonly<
     Record<string, { tokens: number[]; text: string; count: number; imageTokens: number }>
   >;
-  /** Conversations with that model, precision by precision. */
-  readonly talks: Talks;
+  /** Conversations: model → what was said, precision by precision. */
+  readonly talks: Readonly<Record<string, Talks>>;
   /** What the image processor makes of the first picture of `captions`. */
   readonly pixelValues: { readonly dims: readonly number[]; readonly data: readonly number[] };
   /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
@@ -39,7 +40,7 @@ export interface Turn {
 }
 
 export interface Talks {
-  readonly system: string;
+  readonly system: string | null;
   readonly maxNewTokens: number | null;
   readonly said: Readonly<
     Record<
@@ -67,8 +68,9 @@ export const folders = {
   bundle: () => setting('VLMPORT_WEB_BUNDLE'),
   pictures: () => setting('VLMPORT_WEB_PICTURES'), // the examples
   kinds: () => setting('VLMPORT_WEB_KINDS'), // small ones of all kinds
-  /** A bundle that cuts pictures into tiles. */
-  tiles: () => setting('VLMPORT_WEB_TILES'),
+  /** Bundles that answer questions, by name; 'tiles' cuts pictures into tiles. */
+  talkers: () => JSON.parse(setting('VLMPORT_WEB_TALKERS')) as Record<string, string>,
+  tiles: () => folders.talkers().tiles!,
   /** What transformers.js is made of, with ONNX Runtime beside it. */
   transformers: () => setting('VLMPORT_WEB_TRANSFORMERS'),
   page: here('built'),
@@ -114,6 +116,10 @@ export function launch({ webgpu = false, args = [] as string[] } = {}): Promise<
   });
 }
 
+/** Roots of a server: each talking model under its name. */
+export const talkers = () =>
+  Object.fromEntries(Object.entries(folders.talkers()).map(([name, at]) => [`/${name}/`, at]));
+
 /** A new page of the tests' server, with the package loaded. */
 export async function openPage(browser: Browser, url: string): Promise<Page> {
   const page = await (await browser.newContext()).newPage();
@@ -121,6 +127,36 @@ export async function openPage(browser: Browser, url: string): Promise<Page> {
   if (process.env.VERBOSE) page.on('console', message => console.log(message.text()));
   await page.goto(url);
   await page.waitForFunction(() => 'vlmport' in globalThis);
+  return page;
+}
+
+/** What a page of `openCounted` has within reach. */
+export interface CountedPage {
+  readonly vlmport: typeof Vlmport;
+  /** What ONNX Runtime was fed, run by run. */
+  readonly runs: Fed[];
+  /** Wait until nothing runs any more, and forget what did. */
+  readonly forgetRuns: () => Promise<Fed[]>;
+}
+
+/** A page that hears what ONNX Runtime is fed in its workers. */
+export async function openCounted(browser: Browser, server: TestServer): Promise<Page> {
+  server.workerPrelude = `
+    const channel = new BroadcastChannel('runs');
+    globalThis.onRun = fed => channel.postMessage(fed)`;
+  const page = await openPage(browser, server.url);
+  await page.evaluate(() => {
+    const runs: Fed[] = [];
+    new BroadcastChannel('runs').onmessage = ({ data }: MessageEvent<Fed>) => runs.push(data);
+    const forgetRuns = async () => {
+      for (let before = -1; before !== runs.length;) {
+        before = runs.length;
+        await new Promise(resolve => setTimeout(resolve, 200));
+      }
+      return runs.splice(0);
+    };
+    Object.assign(globalThis, { runs, forgetRuns });
+  });
   return page;
 }
 

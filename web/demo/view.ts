@@ -135,7 +135,7 @@ function begin(place: HTMLElement): void {
 }
 
 export function addPiece(piece: string): void {
-  text.append(piece);
+  text.append(text.textContent === '' ? piece.trimStart() : piece);
   if (text === caption) caption.classList.toggle('long', (text.textContent ?? '').length > LONG);
   else talk.scrollTop = talk.scrollHeight;
 }

@@ -54,6 +54,17 @@ export function firstLine(error: unknown): string {
   return (text.trim().split('\n')[0] ?? '').slice(0, 400);
 }
 
+const REFUSED = /Name:'(?:[^']*\/)?refused: (.*?) \| (.*?)' Status Message/;
+
+/**
+ * The reason and the hint of a graph that refuses its input, which are the name of the node that
+ * failed; of any other error its first line and `hint` (the twin of vlmport/runtime/refusals.py).
+ */
+export function whyAndHint(error: unknown, hint: string): [string, string] {
+  const [, reason, told] = REFUSED.exec(error instanceof Error ? error.message : '') ?? [];
+  return reason !== undefined && told !== undefined ? [reason, told] : [firstLine(error), hint];
+}
+
 export function isAbort(error: unknown): boolean {
   return error instanceof DOMException && error.name === 'AbortError';
 }

@@ -7,7 +7,7 @@
 import { type BundleFiles, letGo } from '../bundle/download.js';
 import type { Golden, ImageOptions, Manifest } from '../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
-import { VlmportError, didYouMean, firstLine } from '../errors.js';
+import { VlmportError, didYouMean, firstLine, whyAndHint } from '../errors.js';
 import { type Decoder, decoderOf } from './decoder.js';
 import type { Rgb } from './images.js';
 import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
@@ -127,8 +127,9 @@ export class Components {
       prompt_ids?.dispose();
       return { inputs, promptIds };
     } catch (error) {
-      const message = `a picture of ${width}x${height} pixels can't be processed: ${firstLine(error)}`;
-      throw new VlmportError('ImageError', message, 'is it extremely narrow?');
+      const [why, hint] = whyAndHint(error, 'is it extremely narrow?');
+      const message = `a picture of ${width}x${height} pixels can't be processed: ${why}`;
+      throw new VlmportError('ImageError', message, hint);
     } finally {
       Object.values(feeds).forEach(tensor => tensor.dispose());
     }
@@ -269,8 +270,9 @@ export class Components {
       }),
     );
     const { position_ids, rope_delta } = await session.run(feeds).catch((error: unknown) => {
-      const message = `no positions for ${pictures.length} pictures: ${firstLine(error)}`;
-      throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+      const [why, hint] = whyAndHint(error, 'do all files belong to one bundle?');
+      const message = `no positions for ${pictures.length} pictures: ${why}`;
+      throw new VlmportError('PromptError', message, hint);
     });
     const all = bigints(position_ids, POSITIONS, 'position_ids');
     const [offset] = bigints(rope_delta, POSITIONS, 'rope_delta');

@@ -127,6 +127,7 @@ export class Engine {
     const own = number === null ? new Conversation() : this.conversations.of(number);
     try {
       if (this.next) await this.takeOver(this.next, hear.onChange, signal);
+      this.ready.components.checkImageOptions(asked.imageOptions); // where there is no picture too
       const pictures: Picture[] = [];
       for (const one of asked.pictures) {
         pictures.push(await this.picture(own, one, asked.imageOptions, signal));
