@@ -61,8 +61,9 @@ TOWER = {
 def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
     """Sizes for a checkpoint below 4 MB; `ids` are those of config.json, and `vocab_size`.
 
-    The rotary base is small because pictures and prompts are: where a head has only 16
-    frequencies, most of those of the real base, a million, would stand still.
+    The rotary bases are small because pictures and heads are. Of Qwen2.5's 16 frequencies the
+    first belong to time and the last to columns: at the real base, a million, the columns' would
+    stand still. Far below 1,000, no frequency is left that is slow enough to find words by.
     """
     text = {**TEXT, **{key: ids[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}}
     outer = {key: value for key, value in ids.items() if key not in text}
@@ -73,7 +74,7 @@ def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
                 **text,
                 "intermediate_size": 320,
                 "head_dim": 32,
-                "rope_parameters": {**rope, "rope_theta": 100.0},
+                "rope_parameters": {**rope, "rope_theta": 10000.0},
             },
             vision_config={
                 **TOWER,
@@ -84,7 +85,7 @@ def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
             tie_word_embeddings=True,
             **outer,
         )
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 30.0}
+    rope = {"rope_type": "default", "mrope_section": [3, 4, 9], "rope_theta": 1000.0}
     return Qwen2_5_VLConfig(
         text_config={**text, "intermediate_size": 352, "rope_parameters": rope},
         vision_config={

@@ -37,13 +37,13 @@ from training.shapes_qwen.model import HIDDEN, VISION, Chat, model_config
 from training.shapes_qwen.pictures import MERGE
 from training.shapes_qwen.prompts import train_tokenizer
 
-TURNS = 6
+TURNS = 5
 NO_OBJECT_WEIGHT = 0.05
 EXTENTS, QUARTERS = 64, 4  # widths and heights that a note can tell, in quarters of a patch
-# Which of PATCH_QUESTIONS a note answers: in the token, and in the lanes where there are any.
-# The size is left out; the extents stand for it.
-TOLD = {0: (("background", "shape", "colour", "relation"),)}
-TOLD[2] = (("background", "relation"), ("colour",), ("shape",))
+# Which of PATCH_QUESTIONS a note answers in the token. The size is left out: the extents stand for
+# it. Where there are lanes, they say some of it again.
+TOLD = ("background", "shape", "colour", "relation")
+AGAIN = (("colour",), ("shape",))
 
 NOTES = Stage(steps=1500, batch_size=32, rate=2e-3)
 TOWER = Stage(steps=1500, batch_size=32, rate=1e-3)
@@ -67,7 +67,7 @@ class Notes(nn.Module):
         names = list(PATCH_QUESTIONS)
         told = [
             said[:, [names.index(name) for name in group]].sum(dim=1)
-            for group in TOLD[self.model.family.lanes]
+            for group in (TOLD, *AGAIN[: self.model.family.lanes])
         ]
         told[0] = told[0] + self._measured(shown.geometry[..., CELLS:].flatten(0, 1))
         B = len(shown.answers)
