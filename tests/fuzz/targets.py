@@ -31,10 +31,13 @@ from tests.fuzz.bounds import bounded
 from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
 from tests.fuzz.templates import templates
+from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from vlmport.bundle import MANIFEST, Bundle
-from vlmport.checkpoint import Weights
+from vlmport.checkpoint import Checkpoint, Weights
 from vlmport.errors import VlmportError
 from vlmport.export import export
+from vlmport.families import family_of
+from vlmport.graph.precision import PRECISIONS
 from vlmport.inspection import describe, probe_bundle
 from vlmport.layouts import COMPONENTS
 from vlmport.runtime import chat_template
@@ -69,6 +72,14 @@ class Workshop:
     def four_files(self) -> Path:
         return self.folder / "four_files"
 
+    @property
+    def qwen2_5(self) -> Path:
+        return self.folder / "qwen2.5"
+
+    @property
+    def qwen3(self) -> Path:
+        return self.folder / "qwen3"
+
     @classmethod
     def make(cls, folder: Path) -> Workshop:
         shop = cls(folder)
@@ -76,6 +87,8 @@ class Workshop:
         for name, text in SIDE_FILES.items():
             (shop.checkpoint / name).write_text(json.dumps(text), encoding="utf-8")
         write_adapter(shop.adapter, shop.checkpoint)
+        write_qwen2_5(shop.qwen2_5, spelling="v4")
+        write_qwen3(shop.qwen3, spelling="v5")
         export(shop.checkpoint, shop.bundle, precisions="fp32")
         export(shop.checkpoint, shop.four_files, precisions="fp32", layout=COMPONENTS)
         return shop
@@ -170,6 +183,24 @@ def exported_file(name: str, *, adapter: bool = False) -> Target:
         export_with(shop, name, data, adapter=adapter)
 
     return Target(name, inputs, run)
+
+
+def read_file(folder: str, name: str) -> Target:
+    """A checkpoint's file, to all that an export makes before it reads a weight."""
+
+    def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
+        return json_texts(document(shop.folder / folder / name))
+
+    def run(shop: Workshop, data: bytes) -> None:
+        with shop.altered(shop.folder / folder, name, data) as altered, ours_or_right():
+            checkpoint = Checkpoint.open(altered)
+            family = family_of(checkpoint)
+            family.weights(checkpoint, None)
+            family.hub_files()
+            family.fixed_graphs()
+            family.graphs(PRECISIONS["fp32"])
+
+    return Target(f"{folder}'s {name}", inputs, run)
 
 
 # safetensors
@@ -314,6 +345,10 @@ TARGETS = (
     exported_file("preprocessor_config.json"),
     exported_file("generation_config.json"),
     exported_file("adapter_config.json", adapter=True),
+    read_file("qwen2.5", "config.json"),
+    read_file("qwen2.5", "preprocessor_config.json"),
+    read_file("qwen3", "config.json"),
+    read_file("qwen3", "processor_config.json"),
     Target("model.safetensors", safetensors, read_weights),
     Target(MANIFEST, manifests, run_bundle),
     Target("valid vlmport.json", lambda shop: valid_manifests(shop.bundle), run_bundle),

@@ -13,6 +13,8 @@ from tests.fuzz.targets import TARGETS, Target, Workshop
 # An example that is exported takes a second, one that is refused next to nothing.
 EXAMPLES = {
     "config.json": 12,
+    "qwen2.5's config.json": 12,
+    "qwen3's config.json": 12,
     "model.safetensors": 40,
     "vlmport.json": 30,
     "valid vlmport.json": 12,

@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one learnt position": {"num_position_embeddings": 1},
     "no square": {"num_position_embeddings": 30},
     "other rotation": {"rope_parameters": {"rope_type": "axial", "rope_theta": 50.0}},
+    "rotation by an older name": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
 }
 
 

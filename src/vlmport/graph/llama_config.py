@@ -136,10 +136,10 @@ class LlamaConfig:
         Raises ConfigError for scaled rotary angles.
         """
         sections = [subsection(raw, name, where) for name in ("rope_parameters", "rope_scaling")]
-        kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in sections if rope}
-        if not kinds <= {*cls.rope_types}:
+        kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in sections if rope]
+        if not all(kind in cls.rope_types for kind in kinds):
             raise ConfigError(
-                f"{where}: rope_type={', '.join(sorted(map(repr, kinds)))}, expected "
+                f"{where}: rope_type={', '.join(sorted({*map(repr, kinds)}))}, expected "
                 f"{' or '.join(map(repr, cls.rope_types))}",
                 hint="scaled rotary embeddings are not supported yet",
             )

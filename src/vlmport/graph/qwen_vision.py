@@ -47,7 +47,8 @@ class QwenVisionConfig:
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
         """From a config.json section. Raises ConfigError."""
         rope = subsection(raw, "rope_parameters", where)
-        if (kind := rope.get("rope_type", "axial")) != "axial":
+        kind = rope.get("rope_type", "axial")
+        if kind not in ("axial", "default"):  # of which transformers makes the first
             raise ConfigError(
                 f"{where}: rope_parameters: rope_type={kind!r}, expected 'axial'", hint=HINT
             )
