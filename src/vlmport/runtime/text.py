@@ -7,13 +7,15 @@ decoder strips at the start of a text are stripped once.
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # byte fallback: a token for one byte
+HEX = "0123456789ABCDEFabcdef"
+BYTE_TOKENS = tuple(f"<0x{a}{b}>" for a, b in itertools.product(HEX, HEX))  # byte fallback
 
 
 class TextStream:
@@ -34,8 +36,7 @@ class TextStream:
         special token that it skips does not end it.
         """
         self.tokens.append(token)
-        is_byte = BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token) or "") is not None
-        self._in_bytes = is_byte or (self._in_bytes and not self._decode([token]))
+        self._in_bytes = token in self._bytes or (self._in_bytes and not self._decode([token]))
         if self._in_bytes:
             return ""
         given, text = self._window()
@@ -43,6 +44,12 @@ class TextStream:
             return ""
         self._start, self._read = self._read, len(self.tokens)
         return text[len(given) :]
+
+    @cached_property
+    def _bytes(self) -> frozenset[int]:
+        """The tokens that stand for one byte each."""
+        found = (self.tokenizer.token_to_id(name) for name in BYTE_TOKENS)
+        return frozenset(one for one in found if one is not None)
 
     @property
     def pending(self) -> str:
