@@ -35,6 +35,7 @@ test('no buffer is left behind', async () => {
       const channel = new BroadcastChannel('alive');
       const found: number[] = [];
       for (let i = 0; i < 6; i++) {
+        vlm.forgetPictures(); // so that it is encoded again
         await vlm.caption(url, { maxNewTokens: 2 + i });
         const answer = new Promise<number>(resolve => {
           channel.onmessage = ({ data }: MessageEvent<number>) => resolve(data);
@@ -50,6 +51,43 @@ test('no buffer is left behind', async () => {
   // ONNX Runtime keeps a pool of its own, which is full after a few.
   expect(counts[3]).toBeGreaterThan(0);
   expect(counts.slice(3)).toEqual(counts.slice(3).map(() => counts[3]));
+  await browser.close();
+  await server.stop();
+});
+
+test('a conversation gives its buffers back, the smaller ones that it began with too', async () => {
+  const server = await startServer({ '/tiles/': folders.tiles() });
+  const browser = await launch({ webgpu: true });
+  server.workerPrelude = COUNTING;
+  const page = await openPage(browser, server.url);
+  const counts = await page.evaluate(async () => {
+    const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+    const vlm = await VLM.load('/tiles/', { device: 'webgpu', precision: 'q4' });
+    const channel = new BroadcastChannel('alive');
+    const alive = () =>
+      new Promise<number>(resolve => {
+        channel.onmessage = ({ data }: MessageEvent<number>) => resolve(data);
+        channel.postMessage('?');
+      });
+    const short = { maxNewTokens: 2 };
+    const chat = vlm.conversation();
+    const found: number[][] = [];
+    for (let i = 0; i < 5; i++) {
+      await chat.ask('What is it?', short);
+      const one = await alive();
+      await chat.ask('And where is it?', short); // longer than the first buffers
+      const two = await alive();
+      chat.reset();
+      await vlm.generate([{ role: 'user', content: 'x' }], short); // the reset has been heard
+      found.push([one, two, await alive()]);
+    }
+    vlm.dispose();
+    return found;
+  });
+  const [one, two, none] = counts[3]!;
+  expect(counts[4]).toEqual(counts[3]);
+  expect(two).toBe(one); // no more of them
+  expect(none).toBeLessThan(one!);
   await browser.close();
   await server.stop();
 });
@@ -82,6 +120,7 @@ test('the cache stays on the GPU: a step reads back no more than its logits', as
       });
     const counts = [await read()];
     for (const maxNewTokens of [1, 4]) {
+      vlm.forgetPictures();
       await vlm.caption(url, { maxNewTokens });
       counts.push(await read());
     }
