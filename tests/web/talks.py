@@ -19,7 +19,15 @@ TURNS: tuple[Turn, ...] = (
     ("Which of these?", ("subsampled.jpg", "rgb.png")),
 )
 ALONE: tuple[Turn, ...] = (("Name a color.", ()), ("And one more?", ()))
+PICTURES = ("rgb.png", "tall.png", "subsampled.jpg")
 TOKENS = 12
+
+# Of the examples, to a model that is trained on such.
+QUESTIONS: tuple[Turn, ...] = (
+    ("what color is the square?", ("red_square.png",)),
+    ("how many shapes are there?", ()),
+    (None, ("yellow_circle.png",)),
+)
 
 
 def told(answer: Caption) -> dict[str, Any]:
@@ -52,7 +60,9 @@ def talk(
     return found
 
 
-def messages(vlm: VLM, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+def messages(
+    vlm: VLM, folder: Path, names: Sequence[str], tokens: int | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """One prompt of several turns and pictures, under options of the image processor."""
     content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     asked = [
@@ -61,9 +71,9 @@ def messages(vlm: VLM, folder: Path, options: Mapping[str, Any]) -> dict[str, An
         {"role": "assistant", "content": "Two."},
         {"role": "user", "content": [{"type": "text", "text": "Larger?"}, {"type": "image"}]},
     ]
-    names = ("rgb.png", "tall.png", "subsampled.jpg")
     images = [folder / name for name in names]
-    answer = vlm.generate(asked, images, image_options=options, max_new_tokens=TOKENS)
+    limit = {"max_new_tokens": tokens} if tokens else {}
+    answer = vlm.generate(asked, images, image_options=options, **limit)
     return {"messages": asked, "pictures": names, "imageOptions": dict(options), **told(answer)}
 
 
@@ -75,6 +85,22 @@ def talks(bundle: Bundle, folder: Path, options: Mapping[str, Any]) -> dict[str,
             found[precision] = {
                 "turns": talk(vlm, folder, TURNS),
                 "alone": talk(vlm, folder, ALONE),
-                "messages": messages(vlm, folder, options),
+                "messages": messages(vlm, folder, PICTURES, TOKENS, options),
             }
-    return {"system": SYSTEM, "maxNewTokens": TOKENS, "said": found}
+    return {"folder": "kinds", "system": SYSTEM, "maxNewTokens": TOKENS, "said": found}
+
+
+def trained_talks(bundle: Bundle, folder: Path) -> dict[str, Any]:
+    """The same of a model that is trained: its answers are right, and as long as they are."""
+    found = {}
+    for precision in bundle.manifest.precisions:
+        with VLM.open(bundle, precision=precision) as vlm:
+            turns = talk(vlm, folder, QUESTIONS, None, None)
+            assert turns[0]["text"].strip() == "red", turns[0]["text"]
+            names = ("red_square.png", "yellow_circle.png", "red_square.png")
+            found[precision] = {
+                "turns": turns,
+                "alone": [],
+                "messages": messages(vlm, folder, names, None, {}),
+            }
+    return {"folder": "pictures", "system": None, "maxNewTokens": None, "said": found}

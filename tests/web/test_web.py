@@ -166,6 +166,8 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(source, folder / "tiles", precisions="fp32,q8,q4")
 
 
+TRAINED = "shapes-smolvlm"  # its turns are compared once it is built in
+
 # Options of the image processor that a test of each talking model sets.
 TALKERS: dict[str, dict[str, Any]] = {
     "tiles": {"do_image_splitting": False},
@@ -182,6 +184,8 @@ def talkers(tiles: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for name, write in (("windows", write_qwen2_5), ("lanes", write_qwen3)):
         source = write(folder / f"{name}-source")
         found[name] = export(source, folder / name, precisions="fp32,q8")
+    if source := builtin_models().get(TRAINED):
+        found[TRAINED] = export(source, folder / TRAINED, precisions="fp32,q8,q4")
     return found
 
 
@@ -224,7 +228,9 @@ def expectations(
         "captions": captions,
         "pixels": pixels,
         "talks": {
-            name: talks.talks(talker, kinds[0].parent, TALKERS[name])
+            name: talks.trained_talks(talker, EXAMPLES)
+            if name == TRAINED
+            else talks.talks(talker, kinds[0].parent, TALKERS[name])
             for name, talker in talkers.items()
         },
         "tiles": captions_of_tiles(talkers["tiles"], [path for path in kinds if path.name in CUT]),

@@ -40,6 +40,8 @@ export interface Turn {
 }
 
 export interface Talks {
+  /** Where its pictures are, on the server. */
+  readonly folder: string;
   readonly system: string | null;
   readonly maxNewTokens: number | null;
   readonly said: Readonly<
