@@ -40,6 +40,7 @@ WINDOW_TOKENS = 2  # along each side of a window
 CONTEXT = 2048
 TEXT = {
     "hidden_size": HIDDEN,
+    "intermediate_size": 352,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -72,7 +73,6 @@ def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
         return Qwen3VLConfig(
             text_config={
                 **text,
-                "intermediate_size": 320,
                 "head_dim": 32,
                 "rope_parameters": {**rope, "rope_theta": 10000.0},
             },
@@ -85,9 +85,9 @@ def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
             tie_word_embeddings=True,
             **outer,
         )
-    rope = {"rope_type": "default", "mrope_section": [3, 4, 9], "rope_theta": 1000.0}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 11], "rope_theta": 10000.0}
     return Qwen2_5_VLConfig(
-        text_config={**text, "intermediate_size": 352, "rope_parameters": rope},
+        text_config={**text, "rope_parameters": rope},
         vision_config={
             **TOWER,
             "depth": 6,

@@ -176,7 +176,7 @@ def _batches(
 
 def train(out: Path, family: Family, seed: int, scale: float) -> None:
     """All stages; `scale` shortens each of them, for a trial."""
-    lengths = {"notes": NOTES, "tower": TOWER, "again": TOWER, "join": JOIN, "chat": CHAT}
+    lengths = {"tower": TOWER, "again": TOWER, "notes": NOTES, "join": JOIN, "chat": CHAT}
     stages = {
         name: replace(stage, steps=max(1, round(stage.steps * scale)))
         for name, stage in lengths.items()
@@ -195,10 +195,10 @@ def train(out: Path, family: Family, seed: int, scale: float) -> None:
         train_pictures(name, stages[name], model, tokenizer, seed, frozen=frozen)
 
     runs: dict[str, Callable[[], None]] = {
-        "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed),
         "tower": lambda: dense("tower"),
         # A second cosine from a high rate: the shapes are learnt late in the first one.
         "again": lambda: dense("again"),
+        "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed),
         "join": lambda: pictures("join", frozen=True),
         "chat": lambda: pictures("chat", frozen=False),
     }
