@@ -169,6 +169,7 @@ def test_theta_is_read_in_both_spellings() -> None:
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": ["default"]}},
         {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             "rope_scaling": {"type": "linear", "factor": 2.0},
