@@ -5,7 +5,6 @@ Traps of the format, kept on purpose:
 * Qwen2.5-VL's config.json has the text settings at its top, without a `text_config`; its tensors
   are `visual.*` and `model.*`. Qwen3-VL's are `model.visual.*` and `model.language_model.*`, and
   its vision config calls itself `qwen3_vl`.
-* The head is tied to the embeddings and not stored.
 * The embeddings have more rows than the tokenizer has tokens.
 * Qwen2.5-VL's processor has `min_pixels` and `max_pixels`, Qwen3-VL's a `size` with edges; both
   are areas.
@@ -36,8 +35,7 @@ from training.shapes_qwen.prompts import (
 )
 
 MAX_NEW_TOKENS = 40
-ROWS = 64  # the embeddings have a multiple of it
-HEAD = "lm_head.weight"
+ROWS = 32  # the embeddings have a multiple of it
 KEPT_TEXT = (
     "attention_dropout",
     "bos_token_id",
@@ -88,7 +86,6 @@ def write_checkpoint(folder: Path, family: Family, model: QwenModel, tokenizer: 
     state = {
         _on_disk(name, family): value.detach().to(torch.float16).contiguous()
         for name, value in sorted(model.state_dict().items())
-        if name != HEAD
     }
     save_file(state, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors writes it for its owner alone
@@ -139,7 +136,7 @@ def _config(family: Family, config: QwenConfig, tokenizer: Tokenizer) -> dict[st
     tower = {key: vision[key] for key in KEPT_VISION}
     rope = text["rope_parameters"]
     ids = {key: getattr(config, key) for key in token_ids(tokenizer) if hasattr(config, key)}
-    outer = {"tie_word_embeddings": True, **ids}
+    outer = {"tie_word_embeddings": False, **ids}
     if family == QWEN3:
         keys = ("mrope_interleaved", "mrope_section", "rope_type")
         return {
@@ -154,7 +151,7 @@ def _config(family: Family, config: QwenConfig, tokenizer: Tokenizer) -> dict[st
                 "model_type": "qwen3_vl_text",
                 "rope_scaling": {key: rope[key] for key in keys},
                 "rope_theta": rope["rope_theta"],
-                "tie_word_embeddings": True,
+                "tie_word_embeddings": False,
             },
             "vision_config": {
                 **tower,

@@ -46,7 +46,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
     "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 TOWER = {
     "hidden_size": VISION,
@@ -78,11 +78,12 @@ def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
             },
             vision_config={
                 **TOWER,
+                "intermediate_size": 224,
                 "depth": 5,
                 "num_position_embeddings": 64,
                 "deepstack_visual_indexes": [1, 3],
             },
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             **outer,
         )
     rope = {"rope_type": "default", "mrope_section": [2, 3, 11], "rope_theta": 10000.0}
@@ -95,7 +96,7 @@ def model_config(family: Family, ids: dict[str, int]) -> QwenConfig:
             "fullatt_block_indexes": [2, 5],
             "tokens_per_second": 2,
         },
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         **outer,
     )
 
@@ -137,6 +138,10 @@ class Chat(nn.Module):
         """The weights between patches and tokens."""
         rest = getattr(self.tower, "deepstack_merger_list", [])
         return [weight for part in (self.tower.merger, *rest) for weight in part.parameters()]
+
+    def spoken(self) -> list[nn.Parameter]:
+        """The weights of the language model, its head among them."""
+        return [*self.text.parameters(), *self.vlm.lm_head.parameters()]
 
     def see(self, pixels: torch.Tensor) -> Seen:
         """[B, H, W, 3] uint8 → what the tower makes of it."""

@@ -91,7 +91,7 @@ def train_notes(stage: Stage, notes: Notes, tokenizer: Tokenizer, seed: int) -> 
         features, *lanes = (torch.cat(parts, dim=1) for parts in zip(*pictures, strict=True))
         return model.loss(batch, features, lanes)
 
-    weights = [*model.text.parameters(), *notes.extents.parameters()]  # the head is tied
+    weights = [*model.spoken(), *notes.extents.parameters()]
     batches = _batches("notes", stage, model, tokenizer, seed, turns=TURNS, drawn=False)
     fit("notes", stage, [{"params": weights}], batches, loss)
 
@@ -142,7 +142,7 @@ def train_pictures(
     mergers = model.mergers()
     known = {id(weight) for weight in mergers}
     tower = [weight for weight in model.tower.parameters() if id(weight) not in known]
-    text = list(model.text.parameters())
+    text = model.spoken()
     for weight in tower + text:
         weight.requires_grad_(not frozen)
     groups = [{"params": mergers}]
