@@ -2,10 +2,11 @@
 
 `python -m training.shapes_qwen.train --family qwen3 OUT` (or `qwen2.5`).
 
-1. `notes`: the language model answers from *notes*, one vector for each image token: the words
-   for what its four patches show, and how many patches their thing is wide and high. How large
-   that is depends on the picture, whose size only the positions tell. No pictures yet.
-2. `tower`, `again`: the vision tower answers dense questions at every patch. No words yet.
+1. `tower`, `again`: the vision tower answers dense questions at every patch. No words yet.
+2. `notes`: the language model, which begins as that of shapes-smolvlm, answers from *notes*, one
+   vector for each image token: the words for what its four patches show, and how many patches
+   their thing is wide and high. How large that is depends on the picture, whose size only the
+   positions tell. No pictures yet.
 3. `join`: both frozen, the mergers between them learn.
 4. `chat`: all weights learn to answer from one or two pictures.
 
@@ -33,10 +34,12 @@ from training.shapes.batches import CELLS, LENGTHS, PATCH_QUESTIONS, note_ids
 from training.shapes_qwen.batches import Batch, Shown, conversations
 from training.shapes_qwen.checkpoint import token_ids, write_checkpoint
 from training.shapes_qwen.families import FAMILIES, Family
+from training.shapes_qwen.language import fit_lengths, load_language
 from training.shapes_qwen.model import HIDDEN, VISION, Chat, model_config
 from training.shapes_qwen.pictures import MERGE
 from training.shapes_qwen.prompts import train_tokenizer
 
+SMOLVLM = Path(__file__).parents[2] / "src/vlmport/builtin/shapes-smolvlm"
 TURNS = 5
 NO_OBJECT_WEIGHT = 0.05
 EXTENTS, QUARTERS = 64, 4  # widths and heights that a note can tell, in quarters of a patch
@@ -45,7 +48,7 @@ EXTENTS, QUARTERS = 64, 4  # widths and heights that a note can tell, in quarter
 TOLD = ("background", "shape", "colour", "relation")
 AGAIN = (("colour",), ("shape",))
 
-NOTES = Stage(steps=1500, batch_size=32, rate=2e-3)
+NOTES = Stage(steps=600, batch_size=32, rate=1.5e-3)
 TOWER = Stage(steps=1500, batch_size=32, rate=1e-3)
 JOIN = Stage(steps=250, batch_size=32, rate=2e-3)
 CHAT = Stage(steps=1500, batch_size=32, rate=1e-3, tower_rate=4e-4)
@@ -82,9 +85,12 @@ class Notes(nn.Module):
         return (across + along) * here
 
 
-def train_notes(stage: Stage, notes: Notes, tokenizer: Tokenizer, seed: int) -> None:
-    """Stage 1: answers from notes in the places of the features."""
+def train_notes(
+    stage: Stage, notes: Notes, tokenizer: Tokenizer, seed: int, language: Path
+) -> None:
+    """Stage 2: answers from notes in the places of the features."""
     model = notes.model
+    load_language(model, tokenizer, language)
 
     def loss(batch: Batch) -> torch.Tensor:
         pictures = [notes(shown) for shown in batch.shown]
@@ -93,11 +99,12 @@ def train_notes(stage: Stage, notes: Notes, tokenizer: Tokenizer, seed: int) -> 
 
     weights = [*model.spoken(), *notes.extents.parameters()]
     batches = _batches("notes", stage, model, tokenizer, seed, turns=TURNS, drawn=False)
+    fit_lengths(model, lambda: loss(next(iter(batches))))
     fit("notes", stage, [{"params": weights}], batches, loss)
 
 
 def train_tower(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> None:
-    """Stage 2: `PATCH_QUESTIONS` answered by one linear head from each patch's feature."""
+    """Stage 1: `PATCH_QUESTIONS` answered by one linear head from each patch's feature."""
     sizes = list(PATCH_QUESTIONS.values())
     heads = nn.Linear(VISION, sum(sizes) + CELLS + LENGTHS)
     # Most patches show no object: unweighted, they drown shape and size.
@@ -174,8 +181,12 @@ def _batches(
     return conversations(label, steps, size, tokenizer, model.family, turns=turns, drawn=drawn)
 
 
-def train(out: Path, family: Family, seed: int, scale: float) -> None:
-    """All stages; `scale` shortens each of them, for a trial."""
+def train(out: Path, family: Family, seed: int, scale: float, language: Path) -> None:
+    """All stages; `scale` shortens each of them, for a trial.
+
+    Args:
+        language: a folder of shapes-smolvlm, whose language model is the beginning of ours.
+    """
     lengths = {"tower": TOWER, "again": TOWER, "notes": NOTES, "join": JOIN, "chat": CHAT}
     stages = {
         name: replace(stage, steps=max(1, round(stage.steps * scale)))
@@ -198,7 +209,7 @@ def train(out: Path, family: Family, seed: int, scale: float) -> None:
         "tower": lambda: dense("tower"),
         # A second cosine from a high rate: the shapes are learnt late in the first one.
         "again": lambda: dense("again"),
-        "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed),
+        "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed, language),
         "join": lambda: pictures("join", frozen=True),
         "chat": lambda: pictures("chat", frozen=False),
     }
@@ -217,8 +228,10 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--language", type=Path, default=SMOLVLM, help="shapes-smolvlm's folder")
     arguments = parser.parse_args()
-    train(arguments.out, FAMILIES[arguments.family], arguments.seed, arguments.scale)
+    family = FAMILIES[arguments.family]
+    train(arguments.out, family, arguments.seed, arguments.scale, arguments.language)
 
 
 if __name__ == "__main__":
