@@ -29,6 +29,7 @@ from training.shapes_smolvlm.prompts import (
     tiles,
     train_tokenizer,
 )
+from vlmport.builtin import builtin_models
 
 SIZES = [(300, 200), (128, 170), (288, 288), (192, 96), (96, 192), (1, 1), (500, 31), (193, 191)]
 
@@ -209,6 +210,27 @@ def test_a_checkpoint_is_read_back_and_is_transformers_own(folder: Path) -> None
     for name in ("image_token_id", "scale_factor", "tie_word_embeddings"):
         assert getattr(config, name) == getattr(kept, name)
     assert theirs.generation_config.eos_token_id == tokenizer.token_to_id(END)
+
+
+def test_what_ships(tokenizer: Tokenizer) -> None:
+    """Small, with a licence, and with the tokenizer that the recipe trains."""
+    folder = builtin_models()["shapes-smolvlm"]
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4_000_000
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    shipped = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert shipped.to_str() == tokenizer.to_str()
 
 
 def test_a_stage_is_trained_once(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ first, then all of it is trained together:
    with a later question.
 5. `captions`: short conversations, most of them a caption: where things lie is said by a few words
    only, which drown in long ones.
-6. `pairs`: short conversations, most of them about two pictures: which of them is meant is learnt
-   last, for the same reason.
 
 Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
 stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
@@ -55,12 +53,6 @@ SHORT = Diet(
     growing=0.25,
     turns=2,
 )
-PAIRS = Diet(
-    forms=(0.25, 0.04, 0.61, 0.10),
-    kinds={"caption": 8.0, "which": 5.0, "beside": 2.0, "background": 2.0, "count": 2.0},
-    growing=0.25,
-    turns=3,
-)
 LESSONS: dict[str, tuple[Stage, Diet]] = {
     "notes": (
         Stage(steps=1200, batch_size=32, rate=2e-3),
@@ -70,7 +62,6 @@ LESSONS: dict[str, tuple[Stage, Diet]] = {
     "chat": (Stage(steps=1800, batch_size=32, rate=1e-3, tower_rate=3e-4), EVEN),
     "again": (Stage(steps=3500, batch_size=32, rate=1.5e-3, tower_rate=3e-4), LATE),
     "captions": (Stage(steps=1500, batch_size=32, rate=1.5e-3, tower_rate=3e-4), SHORT),
-    "pairs": (Stage(steps=900, batch_size=32, rate=1.5e-3, tower_rate=3e-4), PAIRS),
 }
 
 

@@ -8,7 +8,10 @@ from importlib import resources
 from pathlib import Path
 
 # Name → what it does, for `vlmport models`.
-DESCRIPTIONS = {"shapes": "captions pictures of circles, squares, triangles and stars (prefix)"}
+DESCRIPTIONS = {
+    "shapes": "captions pictures of circles, squares, triangles and stars (prefix)",
+    "shapes-smolvlm": "captions such pictures and answers questions about them (idefics3)",
+}
 
 
 def builtin_models() -> dict[str, Path]:

@@ -38,7 +38,7 @@ def ask(
         list[str],
         typer.Argument(help="Pictures, if any, and the question last.", metavar="[IMAGE]... TEXT"),
     ],
-    model: Model,
+    model: Model = "shapes-smolvlm",
     system: Annotated[
         str | None, typer.Option(help="A system message before the question.", metavar="TEXT")
     ] = None,

@@ -48,7 +48,7 @@ def chat(
         list[Path] | None,
         typer.Option(help="A picture for the first question; can be repeated.", metavar="PATH"),
     ] = None,
-    model: Model,
+    model: Model = "shapes-smolvlm",
     system: Annotated[
         str | None, typer.Option(help="A system message before all else.", metavar="TEXT")
     ] = None,
