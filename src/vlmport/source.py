@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmport.builtin import builtin_folder, builtin_models
+from vlmport.builtin import CAPTIONER, builtin_folder, builtin_models
 from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
 from vlmport.bundle_cache import cache_folder, entry_name, open_entry, prune
 from vlmport.checkpoint import locate_adapter
@@ -28,7 +28,7 @@ __all__ = ["builtin_models", "cache_folder", "load", "resolve"]
 
 
 def load(
-    source: str | Path = "shapes",
+    source: str | Path = CAPTIONER,
     *,
     precision: str = "auto",
     device: str = "cpu",

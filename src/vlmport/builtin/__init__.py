@@ -13,6 +13,9 @@ DESCRIPTIONS = {
     "shapes-smolvlm": "captions such pictures and answers questions about them (idefics3)",
 }
 
+# Which of them a command takes where none is named.
+CAPTIONER, ANSWERER = "shapes", "shapes-smolvlm"
+
 
 def builtin_models() -> dict[str, Path]:
     """Name → checkpoint folder."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmport.builtin import ANSWERER
 from vlmport.cli.answers import json_row, stripped
 from vlmport.cli.app import app
 from vlmport.cli.arguments import (
@@ -38,7 +39,7 @@ def ask(
         list[str],
         typer.Argument(help="Pictures, if any, and the question last.", metavar="[IMAGE]... TEXT"),
     ],
-    model: Model = "shapes-smolvlm",
+    model: Model = ANSWERER,
     system: Annotated[
         str | None, typer.Option(help="A system message before the question.", metavar="TEXT")
     ] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmport.builtin import CAPTIONER
 from vlmport.cli.answers import json_row, stripped
 from vlmport.cli.app import app
 from vlmport.cli.arguments import (
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def caption(
     *,
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
-    model: Model = "shapes",
+    model: Model = CAPTIONER,
     precision: Precision = "auto",
     device: Device = "cpu",
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmport.builtin import ANSWERER
 from vlmport.cli.answers import stripped
 from vlmport.cli.app import app
 from vlmport.cli.arguments import (
@@ -48,7 +49,7 @@ def chat(
         list[Path] | None,
         typer.Option(help="A picture for the first question; can be repeated.", metavar="PATH"),
     ] = None,
-    model: Model = "shapes-smolvlm",
+    model: Model = ANSWERER,
     system: Annotated[
         str | None, typer.Option(help="A system message before all else.", metavar="TEXT")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlmport.builtin import CAPTIONER
 from vlmport.cli.app import app
 from vlmport.cli.arguments import Model
 from vlmport.cli.console import export_progress
@@ -14,7 +15,7 @@ from vlmport.cli.console import export_progress
 
 @app.command()
 def demo(
-    model: Model = "shapes",
+    model: Model = CAPTIONER,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8000,
 ) -> None:
     """Serve a page that captions in the browser, with a model in it."""
