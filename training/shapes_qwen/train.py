@@ -46,12 +46,13 @@ EXTENTS, QUARTERS = 64, 4  # widths and heights that a note can tell, in quarter
 # Which of PATCH_QUESTIONS a note answers in the token. The size is left out: the extents stand for
 # it. Where there are lanes, they say some of it again.
 TOLD = ("background", "shape", "colour", "relation")
-AGAIN = (("colour",), ("shape",))
+ALSO = (("colour",), ("shape",))
 
-NOTES = Stage(steps=600, batch_size=32, rate=1.5e-3)
 TOWER = Stage(steps=1500, batch_size=32, rate=1e-3)
-JOIN = Stage(steps=250, batch_size=32, rate=2e-3)
-CHAT = Stage(steps=1500, batch_size=32, rate=1e-3, tower_rate=4e-4)
+AGAIN = Stage(steps=600, batch_size=32, rate=1e-3)
+NOTES = Stage(steps=400, batch_size=32, rate=1.5e-3)
+JOIN = Stage(steps=200, batch_size=32, rate=2e-3)
+CHAT = Stage(steps=1200, batch_size=32, rate=1e-3, tower_rate=4e-4)
 
 
 class Notes(nn.Module):
@@ -70,7 +71,7 @@ class Notes(nn.Module):
         names = list(PATCH_QUESTIONS)
         told = [
             said[:, [names.index(name) for name in group]].sum(dim=1)
-            for group in (TOLD, *AGAIN[: self.model.family.lanes])
+            for group in (TOLD, *ALSO[: self.model.family.lanes])
         ]
         told[0] = told[0] + self._measured(shown.geometry[..., CELLS:].flatten(0, 1))
         B = len(shown.answers)
@@ -187,7 +188,7 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
     Args:
         language: a folder of shapes-smolvlm, whose language model is the beginning of ours.
     """
-    lengths = {"tower": TOWER, "again": TOWER, "notes": NOTES, "join": JOIN, "chat": CHAT}
+    lengths = {"tower": TOWER, "again": AGAIN, "notes": NOTES, "join": JOIN, "chat": CHAT}
     stages = {
         name: replace(stage, steps=max(1, round(stage.steps * scale)))
         for name, stage in lengths.items()
