@@ -27,7 +27,7 @@ from vlmport.verify.pictures import drawn_pictures
 __all__ = ["client"]  # a fixture
 
 TOKENS = 12
-SIZES = ((70, 101), (200, 60))
+SIZES = ((70, 101), (205, 60))
 CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",

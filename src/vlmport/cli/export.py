@@ -37,6 +37,14 @@ def export(
             metavar="WIDTHxHEIGHT",
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-shard-size",
+            help="Of a file of weights beside its graph, such as 500MB; 2GB unless given.",
+            metavar="SIZE",
+        ),
+    ] = None,
     adapter: Adapter = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
     revision: Revision = None,
@@ -51,6 +59,7 @@ def export(
             precisions=precision,
             layout=layout,
             image_size=image_size,
+            max_shard_size=max_shard_size,
             adapter=adapter,
             force=force,
             revision=revision,

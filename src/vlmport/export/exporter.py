@@ -27,7 +27,7 @@ from vlmport.export.files import write_hub_files, write_json
 from vlmport.export.folder import atomic_folder, check_space, check_target
 from vlmport.export.golden import golden_input, record
 from vlmport.export.soundness import check_float16, check_prompt
-from vlmport.export.writing import Job, data_files, write_model
+from vlmport.export.writing import Job, data_files, parse_size, write_model
 from vlmport.families import family_of
 from vlmport.families.base import Family, Layout, SizedLayout
 from vlmport.graph.builder import GraphBuilder, to_model
@@ -59,6 +59,7 @@ def export(
     precisions: str | Sequence[str] = DEFAULT_PRECISIONS,
     layout: str = HUB,
     image_size: str | ImageSize | None = None,
+    max_shard_size: str | int | None = None,
     adapter: str | Path | None = None,
     force: bool = False,
     revision: str | None = None,
@@ -71,6 +72,8 @@ def export(
         precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16.
         layout: the form of folder, of those that the model's family has (vlmport.layouts).
         image_size: such as '672x672', width first; of layouts for pictures of one size.
+        max_shard_size: of a file of weights beside its graph, such as '500MB'; None for 2 GB,
+            more than which no browser holds in one piece.
         adapter: a PEFT folder whose LoRA is merged into the weights.
         force: overwrite a bundle that is there.
         revision: branch, tag or commit of a Hub id.
@@ -80,10 +83,11 @@ def export(
     Raises:
         SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
         ExportError: `out` exists, an unknown precision or layout, an image size that the model or
-            the layout does not take, a full disk.
+            the layout does not take, a bad shard size, a full disk.
         In each case `out` is left as it was.
     """
     chosen = parse_precisions(precisions)
+    room = None if max_shard_size is None else parse_size(max_shard_size)
     out = Path(out).expanduser().resolve()  # through links, and '.' is a folder with a name
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
@@ -96,7 +100,7 @@ def export(
         check_space(out, meter.total)
         for job in jobs:
             meter.what = job.file
-            write_model(job, folder)
+            write_model(job, folder, room)
         label = name or _default_name(source, checkpoint)
         manifest = _write_manifest(family, form, layout, checkpoint, jobs, folder, label)
         _try_out(Bundle(folder, manifest))

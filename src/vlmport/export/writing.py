@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,10 @@ from vlmport.graph.weights import Weight
 INLINE_BYTES = 16 * 1024 * 1024
 # Browsers hold less than 2 GB in one buffer, so external data is split below that.
 DATA_FILE_BYTES = 2_000_000_000
+# transformers.js reads no more of a graph.
+DATA_FILES = 100
+UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
+UNITS |= {"KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 # Shape constants must stay in the graph: ONNX Runtime refuses them in external files.
 EXTERNAL_THRESHOLD = 1024
 
@@ -59,15 +64,34 @@ def _nbytes(value: ir.Value) -> int:
     return value.const_value.nbytes
 
 
-def write_model(job: Job, folder: Path) -> None:
-    """Save and check one graph; weights past INLINE_BYTES go to files beside it."""
+def parse_size(text: str | int) -> int:
+    """Bytes of '500MB', '2GiB' or a number, as Hugging Face writes sizes. Raises ExportError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text).strip())
+    number, unit = found.groups() if found else ("0", "")
+    size = int(float(number) * UNITS.get(unit.upper(), 0))
+    if size < 1:
+        raise ExportError(
+            f"size {str(text)[:40]!r}: expected a number of bytes, such as 500MB",
+            hint="units are KB, MB, GB, KiB, MiB and GiB",
+        )
+    return size
+
+
+def write_model(job: Job, folder: Path, room: int | None = None) -> None:
+    """Save and check one graph; weights past INLINE_BYTES go to files beside it.
+
+    Args:
+        room: bytes of such a file; None for DATA_FILE_BYTES.
+
+    Raises ExportError where that would be more files than DATA_FILES.
+    """
     path = folder / job.file
     path.parent.mkdir(exist_ok=True)
     try:
         if job.owner is not None:
             _borrow_weights(job, folder)
         if job.is_shared or job.weight_bytes > INLINE_BYTES:
-            _move_weights_out(job.model.graph, path)
+            _move_weights_out(job.model.graph, path, room or DATA_FILE_BYTES)
         ir.save(job.model, path)
     except ir.serde.SerdeError as error:  # wraps what a weight raised when it was read
         raise _user_error(error) from error
@@ -104,21 +128,26 @@ def _borrow_weights(job: Job, folder: Path) -> None:
         )
 
 
-def _move_weights_out(graph: ir.Graph, path: Path) -> None:
+def _move_weights_out(graph: ir.Graph, path: Path, most: int) -> None:
     """Write large initializers to `<path>_data`, `<path>_data_1`, …, the Hub's names for parts.
 
-    A part holds up to DATA_FILE_BYTES, or one tensor that is larger by itself.
+    A part holds up to `most` bytes, or one tensor that is larger by itself.
     """
     parts: list[list[ir.Value]] = [[]]
-    room = DATA_FILE_BYTES
-    for value in graph.initializers.values():
-        if (size := _nbytes(value)) <= EXTERNAL_THRESHOLD:
-            continue
+    room = most
+    large = [one for one in graph.initializers.values() if _nbytes(one) > EXTERNAL_THRESHOLD]
+    for value in large:
+        size = _nbytes(value)
         if parts[-1] and size > room:
             parts.append([])
-            room = DATA_FILE_BYTES
+            room = most
         parts[-1].append(value)
         room -= size
+    if len(parts) > DATA_FILES:
+        raise ExportError(
+            f"{path.name}: {len(parts)} files of weights, clients read up to {DATA_FILES}",
+            hint=f"allow larger ones: the largest tensor takes {max(map(_nbytes, large))} bytes",
+        )
     for number, values in enumerate(part for part in parts if part):
         name = data_file(path.name, number)
         tensors = [value.const_value for value in values if value.const_value is not None]
