@@ -104,8 +104,14 @@ def train_notes(
     fit("notes", stage, [{"params": weights}], batches, loss)
 
 
-def train_tower(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> None:
-    """Stage 1: `PATCH_QUESTIONS` answered by one linear head from each patch's feature."""
+def train_tower(
+    name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int, questions: float
+) -> None:
+    """Stage 1: `PATCH_QUESTIONS` answered by one linear head from each patch's feature.
+
+    Args:
+        questions: weight of their mean loss beside those of the cells and the lengths.
+    """
     sizes = list(PATCH_QUESTIONS.values())
     heads = nn.Linear(VISION, sum(sizes) + CELLS + LENGTHS)
     # Most patches show no object: unweighted, they drown shape and size.
@@ -133,7 +139,7 @@ def train_tower(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed
             means = torch.stack(seen[-100:]).mean(dim=0).tolist()
             names = [*PATCH_QUESTIONS, "cells", "lengths"]
             print(*(f"{name} {mean:.3f}" for name, mean in zip(names, means, strict=True)))
-        return torch.stack(losses).mean() + drawn + placed
+        return questions * torch.stack(losses).mean() + drawn + placed
 
     kept = {id(weight) for weight in model.mergers()}
     tower = [weight for weight in model.tower.parameters() if id(weight) not in kept]
@@ -200,16 +206,16 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
     model = Chat(family, model_config(family, token_ids(tokenizer)))
     notes = Notes(model, tokenizer)
 
-    def dense(name: str) -> None:
-        train_tower(name, stages[name], model, tokenizer, seed)
+    def dense(name: str, questions: float) -> None:
+        train_tower(name, stages[name], model, tokenizer, seed, questions)
 
     def pictures(name: str, *, frozen: bool) -> None:
         train_pictures(name, stages[name], model, tokenizer, seed, frozen=frozen)
 
     runs: dict[str, Callable[[], None]] = {
-        "tower": lambda: dense("tower"),
-        # A second cosine from a high rate: the shapes are learnt late in the first one.
-        "again": lambda: dense("again"),
+        "tower": lambda: dense("tower", 1.0),
+        # A second cosine from a high rate, for what is learnt late in the first one: shapes.
+        "again": lambda: dense("again", 6.0),
         "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed, language),
         "join": lambda: pictures("join", frozen=True),
         "chat": lambda: pictures("chat", frozen=False),
