@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from tests.training.qwen_shapes import Untrained, write_untrained
@@ -15,6 +16,8 @@ from training.shapes_qwen import evaluate, train
 from training.shapes_qwen.batches import Batch, Conversations
 from training.shapes_qwen.checkpoint import read_checkpoint
 from training.shapes_qwen.families import FAMILIES, QWEN3
+from training.shapes_qwen.language import fit_lengths, load_language
+from training.shapes_qwen.model import Chat
 from training.shapes_qwen.pictures import patches
 from training.shapes_qwen.prompts import IMAGE
 
@@ -183,20 +186,53 @@ def test_an_untrained_model_does_not_pass(
     assert "exact match: captions 0.0 %, questions 0.0 %, 2 of each" in capsys.readouterr().out
 
 
+@torch.no_grad()
+def test_the_language_model_begins_as_smolvlms(untrained: Untrained) -> None:
+    """Layers as they are, words by what they say, queries as long as they were."""
+    chat = Chat(untrained.family, untrained.chat.vlm.config).eval()
+    load_language(chat, untrained.tokenizer, train.SMOLVLM)
+    stored = load_file(train.SMOLVLM / "model.safetensors")
+    known = Tokenizer.from_file(str(train.SMOLVLM / "tokenizer.json"))
+    for name in ("layers.3.self_attn.v_proj.weight", "norm.weight"):
+        theirs = stored[f"model.text_model.{name}"].float()
+        assert torch.equal(chat.text.state_dict()[name], theirs)
+    pairs = {"Ġcircle": "Ġcircle", "red": "Ġred", "<|im_end|>": "<end_of_utterance>"}
+    for ours, other in pairs.items():
+        row, source = untrained.tokenizer.token_to_id(ours), known.token_to_id(other)
+        assert torch.equal(
+            chat.text.embed_tokens.weight[row],
+            stored["model.text_model.embed_tokens.weight"][source].float(),
+        )
+        assert torch.equal(chat.vlm.lm_head.weight[row], stored["lm_head.weight"][source].float())
+    lengths: list[tuple[float, float]] = []
+    ids = torch.arange(40)[None]
+    fit_lengths(chat, lambda: chat.text(input_ids=ids))
+    for layer in chat.text.layers:
+        norm = getattr(layer.self_attn, "q_norm", None)
+        if norm is not None:
+            norm.register_forward_hook(
+                lambda _, x, y: lengths.append((x[0].norm().item(), y.norm().item()))
+            )
+    chat.text(input_ids=ids)
+    assert len(lengths) == (4 if untrained.family == QWEN3 else 0)
+    for before, after in lengths:
+        assert after == pytest.approx(before, rel=0.1)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_two_steps_of_each_stage(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run goes through all stages, and a second one takes up their results."""
-    for name in ("NOTES", "TOWER", "JOIN", "CHAT"):
+    for name in ("TOWER", "AGAIN", "NOTES", "JOIN", "CHAT"):
         monkeypatch.setattr(train, name, Stage(steps=2, batch_size=2, rate=1e-3, tower_rate=1e-4))
     out = tmp_path / "model"
-    train.train(out, FAMILIES[family], seed=0, scale=1.0)
+    train.train(out, FAMILIES[family], seed=0, scale=1.0, language=train.SMOLVLM)
     names = [path.name.split("-")[0] for path in (tmp_path / "model-stages").iterdir()]
     assert sorted(names) == ["again", "chat", "join", "notes", "tower"]
     first = load_file(out / "model.safetensors")
     capsys.readouterr()
-    train.train(out, FAMILIES[family], seed=0, scale=1.0)
+    train.train(out, FAMILIES[family], seed=0, scale=1.0, language=train.SMOLVLM)
     assert "minutes" not in capsys.readouterr().out  # nothing was trained again
     again = load_file(out / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in first.items())

@@ -49,7 +49,7 @@ TOLD = ("background", "shape", "colour", "relation")
 ALSO = (("colour",), ("shape",))
 
 TOWER = Stage(steps=1500, batch_size=32, rate=1e-3)
-AGAIN = Stage(steps=600, batch_size=32, rate=1e-3)
+AGAIN = Stage(steps=1000, batch_size=32, rate=1e-3)
 NOTES = Stage(steps=400, batch_size=32, rate=1.5e-3)
 JOIN = Stage(steps=200, batch_size=32, rate=2e-3)
 CHAT = Stage(steps=1200, batch_size=32, rate=1e-3, tower_rate=4e-4)
