@@ -14,6 +14,19 @@ import { firstOfAxis } from './slices.js';
 
 const BYTES: Readonly<Record<string, number>> = { float32: 4, float16: 2 };
 
+/**
+ * Tokens of a prompt that a decoder on the CPU reads at a time, as Python does: an 8-bit decoder
+ * scales activations by all rows of a call, so the last bits hang on where it is cut.
+ */
+const CHUNK = 192;
+
+/** Where the chunks of a prompt end. The last has half a chunk at least, or is the whole. */
+export function cuts(length: number, chunk: number): number[] {
+  const inner: number[] = [];
+  for (let at = chunk; at < length - chunk / 2; at += chunk) inner.push(at);
+  return [...inner, length];
+}
+
 /** The cache that fits the device. `capacity` is what the sequence may come to at first. */
 export function openCache(components: Components, capacity: number): KeyValueCache {
   return components.runtime.gpu === null
@@ -26,6 +39,8 @@ export abstract class KeyValueCache {
    * positions than tokens). */
   offset = 0;
   protected tokens = 0;
+  /** How many tokens of a prompt one call reads. */
+  protected readonly chunk: number = Infinity;
 
   constructor(readonly components: Components) {}
 
@@ -50,13 +65,44 @@ export abstract class KeyValueCache {
    */
   async append(embeds: Tensor, positions?: readonly BigInt64Array[]): Promise<Float32Array> {
     const added = embeds.dims[1] ?? 0;
-    const feeds = this.feeds(embeds, positions ?? [this.countedOn(added)]);
+    const all = positions ?? [this.countedOn(added)];
+    let start = 0;
+    let logits: Float32Array = new Float32Array();
+    try {
+      for (const stop of cuts(added, this.chunk)) {
+        const part = stop - start === added ? embeds : this.rows(embeds, start, stop);
+        logits = await this.appendPart(
+          part,
+          all.map(row => row.subarray(start, stop)),
+        );
+        start = stop;
+      }
+      return logits;
+    } finally {
+      embeds.dispose();
+    }
+  }
+
+  /** Some rows of embeddings [1, S, D], which share their memory. */
+  private rows(embeds: Tensor, start: number, stop: number): Tensor {
+    const width = embeds.dims[2] ?? 0;
+    const rows = (embeds.data as Float32Array).subarray(start * width, stop * width);
+    return new this.components.runtime.ort.Tensor('float32', rows, [1, stop - start, width]);
+  }
+
+  /** One call of the decoder. */
+  private async appendPart(
+    embeds: Tensor,
+    positions: readonly BigInt64Array[],
+  ): Promise<Float32Array> {
+    const feeds = this.feeds(embeds, positions);
     try {
       const logits: Rows = await rowsOf(await this.run(feeds));
-      this.tokens += added;
+      this.tokens += embeds.dims[1] ?? 0;
       return logits.data.subarray((logits.count - 1) * logits.width);
     } finally {
-      Object.values(feeds).forEach(tensor => tensor.dispose());
+      const { inputs_embeds: _, ...made } = feeds;
+      Object.values(made).forEach(tensor => tensor.dispose());
     }
   }
 
@@ -88,6 +134,7 @@ export abstract class KeyValueCache {
 }
 
 class GrowingCache extends KeyValueCache {
+  protected override readonly chunk = CHUNK;
   private readonly past: Feeds = {};
 
   constructor(components: Components) {

@@ -1,0 +1,16 @@
+import { expect, test } from 'vitest';
+import { cuts } from '../src/runtime/cache.js';
+
+test.each([
+  [1, [1]],
+  [288, [288]], // a last chunk below half is read with the one before
+  [289, [192, 289]],
+  [480, [192, 480]],
+  [876, [192, 384, 576, 768, 876]],
+])('a prompt of %i tokens is cut where Python cuts it', (length, ends) => {
+  expect(cuts(length, 192)).toEqual(ends);
+});
+
+test('what is never cut is whole', () => {
+  expect(cuts(5000, Infinity)).toEqual([5000]);
+});
