@@ -166,7 +166,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(source, folder / "tiles", precisions="fp32,q8,q4")
 
 
-TRAINED = "shapes-smolvlm"  # its turns are compared once it is built in
+TRAINED = "shapes-smolvlm"
 
 # Options of the image processor that a test of each talking model sets.
 TALKERS: dict[str, dict[str, Any]] = {
@@ -184,8 +184,7 @@ def talkers(tiles: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for name, write in (("windows", write_qwen2_5), ("lanes", write_qwen3)):
         source = write(folder / f"{name}-source")
         found[name] = export(source, folder / name, precisions="fp32,q8")
-    if source := builtin_models().get(TRAINED):
-        found[TRAINED] = export(source, folder / TRAINED, precisions="fp32,q8,q4")
+    found[TRAINED] = export(builtin_models()[TRAINED], folder / TRAINED, precisions="fp32,q8,q4")
     return found
 
 

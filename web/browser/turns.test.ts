@@ -38,7 +38,7 @@ interface Form {
  * Of q4 three turns: a CPU rounds what these kernels multiply to 8 bits and a GPU does not, so that a
  * near tie, of which a model without training is full, falls to the other side in the fourth.
  */
-const ALL: readonly Form[] = [
+const FORMS: readonly Form[] = [
   { model: 'tiles', device: 'wasm', precision: 'fp32', turns: 4 },
   { model: 'tiles', device: 'wasm', precision: 'q8', turns: 4 },
   { model: 'tiles', device: 'webgpu', precision: 'fp32', turns: 4 },
@@ -54,7 +54,6 @@ const ALL: readonly Form[] = [
   { model: 'shapes-smolvlm', device: 'webgpu', precision: 'fp32', turns: 3 },
   { model: 'shapes-smolvlm', device: 'webgpu', precision: 'q4', turns: 3 },
 ];
-const FORMS = ALL.filter(form => form.model in talks);
 
 /** Runs of the vision encoder in each turn: the second costs none, and one picture comes twice. */
 const ENCODED: Readonly<Record<string, readonly number[]>> = {
