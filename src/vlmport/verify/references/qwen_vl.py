@@ -118,7 +118,7 @@ class QwenVLReference:
         two turns; three in one message; text alone, of one turn and of two."""
         processor = self.image_processor
         factor = processor.patch_size * processor.merge_size
-        sizes = [tuple(max(1, round(side * factor)) for side in pair) for pair in SIDES]
+        sizes = [(max(1, round(w * factor)), max(1, round(h * factor))) for w, h in SIDES]
         taken = {one.image.size for one in pictures}
         pictures = [*pictures, *drawn_pictures([size for size in sizes if size not in taken])]
         asked, question = _messages(CAPTION, 1), _messages(QUESTION, 1)
