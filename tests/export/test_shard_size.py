@@ -29,7 +29,9 @@ def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "0.1", "-5MB", "5 parsecs", "1e3", "GB", "5MBs", -1])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0.1", "-5MB", "5 parsecs", "1e3", "GB", "5MBs", -1, "9" * 400, "1" * 4400]
+)
 def test_what_is_no_size(text: str | int) -> None:
     with pytest.raises(ExportError, match="expected a number of bytes") as caught:
         parse_size(text)

@@ -66,7 +66,7 @@ def _nbytes(value: ir.Value) -> int:
 
 def parse_size(text: str | int) -> int:
     """Bytes of '500MB', '2GiB' or a number, as Hugging Face writes sizes. Raises ExportError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text).strip())
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text).strip())
     number, unit = found.groups() if found else ("0", "")
     size = int(float(number) * UNITS.get(unit.upper(), 0))
     if size < 1:
