@@ -20,10 +20,13 @@ from vlmport.checkpoint import Checkpoint
 from vlmport.errors import ConfigError, ImageError, VlmportError
 from vlmport.export import export
 from vlmport.families import family_of
+from vlmport.families.base import SizedLayout
 from vlmport.families.qwen2_5_vl import Qwen2_5VL
 from vlmport.families.qwen_vl import plain_name
+from vlmport.graph.precision import PRECISIONS
 from vlmport.graph.qwen2_5_vision import Qwen2_5VisionConfig
 from vlmport.graph.qwen_text import Qwen2_5TextConfig
+from vlmport.layouts import FUSED
 from vlmport.runtime.model import VLM
 
 REAL = shared_testdata("configs", "Qwen2.5-VL-3B-Instruct")
@@ -110,6 +113,17 @@ def test_a_head_is_tied_where_either_says_so(
     assert transformers.AutoConfig.from_pretrained(folder).tie_word_embeddings is tied
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_stop_token_that_no_file_names_is_transformers(folder: Path, spelling: Any) -> None:
+    write_qwen2_5(folder, spelling=spelling)
+    raw = json.loads((folder / "config.json").read_text())
+    del (raw if spelling == "v4" else raw["text_config"])["eos_token_id"]
+    write_json(folder / "config.json", raw)
+    (folder / "generation_config.json").unlink()
+    truth = transformers.AutoConfig.from_pretrained(folder).text_config.eos_token_id
+    assert family_of(Checkpoint.open(folder)).generation.stop_token_ids == (truth,)
+
+
 @pytest.mark.skipif(REAL is None, reason="the shared test data is not here")
 @pytest.mark.parametrize(
     ("size", "layers", "kv_heads", "tied"), [("3B", 36, 2, True), ("7B", 28, 4, False)]
@@ -133,6 +147,11 @@ def test_real_configs(folder: Path, size: str, layers: int, kv_heads: int, tied:
     assert family.image_options == {"min_pixels": 3136, "max_pixels": 12845056}
     assert family.golden_tokens(36, 48) == 70
     assert family.generation.stop_token_ids == (151645, 151643)
+    form = family.layouts[FUSED]
+    assert isinstance(form, SizedLayout)
+    graph = form.at(form.default).graphs(PRECISIONS["fp32"])["vision"].graph
+    assert [one.shape for one in graph.inputs] == [(1, 3, 672, 672)]
+    assert [one.shape for one in graph.outputs] == [(576, {"3B": 2048, "7B": 3584}[size])]
 
 
 @pytest.mark.parametrize("names", ["model.language_model.", "model."])

@@ -166,3 +166,18 @@ def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
 def test_more_lanes_than_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 are fewer than the 2 deepstack_visual_indexes"):
         read(tmp_path / "model", text={"num_hidden_layers": 1})
+
+
+def test_without_a_stop_token_it_is_refused(tmp_path: Path) -> None:
+    """transformers has no default here: such a model would never end."""
+    folder = write_qwen3(tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del raw["text_config"]["eos_token_id"]
+    write_json(folder / "config.json", raw)
+    family = family_of(Checkpoint.open(folder))
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert family.generation.stop_token_ids == tuple(stops)
+    (folder / "generation_config.json").unlink()
+    assert not hasattr(transformers.AutoConfig.from_pretrained(folder).text_config, "eos_token_id")
+    with pytest.raises(ConfigError, match="text_config: eos_token_id is None"):
+        family_of(Checkpoint.open(folder))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.checkpoints import write_json
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.verify.conftest import Case
 from tests.verify.qwen import TURNS, WRITERS, Family, Write, made
@@ -19,6 +21,7 @@ from vlmport.verify import verify
 from vlmport.verify.ladder import run_ladder
 from vlmport.verify.limits import RUNGS
 from vlmport.verify.pictures import drawn_pictures
+from vlmport.verify.references import load_reference
 from vlmport.verify.report import Report
 
 # Eight grids; other limits twice; two pictures over two turns, three at once; text alone twice.
@@ -177,3 +180,14 @@ def test_pictures_of_one_call_do_not_see_each_other(qwens: dict[str, Family], na
     with VLM.open(qwens[name].bundle) as model:
         (features,) = model.components.session("vision_encoder").run(None, inputs)
     np.testing.assert_allclose(np.asarray(features), truth, atol=1e-5 * np.abs(truth).max())
+
+
+def test_stop_ids_that_generation_config_alone_names(tmp_path: Path) -> None:
+    """The text config of Qwen3-VL need not have any, nor does transformers' class."""
+    folder = write_qwen3(tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["text_config"]["eos_token_id"]
+    write_json(folder / "config.json", raw)
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    reference = load_reference(folder, image_token_id=raw["image_token_id"])
+    assert reference.stop_token_ids == tuple(stops)

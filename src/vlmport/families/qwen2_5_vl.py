@@ -35,8 +35,10 @@ class Qwen2_5VL(QwenVL):  # noqa: N801, the version is part of the name
     @classmethod
     def text_section(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         if raw.get("text_config") is not None:
-            return subsection(raw, "text_config", CONFIG)
-        return {key: value for key, value in raw.items() if key not in OUTER_KEYS}
+            text = subsection(raw, "text_config", CONFIG)
+        else:
+            text = {key: value for key, value in raw.items() if key not in OUTER_KEYS}
+        return {"eos_token_id": EOS_TOKEN_ID, **text}
 
     @classmethod
     def ties_by_text_section(cls, text: Mapping[str, Any]) -> bool:
@@ -53,6 +55,8 @@ class Qwen2_5VL(QwenVL):  # noqa: N801, the version is part of the name
     def vision_tower(self, form: Format) -> Tower:
         return VisionTower(self.vision, form, "visual")
 
+
+EOS_TOKEN_ID = 151645  # Qwen2_5_VLTextConfig's default; Qwen3VLTextConfig has none
 
 # What stands at the top of config.json and is not the decoder's.
 OUTER_KEYS = frozenset(

@@ -125,7 +125,7 @@ class QwenVL(Family):
             vision=vision,
             text=cls.read_text({**text, **tied}, vision, where),
             pixel_config=PixelConfig.read(*read_image_processor(checkpoint)),
-            settings=Generation.read(checkpoint, {"eos_token_id": 151645, **text}, where),
+            settings=Generation.read(checkpoint, text, where),
             chat_template=read_chat_template(checkpoint),
             raw=raw,
         )

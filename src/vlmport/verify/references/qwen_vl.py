@@ -104,7 +104,8 @@ class QwenVLReference:
         self.processor = kind(self.image_processor, tokenizer, None, chat_template=template)
         self.grey_level = self.image_processor.rescale_factor / min(self.image_processor.image_std)
         text: Any = settings.text_config
-        self.stop_token_ids = stop_token_ids(folder, text.eos_token_id)
+        # Qwen3's text config has no such key unless the file says it.
+        self.stop_token_ids = stop_token_ids(folder, getattr(text, "eos_token_id", None))
         self.dims: Mapping[str, int] = {
             name: config_int(text, name) for name in DECODER_DIMS if name != "head_dim"
         }
