@@ -181,3 +181,17 @@ def test_without_a_stop_token_it_is_refused(tmp_path: Path) -> None:
     assert not hasattr(transformers.AutoConfig.from_pretrained(folder).text_config, "eos_token_id")
     with pytest.raises(ConfigError, match="text_config: eos_token_id is None"):
         family_of(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(True, False), (False, True)])
+def test_whether_the_head_is_tied_says_the_outer_config_alone(
+    tmp_path: Path, outer: bool, inner: bool
+) -> None:
+    folder = write_qwen3(tmp_path / "model", config={"tie_word_embeddings": outer})
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw["text_config"]["tie_word_embeddings"] = inner
+    write_json(folder / "config.json", raw)
+    assert transformers.AutoConfig.from_pretrained(folder).tie_word_embeddings is outer
+    family = family_of(Checkpoint.open(folder))
+    assert isinstance(family, Qwen3VL)
+    assert family.text.tie_word_embeddings is outer
