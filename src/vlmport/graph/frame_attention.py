@@ -2,7 +2,9 @@
 
 One frame, which is one picture, takes no mask at all. Several are laid out as the rows of a
 batch, each as long as the longest, with a bias that hides what fills them up: their scores are
-[F, H, M, M], never [H, N, N] over all patches of all pictures.
+[F, H, M, M], not [H, N, N] over all patches of all pictures. That is the less where frames are of
+about one size; one large picture among many small ones is better encoded by itself, as vlmport's
+own runtimes encode each.
 
 F frames, M patches of the largest, N patches of all.
 """
