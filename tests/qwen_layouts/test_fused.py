@@ -10,11 +10,15 @@ import onnx
 import pytest
 from rich.console import Console
 
+from tests.qwen_checkpoints import write_qwen3
 from tests.qwen_layouts.conftest import NEW_TOKENS, REQUESTS, Model
 from tests.verify.surgery import copied, edit_graph, edit_tensor
 from vlmport.bundle import Bundle
+from vlmport.checkpoint import Checkpoint
 from vlmport.errors import BundleError, ExportError, PromptError
 from vlmport.export import export
+from vlmport.families import family_of
+from vlmport.families.base import SizedLayout
 from vlmport.inspection import probe_bundle
 from vlmport.layouts import FUSED, HUB, ImageSize
 from vlmport.runtime.fused import TEXT, VISION, Fused
@@ -201,6 +205,20 @@ def test_sizes_that_are_refused(
         export(checkpoint, tmp_path / "out", layout=FUSED, image_size=size)
     assert hint in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_leaves_no_room_for_words_is_refused(tmp_path: Path) -> None:
+    """Not by the probe, after all has been written."""
+    for context, words in ((82, "81 tokens, the context has 82, of which a question"), (97, "")):
+        settings = {"max_position_embeddings": context}
+        checkpoint = write_qwen3(tmp_path / f"{context}", text=settings)
+        form = family_of(Checkpoint.open(checkpoint)).layouts[FUSED]
+        assert isinstance(form, SizedLayout)
+        if words:
+            with pytest.raises(ExportError, match=words):
+                form.at(ImageSize(144, 144))
+        else:
+            assert form.at(ImageSize(144, 144)).image_tokens == 81
 
 
 def test_other_layouts_take_no_size(models: dict[str, Model], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FLOAT = ir.DataType.FLOAT
 DEFAULT_SIZE = ImageSize(672, 672)
+FUSED_ROOM = 16  # tokens of the context beside a picture's: the template's, and an answer's
 GENAI_ROOM = 4096  # tokens: what its cache takes memory for, unless its user says otherwise
 # Names of Pillow's filters in onnxruntime-extensions, by their codes.
 FILTERS = {1: "LANCZOS", 2: "LINEAR", 3: "CUBIC"}
@@ -52,10 +53,10 @@ def _fused_at(family: QwenVL, size: ImageSize) -> Layout:
     pixels = family.pixel_config
     grid = _grid(family, size)
     tokens, token = math.prod(grid) // pixels.merge_size**2, family.config.image_token_id
-    if tokens >= family.text.max_position_embeddings:
+    if tokens + FUSED_ROOM > family.text.max_position_embeddings:
         raise ExportError(
             f"image size {size}: {tokens} tokens, the context has "
-            f"{family.text.max_position_embeddings}",
+            f"{family.text.max_position_embeddings}, of which a question needs some",
             hint="choose a smaller size",
         )
     return Layout(
