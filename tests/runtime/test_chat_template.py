@@ -50,6 +50,58 @@ HUGE = [
     "{% macro f() %}" + MANY + "{{ '" + "text" * 999 + "' }}" + END + "{% endmacro %}{{ f() }}",
     "{{ lipsum(n=99999999) }}",
 ]
+# Each value by itself is small, or what an operation is given is.
+NESTED = "{% set n = namespace(x='text') %}{% for a in range(60) %}{% set n.x = WHAT %}{% endfor %}"
+GROWING = [
+    *(
+        NESTED.replace("WHAT", what) + shown
+        for what in ("[n.x, n.x]", "(n.x, n.x)", "{'a': n.x, 'b': n.x}", "dict(a=n.x, b=n.x)")
+        for shown in ("{{ n.x }}", "{{ n.x ~ 1 }}", "{{ n.x | string | length }}")
+    ),
+    "{% set n = namespace(x=[]) %}" + MANY + "{% set n.x = [n.x, a ~ 'x' * 9999999] %}" + END,
+    "{% set y = 'x' * 9999999 %}{% set n = namespace(x=[]) %}"
+    + MANY + "{% set n.x = [n.x, y[1:]] %}" + END,
+    "{{ ('a' * 4000).replace('a', 'b' * 9999999) | length }}",
+    "{{ ('a' * 4000) | replace('a', 'b' * 9999999) | length }}",
+    "{{ ('\t' * 4000).expandtabs(9999999) | length }}",
+    "{{ ('a' * 4000).translate({97: 'b' * 9999999}) | length }}",
+    "{{ ('a\n' * 4000) | indent(9999999) | length }}",
+    "{{ ([1] * 4000) | tojson(indent=9999999) | length }}",
+    "{{ (('%9999999d' * 4000) % ((1,) * 4000)) | length }}",
+    "{{ (('%(a)s' * 4000) % {'a': 'b' * 9999999}) | length }}",
+    "{{ ('{0:{1}}' * 4000).format(1, 9999999) | length }}",
+    "{{ ('{0}' * 4000).format('b' * 9999999) | length }}",
+    "{{ (['b' * 9999999] * 4000) | join | length }}",
+    "{{ ([''] * 4000) | join('b' * 9999999) | length }}",
+    "{{ ('b' * 9999999).join([''] * 4000) | length }}",
+    "{{ ('b' * 9999999).join(range(4000) | map('string')) | length }}",
+    "{{ range(4000) | map(attribute='no', default='b' * 9999999) | join | length }}",
+    "{{ ('<!---->' * 1999999) | striptags }}",
+    "{{ ('a' * 9999999) | wordwrap(1) }}",
+    "{{ ([[1, 2]] * 99999) | sum(start=[]) | length }}",
+    "{{ 'a'.encode() * 9999999999 }}",
+    "{{ (1).to_bytes(9999999999) }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", GROWING)
+def test_what_grows_out_of_small_things(template: str) -> None:
+    with bounded(20, 1 << 30), pytest.raises(jinja2.TemplateError) as caught:
+        render_template(template)
+    assert any(word in str(caught.value) for word in ("size", "makes values", "unsafe"))
+
+
+def test_a_namespace_does_not_write_what_it_holds() -> None:
+    """It can be given more after a list that it is in was weighed."""
+    template = NESTED.replace("WHAT", "namespace(x=[n.x, n.x])") + "{{ n.x.x }}{{ n }}"
+    with bounded(20, 1 << 30):
+        assert render_template(template) == "[<Namespace>, <Namespace>]<Namespace>"
+
+
+def test_constants_are_not_computed_while_a_template_is_compiled() -> None:
+    template = "{% if false %}" + "{{ 'a' | center(16000000) }}" * 200 + "{% endif %}done"
+    with bounded(20, 1 << 30):
+        assert render_template(template) == "done"
 
 
 @pytest.mark.parametrize("template", ENDLESS)
@@ -91,6 +143,13 @@ def test_nothing_in_a_template_stands_for_the_counting() -> None:
         ("{% macro f(n) %}{{ n }}{{ caller() }}{% endmacro %}{% call f(1) %}x{% endcall %}", "1x"),
         ("{% for a in 'ab' %}{{ loop.length ~ loop.index ~ a }}{% endfor %}", "21a22b"),
         ("{% block b %}{{ 1 }}{% endblock %}{{ self.b() }}", "11"),
+        ("{{ '%d' % 5000000000 }}{{ '%s' % 'é' }}{{ '{}'.format(7) }}", "5000000000é7"),
+        ("{{ 'a-b-c'.replace('-', '') }}{{ 'a b' | replace(' ', '+') }}", "abca+b"),
+        ("{{ [1, [2]] }}{{ {'a': (1, 2)} }}{{ 'abc'[::-1] }}", "[1, [2]]{'a': (1, 2)}cba"),
+        ("{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}", "3"),
+        ("{{ [1, 2] | join('-') }}{{ '-'.join(['a', 'b']) }}{{ [1, 2] | sum }}", "1-2a-b3"),
+        ("{{ 'ab' | map('upper') | join('-') }}{{ '-'.join('ab' | map('upper')) }}", "A-BA-B"),
+        ("{{ [{'a': 1}, {'a': 2}] | map(attribute='a') | sum }}{{ 'a\nb' | indent(1) }}", "3a\n b"),
         ("{% for a in [] %}x{% else %}{{ 'none' | upper }}{% endfor %}", "NONE"),
     ],
 )  # fmt: skip
