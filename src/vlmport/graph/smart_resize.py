@@ -159,7 +159,7 @@ class SmartResize:
 def _beta(op: OpBuilder, p: ir.Value, q: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """P, R and e for β = p / q: P / Q = β / 2^e in [1, 2), and its double is R / Q units more.
 
-    Of sides below 2^17, so that all products modulo Q² hold in an int64.
+    Of sides below 2^18, so that all products modulo Q² hold in an int64.
     """
     e = op.Where(
         op.GreaterOrEqual(p, q),
