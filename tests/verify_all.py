@@ -37,12 +37,14 @@ from rich.table import Table
 
 from tests.checkpoints import write_prefix_checkpoint
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import VlmportError
 from vlmport.export import export
 from vlmport.families import family_of
+from vlmport.families.base import SizedLayout
 from vlmport.inspection import probe_bundle
 from vlmport.layouts import HUB
 from vlmport.verify import verify
@@ -56,11 +58,17 @@ MIX = "vision=q8,decoder=q4"  # by the names of the Hub's layout
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, and whether it was ever trained."""
+    """A checkpoint.
+
+    Attributes:
+        trained: whether it ever was.
+        image_size: for layouts of pictures of one size; None for their default.
+    """
 
     name: str
     write: Callable[[Path], Path]
     trained: bool = False
+    image_size: str | None = None
 
     def judged(self, layout: str) -> tuple[str, ...]:
         """The precisions whose captions can be held against PyTorch's."""
@@ -105,7 +113,8 @@ def small(folder: Path) -> Path:
 
 
 def built_in(name: str) -> Model:
-    return Model(name, lambda folder: builtin_models()[name], trained=True)
+    """144x96 is 24 tokens of a model with tokens of 24 pixels; the others have no such layout."""
+    return Model(name, lambda folder: builtin_models()[name], trained=True, image_size="144x96")
 
 
 MODELS = (
@@ -113,6 +122,8 @@ MODELS = (
     Model("prefix, tiny", tiny),
     Model("prefix, small", small),
     Model("idefics3, tiny", lambda folder: write_idefics3_checkpoint(folder)),
+    Model("qwen2.5, tiny", lambda folder: write_qwen2_5(folder), image_size="84x56"),
+    Model("qwen3, tiny", lambda folder: write_qwen3(folder), image_size="80x64"),
 )
 
 
@@ -146,11 +157,12 @@ def timed(model: str, layout: str, precision: str, check: str, run: Callable[[],
 def check_model(model: Model, folder: Path) -> Iterator[Result]:
     """All layouts of one model at all precisions."""
     checkpoint = model.write(folder / "checkpoint")
-    for layout in family_of(Checkpoint.open(checkpoint)).layouts:
+    for layout, form in family_of(Checkpoint.open(checkpoint)).layouts.items():
         out = folder / layout
+        size = model.image_size if isinstance(form, SizedLayout) else None
 
-        def exported(out: Path = out, layout: str = layout) -> None:
-            export(checkpoint, out, precisions=PRECISIONS, layout=layout)
+        def exported(out: Path = out, layout: str = layout, size: str | None = size) -> None:
+            export(checkpoint, out, precisions=PRECISIONS, layout=layout, image_size=size)
             Bundle.open(out, check_hashes=True)
 
         done = timed(model.name, layout, "all", "export", exported)
