@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
+import sys
 import weakref
 
 import numpy as np
@@ -223,6 +225,42 @@ def test_more_continuations_than_rows(components: Components):
     full = toy.reference_logits(WEIGHTS, embeds)[-1]
     np.testing.assert_allclose(logits, np.stack([full] * 4), atol=TOLERANCE)
     assert cache.reorder([]) == []
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_growth_that_was_interrupted_at_any_line_is_done_again(components: Components, rows: int):
+    text, token = embeds_of(7), embeds_of(1, seed=9)
+    full = toy.reference_logits(WEIGHTS, np.concatenate([text, token]))[-1]
+    grow, lines = KeyValueCache._grow.__code__, itertools.count(1)
+    for at in lines:
+        cache = new_cache(components, rows=2, capacity=8)
+        cache.prefill(0, text)
+        left = at
+
+        def trace(frame, event, argument):
+            nonlocal left
+            if frame.f_code is not grow:
+                return None
+            left -= event == "line"
+            if not left:
+                left -= 1
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            cache._grow(rows, 20)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        cache.reserve_rows(rows)
+        assert len(cache.lengths) == len(cache.offsets) >= rows
+        np.testing.assert_allclose(cache.step(token[None])[0], full, atol=TOLERANCE)
+        if not interrupted:
+            break
+    assert at > 10
 
 
 def test_a_copy_that_was_interrupted_is_not_trusted(components: Components):

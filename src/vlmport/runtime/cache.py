@@ -122,14 +122,17 @@ class KeyValueCache:
     def _grow(self, rows: int, capacity: int) -> None:
         """Larger buffers with the same contents."""
         used, old = max(self.lengths, default=0), self.rows
+        capacity = max(capacity, used)
         self._steps.clear()
+        self.capacity = 0  # until all have one size: whoever comes after an interrupt grows them
         for i, port in enumerate(self.decoder.ports):
             grown = port.empty(rows, capacity)
             grown[:old, :, :used] = self.buffers[i][:old, :, :used]
             self.buffers[i] = grown
         self.capacity = capacity
-        self.lengths += [0] * (rows - old)
-        self.offsets += [0] * (rows - old)
+        # Lengths last: they say how many rows there are, so that what is interrupted is done again.
+        self.offsets = self.offsets[:old] + [0] * (rows - old)
+        self.lengths = self.lengths + [0] * (rows - old)
 
     def reorder(
         self, sources: Sequence[int], shared: Callable[[int, int], int] = lambda a, b: 0

@@ -185,9 +185,8 @@ class SideBySide:
         self.seed = seed
         self._processors, self._ending = processors, ending
         self._reporter = Reporter(options.logprobs)
-        self._scores = np.empty(
-            vocab_size, np.float32
-        )  # for processors: a new array a token is slow
+        # What processors write to: a new array for each token is slow.
+        self._scores = np.empty(vocab_size, np.float32)
         self._check = not options.remove_invalid_values
         streams = [None if seed is None else stream(seed, n) for n in range(self.rows)]
         self._now = _Moment(
