@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -52,6 +54,14 @@ def test_the_number_of_image_tokens_follows_the_picture(components, height: int,
     np.testing.assert_allclose(features, processed.inputs["patches"] @ WEIGHTS["vision"], atol=1e-5)
     corner = rgb[:4, :4].reshape(-1) / np.float32(255)
     np.testing.assert_allclose(processed.inputs["patches"][0], corner, rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", [-3, 3])
+def test_a_vocabulary_of_another_size_than_the_manifest_says(bundle: Bundle, by: int):
+    dims = dataclasses.replace(bundle.manifest.dims, vocab_size=toy.VOCAB + by)
+    wrong = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, dims=dims))
+    with pytest.raises(BundleError, match=f"scores {toy.VOCAB} tokens, .* says {toy.VOCAB + by}"):
+        _ = Components.open(wrong, threads=1).decoder
 
 
 def test_an_image_processor_without_prompt_ids(own_bundle):

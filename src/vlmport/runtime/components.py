@@ -122,6 +122,11 @@ class Components:
                     f"{DECODER}: takes positions on three axes, which no component gives",
                     hint=AGAIN,
                 )
+            if decoder.vocab_size != (expected := self.manifest.dims.vocab_size):
+                raise BundleError(
+                    f"{DECODER}: scores {decoder.vocab_size} tokens, vlmport.json says {expected}",
+                    hint=AGAIN,
+                )
             self._decoder = decoder
         return self._decoder
 
