@@ -156,11 +156,11 @@ def train(out: Path, seed: int, scale: float) -> None:
     model = Chat(model_config(tokenizer))
     assert tokenizer.token_to_id(IMAGE) == model.vlm.config.image_token_id
     load_tower(model)
-    done: list[Stage] = []
+    done: list[tuple[str, Stage, Diet]] = []
     for name, (whole, diet) in LESSONS.items():
         stage = replace(whole, steps=max(1, round(whole.steps * scale)))
-        # Results of another seed, of other lengths or after other stages are not taken up.
-        done.append(stage)
+        # Results of another seed, length or diet, or after other stages, are not taken up.
+        done.append((name, stage, diet))
         recipe = hashlib.sha256(repr((seed, done)).encode()).hexdigest()[:8]
 
         def save() -> int:
