@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
+from vlmport.graph.llama_config import LlamaConfig
 from vlmport.graph.precision import Precision
 from vlmport.layouts import HUB, ImageSize
 
@@ -47,6 +48,18 @@ SAMPLING_KEYS = frozenset(
 def without_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
     """A sub-config without the sampling options of transformers 4."""
     return {key: value for key, value in config.items() if key not in SAMPLING_KEYS}
+
+
+def llama_dims(text: LlamaConfig) -> Dims:
+    """What runtimes need to know of a Llama-type decoder."""
+    return Dims(
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_key_value_heads=text.kv_heads,
+        head_dim=text.head_size,
+        vocab_size=text.vocab_size,
+        context_length=text.max_position_embeddings,
+    )
 
 
 @dataclass(frozen=True)

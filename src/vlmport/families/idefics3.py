@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
 from vlmport.errors import ConfigError, WeightError
-from vlmport.families.base import Family, HubFiles, without_sampling
+from vlmport.families.base import Family, HubFiles, llama_dims, without_sampling
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, PROCESSOR, read_image_processor
@@ -266,15 +266,7 @@ class Idefics3(Family):
 
     @property
     def dims(self) -> Dims:
-        text = self.text
-        return Dims(
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_key_value_heads=text.kv_heads,
-            head_dim=text.head_size,
-            vocab_size=text.vocab_size,
-            context_length=text.max_position_embeddings,
-        )
+        return llama_dims(self.text)
 
     @property
     def prompt(self) -> PromptSpec:

@@ -33,7 +33,15 @@ from vlmport.checkpoint import (
     subsection,
 )
 from vlmport.errors import ConfigError
-from vlmport.families.base import Family, Graphs, HubFiles, Layout, SizedLayout, without_sampling
+from vlmport.families.base import (
+    Family,
+    Graphs,
+    HubFiles,
+    Layout,
+    SizedLayout,
+    llama_dims,
+    without_sampling,
+)
 from vlmport.families.generation import Generation
 from vlmport.families.prefix_layouts import HEAD, LANGUAGE_MODEL, four_files
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
@@ -210,15 +218,7 @@ class PrefixCaptioner(Family):
 
     @property
     def dims(self) -> Dims:
-        text = self.text
-        return Dims(
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_key_value_heads=text.kv_heads,
-            head_dim=text.head_size,
-            vocab_size=text.vocab_size,
-            context_length=text.max_position_embeddings,
-        )
+        return llama_dims(self.text)
 
     @property
     def prompt(self) -> PromptSpec:

@@ -26,7 +26,14 @@ import onnx_ir as ir
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import Checkpoint, LazyTensor, merged, read_config, subsection
 from vlmport.errors import ConfigError
-from vlmport.families.base import Family, HubFiles, Layout, SizedLayout, without_sampling
+from vlmport.families.base import (
+    Family,
+    HubFiles,
+    Layout,
+    SizedLayout,
+    llama_dims,
+    without_sampling,
+)
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, read_image_processor
@@ -217,15 +224,7 @@ class QwenVL(Family):
 
     @property
     def dims(self) -> Dims:
-        text = self.text
-        return Dims(
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_key_value_heads=text.kv_heads,
-            head_dim=text.head_size,
-            vocab_size=text.vocab_size,
-            context_length=text.max_position_embeddings,
-        )
+        return llama_dims(self.text)
 
     @property
     def prompt(self) -> PromptSpec:
