@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors.numpy import save_file
 
 from tests.checkpoints import write_json
+from tests.families.test_qwen3_vl import wanted
 from tests.qwen_checkpoints import write_qwen2_5
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle
@@ -124,6 +127,47 @@ def test_a_stop_token_that_no_file_names_is_transformers(folder: Path, spelling:
     assert family_of(Checkpoint.open(folder)).generation.stop_token_ids == (truth,)
 
 
+# Of the sizes that Qwen publishes: the tower's MLP; width, layers, heads, key heads, MLP and rows
+# of the decoder; whether its head is tied. Files of the first two are in the shared test data.
+SIZES = {
+    "3B": (3420, (2048, 36, 16, 2, 11008, 151936), True),
+    "7B": (3420, (3584, 28, 28, 4, 18944, 152064), False),
+    "32B": (3456, (5120, 64, 40, 8, 27648, 152064), False),
+    "72B": (3456, (8192, 80, 64, 8, 29568, 152064), False),
+}
+DECODER_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_asks_for_the_tensors_that_transformers_has(folder: Path, size: str) -> None:
+    inner, sizes, tied = SIZES[size]
+    text = {
+        **dict(zip(DECODER_KEYS, sizes, strict=True)),
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    }
+    vision = {"hidden_size": 1280, "intermediate_size": inner, "out_hidden_size": sizes[0]}
+    outer = {"vision_config": vision, "tie_word_embeddings": tied}
+    with torch.device("meta"):
+        model = transformers.Qwen2_5_VLForConditionalGeneration(
+            transformers.Qwen2_5_VLConfig(text_config=copy.deepcopy(text), **copy.deepcopy(outer))
+        )
+    truth = {plain_name(name): tuple(one.shape) for name, one in model.state_dict().items()}
+    family = dataclasses.replace(
+        read(folder),
+        vision=Qwen2_5VL.read_vision(vision, "here"),
+        text=Qwen2_5TextConfig.read(text, "here"),
+    )
+    assert wanted(family, "fp32") == truth
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
 @pytest.mark.skipif(REAL is None, reason="the shared test data is not here")
 @pytest.mark.parametrize(
     ("size", "layers", "kv_heads", "tied"), [("3B", 36, 2, True), ("7B", 28, 4, False)]
@@ -141,6 +185,8 @@ def test_real_configs(folder: Path, size: str, layers: int, kv_heads: int, tied:
     assert isinstance(family, Qwen2_5VL)
     text, vision = family.text, family.vision
     assert (text.num_hidden_layers, text.kv_heads, text.head_size) == (layers, kv_heads, 128)
+    known = tuple(getattr(text, key) for key in DECODER_KEYS)
+    assert (vision.intermediate_size, known, tied) == SIZES[size]
     assert text.tie_word_embeddings is tied
     assert text.mrope_section == (16, 24, 24)
     assert (vision.window_side, vision.head_size, vision.patch_width) == (4, 80, 1176)

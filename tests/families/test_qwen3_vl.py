@@ -18,6 +18,7 @@ from vlmport.checkpoint import Checkpoint
 from vlmport.errors import ConfigError
 from vlmport.families import family_of
 from vlmport.families.qwen3_vl import Qwen3VL
+from vlmport.families.qwen_vl import QwenVL
 from vlmport.graph.precision import PRECISIONS
 from vlmport.graph.weights import Weight
 
@@ -71,7 +72,7 @@ def of_size(name: str) -> dict[str, Any]:
     }
 
 
-def wanted(family: Qwen3VL, precision: str) -> dict[str, tuple[int, ...]]:
+def wanted(family: QwenVL, precision: str) -> dict[str, tuple[int, ...]]:
     """Every tensor that the graphs ask for, with its shape."""
     return {
         key: source.shape
