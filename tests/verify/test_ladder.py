@@ -276,3 +276,11 @@ def test_a_reference_that_contradicts_itself(tiny: Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(kind, "position_ids", lambda self, *a: plain(self, *a) // 2)
     with pytest.raises(VerificationError, match="the reference contradicts itself"):
         Truth.of(tiny.reference, tiny.request, 4, tiny.bundle.manifest.prompt.image_token_id)
+
+
+def test_where_new_tokens_stand_hangs_on_no_stop_token(
+    tiny: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.reference, "stop_token_ids", ())
+    token = tiny.bundle.manifest.prompt.image_token_id
+    assert Truth.of(tiny.reference, tiny.request, 4, token).offset == tiny.truth.offset == 0

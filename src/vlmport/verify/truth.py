@@ -78,7 +78,7 @@ class Truth:
         embeds, positions = reference.embeds(ids, features), reference.position_ids(ids, pixels)
         logits = reference.logits(embeds, positions)
         _check_positions(made, logits[len(prompt_ids) - 1 :])
-        after = np.append(prompt_ids, reference.stop_token_ids[:1])
+        after = np.append(prompt_ids, int(image_token_id == 0))  # any word
         offset = int(reference.position_ids(after, pixels)[..., -1].max()) - len(prompt_ids)
         return cls(
             pictures, prompt_ids, features, made, ids, embeds, positions, logits, offset, is_cut
