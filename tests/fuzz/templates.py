@@ -16,6 +16,9 @@ VALUES = st.sampled_from(
         "3",
         "n.x * 9",
         "n.x ~ n.x",
+        "[n.x, n.x]",
+        "{'a': n.x}",
+        "(n.x | string)[1:]",
     ]
 )
 EXPRESSIONS = st.one_of(
@@ -24,7 +27,18 @@ EXPRESSIONS = st.one_of(
     st.tuples(VALUES, NUMBERS).map(lambda both: f"{both[0]} * {both[1]}"),
     st.tuples(
         VALUES,
-        st.sampled_from(["list", "join", "join(n.x)", "upper", "string", "length", "tojson"]),
+        st.sampled_from(
+            [
+                "list",
+                "join",
+                "join(n.x)",
+                "upper",
+                "string",
+                "length",
+                "tojson",
+                "replace('t', n.x)",
+            ]
+        ),
     ).map(" | ".join),
     st.tuples(VALUES, st.sampled_from(["center", "indent", "batch", "wordwrap"]), NUMBERS).map(
         lambda all_three: "{} | {}({})".format(*all_three)

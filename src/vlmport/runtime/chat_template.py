@@ -159,11 +159,11 @@ def check_call(name: str, subject: Any, arguments: Sequence[Any]) -> None:
         old, new = map(str, arguments[:2])
         check_size(subject.count(old) * len(new), CHARACTERS)
     elif name == "join":
-        parts, *between = arguments if isinstance(subject, str) else (subject, *arguments)
-        if isinstance(subject, str) and arguments:
-            between = [subject]
-        if isinstance(parts, CONTAINERS):
-            check_size(weight(parts) + len(parts) * sum(map(weight, between)), CHARACTERS)
+        is_method = isinstance(subject, str)  # a filter's text has become a list
+        parts, between = (arguments[:1], [subject]) if is_method else ([subject], arguments)
+        for one in parts:
+            if isinstance(one, (str, *CONTAINERS)):
+                check_size(weight(one) + len(one) * sum(map(weight, between)), CHARACTERS)
     if name in GROWING:
         times = max([1, *numbers, *map(weight, arguments)])
         check_size(weight(subject) * times, CHARACTERS)
@@ -187,7 +187,7 @@ def _bounded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(function)  # Jinja's own marks are among its attributes
     def call(*args: Any, **kwargs: Any) -> Any:
         at = 1 if hasattr(function, "jinja_pass_arg") else 0  # before it stands what Jinja passes
-        if name in LISTING and len(args) > at and isinstance(args[at], Iterator):
+        if name in LISTING and len(args) > at and isinstance(args[at], str | Iterator):
             args = (*args[:at], sized(list(args[at])), *args[at + 1 :])
         check_call(name, args[at] if len(args) > at else "", [*args[at + 1 :], *kwargs.values()])
         return sized(function(*args, **kwargs))
