@@ -361,6 +361,8 @@ def test_bad_arguments_are_said_before_the_work(own: Path, tmp_path: Path) -> No
         (["-p", "q5"], "precision 'q5' is not in this bundle"),
         (["--metric", "bleu"], "no metric 'bleu'"),
         (["--captions", "x.json"], "captions x.json without pictures"),
+        ([str(tmp_path), "--questions"], "they are about drawn scenes only"),
+        (["--questions"], "this captioner takes pictures and no text"),
         ([str(tmp_path / "none")], "no such folder"),
         (["--json", str(tmp_path / "no/x.json")], "no folder"),
         (["--device", "quantum"], "quantum"),
