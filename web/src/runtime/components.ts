@@ -74,6 +74,12 @@ export class Components {
     private readonly sessions: ReadonlyMap<string, Session>,
   ) {
     this.decoder = decoderOf(this.session(DECODER), manifest.cache, DECODER);
+    const names = this.session(IMAGE).inputMetadata.map(one => one.name);
+    const stray = Object.keys(manifest.image_options ?? {}).find(name => !names.includes(name));
+    if (stray !== undefined) {
+      const message = `${IMAGE}: no input '${stray}', which image_options name`;
+      throw new VlmportError('BundleError', message, 'export the bundle again');
+    }
   }
 
   /** Fetch and open the graphs, one after the other; a graph's bytes are let go before the next. */
