@@ -107,13 +107,15 @@ def test_grids_are_those_of_smart_resize() -> None:
     sides = sorted({*range(7, 1500, 37), *(FACTOR * n // 2 for n in range(1, 30))})
     for width in sides:
         for height in sides:
+            if max(width, height) > 200 * min(width, height):
+                continue  # refused by the processor
             high, wide = smart_resize(height, width, FACTOR, MIN_PIXELS, MAX_PIXELS)
             assert grid_of(width, height).size == (wide, high)
 
 
 def test_canvases_have_many_grids_of_each_direction() -> None:
     rng = random.Random(0)
-    grids = {grid_of(*random_canvas(rng)) for _ in range(2000)}
+    grids = {grid_of(*random_canvas(rng)) for _ in range(20_000)}
     assert len(grids) >= 20
     assert {(grid.columns, grid.rows) for grid in grids} == {(*grid,) for grid in grids}
     assert max(grid.tokens for grid in grids) == 42

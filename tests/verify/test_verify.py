@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ from vlmport.runtime.components import Components
 from vlmport.verify import metrics, parity_markdown, verify
 from vlmport.verify.limits import (
     FOUR_FILES_RUNGS,
+    FUSED_RUNGS,
     LIKELY_CAUSES,
     LIMITS,
     ORDER,
@@ -33,6 +35,8 @@ from vlmport.verify.limits import (
     WEIGHTS_RUNG,
     Limit,
     four_files_limits_of,
+    fused_limits_of,
+    genai_limits_of,
 )
 from vlmport.verify.pictures import SIZES, drawn_pictures, named_pictures
 from vlmport.verify.report import Measure, Report, Row
@@ -210,13 +214,18 @@ def test_every_rung_has_limits_and_a_cause() -> None:
         assert set(limits) == set(RUNGS)
         for rung in RUNGS:
             assert all(limit.reason for limit in limits[rung].values()), rung
-    for precision in SUFFIXES:
-        limits = four_files_limits_of(precision)
-        assert tuple(limits) == FOUR_FILES_RUNGS
-        for rung in FOUR_FILES_RUNGS:
+    layouts = (
+        (four_files_limits_of, FOUR_FILES_RUNGS),
+        (fused_limits_of, FUSED_RUNGS),
+        (genai_limits_of, RUNGS),
+    )
+    for precision, (limits_of_layout, rungs) in itertools.product(SUFFIXES, layouts):
+        limits = limits_of_layout(precision)
+        assert set(limits) == set(rungs)
+        for rung in rungs:
             assert limits[rung], rung
             assert all(limit.reason for limit in limits[rung].values()), rung
-    assert set(LIKELY_CAUSES) == {*RUNGS, *FOUR_FILES_RUNGS, WEIGHTS_RUNG}
+    assert set(LIKELY_CAUSES) == {*RUNGS, *FOUR_FILES_RUNGS, *FUSED_RUNGS, WEIGHTS_RUNG}
 
 
 def test_pictures_have_three_sizes_and_do_not_change() -> None:
