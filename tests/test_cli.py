@@ -346,8 +346,8 @@ import sys, time
 from vlmport import cli
 from vlmport.export import exporter
 write = exporter.write_model
-def slowly(job, folder):
-    write(job, folder)
+def slowly(*arguments):
+    write(*arguments)
     print("written", flush=True)
     time.sleep(30)
 exporter.write_model = slowly
