@@ -42,7 +42,7 @@ class GenaiGraphs(LayoutGraphs):
         return process_image(self.session(IMAGE), rgb, options)
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D·(1+n)"]:
-        """pixel_values and image_grid_thw, of one picture or of several."""
+        """The vision graph's inputs by name, of one picture or of several."""
         return self.run(VISION, inputs)["image_features"]
 
     def embed(
