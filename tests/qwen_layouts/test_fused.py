@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vlmport.inspection import probe_bundle
 from vlmport.layouts import FUSED, HUB, ImageSize
 from vlmport.runtime.fused import TEXT, VISION, Fused
 from vlmport.runtime.model import VLM
+from vlmport.runtime.probe import check_golden
 from vlmport.verify.fused import FusedLadder, fused_truth
 from vlmport.verify.limits import FUSED_RUNGS
 from vlmport.verify.report import Report
@@ -34,7 +36,7 @@ TOKENS = {"qwen2_5_vl": 24, "qwen3_vl": 20}
 
 def climb(model: Model, bundle: Bundle, name: str, precision: str = "fp32") -> Report:
     graphs, request = Fused.open(bundle, precision=precision), REQUESTS[name]
-    truth = fused_truth(model.reference, graphs, request)
+    truth = fused_truth(model.reference, bundle.manifest, graphs.image_size, request)
     ladder = FusedLadder(graphs, model.reference, request, truth, (0, 1))
     return Report(model.reference.versions, tuple(ladder.climb(precision)))
 
@@ -79,6 +81,13 @@ def test_every_rung_is_green(model: Model, name: str) -> None:
     report = climb(model, model.fused, name)
     assert report.passed, report.summary
     assert [row.rung for row in report.rows] == list(FUSED_RUNGS)
+
+
+def test_a_request_without_a_picture_says_so(models: dict[str, Model]) -> None:
+    model = models["qwen3_vl"]
+    rows = {row.rung: row for row in climb(model, model.fused, "text alone").rows}
+    assert rows["vision_features"].detail == "no picture"
+    assert rows["vision_features"].passed
 
 
 def test_half_is_green(model: Model) -> None:
@@ -165,6 +174,17 @@ def test_a_mask_that_is_not_read_shows(models: dict[str, Model], tmp_path: Path)
 
 def test_the_probe_agrees(model: Model) -> None:
     assert probe_bundle(model.fused, "cpu", Console(file=io.StringIO()))
+
+
+def test_a_run_of_fewer_tokens_than_were_recorded_is_named(models: dict[str, Model]) -> None:
+    """All that it made may be right: the rest was not compared."""
+    bundle = models["qwen3_vl"].fused
+    graphs, golden = Fused.open(bundle, precision="fp32"), bundle.manifest.golden
+    expected = golden.expected["fp32"]
+    longer = dataclasses.replace(expected, tokens=(*expected.tokens, 5))
+    assert check_golden(graphs, golden, expected).ok
+    report = check_golden(graphs, golden, longer)
+    assert report.problems == ("4 tokens were made, recorded were 5",)
 
 
 def test_image_tokens_must_come_by_whole_pictures(models: dict[str, Model]) -> None:

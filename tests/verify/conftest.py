@@ -13,7 +13,8 @@ from tests.verify.surgery import copied
 from vlmport.bundle import Bundle
 from vlmport.export import export
 from vlmport.runtime.model import VLM
-from vlmport.verify.ladder import Ladder, max_new_tokens
+from vlmport.verify.judging import max_new_tokens
+from vlmport.verify.ladder import Ladder
 from vlmport.verify.limits import RUNGS
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Reference

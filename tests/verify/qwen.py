@@ -11,7 +11,7 @@ from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.verify.conftest import Case
 from vlmport.bundle import Bundle
 from vlmport.export import export
-from vlmport.verify.ladder import max_new_tokens
+from vlmport.verify.judging import max_new_tokens
 from vlmport.verify.pictures import drawn_pictures
 from vlmport.verify.protocol import Reference
 from vlmport.verify.references import load_reference

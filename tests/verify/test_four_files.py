@@ -49,7 +49,7 @@ class FourCase:
     def climb(self, bundle: Bundle, precision: str = "fp32") -> Report:
         files, case = FourFiles.open(bundle, precision=precision), self.case
         ladder = FourFilesLadder(
-            files, case.reference, case.request, case.truth, self.hidden, (0, 1)
+            files, case.reference, case.request, case.truth, (0, 1), self.hidden
         )
         return Report(case.reference.versions, tuple(ladder.climb(precision)))
 

@@ -28,7 +28,8 @@ from vlmport.graph.tiling import Tiles, TileTokens, Tiling
 from vlmport.runtime.components import Components
 from vlmport.runtime.prompt import Prompter
 from vlmport.verify import verify
-from vlmport.verify.ladder import max_new_tokens, run_ladder
+from vlmport.verify.judging import max_new_tokens
+from vlmport.verify.ladder import run_ladder
 from vlmport.verify.limits import RUNGS
 from vlmport.verify.pictures import drawn_pictures
 from vlmport.verify.references import load_reference

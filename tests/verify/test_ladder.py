@@ -100,6 +100,15 @@ def test_small_faults(tiny: Case, tmp_path: Path) -> None:
     assert_first_broken(tiny.climb(row), "first_logits")
 
 
+def test_features_that_are_no_numbers(tiny: Case, broken: Bundle) -> None:
+    """The worst of several pictures is then none either."""
+    change = np.float32(np.nan)
+    bias = edit_tensor(broken, breaks.VISION, "projection.projection.bias", lambda x: x * change)
+    report = tiny.climb(bias)
+    assert_first_broken(report, "vision_features")
+    assert failing(report, "vision_features") == {"worst", "typical"}
+
+
 def test_wrong_image_token(tiny: Case, broken: Bundle) -> None:
     """Through verify itself, which hands the manifest's id to the reference."""
     report = verify(breaks.wrong_image_token(broken, "fp32"), tiny.checkpoint)

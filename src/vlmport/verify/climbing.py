@@ -1,53 +1,224 @@
-"""What the ladders of the other layouts share: prompts, closeness, and the order of runs.
+"""What the ladders of all layouts share: how rungs are climbed, and the figures of those that
+several ladders have.
 
-S rows, V vocabulary.
+A ladder is one request on a bundle of one layout at one precision, beside what the reference makes
+of it. The module of each layout holds what differs: which rungs there are, and how the bundle's
+side comes to its results.
+
+P prompt tokens, S prompt and new tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from vlmport.bundle import Bundle
+from vlmport.bundle import Manifest
+from vlmport.runtime.components import ProcessedImage
 from vlmport.runtime.prompt import Prompter, check_messages
 from vlmport.verify import metrics
-from vlmport.verify.judging import Found, Progress
+from vlmport.verify.judging import Found, Judge, Progress, bundle_runs, max_new_tokens, row_of
+from vlmport.verify.limits import Limit
+from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Row
 from vlmport.verify.requests import Request
-from vlmport.verify.truth import Truth
+from vlmport.verify.truth import PictureTruth, Truth
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Of one precision: number of the request → its rows.
-Climb = Callable[[int], Iterator[Row]]
+Share = tuple[int, int]
+Tensors = Mapping[str, np.ndarray]
 
 
-def bundle_prompt(
-    bundle: Bundle, request: Request, pictures: Sequence[Int[np.ndarray, " T"]]
-) -> Int[np.ndarray, " S"]:
-    """The ids of a prompt as the bundle's template and tokenizer make them.
+class Runtime(Protocol):
+    """What runs a bundle at one precision, and holds its sessions until it is closed."""
 
-    Args:
-        pictures: the ids of each picture. Raises as the runtime does.
+    def close(self) -> None: ...
+
+
+Ours = TypeVar("Ours", bound=Runtime)
+Theirs = TypeVar("Theirs", bound=Reference)
+
+
+@dataclass(frozen=True)
+class Climber(ABC, Generic[Ours, Theirs]):
+    """The bundle's side at one precision, and the reference's, for one request.
+
+    The rung `pixels` is the method `_pixels`, and so on.
+
+    Attributes:
+        rungs: in their order, from the bottom.
+        request: as it is asked of the bundle.
+        truth: what the reference makes of it.
+        share: (k, n): embedding rows k, k+n, k+2n, … are compared with this request, so that n
+            requests cover the whole table.
     """
-    spec = bundle.manifest.prompt
-    images = [picture.rgb for picture in request.pictures]
-    chat = check_messages(spec.caption if request.is_caption else request.messages, images)
-    prompter = Prompter(bundle.folder, spec)
-    return prompter.splice(prompter.encode(prompter.render(chat.messages)), list(pictures))
+
+    rungs: ClassVar[tuple[str, ...]]
+
+    runtime: Ours
+    reference: Theirs
+    request: Request
+    truth: Truth
+    share: Share
+
+    @property
+    @abstractmethod
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+
+    @abstractmethod
+    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
+        """Rung → measure → limit."""
+
+    @abstractmethod
+    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
+        """The bundle's own where it chooses the token after the prompt and `at` of the truth's."""
+
+    def climb(self, precision: str) -> Iterator[Row]:
+        """Every rung in order, whether or not one before it broke."""
+        limits = self.limits(precision)
+        for rung in self.rungs:
+            find = getattr(self, f"_{rung}")
+            yield row_of(self.request.name, precision, rung, limits[rung], find)
+
+    @property
+    def judge(self) -> Judge:
+        """Of tokens that the bundle made."""
+        return Judge(self.reference, self.truth, self.manifest, self.next_logits)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return max_new_tokens(self.manifest)
+
+    @property
+    def words(self) -> Int[np.ndarray, " n"]:
+        """This request's share of the vocabulary."""
+        k, n = self.share
+        return np.arange(k, self.reference.dims["vocab_size"], n)
+
+    @property
+    def tail(self) -> int:
+        """Rows of the truth's logits from which a token is predicted: the prompt's last, and one
+        for each token after it."""
+        return len(self.truth.ids) - len(self.truth.prompt_ids) + 1
+
+    def processed(
+        self, process: Callable[[np.ndarray, Mapping[str, Any]], ProcessedImage]
+    ) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
+        """The bundle's side of each picture, and the reference's."""
+        for picture, truth in zip(self.request.pictures, self.truth.pictures, strict=True):
+            with bundle_runs():
+                processed = process(picture.rgb, self.request.options)
+            yield processed, truth
+
+    def pixel_figures(self, pairs: Iterable[tuple[Tensors, Tensors]]) -> Found:
+        """Of the vision encoder's inputs by name, ours and the truth of each picture.
+
+        Grey levels tell a weight that was rounded to its neighbour from another filter.
+        """
+        wrong, errors = 0, [0.0]
+        for ours, truth in pairs:
+            if absent := sorted(truth.keys() - ours.keys()):
+                detail = f"the image processor has no {', '.join(absent)}"
+                return {"wrong": float("inf"), "levels": float("inf")}, detail
+            wrong += sum(metrics.unequal(ours[name], truth[name]) for name in truth)
+            errors += [metrics.max_error(ours[name], truth[name]) for name in truth]
+        largest = metrics.largest(errors)
+        levels = largest / self.reference.grey_level
+        detail = f"largest difference {largest:.3g}, {levels:.3g} grey levels" if wrong else None
+        return {"wrong": wrong, "levels": levels}, detail
+
+    def merged_figures(
+        self, merge: Callable[[Int[np.ndarray, " S"]], Float[np.ndarray, "S D"]]
+    ) -> Found:
+        """Of embeddings with the truth's features among them, which `merge` makes of ids.
+
+        Text before and after the pictures: a share of the vocabulary, half on each side.
+        """
+        token = self.manifest.prompt.image_token_id
+        words = self.words[self.words != token]
+        pictures = [picture.ids for picture in self.truth.pictures]
+        ids = np.concatenate([words[::2], *pictures, words[1::2]])
+        expected = self.reference.embeds(ids, self.truth.features)
+        with bundle_runs():
+            ours = merge(ids)
+        text = ids != token
+        return {
+            **embedding_figures(ours[text], expected[text]),
+            "wrong": metrics.unequal(ours, expected),
+            "wrong features": metrics.unequal(ours[~text], expected[~text]),
+        }, None
+
+    def prompt(
+        self, prompter: Prompter, pictures: Sequence[Int[np.ndarray, " T"]]
+    ) -> Int[np.ndarray, " S"]:
+        """The ids of the prompt as the bundle's template and tokenizer make them.
+
+        Args:
+            pictures: the ids of each picture. Raises as the runtime does.
+        """
+        asked = self.manifest.prompt.caption if self.request.is_caption else self.request.messages
+        chat = check_messages(asked, [picture.rgb for picture in self.request.pictures])
+        return prompter.splice(prompter.encode(prompter.render(chat.messages)), list(pictures))
+
+    def prompt_found(
+        self, found: Found, ids: Int[np.ndarray, " S"], tokens: int | None = None
+    ) -> Found:
+        """What was found of the tokens, and how many ids of the prompt differ.
+
+        Args:
+            tokens: how many the prompt had that was answered; None for as many as ids.
+        """
+        (values, detail), truth = found, self.truth.prompt_ids
+        tokens = len(ids) if tokens is None else tokens
+        if wrong := max(metrics.unequal(ids, truth), abs(tokens - len(truth))):
+            told = f"a prompt of {tokens} tokens, expected {len(truth)}; {wrong} ids differ"
+            detail = f"{told}; {detail}" if detail else told
+        return values | {"prompt": wrong}, detail
 
 
-def prompt_found(found: Found, ours: Int[np.ndarray, " S"], truth: Int[np.ndarray, " P"]) -> Found:
-    """What was found of the tokens, and how many ids of the prompt differ."""
-    values, detail = found
-    if wrong := metrics.unequal(ours, truth):
-        told = f"a prompt of {len(ours)} tokens, expected {len(truth)}; {wrong} ids differ"
-        detail = f"{told}; {detail}" if detail else told
-    return values | {"prompt": wrong}, detail
+def prompt_id_figures(pairs: Iterable[tuple[ProcessedImage, PictureTruth]]) -> Found:
+    """Of the ids of each picture. Those of the text around them are the last rung's."""
+    wrong, details = 0, []
+    for processed, truth in pairs:
+        if unequal := metrics.unequal(processed.prompt_ids, truth.ids):
+            wrong += unequal
+            details.append(f"{len(processed.prompt_ids)} ids, expected {len(truth.ids)}")
+    return {"wrong": wrong}, "; ".join(details) or None
+
+
+def feature_figures(
+    pairs: Iterable[tuple[Float[np.ndarray, "T D"], Float[np.ndarray, "T D"]]],
+) -> Found:
+    """Of features, ours and the truth: the worst of all pairs by each measure."""
+    found = [closeness(ours, truth)[0] for ours, truth in pairs]
+    if not found:
+        return {"worst": 0.0, "typical": 0.0, "cosine": 1.0}, "no picture"
+    return {
+        "worst": metrics.largest(one["worst"] for one in found),
+        "typical": metrics.largest(one["typical"] for one in found),
+        "cosine": metrics.least(one["cosine"] for one in found),
+    }, None
+
+
+def embedding_figures(
+    ours: Float[np.ndarray, "S D"], truth: Float[np.ndarray, "S D"]
+) -> dict[str, float]:
+    """Of rows of the embedding, by every measure that some precision has a limit on."""
+    return {
+        "wrong": metrics.unequal(ours, truth),
+        "cosine": metrics.least_cosine(ours, truth),
+        "8 bits": metrics.rounding_steps(ours, truth, 8),
+        "7 bits": metrics.rounding_steps(ours, truth, 7, truth.shape[1]),
+        "4 bits": metrics.rounding_steps(ours, truth, 4),
+    }
 
 
 def closeness(
@@ -65,31 +236,41 @@ def closeness(
     return values, None
 
 
-def told_truths(
-    requests: Sequence[Request], make: Callable[[Request], Truth], tell: Progress
-) -> list[Truth]:
-    """The truth of each request, told as it goes."""
-    truths = []
-    for request in requests:
-        tell(0, 0, f"reference, {request.name}")
-        truths.append(make(request))
-    return truths
+def truth_of(reference: Reference, manifest: Manifest, request: Request) -> Truth:
+    """What the reference makes of a request, with as many new tokens as the bundle makes."""
+    return Truth.of(reference, request, max_new_tokens(manifest), manifest.prompt.image_token_id)
 
 
 def climb_all(
+    rungs: Sequence[str],
     precisions: Sequence[str],
     requests: Sequence[Request],
-    rungs: Sequence[str],
-    open_at: Callable[[str], AbstractContextManager[Climb]],
-    tell: Progress,
+    prepare: Callable[[Request, Share], Callable[[Ours], Climber[Ours, Any]]],
+    open_at: Callable[[str], Ours],
+    progress: Progress | None,
 ) -> tuple[Row, ...]:
-    """All rungs for every precision and every request, one precision at a time."""
-    total, rows = len(rungs) * len(requests) * len(precisions), []
+    """All rungs for every precision and every request.
+
+    One precision at a time, so that beside the reference only its sessions are in memory.
+
+    Args:
+        prepare: asks the reference about one request, once, and gives what makes a ladder of it
+            and the bundle's side.
+        open_at: the bundle's side at a precision.
+        progress: is told of each rung: how many are done, of how many, and what is next.
+    """
+    tell = progress or (lambda done, total, what: None)
+    total = len(rungs) * len(requests) * len(precisions)
+    prepared = []
+    for number, request in enumerate(requests):
+        tell(0, total, f"reference, {request.name}")
+        prepared.append(prepare(request, (number, len(requests))))
+    rows: list[Row] = []
     for precision in precisions:
-        with open_at(precision) as climb:
-            for number, request in enumerate(requests):
+        with closing(open_at(precision)) as runtime:
+            for request, ladder_on in zip(requests, prepared, strict=True):
                 tell(len(rows), total, f"{precision}, {request.name}")
-                for row in climb(number):
+                for row in ladder_on(runtime).climb(precision):
                     rows.append(row)
                     tell(len(rows), total, f"{precision}, {request.name}")
     return tuple(rows)

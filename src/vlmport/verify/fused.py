@@ -8,27 +8,30 @@ P prompt tokens, S prompt and new tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmport.bundle import Bundle
+from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import SourceError
+from vlmport.layouts import ImageSize
 from vlmport.runtime.fused import TEXT, Fused
-from vlmport.verify import metrics
+from vlmport.runtime.prompt import Prompter
 from vlmport.verify.climbing import (
-    Climb,
-    bundle_prompt,
+    Climber,
+    Share,
+    Tensors,
     climb_all,
     closeness,
-    prompt_found,
-    told_truths,
+    embedding_figures,
+    feature_figures,
+    truth_of,
 )
-from vlmport.verify.judging import Found, Judge, Progress, bundle_runs, max_new_tokens, row_of
-from vlmport.verify.limits import FUSED_RUNGS, fused_limits_of
+from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.limits import FUSED_RUNGS, Limit, fused_limits_of
 from vlmport.verify.lookup import look_up
 from vlmport.verify.protocol import FixedSizeReference, Reference
 from vlmport.verify.report import Row
@@ -42,74 +45,52 @@ PADS = (3, 2)  # tokens before and after a sequence that is padded on both sides
 
 
 @dataclass(frozen=True)
-class FusedLadder:
-    """The bundle's side at one precision, and the reference.
+class FusedLadder(Climber[Fused, FixedSizeReference]):
+    """The ladder of two graphs. The request has its pictures as they are, the truth is of the same
+    with resized ones."""
 
-    Attributes:
-        request: with the pictures as they are.
-        truth: of the same with resized ones.
-        share: (k, n): embedding rows k, k+n, k+2n, … are compared with this request, so that n
-            requests cover the whole table.
-    """
+    rungs = FUSED_RUNGS
 
-    graphs: Fused
-    reference: FixedSizeReference
-    request: Request
-    truth: Truth
-    share: tuple[int, int]
+    @property
+    def manifest(self) -> Manifest:
+        return self.runtime.manifest
 
-    def climb(self, precision: str) -> Iterator[Row]:
-        """Every rung in order, whether or not one before it broke."""
-        limits = fused_limits_of(precision, self.graphs.manifest.pixels.resample)
-        for rung in FUSED_RUNGS:
-            find = getattr(self, f"_{rung}")
-            yield row_of(self.request.name, precision, rung, limits[rung], find)
+    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
+        return fused_limits_of(precision, self.manifest.pixels.resample)
 
     def _pixels(self) -> Found:
-        wrong, largest = 0, 0.0
+        return self.pixel_figures(self._processed())
+
+    def _processed(self) -> Iterator[tuple[Tensors, Tensors]]:
         for picture, truth in zip(self.request.pictures, self.truth.pictures, strict=True):
             with bundle_runs():
-                ours = self.graphs.pixels(picture.rgb)
-            planes = self.reference.planes(truth.pixels)
-            wrong += metrics.unequal(ours, planes)
-            largest = max(largest, metrics.max_error(ours, planes))
-        levels = largest / self.reference.grey_level
-        return {"wrong": wrong, "levels": levels}, f"{levels:.3g} grey levels" if wrong else None
+                ours = self.runtime.pixels(picture.rgb)
+            yield {"pixel_values": ours}, {"pixel_values": self.reference.planes(truth.pixels)}
 
     def _vision_features(self) -> Found:
-        worst, typical, cosine = [0.0], [0.0], [1.0]
+        return feature_figures(self._encoded())
+
+    def _encoded(self) -> Iterator[tuple[Float[np.ndarray, "T D"], Float[np.ndarray, "T D"]]]:
         for truth in self.truth.pictures:
             planes = self.reference.planes(truth.pixels)
             with bundle_runs():
-                ours = self.graphs.encode(planes)
-            values, _ = closeness(ours, truth.features)
-            worst.append(values["worst"])
-            typical.append(values["typical"])
-            cosine.append(values["cosine"])
-        return {"worst": max(worst), "typical": max(typical), "cosine": min(cosine)}, None
+                ours = self.runtime.encode(planes)
+            yield ours, truth.features
 
     def _embeddings(self) -> Found:
         """A share of the vocabulary, cut out of the graph."""
-        k, n = self.share
-        words = np.arange(k, self.reference.dims["vocab_size"], n)
-        words = words[words != self.graphs.manifest.prompt.image_token_id]
+        words = self.words[self.words != self.manifest.prompt.image_token_id]
         with bundle_runs():
-            ours = look_up(self.graphs.path(TEXT), words)
-        width = self.reference.dims["hidden_size"]
-        expected = self.reference.embeds(words, self.truth.features[:0])[:, :width]
-        return {
-            "wrong": metrics.unequal(ours, expected),
-            "cosine": metrics.least_cosine(ours, expected),
-            "8 bits": metrics.rounding_steps(ours, expected, 8),
-            "7 bits": metrics.rounding_steps(ours, expected, 7, width),
-            "4 bits": metrics.rounding_steps(ours, expected, 4),
-        }, None
+            ours = look_up(self.runtime.path(TEXT), words)
+        expected = self.reference.embeds(words, self.truth.features[:0])
+        without_lanes = expected[:, : self.reference.dims["hidden_size"]]
+        return embedding_figures(ours, without_lanes), None
 
     def _first_logits(self) -> Found:
         """One pass over prompt and answer, its positions those of the graph."""
         with bundle_runs():
-            ours = self.graphs.logits(self.truth.ids, self.truth.features)
-        return closeness(ours, self.truth.logits, tail=self._tail)
+            ours = self.runtime.logits(self.truth.ids, self.truth.features)
+        return closeness(ours, self.truth.logits, tail=self.tail)
 
     def _padded_logits(self) -> Found:
         """The same beside a row that is one token longer at either end, so padded to its length."""
@@ -120,51 +101,41 @@ class FusedLadder:
         mask = np.ones_like(rows)
         mask[0, :before] = mask[0, before + len(ids) :] = 0
         with bundle_runs():
-            both = self.graphs.batch_logits(rows, mask, np.concatenate([features, features]))
+            both = self.runtime.batch_logits(rows, mask, np.concatenate([features, features]))
         ours = both[0, before : before + len(ids)]
-        return closeness(ours, self.truth.logits, tail=self._tail)
+        return closeness(ours, self.truth.logits, tail=self.tail)
 
     def _greedy_tokens(self) -> Found:
         """A plain loop over one graph, from the reference's features."""
         ids, features = self.truth.prompt_ids, self.truth.features
-        return self._judge.stops(self._greedy(ids, features))
+        return self.judge.stops(self._greedy(ids, features))
 
     def _end_to_end(self) -> Found:
         """From the pictures and messages to the tokens by the bundle alone."""
-        graphs, pictures = self.graphs, self.request.pictures
+        graphs, pictures = self.runtime, self.request.pictures
         with bundle_runs():
             made = [graphs.encode(graphs.pixels(picture.rgb)) for picture in pictures]
-            ids = bundle_prompt(graphs.bundle, self.request, [graphs.prompt_ids()] * len(made))
+            prompter = Prompter(graphs.bundle.folder, self.manifest.prompt)
+            ids = self.prompt(prompter, [graphs.prompt_ids()] * len(made))
         features = np.concatenate([self.truth.features[:0], *made])
-        return prompt_found(
-            self._judge.tokens(self._greedy(ids, features)), ids, self.truth.prompt_ids
-        )
+        return self.prompt_found(self.judge.tokens(self._greedy(ids, features)), ids)
 
     def _greedy(self, ids: Int[np.ndarray, " P"], features: Float[np.ndarray, "T D"]) -> list[int]:
-        manifest = self.graphs.manifest
-        stops, most = manifest.generation.stop_token_ids, max_new_tokens(manifest)
+        most, stops = self.max_new_tokens, self.manifest.generation.stop_token_ids
         with bundle_runs():
-            return self.graphs.greedy(ids, features, most, stops)[0]
+            return self.runtime.greedy(ids, features, most, stops)[0]
 
-    @property
-    def _tail(self) -> int:
-        """Rows from which a token is predicted."""
-        return len(self.truth.ids) - len(self.truth.prompt_ids) + 1
-
-    @property
-    def _judge(self) -> Judge:
-        def logits(at: int) -> Float[np.ndarray, " V"]:
-            ids = np.concatenate([self.truth.prompt_ids, self.truth.made.tokens[:at]])
-            return self.graphs.logits(ids, self.truth.features)[-1]
-
-        return Judge(self.reference, self.truth, self.graphs.manifest, logits)
+    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
+        ids = np.concatenate([self.truth.prompt_ids, self.truth.made.tokens[:at]])
+        return self.runtime.logits(ids, self.truth.features)[-1]
 
 
-def fused_truth(reference: FixedSizeReference, graphs: Fused, request: Request) -> Truth:
-    """The truth of a request whose pictures have the graphs' size."""
-    manifest, size = graphs.manifest, graphs.image_size
+def fused_truth(
+    reference: FixedSizeReference, manifest: Manifest, size: ImageSize, request: Request
+) -> Truth:
+    """The truth of a request whose pictures have the size of the graphs."""
     resized = reference.at_size(request, size.width, size.height)
-    return Truth.of(reference, resized, max_new_tokens(manifest), manifest.prompt.image_token_id)
+    return truth_of(reference, manifest, resized)
 
 
 def run_fused_ladder(
@@ -174,7 +145,7 @@ def run_fused_ladder(
     requests: Sequence[Request],
     progress: Progress | None = None,
 ) -> tuple[Row, ...]:
-    """All rungs for every precision and every request, one precision at a time.
+    """All rungs for every precision and every request.
 
     `progress` is told of each rung: how many are done, of how many, and what is next.
     Raises SourceError for a reference of another kind of model.
@@ -185,21 +156,15 @@ def run_fused_ladder(
             "such",
             hint="give the checkpoint that `vlmport export` was given",
         )
-    tell = progress or (lambda done, total, what: None)
-    first = Fused.open(bundle, precision=precisions[0])
-    truths = told_truths(requests, lambda one: fused_truth(reference, first, one), tell)
-    first.close()
 
-    @contextmanager
-    def open_at(precision: str) -> Iterator[Climb]:
-        graphs = Fused.open(bundle, precision=precision)
+    def open_at(precision: str) -> Fused:
+        return Fused.open(bundle, precision=precision)
 
-        def climb(number: int) -> Iterator[Row]:
-            share = (number, len(requests))
-            ladder = FusedLadder(graphs, reference, requests[number], truths[number], share)
-            return ladder.climb(precision)
+    with closing(open_at(precisions[0])) as graphs:
+        size = graphs.image_size
 
-        yield climb
-        graphs.close()
+    def prepare(request: Request, share: Share) -> Callable[[Fused], FusedLadder]:
+        truth = fused_truth(reference, bundle.manifest, size, request)
+        return lambda graphs: FusedLadder(graphs, reference, request, truth, share)
 
-    return climb_all(precisions, requests, FUSED_RUNGS, open_at, tell)
+    return climb_all(FusedLadder.rungs, precisions, requests, prepare, open_at, progress)

@@ -10,113 +10,82 @@ P prompt tokens, S prompt and new tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmport.bundle import Bundle
+from vlmport.bundle import Bundle, Manifest
 from vlmport.runtime.components import ProcessedImage
 from vlmport.runtime.genai import GenaiGraphs
 from vlmport.runtime.positions import Positions
+from vlmport.runtime.prompt import Prompter
 from vlmport.verify import metrics
 from vlmport.verify.climbing import (
-    Climb,
-    bundle_prompt,
+    Climber,
+    Share,
+    Tensors,
     climb_all,
     closeness,
-    prompt_found,
-    told_truths,
+    feature_figures,
+    prompt_id_figures,
+    truth_of,
 )
-from vlmport.verify.judging import Found, Judge, Progress, bundle_runs, max_new_tokens, row_of
-from vlmport.verify.limits import RUNGS, genai_limits_of
+from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.limits import RUNGS, Limit, genai_limits_of
 from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Row
 from vlmport.verify.requests import Request
-from vlmport.verify.truth import PictureTruth, Truth
+from vlmport.verify.truth import PictureTruth
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
-class GenaiLadder:
-    """The bundle's side at one precision, and the reference.
+class GenaiLadder(Climber[GenaiGraphs, Reference]):
+    """The ladder of onnxruntime-genai's graphs."""
 
-    Attributes:
-        share: (k, n): embedding rows k, k+n, k+2n, … are compared with this request, so that n
-            requests cover the whole table.
-    """
+    rungs = RUNGS
 
-    graphs: GenaiGraphs
-    reference: Reference
-    request: Request
-    truth: Truth
-    share: tuple[int, int]
+    @property
+    def manifest(self) -> Manifest:
+        return self.runtime.manifest
 
-    def climb(self, precision: str) -> Iterator[Row]:
-        """Every rung in order, whether or not one before it broke."""
-        limits = genai_limits_of(precision, self.graphs.manifest.pixels.resample)
-        for rung in RUNGS:
-            find = getattr(self, f"_{rung}")
-            yield row_of(self.request.name, precision, rung, limits[rung], find)
+    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
+        return genai_limits_of(precision, self.manifest.pixels.resample)
 
     def _prompt_ids(self) -> Found:
-        pairs = list(self._processed())
-        wrong = sum(metrics.unequal(ours.prompt_ids, truth.ids) for ours, truth in pairs)
-        return {"wrong": wrong}, None
+        return prompt_id_figures(self._processed())
 
     def _pixels(self) -> Found:
-        wrong, largest = 0, 0.0
-        for processed, truth in self._processed():
-            ours = processed.inputs
-            wrong += sum(metrics.unequal(ours[name], truth.pixels[name]) for name in truth.pixels)
-            errors = (metrics.max_error(ours[name], truth.pixels[name]) for name in truth.pixels)
-            largest = max(largest, *errors)
-        levels = largest / self.reference.grey_level
-        return {"wrong": wrong, "levels": levels}, f"{levels:.3g} grey levels" if wrong else None
+        return self.pixel_figures((ours.inputs, truth.pixels) for ours, truth in self._processed())
 
     def _processed(self) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
-        """The bundle's side of each picture, and the reference's."""
-        for picture, truth in zip(self.request.pictures, self.truth.pictures, strict=True):
-            with bundle_runs():
-                processed = self.graphs.process_image(picture.rgb, self.request.options)
-            yield processed, truth
+        return self.processed(self.runtime.process_image)
 
     def _vision_features(self) -> Found:
         """Of all pictures in one run, as the client has those of one size."""
         if not self.truth.pictures:
-            return {"worst": 0.0, "typical": 0.0, "cosine": 1.0}, "no picture"
+            return feature_figures([])
         with bundle_runs():
-            ours = self.graphs.encode(_joined(self.truth.pixels))
-        return closeness(ours, self.truth.features)
+            ours = self.runtime.encode(_joined(self.truth.pixels))
+        return feature_figures([(ours, self.truth.features)])
 
     def _merged_embeds(self) -> Found:
-        """Text before and after the pictures: a share of the vocabulary, half on each side."""
-        truth, (k, n) = self.truth, self.share
-        token = self.graphs.manifest.prompt.image_token_id
-        words = np.arange(k, self.reference.dims["vocab_size"], n)
-        words = words[words != token]
-        pictures = [picture.ids for picture in truth.pictures]
-        ids = np.concatenate([words[::2], *pictures, words[1::2]])
-        expected = self.reference.embeds(ids, truth.features)
-        with bundle_runs():
-            ours = self.graphs.embed(ids, truth.features if pictures else None)
-        text = ids != token
-        return {
-            "wrong": metrics.unequal(ours, expected),
-            "cosine": metrics.least_cosine(ours[text], expected[text]),
-            "8 bits": metrics.rounding_steps(ours[text], expected[text], 8),
-            "4 bits": metrics.rounding_steps(ours[text], expected[text], 4),
-            "wrong features": metrics.unequal(ours[~text], expected[~text]),
-        }, None
+        """As the graph merges them."""
+        features = self.truth.features if self.truth.pictures else None
+
+        def merge(ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
+            return self.runtime.embed(ids, features)
+
+        return self.merged_figures(merge)
 
     def _position_ids(self) -> Found:
         truth = self.truth
         with bundle_runs():
-            ours = self.graphs.positions(truth.prompt_ids, truth.pixels)
+            ours = self.runtime.positions(truth.prompt_ids, truth.pixels)
         expected = truth.position_ids[..., : len(truth.prompt_ids)]
         wrong = metrics.unequal(ours.ids, expected) + int(ours.offset != truth.offset)
         return {"wrong": wrong}, None
@@ -132,7 +101,7 @@ class GenaiLadder:
         """The prompt in two chunks, then token by token, against one pass of each side."""
         P, S = len(self.truth.prompt_ids), len(self.truth.ids)
         with bundle_runs():
-            ours = self._rows(sorted({0, P // 2, *range(P, S + 1)}))[-(S - P + 1) :]
+            ours = self._rows(sorted({0, P // 2, *range(P, S + 1)}))[-self.tail :]
             whole = self._rows([0, S])
         values, _ = closeness(ours, self.truth.logits[P - 1 :], tail=len(ours))
         return values | {
@@ -145,7 +114,7 @@ class GenaiLadder:
         truth, cache, rows = self.truth, None, []
         for start, stop in itertools.pairwise(cuts):
             embeds, positions = truth.embeds[start:stop], truth.position_ids[..., start:stop]
-            row, cache = self.graphs.decode(embeds, positions, cache)
+            row, cache = self.runtime.decode(embeds, positions, cache)
             rows.append(row)
         return np.stack(rows)
 
@@ -153,35 +122,30 @@ class GenaiLadder:
         """A plain loop over embedding and decoder, from the reference's embeddings."""
         P, truth = len(self.truth.prompt_ids), self.truth
         positions = Positions(truth.position_ids[..., :P], truth.offset)
-        return self._judge.stops(self._greedy(truth.embeds[:P], positions))
+        return self.judge.stops(self._greedy(truth.embeds[:P], positions))
 
     def _end_to_end(self) -> Found:
         """From the pictures and messages to the tokens by the bundle alone."""
-        graphs, options = self.graphs, self.request.options
+        graphs, options = self.runtime, self.request.options
         with bundle_runs():
             made = [graphs.process_image(one.rgb, options) for one in self.request.pictures]
             inputs = [processed.inputs for processed in made]
             features = graphs.encode(_joined(inputs)) if inputs else None
-            ids = bundle_prompt(graphs.bundle, self.request, [one.prompt_ids for one in made])
+            prompter = Prompter(graphs.bundle.folder, self.manifest.prompt)
+            ids = self.prompt(prompter, [one.prompt_ids for one in made])
             embeds, positions = graphs.embed(ids, features), graphs.positions(ids, inputs)
-        found = self._judge.tokens(self._greedy(embeds, positions))
-        return prompt_found(found, ids, self.truth.prompt_ids)
+        return self.prompt_found(self.judge.tokens(self._greedy(embeds, positions)), ids)
 
     def _greedy(self, embeds: Float[np.ndarray, "P D"], positions: Positions) -> list[int]:
-        manifest = self.graphs.manifest
-        stops, most = manifest.generation.stop_token_ids, max_new_tokens(manifest)
+        most, stops = self.max_new_tokens, self.manifest.generation.stop_token_ids
         with bundle_runs():
-            return self.graphs.greedy(embeds, positions, most, stops)[0]
+            return self.runtime.greedy(embeds, positions, most, stops)[0]
 
-    @property
-    def _judge(self) -> Judge:
-        def logits(at: int) -> Float[np.ndarray, " V"]:
-            return self._rows([0, len(self.truth.prompt_ids) + at])[0]
-
-        return Judge(self.reference, self.truth, self.graphs.manifest, logits)
+    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
+        return self._rows([0, len(self.truth.prompt_ids) + at])[0]
 
 
-def _joined(pictures: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _joined(pictures: Sequence[Tensors]) -> dict[str, np.ndarray]:
     """The vision encoder's inputs of all pictures, one below the other."""
     return {name: np.concatenate([one[name] for one in pictures]) for name in pictures[0]}
 
@@ -193,25 +157,16 @@ def run_genai_ladder(
     requests: Sequence[Request],
     progress: Progress | None = None,
 ) -> tuple[Row, ...]:
-    """All rungs for every precision and every request, one precision at a time.
+    """All rungs for every precision and every request.
 
     `progress` is told of each rung: how many are done, of how many, and what is next.
     """
-    tell = progress or (lambda done, total, what: None)
-    most = max_new_tokens(bundle.manifest)
-    token = bundle.manifest.prompt.image_token_id
-    truths = told_truths(requests, lambda one: Truth.of(reference, one, most, token), tell)
 
-    @contextmanager
-    def open_at(precision: str) -> Iterator[Climb]:
-        graphs = GenaiGraphs.open(bundle, precision=precision)
+    def prepare(request: Request, share: Share) -> Callable[[GenaiGraphs], GenaiLadder]:
+        truth = truth_of(reference, bundle.manifest, request)
+        return lambda graphs: GenaiLadder(graphs, reference, request, truth, share)
 
-        def climb(number: int) -> Iterator[Row]:
-            share = (number, len(requests))
-            ladder = GenaiLadder(graphs, reference, requests[number], truths[number], share)
-            return ladder.climb(precision)
+    def open_at(precision: str) -> GenaiGraphs:
+        return GenaiGraphs.open(bundle, precision=precision)
 
-        yield climb
-        graphs.close()
-
-    return climb_all(precisions, requests, RUNGS, open_at, tell)
+    return climb_all(GenaiLadder.rungs, precisions, requests, prepare, open_at, progress)

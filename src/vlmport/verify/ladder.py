@@ -10,126 +10,83 @@ P prompt tokens, S prompt and new tokens, T image tokens, D hidden, V vocabulary
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmport.bundle import Bundle
+from vlmport.bundle import Bundle, Manifest
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components, ProcessedImage, merge_image_features
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.model import VLM
 from vlmport.runtime.options import CHECKS, REFUSED, GenerationOptions
-from vlmport.runtime.prompt import check_messages
 from vlmport.runtime.request import new_request
 from vlmport.verify import metrics
-from vlmport.verify.judging import (
-    Found,
-    Judge,
-    Progress,
-    bundle_runs,
-    max_new_tokens,
-    row_of,
+from vlmport.verify.climbing import (
+    Climber,
+    Share,
+    climb_all,
+    feature_figures,
+    prompt_id_figures,
+    truth_of,
 )
-from vlmport.verify.limits import RUNGS, limits_of
+from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.limits import RUNGS, Limit, limits_of
 from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Row
 from vlmport.verify.requests import Request
-from vlmport.verify.truth import PictureTruth, Truth
+from vlmport.verify.truth import PictureTruth
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """The bundle's side at one precision, and the reference.
+class Ladder(Climber[VLM, Reference]):
+    """The ladder of the Hub's layout, which the runtime itself runs."""
 
-    Attributes:
-        share: (k, n): embedding rows k, k+n, k+2n, … are compared with this request, so that n
-            requests cover the whole table.
-    """
-
-    model: VLM
-    reference: Reference
-    request: Request
-    truth: Truth
-    share: tuple[int, int]
+    rungs = RUNGS
 
     @property
     def components(self) -> Components:
-        return self.model.components
+        return self.runtime.components
 
-    def climb(self, precision: str) -> Iterator[Row]:
-        """Every rung in order, whether or not one before it broke."""
-        limits = limits_of(precision, self.components.manifest.pixels.resample)
-        for rung in RUNGS:
-            find = getattr(self, f"_{rung}")
-            yield row_of(self.request.name, precision, rung, limits[rung], find)
+    @property
+    def manifest(self) -> Manifest:
+        return self.components.manifest
+
+    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
+        return limits_of(precision, self.manifest.pixels.resample)
 
     def _prompt_ids(self) -> Found:
-        """The ids of each picture. Those of the text around them are the last rung's."""
-        wrong, details = 0, []
-        for processed, truth in self._processed():
-            if unequal := metrics.unequal(processed.prompt_ids, truth.ids):
-                wrong += unequal
-                details.append(f"{len(processed.prompt_ids)} ids, expected {len(truth.ids)}")
-        return {"wrong": wrong}, "; ".join(details) or None
+        return prompt_id_figures(self._processed())
 
     def _pixels(self) -> Found:
-        """Grey levels tell a weight that was rounded to its neighbour from another filter."""
-        wrong, largest = 0, 0.0
-        for processed, picture in self._processed():
-            ours, truth = processed.inputs, picture.pixels
-            if absent := sorted(truth.keys() - ours.keys()):
-                detail = f"the image processor has no {', '.join(absent)}"
-                return {"wrong": float("inf"), "levels": float("inf")}, detail
-            wrong += sum(metrics.unequal(ours[name], truth[name]) for name in truth)
-            largest = max(largest, *(metrics.max_error(ours[name], truth[name]) for name in truth))
-        levels = largest / self.reference.grey_level
-        detail = f"largest difference {largest:.3g}, {levels:.3g} grey levels" if wrong else None
-        return {"wrong": wrong, "levels": levels}, detail
+        return self.pixel_figures((ours.inputs, truth.pixels) for ours, truth in self._processed())
 
     def _processed(self) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
-        """The bundle's side of each picture, and the reference's."""
-        pairs = zip(self.request.pictures, self.truth.pictures, strict=True)
-        for picture, truth in pairs:
-            with bundle_runs():
-                processed = self.components.process_image(picture.rgb, self.request.options)
-            yield processed, truth
+        return self.processed(self.components.process_image)
 
     def _vision_features(self) -> Found:
-        worst, typical, cosine = [0.0], [0.0], [1.0]
+        """Of each picture by itself."""
+        return feature_figures(self._encoded())
+
+    def _encoded(self) -> Iterator[tuple[Float[np.ndarray, "T D"], Float[np.ndarray, "T D"]]]:
         for picture in self.truth.pictures:
             with bundle_runs():
                 ours = self.components.encode_image(picture.pixels)
-            worst.append(metrics.worst_error(ours, picture.features))
-            typical.append(metrics.typical_error(ours, picture.features))
-            cosine.append(metrics.least_cosine(ours, picture.features))
-        return {"worst": max(worst), "typical": max(typical), "cosine": min(cosine)}, None
+            yield ours, picture.features
 
     def _merged_embeds(self) -> Found:
-        """Text before and after the pictures: a share of the vocabulary, half on each side."""
-        truth, (k, n) = self.truth, self.share
-        image_token_id = self.components.manifest.prompt.image_token_id
-        words = np.arange(k, self.reference.dims["vocab_size"], n)
-        words = words[words != image_token_id]
-        pictures = [picture.ids for picture in truth.pictures]
-        ids = np.concatenate([words[::2], *pictures, words[1::2]])
-        expected = self.reference.embeds(ids, truth.features)
-        with bundle_runs():
-            embeds = self.components.embed(ids[None])[0]
-            ours = merge_image_features(embeds, ids, truth.features, image_token_id)
-        text = ids != image_token_id
-        return {
-            "wrong": metrics.unequal(ours, expected),
-            "cosine": metrics.least_cosine(ours[text], expected[text]),
-            "8 bits": metrics.rounding_steps(ours[text], expected[text], 8),
-            "4 bits": metrics.rounding_steps(ours[text], expected[text], 4),
-            "wrong features": metrics.unequal(ours[~text], expected[~text]),
-        }, None
+        """As the runtime merges them."""
+        features, token = self.truth.features, self.manifest.prompt.image_token_id
+
+        def merge(ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
+            return merge_image_features(self.components.embed(ids[None])[0], ids, features, token)
+
+        return self.merged_figures(merge)
 
     def _position_ids(self) -> Found:
         """Of a prompt that ends with the picture, and of one with text after it; and where the
@@ -170,10 +127,14 @@ class Ladder:
             "worst": metrics.worst_error(ours, truth),
             "typical": metrics.typical_error(ours, truth),
             "bound": metrics.worst_error(bound, truth),
-            "self": max(metrics.worst_error(ours, whole), metrics.worst_error(last, whole[-1:])),
-            "self kl": max(
-                metrics.mean_divergence(ours[first:], whole[first:]),
-                metrics.mean_divergence(last, whole[-1:]),
+            "self": metrics.largest(
+                [metrics.worst_error(ours, whole), metrics.worst_error(last, whole[-1:])]
+            ),
+            "self kl": metrics.largest(
+                [
+                    metrics.mean_divergence(ours[first:], whole[first:]),
+                    metrics.mean_divergence(last, whole[-1:]),
+                ]
             ),
             "bound kl": metrics.mean_divergence(bound[first:], whole[first:]),
             "kl": metrics.mean_divergence(ours[first:], truth[first:]),
@@ -218,7 +179,7 @@ class Ladder:
                 offset=self.truth.offset,
             )
             Generation(self.components, [request]).run()
-        return self._judge.stops(request.tokens)
+        return self.judge.stops(request.tokens)
 
     def _end_to_end(self) -> Found:
         """From the pictures to the tokens as a user has them, but greedily whatever the bundle's
@@ -227,41 +188,20 @@ class Ladder:
         known = [name for name in defaults if name in CHECKS or name in REFUSED]
         options: dict[str, Any] = {**dict.fromkeys(known), "max_new_tokens": self.max_new_tokens}
         request, images = self.request, [picture.rgb for picture in self.request.pictures]
-        self.model.features.options = request.options
+        features = self.runtime.features
+        features.options = request.options
         with bundle_runs():
-            ids = self._prompt(images)
+            pictures = [features.process(image).prompt_ids for image in images]
+            ids = self.prompt(self.runtime.prompter, pictures)
             if request.is_caption:
-                answer = self.model.caption(images[0], **options)
+                answer = self.runtime.caption(images[0], **options)
             else:
-                answer = self.model.generate(request.messages, images, **options)
-        values, detail = self._judge.tokens(answer.token_ids)
-        given, expected = answer.counts["prompt_tokens"], len(self.truth.prompt_ids)
-        wrong = max(metrics.unequal(ids, self.truth.prompt_ids), abs(given - expected))
-        if wrong:
-            told = f"a prompt of {given} tokens, expected {expected}; {wrong} ids differ"
-            detail = f"{told}; {detail}" if detail else told
-        return values | {"prompt": wrong}, detail
+                answer = self.runtime.generate(request.messages, images, **options)
+        found = self.judge.tokens(answer.token_ids)
+        return self.prompt_found(found, ids, answer.counts["prompt_tokens"])
 
-    def _prompt(self, images: list[np.ndarray]) -> Int[np.ndarray, " S"]:
-        """The ids of the prompt as the runtime puts it together."""
-        asked = self.components.manifest.prompt.caption
-        chat = check_messages(asked if self.request.is_caption else self.request.messages, images)
-        prompter = self.model.prompter
-        text = prompter.encode(prompter.render(chat.messages))
-        return prompter.splice(
-            text, [self.model.features.process(one).prompt_ids for one in images]
-        )
-
-    @property
-    def max_new_tokens(self) -> int:
-        return max_new_tokens(self.components.manifest)
-
-    @property
-    def _judge(self) -> Judge:
-        def logits(at: int) -> Float[np.ndarray, " V"]:
-            return self._decode(0, len(self.truth.prompt_ids) + at, keep=1)[0][-1]
-
-        return Judge(self.reference, self.truth, self.components.manifest, logits)
+    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
+        return self._decode(0, len(self.truth.prompt_ids) + at, keep=1)[0][-1]
 
     def _decode(
         self, start: int, stop: int, past: Mapping[str, np.ndarray] | None = None, keep: int = 0
@@ -286,23 +226,14 @@ def run_ladder(
 ) -> tuple[Row, ...]:
     """All rungs for every precision and every request.
 
-    One precision at a time, so that beside the reference only its sessions are in memory.
     `progress` is told of each rung: how many are done, of how many, and what is next.
     """
-    tell = progress or (lambda done, total, what: None)
-    total = len(RUNGS) * len(requests) * len(precisions)
-    manifest, rows = bundle.manifest, []
-    truths = []
-    for request in requests:
-        tell(0, total, f"reference, {request.name}")
-        most, image_token_id = max_new_tokens(manifest), manifest.prompt.image_token_id
-        truths.append(Truth.of(reference, request, most, image_token_id))
-    for precision in precisions:
-        with VLM.open(bundle, precision=precision) as model:
-            for number, (request, truth) in enumerate(zip(requests, truths, strict=True)):
-                tell(len(rows), total, f"{precision}, {request.name}")
-                ladder = Ladder(model, reference, request, truth, (number, len(requests)))
-                for row in ladder.climb(precision):
-                    rows.append(row)
-                    tell(len(rows), total, f"{precision}, {request.name}")
-    return tuple(rows)
+
+    def prepare(request: Request, share: Share) -> Callable[[VLM], Ladder]:
+        truth = truth_of(reference, bundle.manifest, request)
+        return lambda model: Ladder(model, reference, request, truth, share)
+
+    def open_at(precision: str) -> VLM:
+        return VLM.open(bundle, precision=precision)
+
+    return climb_all(Ladder.rungs, precisions, requests, prepare, open_at, progress)

@@ -6,7 +6,7 @@ tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,16 @@ def unequal(ours: Shaped[np.ndarray, ...], truth: Shaped[np.ndarray, ...]) -> in
     if ours.shape != truth.shape:
         return max(1, truth.size)
     return int(np.sum(~((ours == truth) | (np.isnan(ours) & np.isnan(truth)))))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest. No number where one of them is none: Python's own `max` may pass it over."""
+    return float(np.max([*values]))
+
+
+def least(values: Iterable[float]) -> float:
+    """The least, likewise."""
+    return float(np.min([*values]))
 
 
 def max_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
