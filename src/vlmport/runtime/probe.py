@@ -197,7 +197,6 @@ def logit_ids(vocab_size: int, best: int) -> Int64[np.ndarray, " n"]:
 
 def _compare_tokens(run: GoldenRun, expected: GoldenExpectation) -> tuple[int, list[str]]:
     """(1, []) where the first difference is a near tie: after it the texts may well part."""
-    # An image token ends a run that has no picture for it, so one may be shorter.
     for step, (got, want) in enumerate(zip(run.tokens, expected.tokens, strict=False)):
         if got == want:
             continue
@@ -205,6 +204,8 @@ def _compare_tokens(run: GoldenRun, expected: GoldenExpectation) -> tuple[int, l
         if want < len(scores) and scores[got] - scores[want] <= expected.tolerance:
             return 1, []
         return 0, [f"token {step + 1} of {len(expected.tokens)} is {got}, recorded was {want}"]
+    if (made := len(run.tokens)) != len(expected.tokens):
+        return 0, [f"{made} tokens were made, recorded were {len(expected.tokens)}"]
     return 0, []
 
 
