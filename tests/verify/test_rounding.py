@@ -80,6 +80,16 @@ def test_verify_says_so_first(broken: Bundle) -> None:
     assert report.likely_cause == LIKELY_CAUSES["weights"]
 
 
+def test_a_scale_that_is_no_number_is_found(broken: Bundle) -> None:
+    def spoil(scales: np.ndarray) -> np.ndarray:
+        scales[3, 0] = np.nan
+        return scales
+
+    name = "layers.0.mlp.down_proj.weight_scales"
+    (row,) = failed(edit_tensor(broken, DECODER, name, spoil, "q4"), "q4")
+    assert [one.name for one in row.measures if not one.passed] == ["steps"]
+
+
 def test_two_bytes_that_changed_places_are_found(broken: Bundle) -> None:
     def swap(packed: np.ndarray) -> np.ndarray:
         packed[3, 0, [2, 9]] = packed[3, 0, [9, 2]]

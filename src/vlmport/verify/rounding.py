@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from vlmport.bundle import ANY, Bundle
 from vlmport.errors import some_names
+from vlmport.verify import metrics
 from vlmport.verify.limits import WEIGHTS, WEIGHTS_RUNG
 from vlmport.verify.report import Measure, Row
 
@@ -70,7 +71,7 @@ def _compare(
             stored = ours[name + QUANTIZED]
             scales = _read(ours[name + SCALES])
             error = rounding_error(_read(stored), scales, truth, _bits(stored))
-            steps, wrong = max(steps, error), not WEIGHTS["steps"].holds(error)
+            steps, wrong = metrics.largest((steps, error)), not WEIGHTS["steps"].holds(error)
         if wrong:
             off.append(name)
     return {"steps": steps, "unequal": unequal}, some_names(off, limit=4) if off else None
