@@ -15,6 +15,7 @@ from tests.verify.surgery import copied, edit_graph, edit_tensor
 from vlmport.bundle import Bundle
 from vlmport.errors import PromptError
 from vlmport.runtime.genai import DECODER, EMBEDDING, GenaiGraphs
+from vlmport.runtime.positions import Positions
 from vlmport.verify.genai import GenaiLadder
 from vlmport.verify.judging import max_new_tokens
 from vlmport.verify.limits import RUNGS
@@ -89,6 +90,34 @@ def test_an_image_token_without_a_feature_is_refused(models: dict[str, Model]) -
     with pytest.raises(PromptError, match="as many rows of image_features are needed") as caught:
         graphs.embed(np.array([1, token]))
     assert "and of no others" in (caught.value.hint or "")
+
+
+def test_greedy_takes_positions_on_one_axis_too(models: dict[str, Model], tmp_path: Path) -> None:
+    """As a decoder of plain rotary embeddings has them; three equal axes say the same of a text."""
+
+    def of_one_axis(model: onnx.ModelProto) -> None:
+        (port,) = (one for one in model.graph.input if one.name == "position_ids")
+        del port.type.tensor_type.shape.dim[0]
+        for node in model.graph.node:
+            node.input[:] = ["three" if one == port.name else one for one in node.input]
+        first = onnx.numpy_helper.from_array(np.array([0]), "first")
+        model.graph.initializer.append(first)
+        nodes = [
+            onnx.helper.make_node("Unsqueeze", [port.name, "first"], ["one"]),
+            onnx.helper.make_node("Concat", ["one"] * 3, ["three"], axis=0),
+        ]
+        for at, node in enumerate(nodes):
+            model.graph.node.insert(at, node)
+
+    whole = models["qwen2_5_vl"].genai
+    flat = edit_graph(copied(whole, tmp_path / "flat"), DECODER, of_one_axis)
+    three = GenaiGraphs.open(whole, precision="fp32")
+    one = GenaiGraphs.open(flat, precision="fp32")
+    embeds, places = three.embed(np.arange(40, 60)), np.arange(20)
+    for offset in (0, 7):
+        tokens, logits = three.greedy(embeds, Positions(np.stack([places] * 3), offset), 6)
+        assert one.greedy(embeds, Positions(places, offset), 6)[0] == tokens
+        np.testing.assert_array_equal(one.greedy(embeds, Positions(places, offset), 6)[1], logits)
 
 
 # What the client reads

@@ -67,16 +67,20 @@ class GenaiGraphs(LayoutGraphs):
     def decode(
         self,
         embeds: Float[np.ndarray, "S D·(1+n)"],
-        positions: Int[np.ndarray, "3 S"],
+        positions: Int[np.ndarray, "... S"],
         cache: Cache | None = None,
     ) -> tuple[Float[np.ndarray, " V"], Cache]:
-        """float32 logits of the last row, and the grown cache."""
+        """float32 logits of the last row, and the grown cache.
+
+        Args:
+            positions: on as many axes as the decoder takes.
+        """
         cache = self._no_cache() if cache is None else cache
         past = next(iter(cache.values())).shape[2]
         feeds = {
             "inputs_embeds": embeds[None],
             "attention_mask": np.ones((1, past + len(embeds)), np.int64),
-            "position_ids": np.ascontiguousarray(positions[:, None], np.int64),
+            "position_ids": np.ascontiguousarray(positions[..., None, :], np.int64),
             **cache,
         }
         values = self.run(DECODER, feeds)
@@ -108,7 +112,7 @@ class GenaiGraphs(LayoutGraphs):
         rows, tokens = [logits], [int(logits.argmax())]
         while tokens[-1] not in ends and len(tokens) < max_new_tokens:
             at = len(embeds) + len(tokens) - 1 + positions.offset
-            step = np.full((3, 1), at, np.int64)
+            step = np.full((*positions.ids.shape[:-1], 1), at, np.int64)
             logits, cache = self.decode(self.embed(np.array(tokens[-1:])), step, cache)
             rows.append(logits)
             tokens.append(int(logits.argmax()))
