@@ -28,9 +28,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -70,11 +71,11 @@ class Model:
     trained: bool = False
     image_size: str | None = None
 
-    def judged(self, layout: str) -> tuple[str, ...]:
-        """The precisions whose captions can be held against PyTorch's."""
+    def judged(self, layout: str, precisions: Sequence[str]) -> tuple[str, ...]:
+        """Those of the precisions, and the mix, whose captions can be held against PyTorch's."""
         if not self.trained:
-            return EXACT_ENOUGH
-        return (*PRECISIONS, MIX) if layout == HUB else PRECISIONS
+            return tuple(name for name in precisions if name in EXACT_ENOUGH)
+        return (*precisions, MIX) if layout == HUB else tuple(precisions)
 
 
 def tiny(folder: Path) -> Path:
@@ -117,11 +118,15 @@ def built_in(name: str) -> Model:
     return Model(name, lambda folder: builtin_models()[name], trained=True, image_size="144x96")
 
 
+# Of the spelling, and of the file of settings, that the other has not.
+SMOLVLM: dict[str, Any] = {"model_type": "smolvlm", "spelling": "v5"}
+
 MODELS = (
     *(built_in(name) for name in builtin_models()),
     Model("prefix, tiny", tiny),
     Model("prefix, small", small),
     Model("idefics3, tiny", lambda folder: write_idefics3_checkpoint(folder)),
+    Model("smolvlm, tiny", lambda folder: write_idefics3_checkpoint(folder, **SMOLVLM)),
     Model("qwen2.5, tiny", lambda folder: write_qwen2_5(folder), image_size="84x56"),
     Model("qwen3, tiny", lambda folder: write_qwen3(folder), image_size="80x64"),
 )
@@ -154,39 +159,43 @@ def timed(model: str, layout: str, precision: str, check: str, run: Callable[[],
     return Result(model, layout, precision, check, time.perf_counter() - start, problem)
 
 
-def check_model(model: Model, folder: Path) -> Iterator[Result]:
-    """All layouts of one model at all precisions."""
+def check_model(
+    model: Model, folder: Path, precisions: Sequence[str] = PRECISIONS
+) -> Iterator[Result]:
+    """All layouts of one model at all of these precisions."""
     checkpoint = model.write(folder / "checkpoint")
     for layout, form in family_of(Checkpoint.open(checkpoint)).layouts.items():
         out = folder / layout
         size = model.image_size if isinstance(form, SizedLayout) else None
 
         def exported(out: Path = out, layout: str = layout, size: str | None = size) -> None:
-            export(checkpoint, out, precisions=PRECISIONS, layout=layout, image_size=size)
+            export(checkpoint, out, precisions=precisions, layout=layout, image_size=size)
             Bundle.open(out, check_hashes=True)
 
         done = timed(model.name, layout, "all", "export", exported)
         yield done
         if done.problem is None:
-            yield timed(model.name, layout, "all", "probe", lambda out=out: probe(out))
-            yield timed(model.name, layout, "all", "weights", lambda out=out: weights(out))
-            for precision in model.judged(layout):
+            yield timed(model.name, layout, "all", "probe", lambda out=out: probe(out, precisions))
+            yield timed(
+                model.name, layout, "all", "weights", lambda out=out: weights(out, precisions)
+            )
+            for precision in model.judged(layout, precisions):
                 check = lambda out=out, one=precision: climb(out, checkpoint, one)  # noqa: E731
                 yield timed(model.name, layout, precision, "verify", check)
 
 
-def probe(out: Path) -> None:
+def probe(out: Path, precisions: Sequence[str]) -> None:
     """The golden input at every precision that was asked for."""
     bundle, said = Bundle.open(out), io.StringIO()
-    assert set(bundle.manifest.precisions) == set(PRECISIONS), bundle.manifest.precisions
+    assert set(bundle.manifest.precisions) == set(precisions), bundle.manifest.precisions
     assert probe_bundle(bundle, "cpu", Console(file=said, width=200)), said.getvalue()
 
 
-def weights(out: Path) -> None:
+def weights(out: Path, precisions: Sequence[str]) -> None:
     """Each rounded weight beside its fp32 one, whatever the model was trained on."""
     bundle = Bundle.open(out)
-    rows = [row for precision in PRECISIONS for row in weight_rows(bundle, precision)]
-    assert {row.precision for row in rows} == set(PRECISIONS) - {"fp32"}
+    rows = [row for precision in precisions for row in weight_rows(bundle, precision)]
+    assert {row.precision for row in rows} == set(precisions) - {"fp32"}
     assert all(row.passed for row in rows), "; ".join(r.describe() for r in rows if not r.passed)
 
 
@@ -218,11 +227,11 @@ def last_line(text: str) -> str:
     return text.strip().splitlines()[-1][:120]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verify_all", description=__doc__)
     parser.add_argument("--fuzz-minutes", type=float, default=4, help="0 leaves it out (4)")
     parser.add_argument("--model", help="one model alone: " + "; ".join(m.name for m in MODELS))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     chosen = [model for model in MODELS if args.model in (None, model.name)]
     if not chosen:
         parser.error(f"no model {args.model!r}")

@@ -20,7 +20,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Target, Workshop
+from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.workshop import Workshop
 
 ROOT = Path(__file__).parents[2]
 ROUND = 400  # seconds after which a round hangs
@@ -28,8 +29,12 @@ EXAMPLES = {
     "picture": 400,
     "decoding options": 1500,
     "model.safetensors": 200,
+    "model.safetensors.index.json": 200,
     "valid vlmport.json": 100,
     "valid vlmport.json, components": 100,
+    "valid vlmport.json, fused": 100,
+    "valid vlmport.json, genai": 100,
+    "ONNX file": 400,
     "bundle's chat_template.jinja": 100,
 }
 FEW = 40
@@ -53,7 +58,7 @@ def fuzz(target: Target, number: int, examples: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shop = Workshop.make(Path(folder))
+        shop = Workshop(Path(folder))
         run()
 
 

@@ -24,112 +24,30 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import vlmport
-from tests.checkpoints import write_prefix_checkpoint
 from tests.decoding.test_against_transformers import compare_if_any, requests, tables
-from tests.export.test_same_model import write_adapter
 from tests.fuzz.bounds import bounded
 from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
 from tests.fuzz.templates import templates
-from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
+from tests.fuzz.workshop import Workshop
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.checkpoint import Checkpoint, Weights
 from vlmport.errors import VlmportError
 from vlmport.export import export
 from vlmport.families import family_of
 from vlmport.graph.precision import PRECISIONS
-from vlmport.inspection import describe, probe_bundle
-from vlmport.layouts import COMPONENTS
+from vlmport.inspection import describe, describe_onnx, probe_bundle
+from vlmport.layouts import COMPONENTS, FUSED, GENAI
 from vlmport.runtime import chat_template
 from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
 from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter
 
 MAX_MESSAGE = 5_000
+INDEX = "model.safetensors.index.json"
+GRAPH = "onnx/decoder_model_merged.onnx"
 SCHEMA = Path(vlmport.__file__).with_name("vlmport.schema.json")
 PICTURE = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """Valid folders to start from, and room to write."""
-
-    folder: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def bundle(self) -> Path:
-        return self.folder / "bundle"
-
-    @property
-    def four_files(self) -> Path:
-        return self.folder / "four_files"
-
-    @property
-    def qwen2_5(self) -> Path:
-        return self.folder / "qwen2.5"
-
-    @property
-    def qwen3(self) -> Path:
-        return self.folder / "qwen3"
-
-    @classmethod
-    def make(cls, folder: Path) -> Workshop:
-        shop = cls(folder)
-        write_prefix_checkpoint(shop.checkpoint)
-        for name, text in SIDE_FILES.items():
-            (shop.checkpoint / name).write_text(json.dumps(text), encoding="utf-8")
-        write_adapter(shop.adapter, shop.checkpoint)
-        write_qwen2_5(shop.qwen2_5, spelling="v4")
-        write_qwen3(shop.qwen3, spelling="v5")
-        export(shop.checkpoint, shop.bundle, precisions="fp32")
-        export(shop.checkpoint, shop.four_files, precisions="fp32", layout=COMPONENTS)
-        return shop
-
-    @contextlib.contextmanager
-    def altered(self, original: Path, name: str, data: bytes) -> Iterator[Path]:
-        """A copy of a folder, by links, in which one file has these bytes."""
-        copied = self.folder / "altered"
-        shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(original, copied, copy_function=_link)
-        (copied / name).unlink(missing_ok=True)
-        (copied / name).write_bytes(data)
-        yield copied
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
-
-
-SIDE_FILES: dict[str, dict[str, Any]] = {
-    "preprocessor_config.json": {
-        "do_resize": True,
-        "size": {"height": 30, "width": 30},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    },
-    "generation_config.json": {
-        "eos_token_id": [0, 5],
-        "pad_token_id": 0,
-        "max_new_tokens": 12,
-        "repetition_penalty": 1.1,
-        "no_repeat_ngram_size": 3,
-        "bad_words_ids": [[7], [8, 9]],
-        "suppress_tokens": [1, 2],
-        "temperature": 0.7,
-    },
-}
 
 
 @contextlib.contextmanager
@@ -157,10 +75,10 @@ def export_with(shop: Workshop, name: str, data: bytes, *, adapter: bool = False
     """Export with one file altered, and caption by what came out."""
     out = shop.folder / "exported"
     shutil.rmtree(out, ignore_errors=True)
-    original = shop.adapter if adapter else shop.checkpoint
+    original = shop.adapter if adapter else shop.checkpoint()
     with shop.altered(original, name, data) as altered, ours_or_right():
         if adapter:
-            bundle = export(shop.checkpoint, out, precisions="fp32", adapter=altered)
+            bundle = export(shop.checkpoint(), out, precisions="fp32", adapter=altered)
         else:
             bundle = export(altered, out, precisions="fp32")
         with VLM.open(bundle) as vlm:
@@ -177,7 +95,7 @@ def document(file: Path) -> Any:
 
 def exported_file(name: str, *, adapter: bool = False) -> Target:
     def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
-        return json_texts(document((shop.adapter if adapter else shop.checkpoint) / name))
+        return json_texts(document((shop.adapter if adapter else shop.checkpoint()) / name))
 
     def run(shop: Workshop, data: bytes) -> None:
         export_with(shop, name, data, adapter=adapter)
@@ -185,14 +103,14 @@ def exported_file(name: str, *, adapter: bool = False) -> Target:
     return Target(name, inputs, run)
 
 
-def read_file(folder: str, name: str) -> Target:
+def read_file(kind: str, name: str) -> Target:
     """A checkpoint's file, to all that an export makes before it reads a weight."""
 
     def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
-        return json_texts(document(shop.folder / folder / name))
+        return json_texts(document(shop.checkpoint(kind) / name))
 
     def run(shop: Workshop, data: bytes) -> None:
-        with shop.altered(shop.folder / folder, name, data) as altered, ours_or_right():
+        with shop.altered(shop.checkpoint(kind), name, data) as altered, ours_or_right():
             checkpoint = Checkpoint.open(altered)
             family = family_of(checkpoint)
             family.weights(checkpoint, None)
@@ -200,7 +118,7 @@ def read_file(folder: str, name: str) -> Target:
             family.fixed_graphs()
             family.graphs(PRECISIONS["fp32"])
 
-    return Target(f"{folder}'s {name}", inputs, run)
+    return Target(f"{kind}'s {name}", inputs, run)
 
 
 # safetensors
@@ -208,7 +126,7 @@ def read_file(folder: str, name: str) -> Target:
 
 def safetensors(shop: Workshop) -> st.SearchStrategy[bytes]:
     """Headers that lie: sizes, types, offsets, overlaps, doubles, lengths; then damaged bytes."""
-    whole = (shop.checkpoint / "model.safetensors").read_bytes()
+    whole = (shop.checkpoint() / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
     few = dict(list(header.items())[:6])
@@ -241,7 +159,7 @@ def lying(draw: st.DrawFn, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_weights(shop: Workshop, data: bytes) -> None:
-    with shop.altered(shop.checkpoint, "model.safetensors", data) as folder, ours_or_right():
+    with shop.altered(shop.checkpoint(), "model.safetensors", data) as folder, ours_or_right():
         weights = Weights.open(folder)
         assert sum(tensor.nbytes for tensor in weights.values()) <= len(data)
         for tensor in weights.values():
@@ -249,11 +167,24 @@ def read_weights(shop: Workshop, data: bytes) -> None:
                 assert tensor.numpy().shape == tensor.shape
 
 
+def read_shards(shop: Workshop, data: bytes) -> None:
+    """An index is taken where it says of every tensor where it is, and nowhere else."""
+    original = shop.checkpoint("shards")
+    with shop.altered(original, INDEX, data) as folder, ours_or_right():
+        found = Weights.open(folder)
+        assert found.keys() == Weights.open(original).keys()
+        assert all(tensor.numpy().shape == tensor.shape for tensor in found.values())
+
+
+def indices(shop: Workshop) -> st.SearchStrategy[bytes]:
+    return json_texts(document(shop.checkpoint("shards") / INDEX))
+
+
 # A bundle's files
 
 
 def run_bundle(shop: Workshop, data: bytes) -> None:
-    with shop.altered(shop.bundle, MANIFEST, data) as folder, ours_or_right():
+    with shop.altered(shop.bundle(), MANIFEST, data) as folder, ours_or_right():
         bundle = Bundle.open(folder)
         describe(bundle, Console(file=io.StringIO()))
         with VLM.open(bundle) as vlm:
@@ -261,15 +192,21 @@ def run_bundle(shop: Workshop, data: bytes) -> None:
         probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
 
 
-def run_four_files(shop: Workshop, data: bytes) -> None:
-    with shop.altered(shop.four_files, MANIFEST, data) as folder, ours_or_right():
-        bundle = Bundle.open(folder)
-        describe(bundle, Console(file=io.StringIO()))
-        probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
+def probe_manifest(layout: str) -> Target:
+    """Of a layout that the runtime does not run: described, and its golden input run."""
+
+    def run(shop: Workshop, data: bytes) -> None:
+        with shop.altered(shop.bundle(layout), MANIFEST, data) as folder, ours_or_right():
+            bundle = Bundle.open(folder)
+            describe(bundle, Console(file=io.StringIO()))
+            probe_bundle(bundle, "cpu", Console(file=io.StringIO()))
+
+    name = f"valid vlmport.json, {layout}"
+    return Target(name, lambda shop: valid_manifests(shop.bundle(layout)), run)
 
 
 def manifests(shop: Workshop) -> st.SearchStrategy[bytes]:
-    return json_texts(document(shop.bundle / MANIFEST))
+    return json_texts(document(shop.bundle() / MANIFEST))
 
 
 def valid_manifests(bundle: Path) -> st.SearchStrategy[bytes]:
@@ -295,12 +232,12 @@ def prompter_file(name: str) -> Target:
 
     def inputs(shop: Workshop) -> st.SearchStrategy[bytes]:
         if name.endswith(".jinja"):
-            return st.one_of(damaged((shop.bundle / name).read_bytes()), templates())
-        return json_texts(document(shop.bundle / name))
+            return st.one_of(damaged((shop.bundle() / name).read_bytes()), templates())
+        return json_texts(document(shop.bundle() / name))
 
     def run(shop: Workshop, data: bytes) -> None:
-        spec = Bundle.open(shop.bundle).manifest.prompt
-        with shop.altered(shop.bundle, name, data) as folder:
+        spec = Bundle.open(shop.bundle()).manifest.prompt
+        with shop.altered(shop.bundle(), name, data) as folder:
             if name.endswith(".jinja"):  # the template that counts stands in the other file
                 config = document(folder / "tokenizer_config.json")
                 del config["chat_template"]
@@ -313,6 +250,18 @@ def prompter_file(name: str) -> Target:
                 prompter.tokenizer.decode([0, 1, 2, 10**6])
 
     return Target(f"bundle's {name}", inputs, run)
+
+
+def inspect_graph(shop: Workshop, data: bytes) -> None:
+    """A graph of a bundle, with damage anywhere."""
+    file = shop.folder / "graph.onnx"
+    file.write_bytes(data)
+    with ours_or_right():
+        describe_onnx(file, Console(file=io.StringIO()))
+
+
+def graphs(shop: Workshop) -> st.SearchStrategy[bytes]:
+    return damaged((shop.bundle() / GRAPH).read_bytes())
 
 
 # Pictures
@@ -345,21 +294,23 @@ TARGETS = (
     exported_file("preprocessor_config.json"),
     exported_file("generation_config.json"),
     exported_file("adapter_config.json", adapter=True),
+    read_file("idefics3", "config.json"),
+    read_file("idefics3", "preprocessor_config.json"),
     read_file("qwen2.5", "config.json"),
     read_file("qwen2.5", "preprocessor_config.json"),
     read_file("qwen3", "config.json"),
     read_file("qwen3", "processor_config.json"),
     Target("model.safetensors", safetensors, read_weights),
+    Target(INDEX, indices, read_shards),
     Target(MANIFEST, manifests, run_bundle),
-    Target("valid vlmport.json", lambda shop: valid_manifests(shop.bundle), run_bundle),
-    Target(
-        "valid vlmport.json, components",
-        lambda shop: valid_manifests(shop.four_files),
-        run_four_files,
-    ),
+    Target("valid vlmport.json", lambda shop: valid_manifests(shop.bundle()), run_bundle),
+    probe_manifest(COMPONENTS),
+    probe_manifest(FUSED),
+    probe_manifest(GENAI),
     prompter_file("tokenizer.json"),
     prompter_file("tokenizer_config.json"),
     prompter_file("chat_template.jinja"),
+    Target("ONNX file", graphs, inspect_graph),
     Target("picture", lambda shop: damaged_pictures(), open_picture),
     # Not bad input but any: `make test` draws the same always, other draws belong here.
     Target(

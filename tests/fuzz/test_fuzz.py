@@ -8,17 +8,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Target, Workshop
+from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.workshop import Workshop
 
 # An example that is exported takes a second, one that is refused next to nothing.
 EXAMPLES = {
     "config.json": 12,
+    "idefics3's config.json": 12,
+    "idefics3's preprocessor_config.json": 12,
     "qwen2.5's config.json": 12,
     "qwen3's config.json": 12,
     "model.safetensors": 40,
+    "model.safetensors.index.json": 40,
     "vlmport.json": 30,
     "valid vlmport.json": 12,
     "valid vlmport.json, components": 12,
+    "valid vlmport.json, fused": 6,
+    "valid vlmport.json, genai": 6,
+    "ONNX file": 40,
     "picture": 80,
     "bundle's tokenizer.json": 12,
     "bundle's tokenizer_config.json": 12,
@@ -29,7 +36,7 @@ FEW = 3
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop.make(tmp_path_factory.mktemp("fuzz"))
+    return Workshop(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

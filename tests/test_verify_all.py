@@ -1,0 +1,73 @@
+"""`make verify-all` misses nothing, and says so where something fails.
+
+Its second size of captioner is proven here in the precisions that ship by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import verify_all
+from tests.verify_all import MODELS, Model, Result, check_model, small, timed
+from vlmport.builtin import builtin_models
+from vlmport.checkpoint import Checkpoint
+from vlmport.families import FAMILIES, family_of
+from vlmport.layouts import LAYOUTS
+from vlmport.precisions import DEFAULT_PRECISIONS
+
+SMALL = next(model for model in MODELS if model.write is small)
+
+
+def test_every_family_layout_and_built_in_model_is_there(tmp_path: Path) -> None:
+    families, layouts = set(), set()
+    for number, model in enumerate(MODELS):
+        family = family_of(Checkpoint.open(model.write(tmp_path / str(number))))
+        families.add(type(family))
+        layouts |= set(family.layouts)
+    assert families == set(FAMILIES)
+    assert layouts == set(LAYOUTS)
+    trained = {model.name for model in MODELS if model.trained}
+    assert trained == set(builtin_models())
+
+
+def test_the_second_size_in_the_precisions_that_ship(tmp_path: Path) -> None:
+    results = list(check_model(SMALL, tmp_path, DEFAULT_PRECISIONS))
+    assert [one.problem for one in results if one.problem] == []
+    checks = [("all", "export"), ("all", "probe"), ("all", "weights"), ("fp32", "verify")]
+    assert [(one.layout, one.precision, one.check) for one in results] == [
+        (layout, *check) for layout in ("hub", "components") for check in checks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "passed"),
+        (AssertionError("two weights are off"), "FAILED: AssertionError: two weights are off"),
+        (RuntimeError("a defect of ours"), "FAILED: RuntimeError: a defect of ours"),
+    ],
+    ids=["right", "wrong", "a defect"],
+)
+def test_what_fails_is_in_the_table_and_in_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception | None,
+    said: str,
+) -> None:
+    def run() -> None:
+        if error is not None:
+            raise error
+
+    def checked(model: Model, folder: Path) -> Iterator[Result]:
+        yield timed(model.name, "hub", "q8", "weights", run)
+        yield timed(model.name, "hub", "fp32", "verify", lambda: None)
+
+    monkeypatch.setattr(verify_all, "check_model", checked)
+    code = verify_all.main(["--model", SMALL.name, "--fuzz-minutes", "0"])
+    table = capsys.readouterr().out
+    assert code == (error is not None)
+    assert said in table
+    assert f"2 checks, {int(error is not None)} failed" in table
