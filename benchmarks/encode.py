@@ -5,7 +5,7 @@
 
 BUNDLE is a folder that vlmport exported. The two names stand for towers of the real size (those of
 Qwen2.5-VL-3B and Qwen3-VL-2B) with random weights, of which torch's time can be given beside ours;
-their language models are cut to one layer. Pictures of 256, 1,024 and 4,096 patches are taken where
+their language models are cut to as few layers as they go with. Pictures of 256, 1,024 and 4,096 patches are taken where
 none are named. Figures are taken in turn, and medians are given. Prints a table, then one line of
 JSON.
 """
@@ -51,6 +51,7 @@ VISION_3 = {
     "depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096,
     "patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
 }  # fmt: skip
+LAYERS_3 = len(VISION_3["deepstack_visual_indexes"])  # the fewest that take so many lanes
 
 
 def write_qwen2_5_vl(folder: Path, *, small: bool) -> int:
@@ -73,7 +74,7 @@ def write_qwen3_vl(folder: Path, *, small: bool) -> int:
         folder,
         dtype="BF16",
         vision=VISION_3 | cut,
-        text={**TEXT, "rope_scaling": ROPE_3},
+        text={**TEXT, "num_hidden_layers": LAYERS_3, "rope_scaling": ROPE_3},
         pixels={"size": {"shortest_edge": 4 * 32 * 32, "longest_edge": LARGEST}},
     )
     return 16
