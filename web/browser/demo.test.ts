@@ -68,6 +68,7 @@ test.each([
   const page = await visitor({ viewport: { width, height } });
   await page.goto(server.url);
   await captionSample(page);
+  expect(await page.evaluate(() => getComputedStyle(document.body).display)).toBe('grid'); // styled
   expect(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth)).toBe(true);
   await page.context().close();
   await server.stop();
@@ -178,7 +179,7 @@ test('a model that answers questions is asked; of a captioner nothing can be ask
     '/bundle/': folders.bundle(),
     '/tiles/': folders.tiles(),
   });
-  const page = await visitor();
+  const page = await visitor({ viewport: { width: 360, height: 480 } });
   await page.goto(`${server.url}?device=wasm`);
   await page.waitForSelector('#facts:not([hidden])');
   expect(await page.isHidden('#ask')).toBe(true);
@@ -186,14 +187,22 @@ test('a model that answers questions is asked; of a captioner nothing can be ask
   await page.waitForSelector('#facts:not([hidden])');
   await page.click('#samples button');
   await page.waitForFunction(() => document.getElementById('caption')!.textContent !== '');
-  await page.fill('#question', 'What is it?'); // in the middle of the caption, perhaps
+  const question = 'What is it? '.repeat(50).trim(); // more than the talk shows at once
+  await page.fill('#question', question); // in the middle of the caption, perhaps
   await page.keyboard.press('Enter');
   await page.waitForSelector('.answered:not(:empty)');
-  expect(await page.textContent('.asked')).toBe('What is it?');
+  expect(await page.textContent('.asked')).toBe(question);
   expect(await page.inputValue('#question')).toBe('');
   await page.waitForFunction(() => !document.querySelector('.writing'));
   expect(await page.textContent('#fact-first')).toMatch(/ms$/);
   expect(await page.isHidden('#error')).toBe(true);
+  const overflows = await page.evaluate(() =>
+    ['#talk', '.asked', '.answered'].map(name => {
+      const { clientHeight, scrollHeight } = document.querySelector(name)!;
+      return scrollHeight > clientHeight;
+    }),
+  );
+  expect(overflows).toEqual([true, false, false]); // it scrolls; no text leaves its bubble
   await page.click('#samples button:nth-child(2)'); // another picture, another conversation
   expect(await page.locator('#talk li').count()).toBe(0);
   await page.context().close();
