@@ -22,6 +22,7 @@ GENERIC = [
     "runtime",
     "export",
     "tokenizer.py",
+    "chat_template.py",
     "bundle.py",
     "cli",
     "source.py",
@@ -92,10 +93,17 @@ ALLOWED = {
     "precisions.py": {"errors"},
     "errors.py": set(),
     "tokenizer.py": {"errors"},
+    "chat_template.py": set(),
     "checkpoint": {"checkpoint", "errors", "json_files"},
     "graph": {"graph", "checkpoint", "errors", "bundle"},
-    "families": {"families", "graph", "checkpoint", "errors", "bundle", "layouts", "tokenizer"},
-    "runtime": {"runtime", "errors", "bundle", "json_files", "layouts", "precisions", "tokenizer"},
+    "families": {
+        "families", "graph", "checkpoint", "errors", "bundle", "layouts", "tokenizer",
+        "chat_template",
+    },
+    "runtime": {
+        "runtime", "errors", "bundle", "json_files", "layouts", "precisions", "tokenizer",
+        "chat_template",
+    },
     "layouts.py": {"errors"},
     "bundle_checks.py": {"bundle", "hashing", "layouts", "precisions"},
     "export": {

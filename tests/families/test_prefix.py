@@ -12,13 +12,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
+from vlmport.chat_template import render_template
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import ConfigError, ExportError, TokenizerError, VlmportError
 from vlmport.families import FAMILIES, family_of
 from vlmport.families.prefix import CHAT_TEMPLATE, PrefixCaptioner
 from vlmport.graph.builder import to_model
 from vlmport.graph.precision import PRECISIONS
-from vlmport.runtime.chat_template import render_template
 
 
 @pytest.fixture

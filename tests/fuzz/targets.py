@@ -30,6 +30,7 @@ from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
 from tests.fuzz.templates import templates
 from tests.fuzz.workshop import Workshop
+from vlmport import chat_template
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.checkpoint import Checkpoint, Weights
 from vlmport.errors import VlmportError
@@ -38,7 +39,6 @@ from vlmport.families import family_of
 from vlmport.graph.precision import PRECISIONS
 from vlmport.inspection import describe, describe_onnx, probe_bundle
 from vlmport.layouts import COMPONENTS, FUSED, GENAI
-from vlmport.runtime import chat_template
 from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
 from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter

@@ -10,10 +10,10 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tests.fuzz.bounds import HangError, bounded
+from vlmport import chat_template
 from vlmport.bundle import PromptSpec
+from vlmport.chat_template import CHARACTERS, render_template
 from vlmport.errors import PromptError
-from vlmport.runtime import chat_template
-from vlmport.runtime.chat_template import CHARACTERS, render_template
 from vlmport.runtime.prompt import Prompter
 
 MANY = "{% for a in range(99999) %}"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.runtime import toy
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import PromptSpec
+from vlmport.chat_template import render_template
 from vlmport.errors import PromptError, TokenizerError
-from vlmport.runtime.chat_template import render_template
 from vlmport.runtime.prompt import Prompter, check_messages
 
 IMAGE_PART = {"type": "image"}

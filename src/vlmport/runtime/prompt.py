@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmport.bundle import PromptSpec
+from vlmport.chat_template import render_template, special_tokens
 from vlmport.errors import PromptError, TokenizerError, did_you_mean
 from vlmport.json_files import load_json
-from vlmport.runtime.chat_template import render_template
 from vlmport.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant", "tool")
 AGAIN = "download or export the bundle again"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 Message = Mapping[str, Any]
 
@@ -46,7 +45,7 @@ class Prompter:
         self.tokenizer.no_truncation()
         path = folder / "tokenizer_config.json"
         config = load_json(path, error=TokenizerError, hint=AGAIN) if path.is_file() else {}
-        self._special = {name: _content(config.get(name)) for name in SPECIAL_TOKENS}
+        self._special = special_tokens(config)
         self._template = _template(folder, config)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -56,7 +55,6 @@ class Prompter:
         """
         if self._template is None:
             raise PromptError("this bundle has no chat template", hint="export the bundle again")
-        special = {name: token for name, token in self._special.items() if token is not None}
         try:
             return render_template(
                 self._template,
@@ -64,7 +62,7 @@ class Prompter:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **special,
+                **self._special,
             )
         except Exception as error:  # a template is code from elsewhere: anything may go wrong
             raise PromptError(
@@ -213,11 +211,6 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
 def _one_picture(value: Any) -> str:
     """A path as it is written, anything else by its type: an array's pixels say nothing."""
     return _kind(value) if isinstance(value, str) else f"one {type(value).__name__}"
-
-
-def _content(token: Any) -> str | None:
-    """A special token's text: tokenizer_config.json has it plain or as an object."""
-    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _kind(value: Any) -> str:

@@ -20,7 +20,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jinja2.nodes import Node
     from jinja2.parser import Parser
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 SECONDS = 10.0  # of one rendering; the templates of real models take milliseconds
 CHARACTERS = 1 << 24  # that a template writes; characters of any value that it makes
 ITEMS = 1 << 20  # of any list that it makes
@@ -91,6 +92,15 @@ class _Spent:
             parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
             self.weights[id(value)] = value, 1 + sum(map(self.weight, parts))
         return self.weights[id(value)][1]
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of tokenizer_config.json, what a template may write by name; plain there, or objects."""
+    found = {name: config.get(name) for name in SPECIAL_TOKENS}
+    texts = {
+        name: one.get("content") if isinstance(one, Mapping) else one for name, one in found.items()
+    }
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 _spent: ContextVar[_Spent] = ContextVar("_spent")
