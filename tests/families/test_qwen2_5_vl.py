@@ -268,6 +268,10 @@ def test_plain_names() -> None:
         ({"text": {"use_sliding_window": True}}, "use_sliding_window=true"),
         ({"text": {"rope_scaling": {"type": "yarn", "factor": 4.0}}}, "rope_type='yarn'"),
         ({"config": {"image_token_id": 5}}, r"image_token_id 5, '<\|image_pad\|>' is"),
+        ({"config": {"video_token_id": 5}}, r": video_token_id 5, '<\|video_pad\|>' is"),
+        ({"config": {"vision_start_token_id": 5}}, r": vision_start_token_id 5, '<\|vision_st"),
+        ({"config": {"vision_end_token_id": 5}}, r": vision_end_token_id 5, '<\|vision_end\|>' i"),
+        ({"text": {"vocab_size": 264}}, "image_token_id 267, the embedding has 264 rows; video_"),
         ({"config": {"model_type": "qwen2_vl"}}, "an older kind of model than Qwen2.5-VL"),
         ({"config": {"model_type": "qwen3_vl_moe"}}, "a mixture of experts, which is not supp"),
         ({"config": {"model_type": "qwen2_5_vll"}}, "did you mean 'qwen2_5_vl'"),
@@ -277,6 +281,23 @@ def test_wrong_settings_are_named(folder: Path, settings: dict[str, Any], words:
     with pytest.raises(ConfigError, match=words) as caught:
         family_of(Checkpoint.open(write_qwen2_5(folder, **settings)))
     assert caught.value.hint
+
+
+def test_all_ids_that_the_tokenizer_has_otherwise_are_named_at_once(folder: Path) -> None:
+    """Those of Hugging Face's class, where config.json says none; so a swapped tokenizer shows."""
+    write_qwen2_5(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    known = {key: raw[key] for key in Qwen2_5VL.token_keys}
+    for key in known:
+        del raw[key]
+    write_json(folder / "config.json", raw)
+    with pytest.raises(ConfigError) as caught:
+        family_of(Checkpoint.open(folder))
+    truth = transformers.Qwen2_5_VLConfig()
+    for key, token in Qwen2_5VL.token_keys.items():
+        given = getattr(truth, key)
+        assert f"{key} {given}, {token!r} is {known[key]} in the tokenizer" in str(caught.value)
+    assert "come from one model" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

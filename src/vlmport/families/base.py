@@ -12,6 +12,7 @@ from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptS
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
 from vlmport.graph.llama_config import LlamaConfig
+from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
 from vlmport.graph.precision import Precision
 from vlmport.layouts import HUB, ImageSize
 
@@ -60,6 +61,11 @@ def llama_dims(text: LlamaConfig) -> Dims:
         vocab_size=text.vocab_size,
         context_length=text.max_position_embeddings,
     )
+
+
+def pixel_spec(resample: int) -> PixelSpec:
+    """Whose pixels an image processor gives, by Pillow's code of its filter."""
+    return PixelSpec(Resample(resample).name.lower(), f"Pillow {PILLOW_VERSION}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeGuard
 
+from vlmport.bundle import GenerationSpec
 from vlmport.checkpoint import Checkpoint, Size, read_config
 from vlmport.errors import ConfigError
 
@@ -96,6 +97,16 @@ class Generation:
                 if value is not None and key not in NO_OPTIONS
             },
             greedy=read_config(GreedyOptions, raw, FILE),
+        )
+
+    def spec(self, max_new_tokens: int, *, processors_see_prompt: bool) -> GenerationSpec:
+        """Of the manifest; `max_new_tokens` counts where generation_config.json names none."""
+        return GenerationSpec(
+            stop_token_ids=self.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            max_new_tokens=self.max_new_tokens or max_new_tokens,
+            processors_see_prompt=processors_see_prompt,
+            defaults=self.defaults,
         )
 
     def hub_config(self, max_new_tokens: int) -> dict[str, Any]:

@@ -26,41 +26,43 @@ import numpy as np
 import onnx_ir as ir
 from tokenizers import Tokenizer
 
-from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
 from vlmport.errors import ConfigError, WeightError
-from vlmport.families.base import Family, HubFiles, llama_dims, without_sampling
+from vlmport.families.answering import (
+    CONFIG,
+    IMAGE_TOKEN_ID,
+    AnsweringConfig,
+    AnsweringFamily,
+    listed,
+)
+from vlmport.families.base import Graphs
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, PROCESSOR, read_image_processor
 from vlmport.families.tile_tokens import IMAGE_TOKEN, tile_tokens
 from vlmport.graph.bucketed_positions import PickedRows, bucketed_positions
-from vlmport.graph.builder import GraphBuilder, add_output, new_graph
+from vlmport.graph.builder import GraphBuilder, add_output, new_graph, to_float32
 from vlmport.graph.image import image_input, normalized_planes
-from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
-from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
+from vlmport.graph.llama import tied_head
+from vlmport.graph.llama_config import LlamaConfig
+from vlmport.graph.pillow_resize import Resample
 from vlmport.graph.pixel_shuffle import Connector
-from vlmport.graph.precision import Precision
 from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
 from vlmport.graph.tiling import TileTokens, Tiling
 from vlmport.graph.weights import Format
 from vlmport.tokenizer import read_tokenizer
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-CONFIG = "config.json"
 POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
 SPLITTING = "do_image_splitting"
-QUESTION = "Can you describe this image?"
-MAX_NEW_TOKENS = 500  # where the checkpoint names no length; its model card generates so many
 
 
 @dataclass(frozen=True)
-class Idefics3Config:
+class Idefics3Config(AnsweringConfig):
     """The keys of config.json beside its two sub-configs, with Hugging Face's defaults."""
 
     image_token_id: int = 128257
     scale_factor: Size = 2
-    tie_word_embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,20 @@ class PixelConfig:
 
 
 @dataclass(frozen=True)
-class Idefics3(Family):
+class Idefics3(AnsweringFamily):
     """A checkpoint of Idefics3's shape."""
 
     name: ClassVar[str] = "idefics3"
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
-    hub_names: ClassVar[str] = "Idefics3"  # how the names of Hugging Face's classes begin
+    hub_names: ClassVar[str] = "Idefics3"
+    token_keys: ClassVar[Mapping[str, str]] = {IMAGE_TOKEN_ID: IMAGE_TOKEN}
+    question: ClassVar[str] = "Can you describe this image?"
+    most_new_tokens: ClassVar[int] = 500
 
     config: Idefics3Config
     vision: Idefics3VisionConfig
-    text: LlamaConfig
     pixel_config: PixelConfig
     tokens: TileTokens
-    settings: Generation
-    chat_template: str
-    raw: Mapping[str, Any]
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Self:
@@ -153,18 +154,12 @@ class Idefics3(Family):
             chat_template=read_chat_template(checkpoint),
             raw=raw,
         )
-        family._check_ids(checkpoint)
+        family.check_token_ids(tokenizer)
+        family._check_length(checkpoint)
         return family
 
-    def _check_ids(self, checkpoint: Checkpoint) -> None:
-        """Raise ConfigError where files disagree about the image token, or about its number."""
-        given, known = self.config.image_token_id, self.tokens.image
-        if given != known or given >= self.text.vocab_size:
-            raise ConfigError(
-                f"{CONFIG}: image_token_id {given}, {IMAGE_TOKEN!r} is {known} in the tokenizer, "
-                f"the embedding has {self.text.vocab_size} rows",
-                hint="config.json and the tokenizer must come from one model",
-            )
+    def _check_length(self, checkpoint: Checkpoint) -> None:
+        """Raise ConfigError where files disagree about how many image tokens a tile takes."""
         said = (checkpoint.json(PROCESSOR) or {}).get("image_seq_len", self.tokens.count)
         if said != self.tokens.count:
             raise ConfigError(
@@ -195,9 +190,6 @@ class Idefics3(Family):
         rows = bucketed_positions(self.tower.side, self.vision.side)
         return {**tensors, POSITIONS: PickedRows(table, rows)}
 
-    def is_unused(self, key: str) -> bool:
-        return False
-
     # Graphs
 
     @property
@@ -205,15 +197,8 @@ class Idefics3(Family):
         """The tower for pictures of the tiles' size."""
         return dataclasses.replace(self.vision, image_size=self.pixel_config.tiling.side)
 
-    def fixed_graphs(self) -> dict[str, GraphBuilder]:
+    def fixed_graphs(self) -> Graphs:
         return {"image_processor": self._image_processor()}
-
-    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
-        return {
-            "vision_encoder": self._vision_encoder(precision.vision),
-            "embed_tokens": embed_graph(self.text, "", precision.embed),
-            "decoder_model_merged": decoder_graph(self.text, "", precision.decoder, precision.head),
-        }
 
     def _image_processor(self) -> GraphBuilder:
         """image u8[H, W, 3], do_image_splitting bool[] → pixel_values f32[1, n, 3, t, t],
@@ -236,7 +221,7 @@ class Idefics3(Family):
         add_output(builder, prompt_ids, "prompt_ids", INT64, ["num_prompt_ids"])
         return builder
 
-    def _vision_encoder(self, form: Format) -> GraphBuilder:
+    def vision_encoder(self, form: Format) -> GraphBuilder:
         """pixel_values f32[B, n, 3, t, t], pixel_attention_mask bool[B, n, t, t] →
         image_features f32[T, D].
 
@@ -256,38 +241,15 @@ class Idefics3(Family):
         features = Connector("model.connector", tower.side, factor, vision, width, form)(
             op, patches
         )
-        features = op.Reshape(features, [-1, width])
-        if form.dtype != FLOAT:
-            features = op.Cast(features, to=FLOAT)
+        features = to_float32(op, op.Reshape(features, [-1, width]), form.dtype)
         add_output(builder, features, "image_features", FLOAT, ["num_features", width])
         return builder
 
     # What runtimes need to know
 
     @property
-    def dims(self) -> Dims:
-        return llama_dims(self.text)
-
-    @property
-    def prompt(self) -> PromptSpec:
-        parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        caption = {"role": "user", "content": parts}
-        return PromptSpec(IMAGE_TOKEN, self.tokens.image, self.tokens.image, (caption,))
-
-    @property
-    def generation(self) -> GenerationSpec:
-        return GenerationSpec(
-            stop_token_ids=self.settings.stop_token_ids,
-            pad_token_id=self.settings.pad_token_id,
-            max_new_tokens=self.settings.max_new_tokens or MAX_NEW_TOKENS,
-            processors_see_prompt=True,
-            defaults=self.settings.defaults,
-        )
-
-    @property
-    def pixels(self) -> PixelSpec:
-        resample = Resample(self.pixel_config.resample)
-        return PixelSpec(resample.name.lower(), f"Pillow {PILLOW_VERSION}")
+    def resample(self) -> int:
+        return self.pixel_config.resample
 
     @property
     def image_options(self) -> Mapping[str, Any]:
@@ -300,45 +262,24 @@ class Idefics3(Family):
     def golden_tokens(self, height: int, width: int) -> int:
         return len(self.tokens.alone)
 
-    def hub_files(self) -> HubFiles:
-        """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
-        pixels, processor = self.pixel_config, f"{self.hub_names}Processor"
-        dropped = ("auto_map", "text_config", "vision_config", "transformers.js_config")
+    def hub_pixels(self) -> dict[str, Any]:
+        return {
+            "image_processor_type": f"{self.hub_names}ImageProcessor",
+            "do_pad": True,
+            **listed(dataclasses.asdict(self.pixel_config)),
+        }
+
+    def hub_processor(self) -> dict[str, Any]:
+        return {"image_seq_len": self.tokens.count}
+
+    def hub_sections(self) -> dict[str, dict[str, Any]]:
         vision, text = dataclasses.asdict(self.vision), dataclasses.asdict(self.text)
         del vision["vision_use_head"]  # SigLIP's alone
         text |= {"head_dim": self.text.head_size, "num_key_value_heads": self.text.kv_heads}
-        return HubFiles(
-            config={
-                **{key: value for key, value in self.raw.items() if key not in dropped},
-                **dataclasses.asdict(self.config),
-                "eos_token_id": list(self.settings.stop_token_ids),
-                "pad_token_id": self.settings.pad_token_id,
-                "vision_config": without_sampling(
-                    {**(self.raw.get("vision_config") or {}), **vision}
-                ),
-                "text_config": without_sampling(
-                    {"model_type": "llama", **_text_section(self.raw), **text}
-                ),
-            },
-            preprocessor_config={
-                "image_processor_type": f"{self.hub_names}ImageProcessor",
-                "processor_class": processor,
-                "do_convert_rgb": True,
-                "do_resize": True,
-                "do_rescale": True,
-                "do_normalize": True,
-                "do_pad": True,
-                **dataclasses.asdict(pixels),
-                "image_mean": list(pixels.image_mean),
-                "image_std": list(pixels.image_std),
-            },
-            processor_config={"processor_class": processor, "image_seq_len": self.tokens.count},
-            generation_config=self.settings.hub_config(self.generation.max_new_tokens),
-            chat_template=self.chat_template,
-            new_tokens=(),
-            pipeline_tag="image-text-to-text",
-            description="a vision-language model",
-        )
+        return {
+            "vision_config": {**(self.raw.get("vision_config") or {}), **vision},
+            "text_config": {"model_type": "llama", **_text_section(self.raw), **text},
+        }
 
 
 def _text_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -40,14 +40,15 @@ from vlmport.families.base import (
     Layout,
     SizedLayout,
     llama_dims,
+    pixel_spec,
     without_sampling,
 )
 from vlmport.families.generation import Generation
 from vlmport.families.prefix_layouts import HEAD, LANGUAGE_MODEL, four_files
-from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
+from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph, to_float32
 from vlmport.graph.image import image_input, rescale_and_normalize
 from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
-from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample, resize
+from vlmport.graph.pillow_resize import Resample, resize
 from vlmport.graph.precision import Precision
 from vlmport.graph.projection import Projection
 from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
@@ -204,8 +205,7 @@ class PrefixCaptioner(Family):
         pixels = builder.input("pixel_values", FLOAT, ["batch_size", 3, size, size])
         patches = SiglipVisionTower(self.vision, form, "vision_encoder")(op, pixels)
         features = op.Reshape(self.project(op, patches, form), [-1, width])
-        if form.dtype != FLOAT:
-            features = op.Cast(features, to=FLOAT)
+        features = to_float32(op, features, form.dtype)
         add_output(builder, features, "image_features", FLOAT, ["num_features", width])
         return builder
 
@@ -226,24 +226,14 @@ class PrefixCaptioner(Family):
         return PromptSpec(IMAGE_TOKEN, self.image_token_id, self.image_token_id, (caption,))
 
     @property
-    def max_new_tokens(self) -> int:
-        """generation_config.json's; distilvit2 itself writes a length into config.json only."""
-        return self.settings.max_new_tokens or self.config.max_length
-
-    @property
     def generation(self) -> GenerationSpec:
-        return GenerationSpec(
-            stop_token_ids=self.settings.stop_token_ids,
-            pad_token_id=self.settings.pad_token_id,
-            max_new_tokens=self.max_new_tokens,
-            processors_see_prompt=False,  # generate(inputs_embeds=…) shows them new tokens only
-            defaults=self.settings.defaults,
-        )
+        # distilvit2 itself writes a length into config.json only. Its generate(inputs_embeds=…)
+        # shows processors new tokens only.
+        return self.settings.spec(self.config.max_length, processors_see_prompt=False)
 
     @property
     def pixels(self) -> PixelSpec:
-        resample = Resample(self.pixel_config.resample)
-        return PixelSpec(resample.name.lower(), f"Pillow {PILLOW_VERSION}")
+        return pixel_spec(self.pixel_config.resample)
 
     @property
     def image_tokens(self) -> int:
@@ -293,7 +283,7 @@ class PrefixCaptioner(Family):
                 "num_additional_image_tokens": 0,
                 "vision_feature_select_strategy": "full",
             },
-            generation_config=self.settings.hub_config(self.max_new_tokens),
+            generation_config=self.settings.hub_config(self.generation.max_new_tokens),
             chat_template=CHAT_TEMPLATE,
             new_tokens=(IMAGE_TOKEN,),
             pipeline_tag="image-to-text",  # it takes no text, as image-text-to-text would promise

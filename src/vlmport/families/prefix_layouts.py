@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from vlmport.families.base import HubFiles, Layout, without_sampling
-from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
+from vlmport.graph.builder import GraphBuilder, add_output, new_graph, to_float32
 from vlmport.graph.llama_prefix import language_model_graph, prefix_init_graph
 from vlmport.graph.siglip import SiglipVisionTower
 from vlmport.graph.siglip_head import PoolingHead
@@ -59,11 +59,11 @@ def _vision_encoder(family: PrefixCaptioner, form: Format) -> GraphBuilder:
     pixels = builder.input("pixel_values", FLOAT, ["batch_size", 3, size, size])
     patches = SiglipVisionTower(vision, form, "vision_encoder")(op, pixels)
     dims = ["batch_size", vision.num_patches, width]
-    add_output(builder, _float32(op, patches, form), "last_hidden_state", FLOAT, dims)
+    add_output(builder, to_float32(op, patches, form.dtype), "last_hidden_state", FLOAT, dims)
     if vision.vision_use_head:
         pooled = PoolingHead(vision, pooler_form(form), HEAD)(op, patches)
         dims = ["batch_size", width]
-        add_output(builder, _float32(op, pooled, form), "pooler_output", FLOAT, dims)
+        add_output(builder, to_float32(op, pooled, form.dtype), "pooler_output", FLOAT, dims)
     if form.dynamic:
         _halve_vectors(builder.graph)
     return builder
@@ -98,13 +98,9 @@ def _projection(family: PrefixCaptioner, form: Format) -> GraphBuilder:
     hidden = builder.input("vision_hidden_states", FLOAT, [*dims, family.vision.hidden_size])
     if form.dtype != FLOAT:
         hidden = op.Cast(hidden, to=form.dtype)
-    prefix = _float32(op, family.project(op, hidden, form), form)
+    prefix = to_float32(op, family.project(op, hidden, form), form.dtype)
     add_output(builder, prefix, "projected_prefix", FLOAT, [*dims, family.text.hidden_size])
     return builder
-
-
-def _float32(op: OpBuilder, x: ir.Value, form: Format) -> ir.Value:
-    return x if form.dtype == FLOAT else op.Cast(x, to=FLOAT)
 
 
 def _own_files(family: PrefixCaptioner) -> HubFiles:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vlmport.checkpoint import subsection
-from vlmport.families.qwen_vl import CONFIG, QwenVL, Tower
+from vlmport.families.answering import CONFIG
+from vlmport.families.qwen_vl import QwenVL, Tower
 from vlmport.graph.llama_config import LlamaConfig
 from vlmport.graph.qwen2_5_vision import Qwen2_5VisionConfig, VisionTower
 from vlmport.graph.qwen_text import Qwen2_5TextConfig

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from vlmport.checkpoint import subsection
 from vlmport.errors import ConfigError
-from vlmport.families.qwen_vl import CONFIG, QwenVL, Tower
+from vlmport.families.answering import CONFIG
+from vlmport.families.qwen_vl import QwenVL, Tower
 from vlmport.graph.llama_config import LlamaConfig
 from vlmport.graph.qwen3_vision import Qwen3VisionConfig, VisionTower
 from vlmport.graph.qwen_text import Qwen3TextConfig

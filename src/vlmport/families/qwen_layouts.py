@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from vlmport.errors import ExportError
 from vlmport.families.base import HubFiles, Layout, SizedLayout
-from vlmport.graph.builder import GraphBuilder, add_output, new_graph
+from vlmport.graph.builder import GraphBuilder, add_output, new_graph, to_float32
 from vlmport.graph.image import image_input, rescale_and_normalize
 from vlmport.graph.llama import decoder_graph
 from vlmport.graph.llama_fused import text_with_image_graph
@@ -110,9 +110,7 @@ def _vision(family: QwenVL, size: ImageSize, form: Format) -> GraphBuilder:
     image = op.Transpose(op.Squeeze(pixels, [0]), perm=[1, 2, 0])
     rows = patching.rows(op, patching.cut(op, image))
     grids = op.Reshape(op.Constant(value_ints=[1, *grid]), [1, 3])
-    features = family.vision_tower(form)(op, rows, grids)
-    if form.dtype != FLOAT:
-        features = op.Cast(features, to=FLOAT)
+    features = to_float32(op, family.vision_tower(form)(op, rows, grids), form.dtype)
     tokens = math.prod(grid) // patching.merge**2
     add_output(builder, features, "vision_features", FLOAT, [tokens, family.text.embeds_size])
     return builder
@@ -124,7 +122,7 @@ def genai(family: QwenVL) -> Layout:
     return Layout(
         fixed_graphs=family.fixed_graphs,
         graphs=lambda precision: {
-            "vision": family.graphs(precision)["vision_encoder"],
+            "vision": family.vision_encoder(precision.vision),
             "embedding": merged_embedding_graph(
                 text, "", precision.embed, family.config.image_token_id
             ),

@@ -23,17 +23,16 @@ from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
 
-from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import Checkpoint, LazyTensor, merged, read_config, subsection
 from vlmport.errors import ConfigError
-from vlmport.families.base import (
-    Family,
-    HubFiles,
-    Layout,
-    SizedLayout,
-    llama_dims,
-    without_sampling,
+from vlmport.families.answering import (
+    CONFIG,
+    IMAGE_TOKEN_ID,
+    AnsweringConfig,
+    AnsweringFamily,
+    listed,
 )
+from vlmport.families.base import Graphs, Layout, SizedLayout
 from vlmport.families.chat_template import read_chat_template
 from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, read_image_processor
@@ -44,12 +43,10 @@ from vlmport.families.qwen_pixels import (
     PixelConfig,
     image_processor_graph,
 )
-from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
-from vlmport.graph.llama import decoder_graph, embed_graph, tied_head
+from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph, to_float32
+from vlmport.graph.llama import tied_head
 from vlmport.graph.llama_config import LlamaConfig
 from vlmport.graph.mrope import position_ids_graph
-from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
-from vlmport.graph.precision import Precision
 from vlmport.graph.qwen_vision import QwenVisionConfig
 from vlmport.graph.smart_resize import SmartResize
 from vlmport.graph.weights import Format
@@ -57,10 +54,6 @@ from vlmport.layouts import FUSED, GENAI
 from vlmport.tokenizer import read_tokenizer
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-CONFIG = "config.json"
-IMAGE_TOKEN = "<|image_pad|>"
-QUESTION = "Describe this image."
-MAX_NEW_TOKENS = 128  # where the checkpoint names no length; its model card generates so many
 GOLDEN_TOKENS = 64  # of the golden picture, at least: a shorter prompt proves less
 
 # pixel_values and image_grid_thw → features [N / m², D·(1+n)], in the floats of the form
@@ -68,29 +61,31 @@ Tower = Callable[[OpBuilder, ir.Value, ir.Value], ir.Value]
 
 
 @dataclass(frozen=True)
-class QwenVLConfig:
+class QwenVLConfig(AnsweringConfig):
     """The keys of config.json beside its two sub-configs, with Hugging Face's defaults."""
 
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    tie_word_embeddings: bool = False
 
 
 @dataclass(frozen=True)
-class QwenVL(Family):
+class QwenVL(AnsweringFamily):
     """A checkpoint of Qwen2.5-VL's or Qwen3-VL's shape."""
 
-    hub_names: ClassVar[str]  # how the names of Hugging Face's classes begin
+    token_keys: ClassVar[Mapping[str, str]] = {
+        IMAGE_TOKEN_ID: "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    question: ClassVar[str] = "Describe this image."
+    most_new_tokens: ClassVar[int] = 128
 
     config: QwenVLConfig
     vision: QwenVisionConfig
-    text: LlamaConfig
     pixel_config: PixelConfig
-    settings: Generation
-    chat_template: str
-    raw: Mapping[str, Any]
 
     # What a family says
 
@@ -163,14 +158,7 @@ class QwenVL(Family):
                 f"{self.text.hidden_size} of the decoder",
                 hint="is the file of another model?",
             )
-        given = self.config.image_token_id
-        known = read_tokenizer(checkpoint.folder).token_to_id(IMAGE_TOKEN)
-        if given != known or given >= self.text.vocab_size:
-            raise ConfigError(
-                f"{CONFIG}: image_token_id {given}, {IMAGE_TOKEN!r} is {known} in the tokenizer, "
-                f"the embedding has {self.text.vocab_size} rows",
-                hint="config.json and the tokenizer must come from one model",
-            )
+        self.check_token_ids(read_tokenizer(checkpoint.folder))
 
     # Weights
 
@@ -183,12 +171,9 @@ class QwenVL(Family):
         )
         return tied_head(tensors, self.text, "")
 
-    def is_unused(self, key: str) -> bool:
-        return False
-
     # Graphs
 
-    def fixed_graphs(self) -> dict[str, GraphBuilder]:
+    def fixed_graphs(self) -> Graphs:
         return {
             "image_processor": image_processor_graph(self.pixel_config, self.config.image_token_id),
             "position_ids": position_ids_graph(
@@ -196,56 +181,26 @@ class QwenVL(Family):
             ),
         }
 
-    def graphs(self, precision: Precision) -> dict[str, GraphBuilder]:
-        return {
-            "vision_encoder": self._vision_encoder(precision.vision),
-            "embed_tokens": embed_graph(self.text, "", precision.embed),
-            "decoder_model_merged": decoder_graph(self.text, "", precision.decoder, precision.head),
-        }
-
     @property
     def layouts(self) -> Mapping[str, Layout | SizedLayout]:
         return {**super().layouts, FUSED: fused(self), GENAI: genai(self)}
 
-    def _vision_encoder(self, form: Format) -> GraphBuilder:
+    def vision_encoder(self, form: Format) -> GraphBuilder:
         """pixel_values f32[N, K], image_grid_thw i64[num_images, 3] →
         image_features f32[T, D·(1+n)]."""
         builder = new_graph("vision_encoder")
         op, width = builder.op, self.text.embeds_size
         rows = builder.input("pixel_values", FLOAT, ["num_patches", self.vision.patch_width])
         grids = builder.input("image_grid_thw", INT64, ["num_images", 3])
-        features = self.vision_tower(form)(op, rows, grids)
-        if form.dtype != FLOAT:
-            features = op.Cast(features, to=FLOAT)
+        features = to_float32(op, self.vision_tower(form)(op, rows, grids), form.dtype)
         add_output(builder, features, "image_features", FLOAT, ["num_features", width])
         return builder
 
     # What runtimes need to know
 
     @property
-    def dims(self) -> Dims:
-        return llama_dims(self.text)
-
-    @property
-    def prompt(self) -> PromptSpec:
-        parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        token = self.config.image_token_id
-        return PromptSpec(IMAGE_TOKEN, token, token, ({"role": "user", "content": parts},))
-
-    @property
-    def generation(self) -> GenerationSpec:
-        return GenerationSpec(
-            stop_token_ids=self.settings.stop_token_ids,
-            pad_token_id=self.settings.pad_token_id,
-            max_new_tokens=self.settings.max_new_tokens or MAX_NEW_TOKENS,
-            processors_see_prompt=True,
-            defaults=self.settings.defaults,
-        )
-
-    @property
-    def pixels(self) -> PixelSpec:
-        resample = Resample(self.pixel_config.resample)
-        return PixelSpec(resample.name.lower(), f"Pillow {PILLOW_VERSION}")
+    def resample(self) -> int:
+        return self.pixel_config.resample
 
     @property
     def image_options(self) -> Mapping[str, Any]:
@@ -262,42 +217,16 @@ class QwenVL(Family):
         new = SmartResize(factor).sides_of(height, width, limits[MIN_PIXELS], limits[MAX_PIXELS])
         return math.prod(new) // factor**2
 
-    def hub_files(self) -> HubFiles:
-        """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
-        pixels, processor = dataclasses.asdict(self.pixel_config), f"{self.hub_names}Processor"
-        limits = pixels.pop(MIN_PIXELS), pixels.pop(MAX_PIXELS)
-        dropped = ("auto_map", "text_config", "vision_config", "transformers.js_config")
-        sections = self.hub_sections()
-        return HubFiles(
-            config={
-                **{key: value for key, value in self.raw.items() if key not in dropped},
-                **dataclasses.asdict(self.config),
-                "eos_token_id": list(self.settings.stop_token_ids),
-                "pad_token_id": self.settings.pad_token_id,
-                **{key: without_sampling(section) for key, section in sections.items()},
-            },
-            preprocessor_config={
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "processor_class": processor,
-                "do_convert_rgb": True,
-                "do_resize": True,
-                "do_rescale": True,
-                "do_normalize": True,
-                **{key: _listed(value) for key, value in pixels.items()},
-                MIN_PIXELS: limits[0],
-                MAX_PIXELS: limits[1],
-                "size": dict(zip(("shortest_edge", "longest_edge"), limits, strict=True)),
-            },
-            processor_config={"processor_class": processor},
-            generation_config=self.settings.hub_config(self.generation.max_new_tokens),
-            chat_template=self.chat_template,
-            new_tokens=(),
-            pipeline_tag="image-text-to-text",
-            description="a vision-language model",
-        )
+    def hub_pixels(self) -> dict[str, Any]:
+        pixels = dataclasses.asdict(self.pixel_config)
+        limits = pixels[MIN_PIXELS], pixels[MAX_PIXELS]
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            **listed(pixels),
+            "size": dict(zip(("shortest_edge", "longest_edge"), limits, strict=True)),
+        }
 
     def hub_sections(self) -> dict[str, dict[str, Any]]:
-        """vision_config and text_config, with every size that a client may read."""
         text, vision = dataclasses.asdict(self.text), dataclasses.asdict(self.vision)
         text = {key: value for key, value in text.items() if key not in self.text.of_the_kind}
         text |= {"head_dim": self.text.head_size, "num_key_value_heads": self.text.kv_heads}
@@ -308,15 +237,10 @@ class QwenVL(Family):
             f"{part}_config": {
                 **raw[part],
                 "model_type": f"{self.model_types[0]}_{part}",
-                **{key: _listed(value) for key, value in known[part].items()},
+                **listed(known[part]),
             }
             for part in ("vision", "text")
         }
-
-
-def _listed(value: Any) -> Any:
-    """A tuple as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def plain_name(key: str) -> str:

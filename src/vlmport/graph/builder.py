@@ -13,7 +13,16 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnxscript._internal.builder import GraphBuilder, OpBuilder
 
-__all__ = ["MICROSOFT", "OPSET", "GraphBuilder", "OpBuilder", "add_output", "new_graph", "to_model"]
+__all__ = [
+    "MICROSOFT",
+    "OPSET",
+    "GraphBuilder",
+    "OpBuilder",
+    "add_output",
+    "new_graph",
+    "to_float32",
+    "to_model",
+]
 
 OPSET = 23  # RotaryEmbedding and RMSNormalization; WebGPU keeps every operator we use at 23
 IR_VERSION = 10
@@ -37,6 +46,11 @@ def add_output(
     builder.add_output(value, name)
     value.type = ir.TensorType(dtype)
     value.shape = ir.Shape(dims)
+
+
+def to_float32(op: OpBuilder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A value of `dtype` as float32, which all floats are at the edges of a graph."""
+    return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=ir.DataType.FLOAT)
 
 
 def to_model(builder: GraphBuilder, version: str = "") -> ir.Model:

@@ -1,0 +1,182 @@
+"""What the families that answer questions have alike: the Hub's graphs, prompt and files.
+
+Their prompt, pictures and files are Hugging Face's own. A family reads its checkpoint, and says its
+tower, its image processor and how a picture is written in a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
+
+from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.errors import ConfigError
+from vlmport.families.base import (
+    Family,
+    Graphs,
+    HubFiles,
+    llama_dims,
+    pixel_spec,
+    without_sampling,
+)
+from vlmport.families.generation import Generation
+from vlmport.graph.builder import GraphBuilder
+from vlmport.graph.llama import decoder_graph, embed_graph
+from vlmport.graph.llama_config import LlamaConfig
+from vlmport.graph.precision import Precision
+from vlmport.graph.weights import Format
+
+CONFIG = "config.json"
+IMAGE_TOKEN_ID = "image_token_id"
+# Of config.json: what is written anew, and what belongs to other programs.
+DROPPED = frozenset({"auto_map", "text_config", "vision_config", "transformers.js_config"})
+
+
+@dataclass(frozen=True)
+class AnsweringConfig:
+    """The keys of config.json beside its two sub-configs that every such family has."""
+
+    image_token_id: int
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class AnsweringFamily(Family):
+    """A model that answers questions about pictures, read from a checkpoint.
+
+    Attributes:
+        hub_names: how the names of Hugging Face's classes begin.
+        token_keys: keys of config.json → the tokens whose ids they are; IMAGE_TOKEN_ID is one.
+        question: what asks for a caption.
+        most_new_tokens: where the checkpoint names no length: what its model card generates.
+        raw: config.json.
+    """
+
+    hub_names: ClassVar[str]
+    token_keys: ClassVar[Mapping[str, str]]
+    question: ClassVar[str]
+    most_new_tokens: ClassVar[int]
+
+    config: AnsweringConfig
+    text: LlamaConfig
+    settings: Generation
+    chat_template: str
+    raw: Mapping[str, Any]
+
+    # What a family says
+
+    @abstractmethod
+    def vision_encoder(self, form: Format) -> GraphBuilder:
+        """Pictures as the image processor makes them → image_features f32[T, D]."""
+
+    @property
+    @abstractmethod
+    def resample(self) -> int:
+        """Pillow's code of the filter that pictures are resized with."""
+
+    @abstractmethod
+    def hub_sections(self) -> Mapping[str, Mapping[str, Any]]:
+        """vision_config and text_config, with every size that a client may read."""
+
+    @abstractmethod
+    def hub_pixels(self) -> Mapping[str, Any]:
+        """preprocessor_config.json, but for what all have."""
+
+    def hub_processor(self) -> Mapping[str, Any]:
+        """processor_config.json, but for what all have."""
+        return {}
+
+    # Reading
+
+    def check_token_ids(self, tokenizer: Tokenizer) -> None:
+        """Raise ConfigError where config.json has other ids of tokens than the tokenizer.
+
+        Clients look for pictures by them in what the template has written.
+        """
+        known = {key: tokenizer.token_to_id(token) for key, token in self.token_keys.items()}
+        given = {key: getattr(self.config, key) for key in known}
+        rows = self.text.vocab_size
+        wrong = [
+            f"{key} {given[key]}, {token!r} is {known[key]} in the tokenizer"
+            for key, token in self.token_keys.items()
+            if given[key] != known[key]
+        ]
+        wrong = wrong or [
+            f"{key} {one}, the embedding has {rows} rows"
+            for key, one in given.items()
+            if one >= rows
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{CONFIG}: {'; '.join(wrong)}",
+                hint="config.json and the tokenizer must come from one model",
+            )
+
+    # Graphs
+
+    def graphs(self, precision: Precision) -> Graphs:
+        return {
+            "vision_encoder": self.vision_encoder(precision.vision),
+            "embed_tokens": embed_graph(self.text, "", precision.embed),
+            "decoder_model_merged": decoder_graph(self.text, "", precision.decoder, precision.head),
+        }
+
+    def is_unused(self, key: str) -> bool:
+        return False
+
+    # What runtimes need to know
+
+    @property
+    def dims(self) -> Dims:
+        return llama_dims(self.text)
+
+    @property
+    def prompt(self) -> PromptSpec:
+        parts = [{"type": "image"}, {"type": "text", "text": self.question}]
+        token, caption = self.config.image_token_id, {"role": "user", "content": parts}
+        return PromptSpec(self.token_keys[IMAGE_TOKEN_ID], token, token, (caption,))
+
+    @property
+    def generation(self) -> GenerationSpec:
+        return self.settings.spec(self.most_new_tokens, processors_see_prompt=True)
+
+    @property
+    def pixels(self) -> PixelSpec:
+        return pixel_spec(self.resample)
+
+    def hub_files(self) -> HubFiles:
+        """The files of Hugging Face's own layout, whose graphs and prompt ours are."""
+        processor, sections = f"{self.hub_names}Processor", self.hub_sections()
+        return HubFiles(
+            config={
+                **{key: value for key, value in self.raw.items() if key not in DROPPED},
+                **dataclasses.asdict(self.config),
+                "eos_token_id": list(self.settings.stop_token_ids),
+                "pad_token_id": self.settings.pad_token_id,
+                **{key: without_sampling(section) for key, section in sections.items()},
+            },
+            preprocessor_config={
+                "processor_class": processor,
+                "do_convert_rgb": True,
+                "do_resize": True,
+                "do_rescale": True,
+                "do_normalize": True,
+                **self.hub_pixels(),
+            },
+            processor_config={"processor_class": processor, **self.hub_processor()},
+            generation_config=self.settings.hub_config(self.generation.max_new_tokens),
+            chat_template=self.chat_template,
+            new_tokens=(),
+            pipeline_tag="image-text-to-text",
+            description="a vision-language model",
+        )
+
+
+def listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with tuples as JSON has them."""
+    return {key: list(one) if isinstance(one, tuple) else one for key, one in values.items()}
