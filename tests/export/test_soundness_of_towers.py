@@ -19,7 +19,7 @@ from vlmport.bundle import Bundle
 from vlmport.errors import ExportError
 from vlmport.export import export
 from vlmport.export.soundness import LIMIT, check_float16, half_magnitudes
-from vlmport.graph.frame_attention import MASKED
+from vlmport.graph.qwen2_5_vision import MASKED
 from vlmport.runtime.components import Components
 
 Write = Callable[..., Path]

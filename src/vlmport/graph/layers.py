@@ -218,7 +218,19 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, fused with the residual addition before it where there is one."""
+    """Root-mean-square norm over the last axis."""
+
+    def __init__(self, width: int, epsilon: float, form: Format = FLOAT32):
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = Weight((width,), dtype=form.dtype)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)
+
+
+class SkipRMSNorm(nn.Module):
+    """RMSNorm of a sum, fused with the residual addition before it where there is one."""
 
     def __init__(self, width: int, epsilon: float, form: Format = FLOAT32):
         super().__init__()
@@ -243,3 +255,19 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda op, x: op.Gelu(x, approximate="tanh"),
     "silu": lambda op, x: op.Mul(x, op.Sigmoid(x)),
 }
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)); gate and up are one matrix."""
+
+    def __init__(self, width: int, inner: int, activation: str, *, bias: bool, form: Format):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        parts = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = Linear(width, parts, bias=bias, form=form)
+        self.down_proj = Linear(inner, width, bias=bias, form=form)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        halves = [self.down_proj.inputs] * 2
+        gate, up = op.Split(self.gate_up_proj(op, x), halves, axis=-1, _outputs=2)
+        return self.down_proj(op, op.Mul(self.activation(op, gate), up))

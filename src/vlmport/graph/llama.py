@@ -22,7 +22,7 @@ from onnxscript import nn
 
 from vlmport.checkpoint import LazyTensor
 from vlmport.graph.builder import MICROSOFT, GraphBuilder, OpBuilder, add_output, new_graph
-from vlmport.graph.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from vlmport.graph.layers import Embedding, GatedMLP, Linear, RMSNorm, SkipRMSNorm
 from vlmport.graph.llama_config import LlamaConfig as LlamaConfig
 from vlmport.graph.mrope import mrope_angles
 from vlmport.graph.rotary import rotary_angles
@@ -125,25 +125,8 @@ class Attention(nn.Module):
         heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
         x = op.Reshape(x, [0, 0, heads + kv_heads, size])
         queries, keys = op.Split(x, [heads, kv_heads], axis=2, _outputs=2)
-        x = op.Concat(self.q_norm(op, queries)[0], self.k_norm(op, keys)[0], axis=2)
+        x = op.Concat(self.q_norm(op, queries), self.k_norm(op, keys), axis=2)
         return op.Reshape(x, [0, 0, (heads + kv_heads) * size])
-
-
-class MLP(nn.Module):
-    """down(act(gate(x)) · up(x))."""
-
-    def __init__(self, config: LlamaConfig, form: Format):
-        super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = ACTIVATIONS[config.hidden_act]
-        parts = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = Linear(width, parts, bias=bias, form=form)
-        self.down_proj = Linear(inner, width, bias=bias, form=form)
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        halves = [self.down_proj.inputs] * 2
-        gate, up = op.Split(self.gate_up_proj(op, x), halves, axis=-1, _outputs=2)
-        return self.down_proj(op, op.Mul(self.activation(op, gate), up))
 
 
 class DecoderLayer(nn.Module):
@@ -151,10 +134,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, form: Format):
         super().__init__()
+        width, epsilon = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, form)
-        self.mlp = MLP(config, form)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
+        self.mlp = GatedMLP(
+            width, config.intermediate_size, config.hidden_act, bias=config.mlp_bias, form=form
+        )
+        self.input_layernorm = SkipRMSNorm(width, epsilon, form)
+        self.post_attention_layernorm = SkipRMSNorm(width, epsilon, form)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, residual: ir.Value | None, step: Step, past: Past
@@ -173,7 +159,7 @@ class LlamaModel(nn.Module):
         self.config = config
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([DecoderLayer(config, form) for _ in layers])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, form)
+        self.norm = SkipRMSNorm(config.hidden_size, config.rms_norm_eps, form)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, step: Step, pasts: list[Past]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -21,21 +22,21 @@ from onnxscript import nn
 from vlmport.checkpoint import Layers, Size
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
-from vlmport.graph.frame_attention import MASKED, FrameAttention
+from vlmport.graph.frame_attention import FrameAttention
 from vlmport.graph.grids import Frames, Patches, frames_of, starts_of
-from vlmport.graph.layers import ACTIVATIONS, Linear, RMSNorm
+from vlmport.graph.layers import GatedMLP, Linear, RMSNorm
 from vlmport.graph.qwen_vision import (
+    EPSILON,
     HINT,
-    Attending,
-    PatchProjection,
+    PatchEmbed,
     QwenVisionConfig,
-    VisionAttention,
+    VisionBlock,
     rotary_angles,
 )
 from vlmport.graph.weights import Format
 
 FLOAT = ir.DataType.FLOAT
-EPSILON = 1e-6  # of every norm, in no config
+MASKED = -10000.0  # added to scores of what fills a window up: exp() of it is 0, float16 holds it
 
 
 @dataclass(frozen=True)
@@ -132,44 +133,12 @@ class WindowAttention:
         return op.Gather(flat, self.places, axis=1)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config: QwenVisionConfig, form: Format):
-        super().__init__()
-        self.proj = PatchProjection(config, bias=False, form=form)
-
-    def forward(self, op: OpBuilder, rows: ir.Value) -> ir.Value:
-        return self.proj(op, rows)
-
-
-class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)), with biases."""
-
+class Block(VisionBlock):
     def __init__(self, config: Qwen2_5VisionConfig, form: Format):
-        super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.activation = ACTIVATIONS[config.hidden_act]
-        parts = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = Linear(width, parts, bias=True, form=form)
-        self.down_proj = Linear(inner, width, bias=True, form=form)
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        gate, up = op.Split(self.gate_up_proj(op, x), axis=-1, num_outputs=2, _outputs=2)
-        return self.down_proj(op, op.Mul(self.activation(op, gate), up))
-
-
-class Block(nn.Module):
-    def __init__(self, config: Qwen2_5VisionConfig, form: Format):
-        super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, EPSILON, form)
-        self.norm2 = RMSNorm(config.hidden_size, EPSILON, form)
-        self.attn = VisionAttention(config, form)
-        self.mlp = MLP(config, form)
-
-    def forward(
-        self, op: OpBuilder, x: ir.Value, angles: tuple[ir.Value, ir.Value], among: Attending
-    ) -> ir.Value:
-        x = op.Add(x, self.attn(op, self.norm1(op, x)[0], angles, among))
-        return op.Add(x, self.mlp(op, self.norm2(op, x)[0]))
+        norm = partial(RMSNorm, width, EPSILON, form)
+        mlp = GatedMLP(width, inner, config.hidden_act, bias=True, form=form)
+        super().__init__(config, norm, mlp, form)
 
 
 class Merger(nn.Module):
@@ -185,7 +154,7 @@ class Merger(nn.Module):
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         """[1, N, C] → [N / m², D]."""
-        x = op.Reshape(self.ln_q(op, x)[0], [-1, self.inner])
+        x = op.Reshape(self.ln_q(op, x), [-1, self.inner])
         for layer in self.mlp:
             x = layer(op, x)
         return x
@@ -205,7 +174,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: Qwen2_5VisionConfig, form: Format, name: str | None = None):
         super().__init__(name)
         self.config, self.form = config, form
-        self.patch_embed = PatchEmbed(config, form)
+        self.patch_embed = PatchEmbed(config, bias=False, form=form)
         self.blocks = nn.ModuleList([Block(config, form) for _ in range(config.depth)])
         self.merger = Merger(config, form)
 

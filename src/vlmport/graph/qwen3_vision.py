@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -28,18 +29,17 @@ from vlmport.graph.frame_attention import FrameAttention
 from vlmport.graph.grids import Patches, frames_of
 from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
 from vlmport.graph.qwen_vision import (
+    EPSILON,
     HINT,
-    Attending,
-    PatchProjection,
+    PatchEmbed,
     QwenVisionConfig,
-    VisionAttention,
+    VisionBlock,
     rotary_angles,
 )
 from vlmport.graph.stored import Stored
 from vlmport.graph.weights import Format
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-EPSILON = 1e-6  # of every norm; no config says it
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,6 @@ class Qwen3VisionConfig(QwenVisionConfig):
     def side(self) -> int:
         """Of the square of learnt positions."""
         return math.isqrt(self.num_position_embeddings)
-
-
-class PatchEmbed(nn.Module):
-    """A module of its own for the name `patch_embed.proj`."""
-
-    def __init__(self, config: Qwen3VisionConfig, form: Format):
-        super().__init__()
-        self.proj = PatchProjection(config, True, form)
-
-    def forward(self, op: OpBuilder, rows: ir.Value) -> ir.Value:
-        return self.proj(op, rows)
 
 
 class PositionTable(Stored):
@@ -138,19 +127,10 @@ class MLP(nn.Module):
         return self.linear_fc2(op, self.activation(op, self.linear_fc1(op, x)))
 
 
-class Block(nn.Module):
+class Block(VisionBlock):
     def __init__(self, config: Qwen3VisionConfig, form: Format):
-        super().__init__()
-        self.norm1 = LayerNorm(config.hidden_size, EPSILON, form)
-        self.norm2 = LayerNorm(config.hidden_size, EPSILON, form)
-        self.attn = VisionAttention(config, form)
-        self.mlp = MLP(config, form)
-
-    def forward(
-        self, op: OpBuilder, x: ir.Value, angles: tuple[ir.Value, ir.Value], among: Attending
-    ) -> ir.Value:
-        x = op.Add(x, self.attn(op, self.norm1(op, x), angles, among))
-        return op.Add(x, self.mlp(op, self.norm2(op, x)))
+        norm = partial(LayerNorm, config.hidden_size, EPSILON, form)
+        super().__init__(config, norm, MLP(config, form), form)
 
 
 class Merger(nn.Module):
@@ -182,7 +162,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: Qwen3VisionConfig, form: Format, name: str | None = None):
         super().__init__(name)
         self.config, self.form = config, form
-        self.patch_embed = PatchEmbed(config, form)
+        self.patch_embed = PatchEmbed(config, bias=True, form=form)
         self.pos_embed = PositionTable(config, form)
         self.blocks = nn.ModuleList([Block(config, form) for _ in range(config.depth)])
         self.merger = Merger(config, form, norm_after=False)

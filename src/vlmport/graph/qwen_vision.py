@@ -5,7 +5,7 @@ Source: transformers 5.23, modeling_qwen2_5_vl.py and modeling_qwen3_vl.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -23,6 +23,7 @@ from vlmport.graph.weights import Format, Weight
 
 FLOAT = ir.DataType.FLOAT
 HINT = "is the file of another model?"
+EPSILON = 1e-6  # of every norm; no config says it
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,18 @@ class PatchProjection(Stored):
         return op.Unsqueeze(op.Gemm(rows, matrix, *bias, transB=1), [0])
 
 
+class PatchEmbed(nn.Module):
+    """A module of its own for the name `patch_embed.proj`."""
+
+    def __init__(self, config: QwenVisionConfig, bias: bool, form: Format):
+        super().__init__()
+        self.proj = PatchProjection(config, bias, form)
+
+    def forward(self, op: OpBuilder, rows: ir.Value) -> ir.Value:
+        """[N, K] → [1, N, D]."""
+        return self.proj(op, rows)
+
+
 def rotary_angles(
     op: OpBuilder, patches: Patches, config: QwenVisionConfig, dtype: ir.DataType = FLOAT
 ) -> tuple[ir.Value, ir.Value]:
@@ -143,3 +156,23 @@ class VisionAttention(nn.Module):
         rotated = op.RotaryEmbedding(rotated, *angles, num_heads=2 * self.heads)
         q, k = op.Split(rotated, axis=-1, num_outputs=2, _outputs=2)
         return self.proj(op, among.attend(op, q, k, v))
+
+
+class VisionBlock(nn.Module):
+    """Attention, then an MLP, each added to what its norm was taken of."""
+
+    def __init__(
+        self, config: QwenVisionConfig, norm: Callable[[], nn.Module], mlp: nn.Module, form: Format
+    ):
+        """`norm` makes a norm as the tower has it, `mlp` is the tower's own."""
+        super().__init__()
+        self.norm1, self.norm2 = norm(), norm()
+        self.attn = VisionAttention(config, form)
+        self.mlp = mlp
+
+    def forward(
+        self, op: OpBuilder, x: ir.Value, angles: tuple[ir.Value, ir.Value], among: Attending
+    ) -> ir.Value:
+        """x [1, N, D] → [1, N, D]."""
+        x = op.Add(x, self.attn(op, self.norm1(op, x), angles, among))
+        return op.Add(x, self.mlp(op, self.norm2(op, x)))
