@@ -41,7 +41,7 @@ def export(
         str | None,
         typer.Option(
             "--max-shard-size",
-            help="Of a file of weights beside its graph, such as 500MB; 2GB unless given.",
+            help="Of a file of weights beside its graph, such as 500MB; 2GB if not given, or less.",
             metavar="SIZE",
         ),
     ] = None,

@@ -15,7 +15,8 @@ from vlmport.graph.weights import Weight
 
 # A graph with more weights than this keeps them in a file beside it.
 INLINE_BYTES = 16 * 1024 * 1024
-# Browsers hold less than 2 GB in one buffer, so external data is split below that.
+# Browsers hold less than 2 GB in one buffer, so a file of external data holds no more, unless it is
+# one tensor that is larger by itself.
 DATA_FILE_BYTES = 2_000_000_000
 # transformers.js reads no more of a graph.
 DATA_FILES = 100
@@ -65,7 +66,10 @@ def _nbytes(value: ir.Value) -> int:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of '500MB', '2GiB' or a number, as Hugging Face writes sizes. Raises ExportError."""
+    """Bytes that a data file may hold, of '500MB', '2GB' or a number, as Hugging Face writes sizes.
+
+    Raises ExportError for what is no size, and for more than DATA_FILE_BYTES.
+    """
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text).strip())
     number, unit = found.groups() if found else ("0", "")
     size = int(float(number) * UNITS.get(unit.upper(), 0))
@@ -74,11 +78,17 @@ def parse_size(text: str | int) -> int:
             f"size {str(text)[:40]!r}: expected a number of bytes, such as 500MB",
             hint="units are KB, MB, GB, KiB, MiB and GiB",
         )
+    if size > DATA_FILE_BYTES:
+        raise ExportError(
+            f"size {str(text)[:40]!r}: a file of weights may hold {DATA_FILE_BYTES} bytes (2GB), "
+            "more than which browsers don't hold in one piece",
+            hint="leave the size out: that makes as few files as all clients can open",
+        )
     return size
 
 
 def write_model(job: Job, folder: Path, room: int | None = None) -> None:
-    """Save and check one graph; weights past INLINE_BYTES go to files beside it.
+    """Save and check one graph; its weights past INLINE_BYTES, or `room`, go to files beside it.
 
     Args:
         room: bytes of such a file; None for DATA_FILE_BYTES.
@@ -87,11 +97,12 @@ def write_model(job: Job, folder: Path, room: int | None = None) -> None:
     """
     path = folder / job.file
     path.parent.mkdir(exist_ok=True)
+    room = room or DATA_FILE_BYTES
     try:
         if job.owner is not None:
             _borrow_weights(job, folder)
-        if job.is_shared or job.weight_bytes > INLINE_BYTES:
-            _move_weights_out(job.model.graph, path, room or DATA_FILE_BYTES)
+        if job.is_shared or job.weight_bytes > min(room, INLINE_BYTES):
+            _move_weights_out(job.model.graph, path, room)
         ir.save(job.model, path)
     except ir.serde.SerdeError as error:  # wraps what a weight raised when it was read
         raise _user_error(error) from error
@@ -146,7 +157,9 @@ def _move_weights_out(graph: ir.Graph, path: Path, most: int) -> None:
     if len(parts) > DATA_FILES:
         raise ExportError(
             f"{path.name}: {len(parts)} files of weights, clients read up to {DATA_FILES}",
-            hint=f"allow larger ones: the largest tensor takes {max(map(_nbytes, large))} bytes",
+            hint="allow larger ones"
+            if most < DATA_FILE_BYTES
+            else "choose a precision of fewer bits: larger files fit into no browser",
         )
     for number, values in enumerate(part for part in parts if part):
         name = data_file(path.name, number)
