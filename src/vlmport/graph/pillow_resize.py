@@ -1,4 +1,4 @@
-"""Image.resize of Pillow 13, bit for bit, as a sub-graph.
+"""Image.resize of Pillow 13 as a sub-graph: bilinear and bicubic bit for bit, Lanczos all but.
 
 Vision-language models are trained on pixels that Pillow resized, and other resizers differ by
 several grey levels. Pillow's own arithmetic is of integers and needs no float64, so it can be
