@@ -94,16 +94,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def some_names(names: Iterable[str], limit: int = 8) -> str:
-    """The names, quoted and sorted; past `limit` the rest is counted."""
+def some_names(names: Iterable[str], limit: int = 8, width: int = 200) -> str:
+    """The names, quoted and sorted, each cut at `width` characters; past `limit` the rest is
+    counted."""
     ordered = sorted(names)
-    shown = ", ".join(repr(name) for name in ordered[:limit])
+    shown = ", ".join(_cut(repr(name), width) for name in ordered[:limit])
     return shown + (f", … and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 def some_problems(problems: Sequence[str], limit: int = 6, width: int = 200) -> str:
     """The first of them, each cut at `width` characters, and how many more: whatever a file holds,
     a message about it is short."""
-    shown = [one if len(one) <= width else f"{one[: width - 1]}…" for one in problems[:limit]]
+    shown = [_cut(one, width) for one in problems[:limit]]
     rest = len(problems) - limit
     return "; ".join(shown) + (f"; … and {rest} more" if rest > 0 else "")
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -220,6 +220,19 @@ def test_the_index_names_files_beside_it_only(tmp_path: Path, file: object) -> N
     assert "not file names of shards" in str(failure(tmp_path))
 
 
+def test_an_index_with_a_whole_document_for_a_name_is_refused_in_few_words(tmp_path: Path) -> None:
+    """Found by fuzzing: the message had all of it."""
+    nested = {
+        f"layers.{number}.weight": "model-00001-of-00001.safetensors" for number in range(999)
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": nested}})
+    )
+    said = str(failure(tmp_path))
+    assert "not file names of shards: \"{'layers.0.weight'" in said
+    assert len(said) < 500
+
+
 @pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}])
 def test_an_index_without_a_map(tmp_path: Path, content: object) -> None:
     write_json(tmp_path / "model.safetensors.index.json", content)
