@@ -285,6 +285,7 @@ def test_metrics() -> None:
     assert metrics.rounding_steps(truth + step / 2, truth, 4) == pytest.approx(0.5)
     assert metrics.rounding_steps(truth + step / 2, truth, 8) == pytest.approx(8)
     assert metrics.rounding_steps(truth, 0 * truth, 4) == math.inf
+    assert metrics.rounding_steps(truth * np.float32(math.nan), 0 * truth, 4) == math.inf
     p, q = np.exp(metrics.log_softmax(truth)), np.exp(metrics.log_softmax(other))
     assert metrics.mean_divergence(other, truth) == pytest.approx((p * np.log(p / q)).sum(1).mean())
     assert metrics.mean_divergence(truth + 7, truth) == pytest.approx(0, abs=1e-6)
@@ -297,3 +298,7 @@ def test_metrics() -> None:
     assert metrics.end_regret(logits, (1, 7)) == pytest.approx(math.log(2.5))
     assert metrics.end_regret(logits, ()) == math.inf
     assert metrics.margin(np.array([1.0, 5.0, 3.5])) == 1.5
+    assert (metrics.largest([1, 3.5, 2]), metrics.least([1, 0.5, 2])) == (3.5, 0.5)
+    for values in ([0, math.nan], [math.nan, 0], [math.inf, math.nan]):
+        assert math.isnan(metrics.largest(values))
+        assert math.isnan(metrics.least(values))

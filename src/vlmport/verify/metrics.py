@@ -80,7 +80,7 @@ def rounding_steps(
     pad = ((0, 0), (0, -truth.shape[1] % block))
     error = np.pad(np.abs(ours.astype(np.float64) - truth), pad).reshape(-1, block).max(-1)
     step = np.pad(np.abs(truth), pad).reshape(-1, block).max(-1) / 2 ** (bits - 1)
-    steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0), where=step > 0)
+    steps = np.divide(error, step, out=np.where(error == 0, 0, np.inf), where=step > 0)
     return float(steps.max(initial=0))
 
 
