@@ -222,7 +222,7 @@ def test_bad_arrays(array: np.ndarray, said: str):
         (b"<!doctype html><html>", "a web page"),
         (b'  <svg xmlns="x">', "an SVG drawing"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-        (b"\0\0\0\x18ftypmp42....", "an MP4, MOV, HEIC or AVIF file"),
+        (b"\0\0\0\x18ftypheic....", "a HEIC or AVIF picture that this Pillow can't read"),
         (b"once upon a time", "not a picture but text"),
         (b"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "not a picture (begins "),
     ],
@@ -233,6 +233,13 @@ def test_files_that_are_no_pictures(tmp_path: Path, data: bytes, said: str):
     assert said in refused(path)
     assert str(path) in refused(path)
     assert said in refused(data)
+
+
+@pytest.mark.parametrize("data", [b"\0\0\0\x18ftypmp42....", b"\x1aE\xdf\xa3\x01\0\0\0"])
+def test_a_video_has_frames(data: bytes):
+    with pytest.raises(ImageError, match="not a picture but a video") as caught:
+        open_image(data)
+    assert caught.value.hint == "give some of its frames as pictures"
 
 
 def test_paths_that_lead_nowhere(tmp_path: Path):

@@ -34,6 +34,7 @@ BAND = 64  # rows of gray that are converted at a time: in float64 they take eig
 # Not all that Pillow knows: some of its readers start other programs (EPS), most are hardly used.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 HINT_FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP and TIFF are read"
+HINT_VIDEO = "give some of its frames as pictures"
 
 # What a file that is no picture begins with → what it is.
 LOOKS_LIKE = {
@@ -53,6 +54,8 @@ LOOKS_LIKE = {
     b"\x7fELF": "a program",
     b"MZ": "a program",
 }
+# What stands after `ftyp` in pictures; anything else there is a video.
+PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 class _StrictPillow:
@@ -191,7 +194,9 @@ def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: {_looks_like(head)}", hint=HINT_FORMATS) from None
+        what = _looks_like(head)
+        hint = HINT_VIDEO if "a video" in what else HINT_FORMATS
+        raise ImageError(f"{name}: {what}", hint=hint) from None
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise _damaged(name, error) from error
     _check_size(*image.size, name)
@@ -285,8 +290,10 @@ def _looks_like(head: bytes) -> str:
     for start, what in LOOKS_LIKE.items():
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(start.lower()):
             return f"not a picture but {what}"
+    if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
+        return "a HEIC or AVIF picture that this Pillow can't read"
     if head[4:8] == b"ftyp":
-        return "an MP4, MOV, HEIC or AVIF file that this Pillow can't read"
+        return "not a picture but a video (MP4 or MOV)"
     printable = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)
     return "not a picture but text" if printable else f"not a picture (begins {head[:8]!r})"
 
