@@ -166,14 +166,19 @@ def test_a_picture_has_the_features_that_it_has_alone() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_one_picture_takes_no_mask(tmp_path: Path) -> None:
-    """Nor scores, of 16,384 patches each with each: those of four heads would be 4 GB."""
+@pytest.mark.parametrize(
+    "grids", [[(1, 128, 128)], [(1, 128, 64), (1, 8, 8), (1, 4, 16)], [(1, 64, 64)] * 4]
+)
+def test_nothing_is_masked_or_filled_up(tmp_path: Path, grids: Grids) -> None:
+    """Nor are there scores, of 16,384 patches each with each: those of four heads would be 4 GB,
+    and as many again for each small picture beside a large one that is filled up to its length."""
     path = tmp_path / "tower.onnx"
     path.write_bytes(graph_bytes(*tower("tiny")))
     program = f"""
 import numpy as np, onnxruntime as ort
 session = ort.InferenceSession({str(path)!r}, providers=["CPUExecutionProvider"])
-rows, grids = np.ones((128 * 128, 96), np.float32), np.array([[1, 128, 128]])
+grids = np.array({grids!r})
+rows = np.ones((grids.prod(axis=1).sum(), 96), np.float32)
 session.run(None, {{"pixel_values": rows, "image_grid_thw": grids}})
 status = open("/proc/self/status").read()  # getrusage would count the process that forked this
 print(status.partition("VmHWM:")[2].split()[0])

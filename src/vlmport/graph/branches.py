@@ -1,4 +1,4 @@
-"""Subgraphs: one of two branches, and names that differ inside from all outside, as ONNX wants."""
+"""Subgraphs: one of two branches, steps over one value; names unlike all outside, as ONNX wants."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import onnx_ir as ir
 
 from vlmport.graph.builder import OpBuilder
 
-__all__ = ["if_else", "scope", "unique_name"]
+__all__ = ["fold", "if_else", "scope", "unique_name"]
 
 Write = Callable[[OpBuilder], ir.Value]
+Fold = Callable[[OpBuilder, ir.Value, ir.Value], ir.Value]
 
 
 @contextmanager
@@ -60,5 +61,39 @@ def if_else(
 
     branches = {"then_branch": subgraph(then_branch), "else_branch": subgraph(else_branch)}
     result = op.If(condition, **branches)
+    result.type, result.shape = kind, ir.Shape(dims)
+    return result
+
+
+def fold(
+    op: OpBuilder, steps: ir.Value, body: Fold, first: ir.Value, dtype: ir.DataType, rank: int
+) -> ir.Value:
+    """What `body` makes of a value `steps` times over, beginning with `first`.
+
+    Args:
+        steps: i64, one element.
+        body: writes a step, of its number i64 [] and the value so far; values of the graph around
+            may be used there. The value keeps its type and rank; its dims may change.
+    """
+    flag, index = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64)
+    kind, dims = ir.TensorType(dtype), [None] * rank
+
+    def trace(
+        op: OpBuilder, step: ir.Value, condition: ir.Value, value: ir.Value
+    ) -> list[ir.Value]:
+        with scope(op, body.__name__):
+            return [op.Identity(condition), body(op, step, value)]
+
+    inputs = [
+        ir.Value(name=unique_name(op, "step"), type=index, shape=ir.Shape([])),
+        ir.Value(name=unique_name(op, "condition"), type=flag, shape=ir.Shape([])),
+        ir.Value(name=unique_name(op, "value"), type=kind, shape=ir.Shape(dims)),
+    ]
+    outputs = [
+        ir.Value(type=flag, shape=ir.Shape([])),
+        ir.Value(type=kind, shape=ir.Shape(dims)),
+    ]
+    graph = op.builder.subgraph(trace, inputs, outputs, name=body.__name__)
+    result = op.Loop(steps, None, first, body=graph)
     result.type, result.shape = kind, ir.Shape(dims)
     return result

@@ -1,10 +1,9 @@
 """Full attention within each frame of a call: frames of different sizes, none seeing another.
 
-One frame, which is one picture, takes no mask at all. Several are laid out as the rows of a
-batch, each as long as the longest, with a bias that hides what fills them up: their scores are
-[F, H, M, M], not [H, N, N] over all patches of all pictures. That is the less where frames are of
-about one size; one large picture among many small ones is better encoded by itself, as vlmport's
-own runtimes encode each.
+Nothing is masked and nothing filled up. Frames of one size, and one frame above all, are the rows
+of a batch. Of frames of different sizes one is attended to after the other, so that the largest
+scores are those of the largest frame, as if it were alone: rows as long as the longest would take
+[F, H, M, M] of them, and a mask over all [H, N, N].
 
 F frames, M patches of the largest, N patches of all.
 """
@@ -15,14 +14,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlmport.graph.branches import if_else
+from vlmport.graph.branches import fold, if_else
 from vlmport.graph.builder import MICROSOFT, OpBuilder
-from vlmport.graph.grids import owners, starts_of
+from vlmport.graph.grids import starts_of
 
 __all__ = ["FrameAttention"]
 
-FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-MASKED = -10000.0  # added to scores of what fills a row up: exp() of it is 0, float16 holds it well
+FLOAT = ir.DataType.FLOAT
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,15 @@ class FrameAttention:
     """What all layers of a tower share.
 
     Attributes:
-        is_one: bool [1], whether there is one frame.
-        rows: i64 [F, M], the patch at each place of the batch; after a frame's last, that again.
-        bias: [F, 1, M, M], 0 or MASKED; [1, 1, 1, M] for one frame, where nothing reads it.
-        places: i64 [N], where in F·M each patch has gone.
+        are_even: bool [1], whether all frames have one size.
+        count: i64 [1], how many there are.
+        starts, ends: i64 [F], the first patch of each, and the first after it.
     """
 
-    is_one: ir.Value
-    rows: ir.Value
-    bias: ir.Value
-    places: ir.Value
+    are_even: ir.Value
+    count: ir.Value
+    starts: ir.Value
+    ends: ir.Value
     heads: int
     dtype: ir.DataType
 
@@ -47,36 +44,34 @@ class FrameAttention:
     def over(
         cls, op: OpBuilder, sizes: ir.Value, heads: int, dtype: ir.DataType = FLOAT
     ) -> FrameAttention:
-        """For frames of i64 [F] patches, which lie one after the other; scores are of `dtype`."""
-        count, longest = op.Shape(sizes), op.ReduceMax(sizes, keepdims=1)  # [1], [1]
-        start, frame = starts_of(op, sizes), owners(op, sizes)
-        place = op.Range(0, op.Squeeze(longest, [0]), 1)  # [M]
-        own, last = op.Unsqueeze(sizes, [1]), op.Sub(op.Unsqueeze(sizes, [1]), 1)
-        rows = op.Add(op.Unsqueeze(start, [1]), op.Min(op.Unsqueeze(place, [0]), last))
-        bias = op.Where(op.Less(op.Unsqueeze(place, [0]), own), 0.0, MASKED)  # [F, M]
-        is_one = op.Equal(count, 1)
-        queries = op.Where(is_one, op.Constant(value_ints=[1]), longest)
-        shape = op.Concat(count, [1], queries, longest, axis=0)
-        bias = op.Expand(op.Unsqueeze(bias, [1, 2]), shape)
-        if dtype != FLOAT:
-            bias = op.Cast(bias, to=dtype)
-        number = op.Range(0, op.Squeeze(op.Shape(frame), [0]), 1)  # [N]
-        within = op.Sub(number, op.Gather(start, frame))
-        places = op.Add(op.Mul(frame, longest), within)
-        return cls(is_one, rows, bias, places, heads, dtype)
+        """For frames of i64 [F] patches, which lie one after the other; values are of `dtype`."""
+        are_even = op.Equal(op.ReduceMax(sizes, keepdims=1), op.ReduceMin(sizes, keepdims=1))
+        starts = starts_of(op, sizes)
+        return cls(are_even, op.Shape(sizes), starts, op.Add(starts, sizes), heads, dtype)
 
     def attend(self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """q, k, v [1, N, D] → [1, N, D]."""
 
-        def one_frame(op: OpBuilder) -> ir.Value:
-            return op.MultiHeadAttention(q, k, v, num_heads=self.heads, _domain=MICROSOFT)
+        def even_frames(op: OpBuilder) -> ir.Value:
+            shape = op.Concat(self.count, [-1, 0], axis=0)
+            rows = [op.Reshape(x, shape) for x in (q, k, v)]  # [F, M, D]
+            return op.Reshape(self._attention(op, *rows), [1, -1, 0])
 
-        def several_frames(op: OpBuilder) -> ir.Value:
-            rows = [op.Squeeze(op.Gather(x, self.rows, axis=1), [0]) for x in (q, k, v)]
-            y = op.MultiHeadAttention(  # [F, M, D]
-                *rows, None, None, self.bias, num_heads=self.heads, _domain=MICROSOFT
-            )
-            flat = op.Reshape(y, op.Concat([1, -1], op.Shape(q, start=2), axis=0))
-            return op.Gather(flat, self.places, axis=1)
+        def uneven_frames(op: OpBuilder) -> ir.Value:
+            first = self._frame(op, op.Constant(value_ints=[0]), q, k, v)
 
-        return if_else(op, self.is_one, one_frame, several_frames, self.dtype, 3)
+            def next_frame(op: OpBuilder, step: ir.Value, done: ir.Value) -> ir.Value:
+                number = op.Add(op.Reshape(step, [1]), 1)
+                return op.Concat(done, self._frame(op, number, q, k, v), axis=1)
+
+            return fold(op, op.Sub(self.count, 1), next_frame, first, self.dtype, 3)
+
+        return if_else(op, self.are_even, even_frames, uneven_frames, self.dtype, 3)
+
+    def _frame(self, op: OpBuilder, number: ir.Value, *qkv: ir.Value) -> ir.Value:
+        """Of the frame with this number i64 [1]: [1, its patches, D]."""
+        start, end = op.Gather(self.starts, number), op.Gather(self.ends, number)
+        return self._attention(op, *(op.Slice(x, start, end, [1]) for x in qkv))
+
+    def _attention(self, op: OpBuilder, *qkv: ir.Value) -> ir.Value:
+        return op.MultiHeadAttention(*qkv, num_heads=self.heads, _domain=MICROSOFT)
