@@ -76,14 +76,17 @@ def test_accuracy_is_shown_by_precision(own_bundle_folder: Path) -> None:
         "device": "cpu",
         "by": "me",
         "passed": True,
-        "figures": {"fp32": {"rouge_l": 41.5, "cider_d": 90}, "q4": {"rouge_l": 40}},
+        "figures": {
+            "fp32": {"rouge_l": 41.5, "cider_d": 90, "of_tomorrow": 1},
+            "q4": {"rouge_l": 40},
+        },
         "limits": {"q4": 3},
     }
     lines = shown(edit(own_bundle_folder, lambda raw: raw.update(accuracy=[entry])))
     at = lines.index("accuracy         cats [and dogs], 20 pictures, cpu: within its limits")
     assert lines[at + 1 :] == [
-        "  fp32           rouge_l 41.50, cider_d 90.00",
-        "  q4             rouge_l 40.00",
+        "  fp32           ROUGE-L 41.50, CIDEr-D 90.00, of_tomorrow 1.00",
+        "  q4             ROUGE-L 40.00",
     ]
 
 
@@ -97,6 +100,25 @@ def test_what_only_some_precisions_have_is_marked(tmp_path: Path, tiny_checkpoin
     ] * 2
     (embeds,) = [line for line in lines if line.startswith("  in  inputs_embeds")]
     assert embeds.endswith("]")
+
+
+def test_what_each_precision_fetches_is_shown(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    files, lines = bundle.manifest.files, shown(bundle)
+
+    def size(*suffixes: str) -> str:
+        """Of the graphs with these suffixes, and of all files that are no graphs."""
+        graphs = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+        names = [f"onnx/{graph}{end}.onnx" for graph, end in zip(graphs, suffixes, strict=True)]
+        others = [name for name in files if ".onnx" not in name]
+        names += [*others, "onnx/image_processor.onnx"]
+        return f"{sum(files[name].size for name in names) / 1e6:.1f} MB"
+
+    fp32, q8, q4 = (size(*[suffix] * 3) for suffix in ("", "_quantized", "_q4"))
+    assert f"precisions       fp32 {fp32}, q8 {q8}, q4 {q4}" in lines
+    (auto,) = [line for line in lines if line.startswith("auto on cpu ")]
+    mixed = "vision_encoder q8, embed_tokens q4, decoder_model_merged q4"
+    assert auto == f"auto on cpu      {mixed}; {size('_quantized', '_q4', '_q4')}"
 
 
 def test_a_probe_without_any_golden_fails(own_bundle_folder: Path) -> None:

@@ -277,6 +277,14 @@ def test_a_folder_that_is_no_bundle_lists_its_graphs(file: Path, external: Path)
     assert done.stderr.count("error: ") == 2
 
 
+def test_the_graphs_folder_of_a_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(tiny_bundle / "onnx")
+    assert done.exit_code == 0
+    assert f"{tiny_bundle / 'onnx'}: part of {tiny_bundle}; 10 ONNX files" in done.stderr
+    monkeypatch.chdir(tiny_bundle / "onnx")
+    assert f".: part of {tiny_bundle}; 10 ONNX files" in run(".").stderr
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     assert "no such file or folder" in run(tmp_path / "none").stderr
     (tmp_path / "notes.txt").write_text("x")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlmport.bundle import ANY, Bundle, Variant
+from vlmport.bundle import ANY, Bundle, Manifest, Variant
 from vlmport.onnx_file import OnnxFile, Port, port, read_model, read_onnx
 
 
@@ -22,8 +22,10 @@ def describe(bundle: Bundle, console: Console) -> None:
         "family": manifest.family,
         "layout": manifest.layout,
         "written by": manifest.producer,
-        "precisions": ", ".join(manifest.precisions),
-        "size": f"{total / 1e6:.1f} MB in {len(manifest.files)} files",
+        "precisions": ", ".join(
+            f"{name} {_download(manifest, name)}" for name in manifest.precisions
+        ),
+        "all files": f"{total / 1e6:.1f} MB in {len(manifest.files)} files",
         "pixels": f"{manifest.pixels.resample}, equal to {manifest.pixels.equals}",
         "stop ids": ", ".join(map(str, manifest.generation.stop_token_ids)),
     }
@@ -39,7 +41,8 @@ def describe(bundle: Bundle, console: Console) -> None:
     _print(console, "")
     for device, choice in manifest.auto.items():
         chosen = ", ".join(f"{name} {form}" for name, form in choice.items() if form != ANY)
-        _print(console, f"auto on {device:<8} {chosen}")
+        size = _download(manifest, "auto", device)
+        _print(console, f"auto on {device:<8} {chosen}; {size}")
     _print(console, "")
     for line in (*_parity(manifest.parity), *_accuracy(manifest.accuracy)):
         _print(console, line)
@@ -166,7 +169,7 @@ def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         yield "accuracy         not measured yet"
         return
     # With it comes ONNX Runtime, which is slow to import.
-    from vlmport.evaluation.report import counted, losses
+    from vlmport.evaluation.report import counted, losses, title_of
 
     for entry in entries:
         passed = "within its limits" if entry["passed"] else "a limit is BROKEN"
@@ -174,8 +177,14 @@ def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             passed = "nothing compared with fp32"
         yield f"accuracy         {entry['data']}, {counted(entry)}, {entry['device']}: {passed}"
         for precision, figures in entry["figures"].items():
-            shown = ", ".join(f"{name} {points:.2f}" for name, points in figures.items())
+            shown = ", ".join(f"{title_of(name)} {points:.2f}" for name, points in figures.items())
             yield f"  {precision:<14} {shown}"
+
+
+def _download(manifest: Manifest, precision: str, device: str = "cpu") -> str:
+    """What a client of a precision fetches, such as '201.7 MB'."""
+    names = manifest.files_of(manifest.choose(precision, device))
+    return f"{sum(manifest.files[name].size for name in names) / 1e6:.1f} MB"
 
 
 def _size(bundle: Bundle, variant: Variant) -> int:

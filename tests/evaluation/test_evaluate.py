@@ -85,6 +85,16 @@ def test_rounding_costs_shapes_no_more_than_its_limit(shapes: Path) -> None:
     assert report.figures["fp32"]["exact_match"] >= 97
 
 
+def test_the_verdict_is_said_and_where_it_was_written(own: Path) -> None:
+    done = run(own, "-p", "fp32,q8", "--limit", "8")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-1] == "passed: none lost more than it may"
+    assert f"written into {own}: vlmport.json, README.md" in done.stderr
+    done = run(own, "-p", "fp32", "--limit", "8", "--no-record")
+    assert "passed" not in done.stdout
+    assert "written" not in done.stderr
+
+
 def test_what_costs_more_fails(own: Path) -> None:
     ruin(own, "onnx/decoder_model_merged_q4.onnx")
     done = run(own, "-p", "fp32,q4", "--limit", "40")

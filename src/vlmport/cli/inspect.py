@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,13 +51,16 @@ def inspect(
 
 def _list_files(folder: Path) -> None:
     """A folder of another program's, with ONNX files in it."""
+    from vlmport.bundle import is_bundle
     from vlmport.inspection import describe_folder
     from vlmport.onnx_file import find_onnx
 
     files = find_onnx(folder)
     problems = describe_folder(folder, files, stdout)
-    say(f"{folder}: not a vlmport bundle (no vlmport.json); {len(files)} ONNX files")
-    say(f"next: vlmport inspect {files[0]}")
+    above = folder.resolve().parent
+    what = f"part of {above}" if is_bundle(above) else "not a vlmport bundle (no vlmport.json)"
+    say(f"{folder}: {what}; {len(files)} ONNX files")
+    say(f"next: {shlex.join(['vlmport', 'inspect', str(files[0])])}")
     for problem in problems:
         report(BundleError(problem, hint="download or export it again"))
     if problems:

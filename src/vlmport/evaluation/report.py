@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlmport.evaluation.examples import ExampleSet
 from vlmport.evaluation.scores import METRICS, Metric
@@ -147,7 +147,8 @@ class Report:
         """A row for each precision, and under it every loss that is past its limit."""
         title = escape(f"{self.data.name}, {counted(self.entry())}, {self.device}")
         heads = [metric.title for metric in self.metrics]
-        table = Table("precision", *heads, "to fp32", "may lose", title=title, title_justify="left")
+        figures = (Column(head, justify="right") for head in (*heads, "to fp32", "may lose"))
+        table = Table("precision", *figures, title=title, title_justify="left")
         for precision, figures in self.figures.items():
             if precision not in self.answers and precision != REFERENCE:
                 continue
@@ -155,6 +156,8 @@ class Report:
             points = [_points(figures, metric.name) for metric in self.metrics]
             table.add_row(precision + mark, *points, *self._judged(precision))
         console.print(table)
+        if self.losses and self.passed:
+            console.print("passed: none lost more than it may", style="green")
         for loss in self.losses:
             if not loss.passed:
                 console.print(f"broken: {loss}", style="red", markup=False, highlight=False)
@@ -236,10 +239,15 @@ def counted(entry: Mapping[str, Any]) -> str:
     return f"{asked}{entry['pictures']:,} pictures"
 
 
+def title_of(metric: str) -> str:
+    """'exact match %'; a metric of another version keeps its name."""
+    return METRICS[metric].title if metric in METRICS else metric
+
+
 def _table(entry: Mapping[str, Any]) -> str:
     figures, limits = entry["figures"], entry["limits"]
     names = list(dict.fromkeys(name for one in figures.values() for name in one))
-    heads = [METRICS[name].title if name in METRICS else name for name in names]
+    heads = [title_of(name) for name in names]
     data = html.escape(entry["data"]).replace("|", "&#124;")
     lines = [
         f"`vlmport eval` on {data}, {counted(entry)}, by {entry['by']} on {entry['device']}. Each "
