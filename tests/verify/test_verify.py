@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.checkpoints import write_prefix_checkpoint
 from tests.verify.conftest import Case
 from tests.verify.surgery import edit_tensor
+from vlmport import cli
 from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.errors import BundleError, DependencyError, ImageError, SourceError
 from vlmport.runtime.components import Components
@@ -87,6 +90,40 @@ def test_a_failure_is_written_and_explained(tiny: Case, broken: Bundle) -> None:
     assert parity is not None
     assert parity["passed"] is False
     assert "| vision_features | **failed**: worst " in (broken.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("width", "beside"), [(80, 2), (120, 3), (200, 6)])
+def test_rungs_are_whole_however_narrow_the_terminal(width: int, beside: int) -> None:
+    """Five precisions at 80 columns once left of first_logits 'first_log…'."""
+    rows = [
+        Row("a", precision, rung, (Measure("typical", 4.23e-7, Limit(5e-6, "std", "")),))
+        for precision in SUFFIXES
+        for rung in RUNGS
+    ]
+    out = io.StringIO()
+    Report("transformers", tuple(rows)).print(Console(file=out, width=width))
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    heads = [line.replace("┃", " ").split()[1:] for line in lines if "┃ rung" in line]
+    assert [name for some in heads for name in some] == list(SUFFIXES)
+    assert max(map(len, heads)) == min(beside, len(SUFFIXES))
+    for rung in RUNGS:
+        assert sum(line.startswith(f"│ {rung} ") for line in lines) == len(heads)
+    assert lines[-1] == f"passed: all {len(rows)} checks"
+
+
+def test_the_verdict_is_said(tiny: Case, broken: Bundle) -> None:
+    """And where it was written."""
+    run = CliRunner().invoke
+    arguments = ["verify", str(broken.folder), "--reference", str(tiny.checkpoint), "-p", "fp32"]
+    done = run(cli.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "passed: all 27 checks" in done.stdout
+    assert f"written into {broken.folder}: vlmport.json, README.md" in done.stderr
+    edit_tensor(broken, "vision_encoder", "post_layernorm.bias", lambda bias: bias + 1)
+    done = run(cli.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 1
+    assert re.search(r"failed: \d+ of 27 checks\nbroken vision_features", done.stdout)
 
 
 def test_all_precisions_by_default(tiny: Case, broken: Bundle) -> None:

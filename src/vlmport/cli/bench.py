@@ -30,7 +30,11 @@ def bench(
     ] = None,
     lengths: Annotated[
         list[int] | None,
-        typer.Option("--tokens", help="Tokens of a prompt; can be repeated. [default: 100, 1100]"),
+        typer.Option(
+            "--tokens",
+            help="Tokens of a prompt; can be repeated. [default: 100, 1100]",
+            metavar="N",
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Medians are of so many rounds.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded at each length.", min=2)] = 32,

@@ -122,6 +122,8 @@ def evaluate(
         report(ImageError(problem))
     if unrecorded is not None:
         raise unrecorded
+    if record:
+        say(f"written into {opened.folder}: vlmport.json, README.md")
     if result.unreadable:
         raise typer.Exit(ImageError.exit_code)
     if not result.passed:

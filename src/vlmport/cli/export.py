@@ -20,7 +20,7 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="OUT")],
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16.")
+        str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16, with commas.")
     ] = "fp32,q8,q4",
     layout: Annotated[
         str,

@@ -9,7 +9,7 @@ import typer
 
 from vlmport.cli.app import EXIT_FAILED, app
 from vlmport.cli.arguments import Adapter, Revision
-from vlmport.cli.console import stdout, verify_progress
+from vlmport.cli.console import say, stdout, verify_progress
 from vlmport.cli.json_file import JsonFile, check_writable, write_json
 
 
@@ -20,11 +20,13 @@ def verify(
         str, typer.Option(help="The checkpoint that it was made from.", metavar="CHECKPOINT")
     ],
     precision: Annotated[
-        str | None, typer.Option("--precision", "-p", help="Precisions, with commas.")
+        str | None,
+        typer.Option("--precision", "-p", help="Precisions, with commas; by default all."),
     ] = None,
     adapter: Adapter = None,
     images: Annotated[
-        list[Path] | None, typer.Option("--image", help="A picture to add; can be repeated.")
+        list[Path] | None,
+        typer.Option("--image", help="A picture to add; can be repeated.", metavar="FILE"),
     ] = None,
     json_file: JsonFile = None,
     revision: Revision = None,
@@ -54,5 +56,6 @@ def verify(
         write_json(json_file, result.to_json())
     if unrecorded is not None:
         raise unrecorded
+    say(f"written into {bundle}: vlmport.json, README.md")
     if not result.passed:
         raise typer.Exit(EXIT_FAILED)

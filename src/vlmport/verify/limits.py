@@ -135,7 +135,7 @@ def none_of(what: str, reason: str) -> Limit:
 LEVELS = "each weight was rounded to the nearest level of its block"
 SAME_FLOATS = "what is kept in floats is copied, or rounded to float16"
 WEIGHTS: Mapping[str, Limit] = {
-    "steps": Limit(0.501, "steps", LEVELS),
+    "steps": Limit(0.501, "", LEVELS),
     "unequal": none_of("weights", SAME_FLOATS),
 }
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlmport.verify.limits import LIKELY_CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG, Limit
+
+RUNG_WIDTH, CELL_WIDTH = 19, 28  # of the printed table's columns, at least; lines among them
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,23 @@ class Report:
         }
 
     def print(self, console: Console) -> None:
-        """A table of the worst numbers of each rung, then every failure, then where to look."""
+        """The worst numbers of each rung, the verdict, every failure, and where to look.
+
+        Precisions stand side by side as far as there is room for them.
+        """
         parity = self.to_json()
         precisions = _names(parity["rows"], "precision")
-        table = Table("rung", *precisions, title=f"against {self.reference}", title_justify="left")
-        for rung, cells in _cells(parity, precisions):
-            table.add_row(rung, *(_coloured(*cell) for cell in cells))
-        console.print(table)
+        console.print(f"against {self.reference}", markup=False, highlight=False)
+        for some in _batched(precisions, max(1, (console.width - RUNG_WIDTH) // CELL_WIDTH)):
+            table = Table(Column("rung", no_wrap=True), *some)
+            for rung, cells in _cells(parity, some):
+                table.add_row(rung, *(_coloured(*cell) for cell in cells))
+            console.print(table)
+        count, failed = len(self.rows), len(self.failures)
+        if self.passed:
+            console.print(f"passed: all {count} checks", style="green", highlight=False)
+        else:
+            console.print(f"failed: {failed} of {count} checks", style="red", highlight=False)
         for row in self.failures:
             console.print(f"[red]broken[/] {escape(row.describe())}", highlight=False)
         if self.likely_cause is not None:
@@ -214,6 +226,12 @@ def shown(name: str, value: float | None, limit: Mapping[str, Any]) -> str:
 def _json_number(value: float) -> float | None:
     """Four digits; JSON has no infinity, so what is not finite becomes null."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _batched(names: Sequence[str], count: int) -> Iterator[Sequence[str]]:
+    """So many at a time."""
+    for start in range(0, len(names), count):
+        yield names[start : start + count]
 
 
 def _coloured(passed: bool, text: str) -> str:
