@@ -201,11 +201,15 @@ def feature_figures(
     found = [closeness(ours, truth)[0] for ours, truth in pairs]
     if not found:
         return {"worst": 0.0, "typical": 0.0, "cosine": 1.0}, "no picture"
+    return worst_of(found), None
+
+
+def worst_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By each measure the worst of several: the least cosine, the largest of all else."""
     return {
-        "worst": metrics.largest(one["worst"] for one in found),
-        "typical": metrics.largest(one["typical"] for one in found),
-        "cosine": metrics.least(one["cosine"] for one in found),
-    }, None
+        name: (metrics.least if name == "cosine" else metrics.largest)(one[name] for one in found)
+        for name in found[0]
+    }
 
 
 def embedding_figures(

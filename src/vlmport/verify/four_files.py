@@ -26,6 +26,7 @@ from vlmport.verify.climbing import (
     closeness,
     embedding_figures,
     truth_of,
+    worst_of,
 )
 from vlmport.verify.judging import Found, Progress, bundle_runs
 from vlmport.verify.limits import FOUR_FILES_RUNGS, Limit, four_files_limits_of
@@ -96,12 +97,7 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
             with bundle_runs():
                 ours = look_up(self.runtime.path(component), self.words)
             found.append(embedding_figures(ours, expected))
-        return {
-            name: (metrics.least if name == "cosine" else metrics.largest)(
-                one[name] for one in found
-            )
-            for name in found[0]
-        }, None
+        return worst_of(found), None
 
     def _first_logits(self) -> Found:
         """The prefix alone: no prompt ids at all."""
