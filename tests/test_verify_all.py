@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,6 +18,7 @@ from vlmport.checkpoint import Checkpoint
 from vlmport.families import FAMILIES, family_of
 from vlmport.layouts import LAYOUTS
 from vlmport.precisions import DEFAULT_PRECISIONS
+from vlmport.verify import Row
 
 SMALL = next(model for model in MODELS if model.write is small)
 
@@ -71,3 +73,37 @@ def test_what_fails_is_in_the_table_and_in_the_exit_code(
     assert code == (error is not None)
     assert said in table
     assert f"2 checks, {int(error is not None)} failed" in table
+
+
+class Found(NamedTuple):
+    """Of a report, what verify-all looks at."""
+
+    rows: tuple[Row, ...]
+    failures: tuple[Row, ...]
+    passed: bool = False
+    summary: str = "what broke"
+
+
+@pytest.mark.parametrize(
+    ("precision", "broken", "allowed"),
+    [
+        ("q4", ["text alone"], True),
+        (verify_all.MIX, ["text alone", "text alone"], True),
+        ("q8", ["text alone"], False),
+        ("fp32", ["text alone"], False),
+        ("q4", ["text alone", "drawn 51x17"], False),
+        ("q4", ["drawn 51x17"], False),
+        ("q4", [], False),
+    ],
+)
+def test_what_was_never_asked_is_noted_at_few_bits_alone(
+    monkeypatch: pytest.MonkeyPatch, precision: str, broken: list[str], allowed: bool
+) -> None:
+    failures = tuple(Row(image, precision, "first_logits", ()) for image in broken)
+    rows = (*failures, Row("drawn 640x427", precision, "pixels", ()))
+    monkeypatch.setattr(verify_all, "verify", lambda *_, **__: Found(rows, failures))
+    result = timed(
+        "m", "hub", precision, "verify", lambda: verify_all.climb(Path(), Path(), precision)
+    )
+    assert (result.problem is None) == allowed
+    assert result.note == ("but for text alone" if allowed else None)

@@ -323,6 +323,11 @@ def test_metrics() -> None:
     assert metrics.rounding_steps(truth + step / 2, truth, 8) == pytest.approx(8)
     assert metrics.rounding_steps(truth, 0 * truth, 4) == math.inf
     assert metrics.rounding_steps(truth * np.float32(math.nan), 0 * truth, 4) == math.inf
+    zeros = np.zeros((1, truth.shape[1]), np.float32)
+    assert metrics.least_cosine(np.concatenate([truth, zeros]), truth) == -1
+    for ours, expected in ((zeros, 1), (zeros + 1e-9, 0), (zeros * math.nan, math.nan)):
+        found = metrics.least_cosine(np.concatenate([truth, ours]), np.concatenate([truth, zeros]))
+        assert found == pytest.approx(expected, nan_ok=True)
     p, q = np.exp(metrics.log_softmax(truth)), np.exp(metrics.log_softmax(other))
     assert metrics.mean_divergence(other, truth) == pytest.approx((p * np.log(p / q)).sum(1).mean())
     assert metrics.mean_divergence(truth + 7, truth) == pytest.approx(0, abs=1e-6)

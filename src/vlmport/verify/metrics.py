@@ -59,12 +59,17 @@ def _spread(truth: Float[np.ndarray, ...]) -> float:
 
 
 def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]) -> float:
-    """The cosine of the row that fits worst; -1 where the shapes differ."""
+    """The cosine of the row that fits worst; -1 where the shapes differ.
+
+    Two rows of zeros are alike: an embedding has one where a token is padding.
+    """
     if ours.shape != truth.shape:
         return -1.0
     a, b = ours.astype(np.float64), truth.astype(np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return float((np.sum(a * b, axis=-1) / np.maximum(norms, 1e-30)).min(initial=1.0))
+    cosines = np.sum(a * b, axis=-1) / np.maximum(norms, 1e-30)
+    empty = ~(a.any(axis=-1) | b.any(axis=-1))
+    return float(np.where(empty, 1.0, cosines).min(initial=1.0))
 
 
 def rounding_steps(
