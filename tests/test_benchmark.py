@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from vlmport import cli
-from vlmport.benchmark import FIGURES, bench
+from vlmport.benchmark import FIGURES, Report, bench
 from vlmport.benchmark.machine import describe_machine, interleaved, peak_memory
 from vlmport.benchmark.measure import Bench, Run, TimedComponents, python_milliseconds
 from vlmport.benchmark.picture import gradient
@@ -56,6 +56,21 @@ def test_every_figure_of_every_precision(bundle: Bundle) -> None:
     assert len(table) == 1 + len(alone | by_length)
     assert table[0].split() == list(report.figures)
     assert any("prefill, ms at 9" in line for line in table)
+
+
+def test_six_precisions_stand_in_eighty_columns() -> None:
+    """Figures as slow and as large as a captioner's."""
+    lengths = [f"{name}@{n}" for name in ("prefill_ms", "decode_tokens_per_s") for n in (100, 1100)]
+    figures = [*(name for name in FIGURES if "@" not in name), *lengths]
+    figures = [name for name in figures if name not in ("prefill_ms", "decode_tokens_per_s")]
+    names = ["auto", "fp32", "fp16", "q8", "q4", "q4f16"]
+    one = dict.fromkeys(figures, 2243.1) | {"image_ms": 12.34, "python_ms": 0.376}
+    lines = Report("b", {}, {}, dict.fromkeys(names, one), ()).lines()
+    assert all(len(line) <= 80 for line in lines)
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == names
+    (prefill,) = [line for line in lines if line.startswith("prefill, ms at 1100 ")]
+    assert prefill.split()[4:] == ["2243.1"] * 6
 
 
 def test_a_process_of_its_own_gives_time_and_memory(bundle: Bundle) -> None:

@@ -88,8 +88,13 @@ def test_rounding_costs_shapes_no_more_than_its_limit(shapes: Path) -> None:
 def test_the_verdict_is_said_and_where_it_was_written(own: Path) -> None:
     done = run(own, "-p", "fp32,q8", "--limit", "8")
     assert done.exit_code == 0
-    assert done.stdout.splitlines()[-1] == "passed: none lost more than it may"
+    assert done.stdout.splitlines()[-2:] == [
+        "passed: none lost more than it may",
+        "one of 8 is 12.5 points, and a limit 1: take more",
+    ]
     assert f"written into {own}: vlmport.json, README.md" in done.stderr
+    enough = run(own, "-p", "fp32,q8", "--limit", "100", "--no-record").stdout.splitlines()
+    assert enough[-1] == "passed: none lost more than it may"
     done = run(own, "-p", "fp32", "--limit", "8", "--no-record")
     assert "passed" not in done.stdout
     assert "written" not in done.stderr

@@ -65,18 +65,19 @@ class Report:
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The table: a row for each figure, a column for each precision."""
-        names = list(next(iter(self.figures.values()), {}))
-        width = max((len(precision) for precision in self.figures), default=0)
-        columns = {precision: max(12, width + 2) for precision in self.figures}
-        lines = [" " * 30 + "".join(f"{name:>{size}}" for name, size in columns.items())]
-        for name in names:
+        """The table: a row for each figure, a column for each precision, as wide as need be."""
+        rows = [["", *self.figures]]
+        for name in next(iter(self.figures.values()), {}):
             kind, _, length = name.partition("@")
             heading, digits = FIGURES[kind]
             heading += f" at {length}" if length else ""
-            cells = (f"{self.figures[p][name]:{n}.{digits}f}" for p, n in columns.items())
-            lines.append(f"{heading:<30}{''.join(cells)}")
-        return lines
+            rows.append([heading, *(f"{one[name]:.{digits}f}" for one in self.figures.values())])
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return [
+            f"{row[0]:<{first}}"
+            + "".join(f"{cell:>{n + 2}}" for cell, n in zip(row[1:], widths, strict=True))
+            for row in rows
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {

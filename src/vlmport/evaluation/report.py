@@ -161,8 +161,9 @@ class Report:
         for loss in self.losses:
             if not loss.passed:
                 console.print(f"broken: {loss}", style="red", markup=False, highlight=False)
-        if (note := self._not_compared()) is not None:
-            console.print(note, markup=False, highlight=False)
+        for note in (self._too_few(), self._not_compared()):
+            if note is not None:
+                console.print(note, markup=False, highlight=False)
 
     def _judged(self, precision: str) -> tuple[str, str]:
         """The two columns that compare: points gained or lost, and the limit."""
@@ -170,6 +171,14 @@ class Report:
         return ", ".join(f"{0.0 - one.points:+.2f}" for one in mine), ", ".join(
             f"{one.limit:g}" for one in mine[:1]
         )
+
+    def _too_few(self) -> str | None:
+        """That a limit is finer than what one picture or question counts for."""
+        limit = min((loss.limit for loss in self.losses), default=None)
+        one = 100 / len(self.data)
+        if limit is None or one <= limit:
+            return None
+        return f"one of {len(self.data)} is {one:.3g} points, and a limit {limit:g}: take more"
 
     def _not_compared(self) -> str | None:
         """Why the rounded ones were not held against anything, if they were not."""
