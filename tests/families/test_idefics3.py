@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from vlmport.families.idefics3 import Idefics3
 from vlmport.families.smolvlm import SmolVLM
 from vlmport.graph.precision import PRECISIONS
 from vlmport.runtime.model import VLM
+from vlmport.tokenizer import read_tokenizer
+from vlmport.verify.references import load_reference
 
 IMAGE = {"type": "image"}
 REAL = shared_testdata("tokenizers", "SmolVLM-256M-Instruct")
@@ -131,6 +134,34 @@ def test_stop_ids_are_those_of_generation_and_tokenizer(folder: Path) -> None:
     assert family.generation.stop_token_ids == (2, stop)  # the decoder's own, which never comes
     assert family.generation.max_new_tokens == 500
     assert family.generation.processors_see_prompt
+
+
+@pytest.mark.parametrize(
+    ("ending", "stops"),
+    [
+        ("<|im_end|>\n", ["<end_of_utterance>", "<|im_end|>"]),
+        ("  {{ bos_token }}", ["<end_of_utterance>", "<|im_start|>"]),
+        ("\nand so on", ["<end_of_utterance>"]),  # no special token ends it
+        ("", ["<end_of_utterance>"]),
+    ],
+)
+def test_what_the_template_writes_after_an_answer_stops_too(
+    folder: Path, ending: str, stops: list[str]
+) -> None:
+    """Fine-tuned with another end of turn, under the old generation_config.json."""
+    write_idefics3_checkpoint(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE.replace("<end_of_utterance>\n", ending)
+    write_json(folder / "tokenizer_config.json", settings)
+    family = family_of(Checkpoint.open(folder))
+    known = read_tokenizer(folder)
+    assert family.generation.stop_token_ids == tuple(known.token_to_id(one) for one in stops)
+    assert family.hub_files().generation_config["eos_token_id"] == list(
+        family.generation.stop_token_ids
+    )
+    token = known.token_to_id("<image>")
+    reference = load_reference(folder, image_token_id=token)
+    assert reference.stop_token_ids == family.generation.stop_token_ids
 
 
 def test_options_reach_the_manifest(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ Traps:
   count. Where text_config is absent, its norm's epsilon is 1e-5, not a Llama's 1e-6.
 - An adapter for q_proj, k_proj and v_proj is one for the vision tower too, whose layers have these
   names.
-- A prompt's stop token stands in four places that disagree; generation_config.json counts.
+- The stop token stands in four places that disagree. Those of generation_config.json, of the
+  tokenizer and of the chat template are all stop tokens; the decoder's counts without the first.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from vlmport.families.answering import (
     listed,
 )
 from vlmport.families.base import Graphs
-from vlmport.families.chat_template import read_chat_template
+from vlmport.families.chat_template import read_chat_template, token_after_answers
 from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, PROCESSOR, read_image_processor
 from vlmport.families.tile_tokens import IMAGE_TOKEN, tile_tokens
@@ -140,7 +141,7 @@ class Idefics3(AnsweringFamily):
         )
         text = {**text, "tie_word_embeddings": config.tie_word_embeddings}
         pixels = read_config(PixelConfig, *read_image_processor(checkpoint))
-        tokenizer = read_tokenizer(checkpoint.folder)
+        tokenizer, template = read_tokenizer(checkpoint.folder), read_chat_template(checkpoint)
         settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
         family = cls(
             config=config,
@@ -150,8 +151,8 @@ class Idefics3(AnsweringFamily):
             tokens=tile_tokens(
                 tokenizer, pixels.tiling, _tokens_a_tile(config, vision, pixels.tiling.side)
             ),
-            settings=_with_tokenizers_stop(settings, checkpoint, tokenizer),
-            chat_template=read_chat_template(checkpoint),
+            settings=_with_other_stops(settings, template, checkpoint, tokenizer),
+            chat_template=template,
             raw=raw,
         )
         family.check_token_ids(tokenizer)
@@ -301,14 +302,14 @@ def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: i
     return (patches // factor) ** 2
 
 
-def _with_tokenizers_stop(
-    settings: Generation, checkpoint: Checkpoint, tokenizer: Tokenizer
+def _with_other_stops(
+    settings: Generation, template: str, checkpoint: Checkpoint, tokenizer: Tokenizer
 ) -> Generation:
-    """The stop ids, and the tokenizer's eos_token among them: no text goes on after that."""
+    """The stop ids, and among them the tokenizer's eos_token and what the template writes after an
+    answer: no text goes on after these."""
     token = (checkpoint.json("tokenizer_config.json") or {}).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    if found is None:
-        return settings
-    ids = tuple(dict.fromkeys((*settings.stop_token_ids, found)))
-    return dataclasses.replace(settings, stop_token_ids=ids)
+    others = (found, token_after_answers(template, checkpoint, tokenizer))
+    ids = dict.fromkeys((*settings.stop_token_ids, *(one for one in others if one is not None)))
+    return dataclasses.replace(settings, stop_token_ids=tuple(ids))

@@ -74,8 +74,9 @@ class Idefics3Reference:
         self.grey_level = image.rescale_factor / min(image.image_std)
         text: Any = settings.text_config
         stops = stop_token_ids(folder, text.eos_token_id)
-        last = self.processor.tokenizer.eos_token_id
-        self.stop_token_ids = tuple(dict.fromkeys((*stops, *(() if last is None else (last,)))))
+        others = (self.processor.tokenizer.eos_token_id, _end_of_turn(self.processor))
+        ids = (*stops, *(one for one in others if one is not None))
+        self.stop_token_ids = tuple(dict.fromkeys(ids))
         self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
         self.versions = versions()
 
@@ -176,6 +177,15 @@ def _messages(text: str, pictures: int) -> tuple[Message, ...]:
     """A user's message: the pictures, then the text."""
     parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
     return ({"role": "user", "content": parts},)
+
+
+def _end_of_turn(processor: Any) -> int | None:
+    """The special token that comes next after what an assistant said."""
+    said = [*_messages("?", 0), {"role": "assistant", "content": [{"type": "text", "text": "Ja"}]}]
+    after = processor.apply_chat_template(said).split("Ja")[-1].strip()
+    kinds = processor.tokenizer.added_tokens_decoder
+    first = processor.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    return next((one for one in first if one in kinds and kinds[one].special), None)
 
 
 def _processor(folder: Path) -> Any:
