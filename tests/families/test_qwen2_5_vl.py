@@ -128,7 +128,9 @@ def test_a_stop_token_that_no_file_names_is_transformers(folder: Path, spelling:
 
 
 # Of the sizes that Qwen publishes: the tower's MLP; width, layers, heads, key heads, MLP and rows
-# of the decoder; whether its head is tied. Files of the first two are in the shared test data.
+# of the decoder; whether its head is tied. Files of the first two are in the shared test data;
+# source of the others: Ascend/MindSpeed-MM, examples/qwen2.5vl/model_32b.json (9c027b4) and
+# model_72b.json (284605c), where each size, window and full block is the same.
 SIZES = {
     "3B": (3420, (2048, 36, 16, 2, 11008, 151936), True),
     "7B": (3420, (3584, 28, 28, 4, 18944, 152064), False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from vlmport.graph.weights import Weight
 
 CONFIGS = shared_testdata("configs")
 ROPE = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
-# What distinguishes the sizes that Qwen publishes; 2B and 4B share a smaller tower.
+# What distinguishes the sizes that Qwen publishes; 2B and 4B share a smaller tower. Sources: the
+# configs of 2B and 4B, which are in the shared test data; for 8B pytorch/torchtitan,
+# experiments/qwen3_vl/__init__.py (0375bb6); 32B is MiniMax-H3's text encoder as it was published,
+# whose ports state its config.json, and the tensors and bytes of its files, in TENSORS.
 SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
 LARGE = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304}
 Size = tuple[dict[str, Any], list[int], dict[str, Any], bool]
@@ -34,6 +38,7 @@ SIZES: dict[str, Size] = {
     "8B": (LARGE, [8, 16, 24], {"hidden_size": 4096, "num_attention_heads": 32}, False),
     "32B": (LARGE, [8, 16, 24], {"hidden_size": 5120, "num_attention_heads": 64}, False),
 }
+TENSORS, BYTES = 1058, 66_714_912_872  # of 32B: in bfloat16, with the headers of 14 files
 LAYERS = {"2B": (28, 6144), "4B": (36, 9728), "8B": (36, 12288), "32B": (64, 25600)}
 
 
@@ -103,6 +108,10 @@ def test_every_size_asks_for_the_tensors_that_transformers_has(
     tied = raw["tie_word_embeddings"]
     assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape
     assert (model.config.tie_word_embeddings is True) == tied
+    if size == "32B":
+        stored = 2 * sum(math.prod(shape) for shape in truth.values())
+        assert len(truth) == TENSORS
+        assert 0 < BYTES - stored < 14 * 20_000
 
 
 @pytest.mark.skipif(CONFIGS is None, reason="no shared test data")
