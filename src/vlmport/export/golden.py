@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmport.bundle import Bundle, Golden, GoldenImage, Manifest
+from vlmport.export.packing import largest_first
 
 WIDTH, HEIGHT = 48, 36
 MIN_PREFILL = 64
@@ -42,7 +43,8 @@ def record(bundle: Bundle, precisions: Sequence[str]) -> Manifest:
     golden = bundle.manifest.golden
     expected = {}
     for precision in precisions:
-        expected[precision] = record_golden(open_graphs(bundle, precision), golden)
+        with largest_first(bundle, precision) as sparing:
+            expected[precision] = record_golden(open_graphs(sparing, precision), golden)
     return dataclasses.replace(
         bundle.manifest, golden=dataclasses.replace(golden, expected=expected)
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ExportError, PromptError, TokenizerError
 from vlmport.export.golden_feeds import golden_feeds
+from vlmport.runtime.sessions import open_session
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
@@ -93,7 +93,7 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
     with tempfile.TemporaryDirectory(prefix=".float32-", dir=path.parent) as wide:
         whole = Path(wide, "model.onnx")
         ir.save(model, whole, external_data="weights", size_threshold_bytes=1024)
-        session = ort.InferenceSession(whole, _sparing())
+        session = open_session(whole, sparing=True)
     wanted = [one.name for one in session.get_outputs() if one.name.endswith(SUFFIX)]
     inputs = {
         one.name: feeds[one.name] if one.name in feeds else _empty(one.shape)
@@ -104,16 +104,6 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
         name.removesuffix(SUFFIX): float(np.asarray(value))
         for name, value in zip(wanted, values, strict=True)
     }
-
-
-def _sparing() -> ort.SessionOptions:
-    """Run the weights from their file, as they are: one pass is not worth a second copy."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    return options
 
 
 def _place(value: ir.Value) -> str:

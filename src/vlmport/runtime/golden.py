@@ -22,6 +22,7 @@ from vlmport.runtime.fused import Fused
 from vlmport.runtime.genai import VISION, GenaiGraphs
 from vlmport.runtime.layout_graphs import LayoutGraphs
 from vlmport.runtime.positions import Positions
+from vlmport.runtime.sessions import return_freed_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int64, UInt8
@@ -123,6 +124,7 @@ def golden_genai(graphs: GenaiGraphs, golden: Golden) -> GoldenPrompt:
     check_fits(graphs, golden.copies * len(processed.prompt_ids))
     features = np.tile(graphs.encode(processed.inputs), (golden.copies, 1))
     graphs.release(VISION)  # the decoder takes its place in memory
+    return_freed_memory()
     ids = np.tile(processed.prompt_ids, golden.copies)
     positions = graphs.positions(ids, [processed.inputs] * golden.copies)
     return GoldenPrompt(ids, graphs.embed(ids, features), positions)

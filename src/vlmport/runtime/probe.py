@@ -15,7 +15,13 @@ import numpy as np
 from vlmport.bundle import Golden, GoldenExpectation
 from vlmport.errors import BundleError, some_names
 from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import VISION, Components, merge_image_features
+from vlmport.runtime.components import (
+    IMAGE,
+    POSITIONS,
+    VISION,
+    Components,
+    merge_image_features,
+)
 from vlmport.runtime.golden import (
     GoldenPrompt,
     GoldenRun,
@@ -25,6 +31,7 @@ from vlmport.runtime.golden import (
     length_faults,
     run_layout,
 )
+from vlmport.runtime.sessions import return_freed_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64
@@ -87,7 +94,9 @@ def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOK
     """Prefill the golden prompt and generate greedily, past any stop token, in a watched cache."""
     prompt = golden_prompt(components, golden)
     ids = prompt.ids
-    components.release(VISION)  # the decoder takes its place in memory
+    for component in (IMAGE, VISION, POSITIONS):  # the decoder takes their place in memory
+        components.release(component)
+    return_freed_memory()
     faults = [*length_faults(golden, len(ids), f"prompt has {len(ids)} tokens")]
     check_fits(components, len(ids) + new_tokens - 1)
     capacity = len(ids) + new_tokens + SPARE
