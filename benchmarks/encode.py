@@ -5,9 +5,9 @@
 
 BUNDLE is a folder that vlmport exported. The two names stand for towers of the real size (those of
 Qwen2.5-VL-3B and Qwen3-VL-2B) with random weights, of which torch's time can be given beside ours;
-their language models are cut to as few layers as they go with. Pictures of 256, 1,024 and 4,096 patches are taken where
-none are named. Figures are taken in turn, and medians are given. Prints a table, then one line of
-JSON.
+their language models are cut to as few layers as they go with. Pictures of 256, 1,024 and 4,096
+patches are taken where none are named. Figures are taken in turn, and medians are given. Prints a
+table, then one line of JSON.
 """
 
 from __future__ import annotations
