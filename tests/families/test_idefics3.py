@@ -143,6 +143,11 @@ def test_stop_ids_are_those_of_generation_and_tokenizer(folder: Path) -> None:
         ("  {{ bos_token }}", ["<end_of_utterance>", "<|im_start|>"]),
         ("\nand so on", ["<end_of_utterance>"]),  # no special token ends it
         ("", ["<end_of_utterance>"]),
+        # Such a model answers one question; whoever talks on is told so by the template.
+        (
+            "{% if message['role'] == 'assistant' %}{{ raise_exception('no turns') }}{% endif %}",
+            ["<end_of_utterance>"],
+        ),
     ],
 )
 def test_what_the_template_writes_after_an_answer_stops_too(

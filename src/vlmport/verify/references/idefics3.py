@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from PIL import Image
 
 from vlmport.errors import ConfigError, PromptError
@@ -180,11 +181,18 @@ def _messages(text: str, pictures: int) -> tuple[Message, ...]:
 
 
 def _end_of_turn(processor: Any) -> int | None:
-    """The special token that comes next after what an assistant said."""
+    """The special token that comes next after what an assistant said.
+
+    None where the template writes none there, or refuses such a message.
+    """
     said = [*_messages("?", 0), {"role": "assistant", "content": [{"type": "text", "text": "Ja"}]}]
-    after = processor.apply_chat_template(said).split("Ja")[-1].strip()
+    try:
+        _, *after = processor.apply_chat_template(said).split("Ja")
+    except TemplateError:
+        return None
     kinds = processor.tokenizer.added_tokens_decoder
-    first = processor.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    text = after[-1].strip() if after else ""
+    first = processor.tokenizer(text, add_special_tokens=False)["input_ids"][:1]
     return next((one for one in first if one in kinds and kinds[one].special), None)
 
 
