@@ -169,6 +169,19 @@ def test_a_switch_changes_what_it_says_and_is_put_back(untrained: Untrained) -> 
         assert torch.equal(model(**inputs).logits, before)
 
 
+def test_vlmport_answers_as_transformers_does(
+    untrained: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, batch or not: captions, questions, and one of them about two pictures."""
+    monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path))
+    family, model, tokenizer = read_checkpoint(untrained.folder)
+    tasks = evaluate.held_out_tasks(4)
+    assert max(len(task.scenes) for task in tasks) == 2
+    given = evaluate.answers_by_torch(family, model, tokenizer, tasks)
+    assert evaluate.answers_by_vlmport(untrained.folder, tasks) == given
+    assert len(set(given)) > 4
+
+
 def test_plain_positions_count_on(untrained: Untrained) -> None:
     model = read_checkpoint(untrained.folder)[1]
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
