@@ -5,7 +5,7 @@ from batch to batch the grids change.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,10 +75,11 @@ class Conversations(Dataset[Batch]):
         *,
         turns: int,
         drawn: bool,
+        kinds: Mapping[str, float] | None = None,
     ) -> None:
         self.stage, self.steps, self.batch_size = stage, steps, batch_size
         self.tokenizer, self.family = tokenizer, family
-        self.turns, self.drawn = turns, drawn
+        self.turns, self.drawn, self.kinds = turns, drawn, kinds
 
     def __len__(self) -> int:
         return self.steps
@@ -94,7 +95,12 @@ class Conversations(Dataset[Batch]):
         ]
         texts = [image_text(grid) for grid in grids]
         encoded = [
-            encode(self.tokenizer, conversation(scenes, rng, self.turns), texts, self.family)
+            encode(
+                self.tokenizer,
+                conversation(scenes, rng, self.turns, self.kinds),
+                texts,
+                self.family,
+            )
             for scenes in rows
             if self.turns
         ]
@@ -110,13 +116,17 @@ def conversations(
     *,
     turns: int,
     drawn: bool,
+    kinds: Mapping[str, float] | None = None,
 ) -> DataLoader[Batch]:
     """A loader over `Conversations` in order, drawn by one worker process.
 
     Args:
         turns: exchanges of one conversation, at most; 0 for single pictures without a word.
+        kinds: how often a kind of question is drawn, 1 where it does not stand here; None: evenly.
     """
-    data = Conversations(stage, steps, batch_size, tokenizer, family, turns=turns, drawn=drawn)
+    data = Conversations(
+        stage, steps, batch_size, tokenizer, family, turns=turns, drawn=drawn, kinds=kinds
+    )
     return DataLoader(data, batch_size=None, shuffle=False, num_workers=1, prefetch_factor=8)
 
 

@@ -9,6 +9,9 @@
    positions tell. No pictures yet.
 3. `join`: both frozen, the mergers between them learn.
 4. `chat`: all weights learn to answer from one or two pictures.
+5. `captions`, `second`, `third`: short conversations, most of them a caption, while the tower goes
+   on with its dense questions: what it learns last, shape and size, is what captions still get
+   wrong. Three cosines from a high rate.
 
 Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
 stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
@@ -16,8 +19,9 @@ stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the 
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +39,7 @@ from training.shapes_qwen.batches import Batch, Shown, conversations
 from training.shapes_qwen.checkpoint import token_ids, write_checkpoint
 from training.shapes_qwen.families import FAMILIES, Family
 from training.shapes_qwen.language import fit_lengths, load_language
-from training.shapes_qwen.model import HIDDEN, VISION, Chat, model_config
+from training.shapes_qwen.model import HIDDEN, VISION, Chat, Seen, model_config
 from training.shapes_qwen.pictures import MERGE
 from training.shapes_qwen.prompts import train_tokenizer
 
@@ -53,6 +57,50 @@ AGAIN = Stage(steps=1000, batch_size=32, rate=1e-3)
 NOTES = Stage(steps=400, batch_size=32, rate=1.5e-3)
 JOIN = Stage(steps=200, batch_size=32, rate=2e-3)
 CHAT = Stage(steps=1200, batch_size=32, rate=1e-3, tower_rate=4e-4)
+CAPTIONS = Stage(steps=2000, batch_size=32, rate=1e-3, tower_rate=8e-4)
+SHORT_STAGES = ("captions", "second", "third")
+KINDS = {"caption": 6.0, "which": 6.0, "beside": 2.0}  # of `captions`; others 1
+SHORT_TURNS = 2
+DENSE = 0.5  # weight of the dense questions beside the words, in `captions`
+
+
+class DenseHeads(nn.Module):
+    """What the tower is asked at every patch: [B, N, C] → the loss of its answers.
+
+    Args:
+        questions: weight of the mean loss of `PATCH_QUESTIONS` beside those of the cells and the
+            lengths.
+    """
+
+    def __init__(self, questions: float) -> None:
+        super().__init__()
+        self.questions, sizes = questions, list(PATCH_QUESTIONS.values())
+        self.sizes = [*sizes, CELLS, LENGTHS]
+        self.answers = nn.Linear(VISION, sum(self.sizes))
+        # Most patches show no object: unweighted, they drown shape and size.
+        self.weights = [torch.ones(size) for size in sizes]
+        for weight in self.weights[1:]:
+            weight[0] = NO_OBJECT_WEIGHT
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, patches: torch.Tensor, shown: Shown) -> torch.Tensor:
+        *parts, cells, lengths = self.answers(patches).float().split(self.sizes, dim=-1)
+        losses = [
+            cross_entropy(part.flatten(0, 1), answer.flatten(), weight, ignore_index=IGNORE)
+            for part, answer, weight in zip(
+                parts, shown.answers.unbind(dim=-1), self.weights, strict=True
+            )
+        ]
+        covered, measured = shown.geometry.split([CELLS, LENGTHS], dim=-1)
+        known = ~measured.isnan()
+        drawn = binary_cross_entropy_with_logits(cells, covered)
+        placed = smooth_l1_loss(lengths[known], measured[known])
+        self.seen.append(torch.stack([*losses, drawn, placed]).detach())
+        if len(self.seen) % 100 == 0:
+            means = torch.stack(self.seen[-100:]).mean(dim=0).tolist()
+            names = [*PATCH_QUESTIONS, "cells", "lengths"]
+            print(*(f"{name} {mean:.3f}" for name, mean in zip(names, means, strict=True)))
+        return self.questions * torch.stack(losses).mean() + drawn + placed
 
 
 class Notes(nn.Module):
@@ -112,39 +160,14 @@ def train_tower(
     Args:
         questions: weight of their mean loss beside those of the cells and the lengths.
     """
-    sizes = list(PATCH_QUESTIONS.values())
-    heads = nn.Linear(VISION, sum(sizes) + CELLS + LENGTHS)
-    # Most patches show no object: unweighted, they drown shape and size.
-    weights = [torch.ones(size) for size in sizes]
-    for weight in weights[1:]:
-        weight[0] = NO_OBJECT_WEIGHT
-    seen: list[torch.Tensor] = []
+    heads = DenseHeads(questions)
 
     def loss(batch: Batch) -> torch.Tensor:
         (shown,) = batch.shown
-        answers = heads(model.see(shown.pixels).patches).float()
-        *parts, cells, lengths = answers.split([*sizes, CELLS, LENGTHS], dim=-1)
-        losses = [
-            cross_entropy(part.flatten(0, 1), answer.flatten(), weight, ignore_index=IGNORE)
-            for part, answer, weight in zip(
-                parts, shown.answers.unbind(dim=-1), weights, strict=True
-            )
-        ]
-        covered, measured = shown.geometry.split([CELLS, LENGTHS], dim=-1)
-        known = ~measured.isnan()
-        drawn = binary_cross_entropy_with_logits(cells, covered)
-        placed = smooth_l1_loss(lengths[known], measured[known])
-        seen.append(torch.stack([*losses, drawn, placed]).detach())
-        if len(seen) % 100 == 0:
-            means = torch.stack(seen[-100:]).mean(dim=0).tolist()
-            names = [*PATCH_QUESTIONS, "cells", "lengths"]
-            print(*(f"{name} {mean:.3f}" for name, mean in zip(names, means, strict=True)))
-        return questions * torch.stack(losses).mean() + drawn + placed
+        return heads(model.see(shown.pixels).patches, shown)
 
-    kept = {id(weight) for weight in model.mergers()}
-    tower = [weight for weight in model.tower.parameters() if id(weight) not in kept]
     norm = model.tower.merger.norm if model.family.lanes else model.tower.merger.ln_q
-    learnt = [*tower, *norm.parameters(), *heads.parameters()]
+    learnt = [*_tower(model), *norm.parameters(), *heads.parameters()]
     batches = _batches(name, stage, model, tokenizer, seed, turns=0, drawn=True)
     fit(name, stage, [{"params": learnt}], batches, loss)
 
@@ -153,24 +176,49 @@ def train_pictures(
     name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int, *, frozen: bool
 ) -> None:
     """Stages 3 and 4: answers from pictures; frozen but for the mergers, or all weights."""
-    mergers = model.mergers()
-    known = {id(weight) for weight in mergers}
-    tower = [weight for weight in model.tower.parameters() if id(weight) not in known]
-    text = model.spoken()
+    mergers, text, tower = model.mergers(), model.spoken(), _tower(model)
     for weight in tower + text:
         weight.requires_grad_(not frozen)
     groups = [{"params": mergers}]
     if not frozen:
         groups = [{"params": mergers + text}, {"params": tower, "lr": stage.tower_rate}]
+    batches = _batches(name, stage, model, tokenizer, seed, turns=TURNS, drawn=True)
+    fit(name, stage, groups, batches, lambda batch: _spoken_loss(model, batch, _seen(model, batch)))
+
+
+def train_captions(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> None:
+    """Stage 5: words and dense answers of the same pictures, all weights."""
+    mergers, tower, heads = model.mergers(), _tower(model), DenseHeads(6.0)
+    for weight in tower + model.spoken():
+        weight.requires_grad_(True)
 
     def loss(batch: Batch) -> torch.Tensor:
-        seen = [model.see(shown.pixels) for shown in batch.shown]
-        features = torch.cat([one.tokens for one in seen], dim=1)
-        lanes = [torch.cat(lane, dim=1) for lane in zip(*(one.lanes for one in seen), strict=True)]
-        return model.loss(batch, features, lanes)
+        seen = _seen(model, batch)
+        dense = [heads(one.patches, shown) for one, shown in zip(seen, batch.shown, strict=True)]
+        return _spoken_loss(model, batch, seen) + DENSE * torch.stack(dense).mean()
 
-    batches = _batches(name, stage, model, tokenizer, seed, turns=TURNS, drawn=True)
+    words = [*mergers, *model.spoken(), *heads.parameters()]
+    groups = [{"params": words}, {"params": tower, "lr": stage.tower_rate}]
+    batches = _batches(
+        name, stage, model, tokenizer, seed, turns=SHORT_TURNS, drawn=True, kinds=KINDS
+    )
     fit(name, stage, groups, batches, loss)
+
+
+def _tower(model: Chat) -> list[nn.Parameter]:
+    """Its weights without the mergers."""
+    mergers = {id(weight) for weight in model.mergers()}
+    return [weight for weight in model.tower.parameters() if id(weight) not in mergers]
+
+
+def _seen(model: Chat, batch: Batch) -> list[Seen]:
+    return [model.see(shown.pixels) for shown in batch.shown]
+
+
+def _spoken_loss(model: Chat, batch: Batch, seen: Sequence[Seen]) -> torch.Tensor:
+    features = torch.cat([one.tokens for one in seen], dim=1)
+    lanes = [torch.cat(lane, dim=1) for lane in zip(*(one.lanes for one in seen), strict=True)]
+    return model.loss(batch, features, lanes)
 
 
 def _batches(
@@ -182,10 +230,13 @@ def _batches(
     *,
     turns: int,
     drawn: bool,
+    kinds: Mapping[str, float] | None = None,
 ) -> Iterable[Batch]:
     steps, size = stage.steps, stage.batch_size
     label = f"{seed}-{model.family.name}-{name}"
-    return conversations(label, steps, size, tokenizer, model.family, turns=turns, drawn=drawn)
+    return conversations(
+        label, steps, size, tokenizer, model.family, turns=turns, drawn=drawn, kinds=kinds
+    )
 
 
 def train(out: Path, family: Family, seed: int, scale: float, language: Path) -> None:
@@ -194,7 +245,14 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
     Args:
         language: a folder of shapes-smolvlm, whose language model is the beginning of ours.
     """
-    lengths = {"tower": TOWER, "again": AGAIN, "notes": NOTES, "join": JOIN, "chat": CHAT}
+    lengths = {
+        "tower": TOWER,
+        "again": AGAIN,
+        "notes": NOTES,
+        "join": JOIN,
+        "chat": CHAT,
+        **dict.fromkeys(SHORT_STAGES, CAPTIONS),
+    }
     stages = {
         name: replace(stage, steps=max(1, round(stage.steps * scale)))
         for name, stage in lengths.items()
@@ -212,6 +270,9 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
     def pictures(name: str, *, frozen: bool) -> None:
         train_pictures(name, stages[name], model, tokenizer, seed, frozen=frozen)
 
+    def captions(name: str) -> None:
+        train_captions(name, stages[name], model, tokenizer, seed)
+
     runs: dict[str, Callable[[], None]] = {
         "tower": lambda: dense("tower", 1.0),
         # A second cosine from a high rate, for what is learnt late in the first one: shapes.
@@ -219,6 +280,7 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
         "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed, language),
         "join": lambda: pictures("join", frozen=True),
         "chat": lambda: pictures("chat", frozen=False),
+        **{name: partial(captions, name) for name in SHORT_STAGES},
     }
     done: list[Stage] = []
     for name, run in runs.items():
