@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.qwen_checkpoints import write_qwen3
 from vlmport.errors import AdapterError, ConfigError, PromptError, SourceError, WeightError
 from vlmport.verify.protocol import Reference
 from vlmport.verify.references import load_reference
+from vlmport.verify.requests import Request
 
 IMAGE_TOKEN = 113  # one past the tiny checkpoint's vocabulary
 LORA_B = "lora_B.default.weight"
@@ -288,3 +292,17 @@ def test_config_errors(tmp_path: Path) -> None:
     (empty / "model.safetensors").unlink()
     with pytest.raises(SourceError, match=r"no 'model.safetensors'"):
         load_reference(empty, image_token_id=113)
+
+
+@pytest.mark.parametrize("write", [write_idefics3_checkpoint, write_qwen3])
+def test_what_the_template_refuses_is_said(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    """A template for one turn; it came out as a traceback."""
+    folder = write(tmp_path)
+    template = "{% if messages[1] is defined %}{{ raise_exception('one turn') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
+    token = json.loads((folder / "config.json").read_text())["image_token_id"]
+    reference = load_reference(folder, image_token_id=token)
+    first, second = ({"role": role, "content": "Why?"} for role in ("user", "assistant"))
+    assert len(reference.prompt_ids(Request("one", (), (first,))))
+    with pytest.raises(PromptError, match=r"^'two': the chat template refuses .*: one turn$"):
+        reference.prompt_ids(Request("two", (), (first, second)))

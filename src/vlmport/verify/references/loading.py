@@ -19,12 +19,14 @@ import peft
 import PIL
 import torch
 import transformers
+from jinja2 import TemplateError
 from safetensors.torch import load_file
 from torch import nn
 
-from vlmport.errors import AdapterError, ConfigError, SourceError, WeightError
+from vlmport.errors import AdapterError, ConfigError, PromptError, SourceError, WeightError
 from vlmport.errors import some_names as some
 from vlmport.verify.protocol import Generated
+from vlmport.verify.requests import Request
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -155,6 +157,18 @@ def add_adapter(language: Any, folder: Path) -> nn.Module:
             hint="the reference takes adapters of the language model only",
         )
     return language
+
+
+def prompt_text(processor: Any, request: Request) -> str:
+    """The prompt by the checkpoint's own template. Raises PromptError where that refuses it."""
+    messages = [dict(message) for message in request.messages]
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise PromptError(
+            f"{request.name!r}: the chat template refuses what verify asks: {error}",
+            hint="it asks with pictures and without, and a second time",
+        ) from error
 
 
 def generated(

@@ -32,6 +32,7 @@ from vlmport.verify.references.loading import (
     config_int,
     generated_from,
     load_strictly,
+    prompt_text,
     quietly,
     read_state,
     useful_threads,
@@ -151,9 +152,7 @@ class QwenVLReference:
         return self._process(self.processor.image_token, [image], options)["input_ids"][0]
 
     def prompt_ids(self, request: Request) -> Int[np.ndarray, " S"]:
-        text = self.processor.apply_chat_template(
-            [dict(message) for message in request.messages], add_generation_prompt=True
-        )
+        text = prompt_text(self.processor, request)
         return self._process(text, request.images, request.options)["input_ids"][0]
 
     def pixels(
