@@ -237,12 +237,21 @@ def test_two_steps_of_each_stage(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run goes through all stages, and a second one takes up their results."""
-    for name in ("TOWER", "AGAIN", "NOTES", "JOIN", "CHAT"):
+    for name in ("TOWER", "AGAIN", "NOTES", "JOIN", "CHAT", "CAPTIONS"):
         monkeypatch.setattr(train, name, Stage(steps=2, batch_size=2, rate=1e-3, tower_rate=1e-4))
     out = tmp_path / "model"
     train.train(out, FAMILIES[family], seed=0, scale=1.0, language=train.SMOLVLM)
     names = [path.name.split("-")[0] for path in (tmp_path / "model-stages").iterdir()]
-    assert sorted(names) == ["again", "chat", "join", "notes", "tower"]
+    assert sorted(names) == [
+        "again",
+        "captions",
+        "chat",
+        "join",
+        "notes",
+        "second",
+        "third",
+        "tower",
+    ]
     first = load_file(out / "model.safetensors")
     capsys.readouterr()
     train.train(out, FAMILIES[family], seed=0, scale=1.0, language=train.SMOLVLM)
