@@ -287,6 +287,14 @@ def test_what_is_no_number_never_passes(value: float) -> None:
     assert "error not finite (≤ 1)" in parity_markdown(json.loads(text))
 
 
+def test_the_card_counts_no_component_among_the_inputs() -> None:
+    """The rung of weights has a row a component, which no picture was needed for."""
+    right = (Measure("wrong", 0, Limit(0, "", "")),)
+    pixels = [Row(name, "q4", "pixels", right) for name in ("a", "b")]
+    report = Report("x", (Row("decoder", "q4", "weights", right), *pixels))
+    assert "on 2 inputs (a, b): " in parity_markdown(report.to_json())
+
+
 def test_nothing_compared_is_no_pass() -> None:
     assert not Report("x", ()).passed
 

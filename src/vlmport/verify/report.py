@@ -156,16 +156,16 @@ class Report:
 def parity_markdown(parity: Mapping[str, Any]) -> str:
     """The model card's section from vlmport.json's `parity`: what was compared, a table, failures.
 
-    Each cell is the worst over all pictures.
+    Each cell is the worst over all inputs; the rung of weights has components in their place.
     """
     rows = parity["rows"]
     precisions = _names(rows, "precision")
-    images = _names(rows, "image")
+    inputs = _names([row for row in rows if row["rung"] != WEIGHTS_RUNG], "image")
     lines = [
-        f"`vlmport verify` against {parity['reference']}, with {len(images)} pictures "
-        f"({', '.join(images)}): **{'passed' if parity['passed'] else 'failed'}**. "
+        f"`vlmport verify` against {parity['reference']}, on {len(inputs)} inputs "
+        f"({', '.join(inputs)}): **{'passed' if parity['passed'] else 'failed'}**. "
         "Each rung is fed the reference's result of the rung before; the numbers are the worst "
-        "of all pictures. std is the standard deviation of the reference's values.",
+        "of all inputs. std is the standard deviation of the reference's values.",
         "",
         "| rung | " + " | ".join(precisions) + " |",
         "| --- |" + " --- |" * len(precisions),
