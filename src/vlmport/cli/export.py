@@ -41,7 +41,7 @@ def export(
         str | None,
         typer.Option(
             "--max-shard-size",
-            help="Of a file of weights beside its graph, such as 500MB; 2GB if not given, or less.",
+            help="Most that a file of weights may hold, such as 500MB; at most 2GB, the default.",
             metavar="SIZE",
         ),
     ] = None,
