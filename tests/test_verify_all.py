@@ -88,6 +88,7 @@ class Found(NamedTuple):
     ("precision", "broken", "allowed"),
     [
         ("q4", ["text alone"], True),
+        ("q4", ["text alone", "text alone: position_ids"], False),
         (verify_all.MIX, ["text alone", "text alone"], True),
         ("q8", ["text alone"], False),
         ("fp32", ["text alone"], False),
@@ -99,7 +100,8 @@ class Found(NamedTuple):
 def test_what_was_never_asked_is_noted_at_few_bits_alone(
     monkeypatch: pytest.MonkeyPatch, precision: str, broken: list[str], allowed: bool
 ) -> None:
-    failures = tuple(Row(image, precision, "first_logits", ()) for image in broken)
+    named = [one.partition(": ") for one in broken]
+    failures = tuple(Row(image, precision, rung or "first_logits", ()) for image, _, rung in named)
     rows = (*failures, Row("drawn 640x427", precision, "pixels", ()))
     monkeypatch.setattr(verify_all, "verify", lambda *_, **__: Found(rows, failures))
     result = timed(

@@ -57,7 +57,9 @@ PRECISIONS = tuple(SUFFIXES)
 EXACT_ENOUGH = ("fp32", "fp16")  # for random weights
 MIX = "vision=q8,decoder=q4"  # by the names of the Hub's layout
 FEW_BITS = ("q4", "q4f16", MIX)
-NEVER_ASKED = frozenset({"text alone"})  # of the built-in models
+# What the built-in models were never asked, and where few bits then lead them elsewhere.
+NEVER_ASKED = "text alone"
+MODELS_WORD = frozenset({"first_logits", "cached_decode", "greedy_tokens", "end_to_end"})
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,9 @@ def weights(out: Path, precisions: Sequence[str]) -> None:
 def climb(out: Path, checkpoint: Path, precision: str) -> str | None:
     report = verify(out, checkpoint, precisions=[precision])
     assert {row.precision for row in report.rows} == {precision}
-    broken = {row.image for row in report.failures}
-    if precision in FEW_BITS and broken and broken <= NEVER_ASKED:
-        return f"but for {', '.join(broken)}"
+    known = (row.image == NEVER_ASKED and row.rung in MODELS_WORD for row in report.failures)
+    if precision in FEW_BITS and report.failures and all(known):
+        return f"but for {NEVER_ASKED}"
     assert report.passed, report.summary
     return None
 

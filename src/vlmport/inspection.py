@@ -26,7 +26,7 @@ def describe(bundle: Bundle, console: Console) -> None:
             f"{name} {_download(manifest, name)}" for name in manifest.precisions
         ),
         "all files": f"{total / 1e6:.1f} MB in {len(manifest.files)} files",
-        "pixels": f"{manifest.pixels.resample}, equal to {manifest.pixels.equals}",
+        "pixels": f"{manifest.pixels.resample}, as {manifest.pixels.equals} has them",
         "stop ids": ", ".join(map(str, manifest.generation.stop_token_ids)),
     }
     lines |= {name.replace("num_", ""): str(value) for name, value in vars(manifest.dims).items()}
