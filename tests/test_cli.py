@@ -195,13 +195,17 @@ def test_inspect_shows_what_is_inside(tiny_bundle: Path) -> None:
     assert done.exit_code == 0
     for text in (
         "captioner",
-        "fp32, q8, q4",
         "not verified yet",
         "inputs_embeds float[batch_size, sequence_length, 32]",
         "image uint8[height, width, 3]",
         "4 cache tensors",
     ):
         assert text in done.stdout, text
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("precisions "))
+    sizes = dict(part.split(" ", 1) for part in line.removeprefix("precisions").strip().split(", "))
+    assert list(sizes) == ["fp32", "q8", "q4"]
+    for size in sizes.values():
+        assert re.fullmatch(r"\d+\.\d MB", size), line
 
 
 def test_probe_runs_the_golden_input(tiny_bundle: Path) -> None:
