@@ -143,6 +143,7 @@ def test_pictures_that_are_not_cut(
         (["what", "is", "this"], "what: no such file", "put the question in quotes"),
         (["photo.jpg"], "photo.jpg: no such file", "the question comes last"),
         (["{0}", "{1}"], "no question: the last argument", "put the question last"),
+        (["{0}", "."], "the last argument '.' is a folder", "put the question last"),
         (["{0}", " "], "the question is empty", "vlmport ask"),
         (["{0}", "What?", "--stream", "--json"], "contradict each other", "choose one"),
         (["{0}", "What?", "--image-option", "do_image_splitting=no"], "not JSON", "for example"),

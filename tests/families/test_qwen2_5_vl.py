@@ -31,6 +31,7 @@ from vlmport.graph.qwen2_5_vision import Qwen2_5VisionConfig
 from vlmport.graph.qwen_text import Qwen2_5TextConfig
 from vlmport.layouts import FUSED
 from vlmport.runtime.model import VLM
+from vlmport.tokenizer import read_tokenizer
 
 REAL = shared_testdata("configs", "Qwen2.5-VL-3B-Instruct")
 SPELLINGS: list[Literal["v4", "v5"]] = ["v4", "v5"]
@@ -124,7 +125,9 @@ def test_a_stop_token_that_no_file_names_is_transformers(folder: Path, spelling:
     write_json(folder / "config.json", raw)
     (folder / "generation_config.json").unlink()
     truth = transformers.AutoConfig.from_pretrained(folder).text_config.eos_token_id
-    assert family_of(Checkpoint.open(folder)).generation.stop_token_ids == (truth,)
+    stops = family_of(Checkpoint.open(folder)).generation.stop_token_ids
+    # By its template it says more: what ends a turn.
+    assert stops == (truth, read_tokenizer(folder).token_to_id("<|im_end|>"))
 
 
 # Of the sizes that Qwen publishes: the tower's MLP; width, layers, heads, key heads, MLP and rows

@@ -223,6 +223,7 @@ def test_bad_arrays(array: np.ndarray, said: str):
         (b'  <svg xmlns="x">', "an SVG drawing"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         (b"\0\0\0\x18ftypheic....", "a HEIC or AVIF picture that this Pillow can't read"),
+        (b"\0\0\0\x18ftypM4A ....", "not a picture but sound"),
         (b"once upon a time", "not a picture but text"),
         (b"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "not a picture (begins "),
     ],

@@ -87,7 +87,7 @@ def ask(
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The pictures, and the question: always the last argument, unless that is a file.
+    """The pictures, and the question: always the last argument, unless that is there.
 
     Raises ImageError for a picture that is not there, PromptError for pictures without a question.
     """
@@ -108,8 +108,9 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
                 hint="all but the last argument are pictures; put the question in quotes",
             )
     if asked is None and len(images) > 1:
+        kind = "folder" if Path(question).is_dir() else "file"
         raise PromptError(
-            f"no question: the last argument {question!r} is a file",
+            f"no question: the last argument {question!r} is a {kind}",
             hint="put the question last; `vlmport caption` captions several pictures",
         )
     return images, asked

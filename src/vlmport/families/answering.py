@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from tokenizers import Tokenizer
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.checkpoint import Checkpoint
 from vlmport.errors import ConfigError
 from vlmport.families.base import (
     Family,
@@ -24,6 +25,7 @@ from vlmport.families.base import (
     pixel_spec,
     without_sampling,
 )
+from vlmport.families.chat_template import token_after_answers
 from vlmport.families.generation import Generation
 from vlmport.graph.builder import GraphBuilder
 from vlmport.graph.llama import decoder_graph, embed_graph
@@ -180,3 +182,20 @@ class AnsweringFamily(Family):
 def listed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same with tuples as JSON has them."""
     return {key: list(one) if isinstance(one, tuple) else one for key, one in values.items()}
+
+
+def answer_settings(
+    checkpoint: Checkpoint, text: Mapping[str, Any], template: str, tokenizer: Tokenizer
+) -> Generation:
+    """When the model stops and how it samples; `text` is the decoder's section of config.json.
+
+    Among the stop ids are the tokenizer's eos_token and what the template writes after an answer:
+    no text goes on after these. Raises ConfigError.
+    """
+    settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
+    token = (checkpoint.json("tokenizer_config.json") or {}).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    others = (found, token_after_answers(template, checkpoint, tokenizer))
+    ids = dict.fromkeys((*settings.stop_token_ids, *(one for one in others if one is not None)))
+    return dataclasses.replace(settings, stop_token_ids=tuple(ids))

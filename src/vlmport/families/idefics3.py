@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
-from tokenizers import Tokenizer
 
 from vlmport.checkpoint import Checkpoint, LazyTensor, Size, merged, read_config, subsection
 from vlmport.errors import ConfigError, WeightError
@@ -34,11 +33,11 @@ from vlmport.families.answering import (
     IMAGE_TOKEN_ID,
     AnsweringConfig,
     AnsweringFamily,
+    answer_settings,
     listed,
 )
 from vlmport.families.base import Graphs
-from vlmport.families.chat_template import read_chat_template, token_after_answers
-from vlmport.families.generation import Generation
+from vlmport.families.chat_template import read_chat_template
 from vlmport.families.image_processor import PREPROCESSOR, PROCESSOR, read_image_processor
 from vlmport.families.tile_tokens import IMAGE_TOKEN, tile_tokens
 from vlmport.graph.bucketed_positions import PickedRows, bucketed_positions
@@ -142,7 +141,6 @@ class Idefics3(AnsweringFamily):
         text = {**text, "tie_word_embeddings": config.tie_word_embeddings}
         pixels = read_config(PixelConfig, *read_image_processor(checkpoint))
         tokenizer, template = read_tokenizer(checkpoint.folder), read_chat_template(checkpoint)
-        settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
         family = cls(
             config=config,
             vision=vision,
@@ -151,7 +149,7 @@ class Idefics3(AnsweringFamily):
             tokens=tile_tokens(
                 tokenizer, pixels.tiling, _tokens_a_tile(config, vision, pixels.tiling.side)
             ),
-            settings=_with_other_stops(settings, template, checkpoint, tokenizer),
+            settings=answer_settings(checkpoint, text, template, tokenizer),
             chat_template=template,
             raw=raw,
         )
@@ -300,16 +298,3 @@ def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: i
             hint="is a file of another model?",
         )
     return (patches // factor) ** 2
-
-
-def _with_other_stops(
-    settings: Generation, template: str, checkpoint: Checkpoint, tokenizer: Tokenizer
-) -> Generation:
-    """The stop ids, and among them the tokenizer's eos_token and what the template writes after an
-    answer: no text goes on after these."""
-    token = (checkpoint.json("tokenizer_config.json") or {}).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    others = (found, token_after_answers(template, checkpoint, tokenizer))
-    ids = dict.fromkeys((*settings.stop_token_ids, *(one for one in others if one is not None)))
-    return dataclasses.replace(settings, stop_token_ids=tuple(ids))

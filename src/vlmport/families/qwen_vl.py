@@ -30,11 +30,11 @@ from vlmport.families.answering import (
     IMAGE_TOKEN_ID,
     AnsweringConfig,
     AnsweringFamily,
+    answer_settings,
     listed,
 )
 from vlmport.families.base import Graphs, Layout, SizedLayout
 from vlmport.families.chat_template import read_chat_template
-from vlmport.families.generation import Generation
 from vlmport.families.image_processor import PREPROCESSOR, read_image_processor
 from vlmport.families.qwen_layouts import fused, genai
 from vlmport.families.qwen_pixels import (
@@ -121,17 +121,18 @@ class QwenVL(AnsweringFamily):
         vision = cls.read_vision(
             subsection(raw, "vision_config", CONFIG), f"{CONFIG}: vision_config"
         )
-        where = f"{CONFIG}: text_config"
+        tokenizer, template = read_tokenizer(checkpoint.folder), read_chat_template(checkpoint)
         family = cls(
             config=config,
             vision=vision,
-            text=cls.read_text({**text, **tied}, vision, where),
+            text=cls.read_text({**text, **tied}, vision, f"{CONFIG}: text_config"),
             pixel_config=PixelConfig.read(*read_image_processor(checkpoint)),
-            settings=Generation.read(checkpoint, text, where),
-            chat_template=read_chat_template(checkpoint),
+            settings=answer_settings(checkpoint, text, template, tokenizer),
+            chat_template=template,
             raw=raw,
         )
-        family._check(checkpoint)
+        family.check_token_ids(tokenizer)
+        family._check()
         return family
 
     @classmethod
@@ -139,7 +140,7 @@ class QwenVL(AnsweringFamily):
         """Whether the text section ties the head where the outer config does not."""
         return False
 
-    def _check(self, checkpoint: Checkpoint) -> None:
+    def _check(self) -> None:
         """Raise ConfigError where files disagree."""
         vision, pixels = self.vision, self.pixel_config
         sizes = {
@@ -158,7 +159,6 @@ class QwenVL(AnsweringFamily):
                 f"{self.text.hidden_size} of the decoder",
                 hint="is the file of another model?",
             )
-        self.check_token_ids(read_tokenizer(checkpoint.folder))
 
     # Weights
 

@@ -54,8 +54,9 @@ LOOKS_LIKE = {
     b"\x7fELF": "a program",
     b"MZ": "a program",
 }
-# What stands after `ftyp` in pictures; anything else there is a video.
+# What stands after `ftyp` in pictures and in sound; anything else there is a video.
 PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"mif1", b"msf1")
+SOUND_BRANDS = (b"M4A ", b"M4B ", b"F4A ", b"F4B ")
 
 
 class _StrictPillow:
@@ -292,6 +293,8 @@ def _looks_like(head: bytes) -> str:
             return f"not a picture but {what}"
     if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
         return "a HEIC or AVIF picture that this Pillow can't read"
+    if head[4:8] == b"ftyp" and head[8:12] in SOUND_BRANDS:
+        return "not a picture but sound (M4A)"
     if head[4:8] == b"ftyp":
         return "not a picture but a video (MP4 or MOV)"
     printable = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from jinja2 import TemplateError
 from PIL import Image
 
 from vlmport.errors import ConfigError, PromptError
-from vlmport.verify.configs import processor_template, stop_token_ids
+from vlmport.verify.configs import answer_stop_ids, processor_template
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
 from vlmport.verify.references.loading import (
@@ -75,10 +74,7 @@ class Idefics3Reference:
         image = self.processor.image_processor
         self.grey_level = image.rescale_factor / min(image.image_std)
         text: Any = settings.text_config
-        stops = stop_token_ids(folder, text.eos_token_id)
-        others = (self.processor.tokenizer.eos_token_id, _end_of_turn(self.processor))
-        ids = (*stops, *(one for one in others if one is not None))
-        self.stop_token_ids = tuple(dict.fromkeys(ids))
+        self.stop_token_ids = answer_stop_ids(folder, text.eos_token_id, self.processor)
         self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
         self.versions = versions()
 
@@ -177,22 +173,6 @@ def _messages(text: str, pictures: int) -> tuple[Message, ...]:
     """A user's message: the pictures, then the text."""
     parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
     return ({"role": "user", "content": parts},)
-
-
-def _end_of_turn(processor: Any) -> int | None:
-    """The special token that comes next after what an assistant said.
-
-    None where the template writes none there, or refuses such a message.
-    """
-    said = [*_messages("?", 0), {"role": "assistant", "content": [{"type": "text", "text": "Ja"}]}]
-    try:
-        _, *after = processor.apply_chat_template(said).split("Ja")
-    except TemplateError:
-        return None
-    kinds = processor.tokenizer.added_tokens_decoder
-    text = after[-1].strip() if after else ""
-    first = processor.tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-    return next((one for one in first if one in kinds and kinds[one].special), None)
 
 
 def _processor(folder: Path) -> Any:

@@ -23,7 +23,7 @@ import transformers
 from PIL import Image
 
 from vlmport.errors import PromptError
-from vlmport.verify.configs import processor_template, stop_token_ids
+from vlmport.verify.configs import answer_stop_ids, processor_template
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
 from vlmport.verify.references.loading import (
@@ -106,7 +106,8 @@ class QwenVLReference:
         self.grey_level = self.image_processor.rescale_factor / min(self.image_processor.image_std)
         text: Any = settings.text_config
         # Qwen3's text config has no such key unless the file says it.
-        self.stop_token_ids = stop_token_ids(folder, getattr(text, "eos_token_id", None))
+        decoders = getattr(text, "eos_token_id", None)
+        self.stop_token_ids = answer_stop_ids(folder, decoders, self.processor)
         self.dims: Mapping[str, int] = {
             name: config_int(text, name) for name in DECODER_DIMS if name != "head_dim"
         }
