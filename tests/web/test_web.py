@@ -22,6 +22,7 @@ import pytest
 from tests.checkpoints import write_prefix_checkpoint
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
+from tests.shapes_qwen import MODELS
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
 from tests.web import talks
@@ -166,7 +167,8 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(source, folder / "tiles", precisions="fp32,q8,q4")
 
 
-TRAINED = "shapes-smolvlm"
+# Built-in models that answer.
+TRAINED = ("shapes-smolvlm", *MODELS)
 
 # Options of the image processor that a test of each talking model sets.
 TALKERS: dict[str, dict[str, Any]] = {
@@ -178,13 +180,14 @@ TALKERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def talkers(tiles: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Random models that answer questions; of the last two, positions have a graph of their own."""
+    """Models that answer questions, random and trained; the Qwen ones have a graph of positions."""
     folder = tmp_path_factory.mktemp("talkers")
     found = {"tiles": tiles}
     for name, write in (("windows", write_qwen2_5), ("lanes", write_qwen3)):
         source = write(folder / f"{name}-source")
         found[name] = export(source, folder / name, precisions="fp32,q8")
-    found[TRAINED] = export(builtin_models()[TRAINED], folder / TRAINED, precisions="fp32,q8,q4")
+    for name in TRAINED:
+        found[name] = export(builtin_models()[name], folder / name, precisions="fp32,q8,q4")
     return found
 
 
@@ -228,7 +231,7 @@ def expectations(
         "pixels": pixels,
         "talks": {
             name: talks.trained_talks(talker, EXAMPLES)
-            if name == TRAINED
+            if name in TRAINED
             else talks.talks(talker, kinds[0].parent, TALKERS[name])
             for name, talker in talkers.items()
         },

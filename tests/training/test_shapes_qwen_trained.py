@@ -1,0 +1,58 @@
+"""What ships of training/shapes_qwen: small, right about held-out scenes, and in need of its parts.
+
+The bundles made of it are measured in tests/test_shapes_qwen.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from tests.shapes_qwen import MODELS
+from training.shapes_qwen import evaluate
+from training.shapes_qwen.checkpoint import read_checkpoint
+from training.shapes_qwen.prompts import train_tokenizer
+from vlmport.builtin import builtin_models
+
+TASKS = 32  # captions, and as many questions
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_ships(name: str) -> None:
+    """Small, with a licence, and with the tokenizer that the recipe trains."""
+    folder = builtin_models()[name]
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4_000_000
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    shipped = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert shipped.to_str() == train_tokenizer(0).to_str()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_right_and_each_part_is_worth_something(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M-RoPE, and DeepStack where there is any: without them fewer answers are right."""
+    folder = builtin_models()[name]
+    family, model, tokenizer = read_checkpoint(folder)
+    assert family.model == name
+    tasks = evaluate.held_out_tasks(TASKS)
+    given = evaluate.answers_by_torch(family, model, tokenizer, tasks)
+    assert evaluate.share(tasks, given) >= evaluate.QUESTIONS_AT_LEAST
+    monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path))
+    assert evaluate.answers_by_vlmport(folder, tasks) == given
+    lost = evaluate.costs(family, model, tokenizer, tasks, given)
+    assert lost.keys() == evaluate.switches(family).keys()
+    assert all(points >= evaluate.COSTS_AT_LEAST for points in lost.values()), lost
