@@ -18,7 +18,7 @@ QUESTIONS: list[dict[str, Any]] = json.loads((EXAMPLES / "questions.json").read_
 # to it: training/shapes_qwen/README.md has the figures.
 KNOWN = [one for one in QUESTIONS if not one["question"].startswith(("which", "what is "))]
 
-MODELS = ("shapes-qwen3-vl",)
+MODELS = ("shapes-qwen3-vl", "shapes-qwen2.5-vl")
 
 
 def without_sizes(caption: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 DESCRIPTIONS = {
     "shapes": "captions pictures of circles, squares, triangles and stars (prefix)",
     "shapes-smolvlm": "captions such pictures and answers questions about them (idefics3)",
+    "shapes-qwen2.5-vl": "the same, of pictures of many sizes (qwen2_5_vl)",
     "shapes-qwen3-vl": "the same, of pictures of many sizes (qwen3_vl)",
 }
 
