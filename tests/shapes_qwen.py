@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ QUESTIONS: list[dict[str, Any]] = json.loads((EXAMPLES / "questions.json").read_
 KNOWN = [one for one in QUESTIONS if not one["question"].startswith(("which", "what is "))]
 
 MODELS = ("shapes-qwen3-vl", "shapes-qwen2.5-vl")
-
-
-def without_sizes(caption: str) -> str:
-    """A caption without its words for sizes, which these models often miss."""
-    return re.sub(r"\b(an?) (small |large )?", "a ", caption)
 
 
 def kind(name: str) -> str:

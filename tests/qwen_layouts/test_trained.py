@@ -24,7 +24,6 @@ from tests.shapes_qwen import (
     QUESTIONS,
     asked,
     kind,
-    without_sizes,
 )
 from vlmport.builtin import builtin_models
 from vlmport.layouts import ImageSize
@@ -57,8 +56,7 @@ def test_fused(trained: Trained, example: ModuleType, precision: str) -> None:
     """The example's loop over two graphs, at a size that all pictures are brought to."""
     asker = example.Asker(trained.fused.folder, precision)
     for name, caption in CAPTIONS.items():
-        said = asker.ask(Image.open(EXAMPLES / name), CAPTION)
-        assert without_sizes(said) == without_sizes(caption)
+        assert asker.ask(Image.open(EXAMPLES / name), CAPTION) == caption
     for one in KNOWN:
         assert asker.ask(Image.open(EXAMPLES / one["images"][0]), one["question"]) == one["answer"]
 

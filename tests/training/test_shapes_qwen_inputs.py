@@ -17,8 +17,9 @@ from training.shapes_qwen.batches import Conversations, encode
 from training.shapes_qwen.families import FAMILIES
 from training.shapes_qwen.pictures import (
     FACTOR,
-    MAX_PIXELS,
-    MIN_PIXELS,
+    SHIPPED,
+    WIDE,
+    Canvases,
     Grid,
     grid_of,
     in_merge_order,
@@ -102,25 +103,28 @@ def test_pictures_are_the_processors(untrained: Untrained, reference: QwenVLRefe
     assert not torch.equal(cut[1], cut[2])  # noise: another order would be another picture
 
 
-def test_grids_are_those_of_smart_resize() -> None:
+@pytest.mark.parametrize("canvases", [WIDE, SHIPPED])
+def test_grids_are_those_of_smart_resize(canvases: Canvases) -> None:
     """Halves of a factor among them, and the least and the most there may be."""
     sides = sorted({*range(7, 1500, 37), *(FACTOR * n // 2 for n in range(1, 30))})
     for width in sides:
         for height in sides:
             if max(width, height) > 200 * min(width, height):
                 continue  # refused by the processor
-            high, wide = smart_resize(height, width, FACTOR, MIN_PIXELS, MAX_PIXELS)
-            assert grid_of(width, height).size == (wide, high)
+            high, wide = smart_resize(height, width, FACTOR, *canvases.pixels)
+            assert grid_of(width, height, canvases).size == (wide, high)
 
 
-def test_canvases_have_many_grids_of_each_direction() -> None:
+@pytest.mark.parametrize(("canvases", "count"), [(WIDE, 25), (SHIPPED, 9)])
+def test_canvases_have_many_grids_of_each_direction(canvases: Canvases, count: int) -> None:
     rng = random.Random(0)
-    grids = {grid_of(*random_canvas(rng)) for _ in range(20_000)}
-    assert len(grids) >= 20
+    sides = [random_canvas(rng, canvases=canvases) for _ in range(20_000)]
+    grids = {grid_of(*one, canvases) for one in sides}
+    assert len(grids) == count
     assert {(grid.columns, grid.rows) for grid in grids} == {(*grid,) for grid in grids}
     assert max(grid.tokens for grid in grids) == 42
     for grid in list(grids)[:5]:
-        assert grid_of(*random_canvas(rng, grid)) == grid
+        assert grid_of(*random_canvas(rng, grid, canvases), canvases) == grid
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -153,7 +157,9 @@ def test_merge_order_is_that_of_the_patches() -> None:
 
 
 def test_batches_are_the_same_anywhere_and_of_one_grid(untrained: Untrained) -> None:
-    data = Conversations("a", 3, 3, untrained.tokenizer, untrained.family, turns=3, drawn=True)
+    data = Conversations(
+        "a", 3, 3, untrained.tokenizer, untrained.family, turns=3, drawn=True, canvases=WIDE
+    )
     image = untrained.tokenizer.token_to_id(IMAGE)
     grids = set()
     for step in range(3):
@@ -172,7 +178,9 @@ def test_batches_are_the_same_anywhere_and_of_one_grid(untrained: Untrained) -> 
 
 def test_answers_tell_what_the_patches_show(untrained: Untrained) -> None:
     """A patch that a thing covers whole is of one colour; its neighbours in line are not."""
-    data = Conversations("b", 1, 24, untrained.tokenizer, untrained.family, turns=0, drawn=True)
+    data = Conversations(
+        "b", 1, 24, untrained.tokenizer, untrained.family, turns=0, drawn=True, canvases=WIDE
+    )
     (shown,) = data[0].shown
     cut = patches(shown.pixels, untrained.family).view(24, -1, 6, 12, 12)
     even = cut[..., 3:-3, 3:-3].flatten(3).std(dim=-1).amax(dim=-1) < 0.1

@@ -12,13 +12,16 @@ from torch.nn.functional import cross_entropy
 
 from tests.training.qwen_shapes import Untrained, write_untrained
 from training.fitting import IGNORE, Stage
+from training.shapes.batches import CELLS, patch_geometry
+from training.shapes.scenes import Scene, Thing
 from training.shapes_qwen import evaluate, train
 from training.shapes_qwen.batches import Batch, Conversations
 from training.shapes_qwen.checkpoint import read_checkpoint
+from training.shapes_qwen.dense import BESIDE_PICTURE, EDGE_UNIT, DenseHeads, edges_of, shares_of
 from training.shapes_qwen.families import FAMILIES, QWEN3
 from training.shapes_qwen.language import fit_lengths, load_language
-from training.shapes_qwen.model import Chat
-from training.shapes_qwen.pictures import patches
+from training.shapes_qwen.model import VISION, Chat
+from training.shapes_qwen.pictures import PATCH, SHIPPED, Grid, in_merge_order, patches
 from training.shapes_qwen.prompts import IMAGE
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -30,8 +33,15 @@ def untrained(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Untraine
 
 
 def batch_of(untrained: Untrained, pictures: int) -> Batch:
-    data = Conversations("x", 9, 2, untrained.tokenizer, untrained.family, turns=2, drawn=True)
+    data = Conversations(
+        "x", 9, 2, untrained.tokenizer, untrained.family, turns=2, drawn=True, canvases=SHIPPED
+    )
     return next(batch for batch in map(data.__getitem__, range(9)) if len(batch.shown) == pictures)
+
+
+def _square(side: float) -> Thing:
+    """In the middle of a canvas of 240 x 200."""
+    return Thing("square", "red", "medium", (230, 30, 35), 120.0, 100.0, side)
 
 
 @torch.no_grad()
@@ -130,13 +140,13 @@ def test_the_folder_is_as_on_the_hub(untrained: Untrained) -> None:
         assert config["model_type"] == "qwen3_vl"
         assert "model.visual.deepstack_merger_list.1.linear_fc2.weight" in names
         assert "model.language_model.layers.3.self_attn.q_norm.weight" in names
-        assert pixels["size"] == {"longest_edge": 42 * 576, "shortest_edge": 16 * 576}
+        assert pixels["size"] == {"longest_edge": 42 * 576, "shortest_edge": 30 * 576}
     else:
         assert config["model_type"] == "qwen2_5_vl"
         assert "text_config" not in config
         assert "visual.blocks.5.mlp.gate_proj.bias" in names
         assert "model.layers.3.self_attn.q_proj.bias" in names
-        assert (pixels["min_pixels"], pixels["max_pixels"]) == (16 * 576, 42 * 576)
+        assert (pixels["min_pixels"], pixels["max_pixels"]) == (30 * 576, 42 * 576)
     rows = (config.get("text_config") or config)["vocab_size"]
     assert rows > untrained.tokenizer.get_vocab_size()
 
@@ -237,7 +247,7 @@ def test_two_steps_of_each_stage(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run goes through all stages, and a second one takes up their results."""
-    for name in ("TOWER", "AGAIN", "NOTES", "JOIN", "CHAT", "CAPTIONS"):
+    for name in ("TOWER", "AGAIN", "NOTES", "JOIN", "CHAT", "CAPTIONS", "SCALE", "FINISH"):
         monkeypatch.setattr(train, name, Stage(steps=2, batch_size=2, rate=1e-3, tower_rate=1e-4))
     out = tmp_path / "model"
     train.train(out, FAMILIES[family], seed=0, scale=1.0, language=train.SMOLVLM)
@@ -246,10 +256,10 @@ def test_two_steps_of_each_stage(
         "again",
         "captions",
         "chat",
+        "finish",
         "join",
         "notes",
-        "second",
-        "third",
+        "scale",
         "tower",
     ]
     first = load_file(out / "model.safetensors")
@@ -259,3 +269,29 @@ def test_two_steps_of_each_stage(
     again = load_file(out / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert all(value.isfinite().all() for value in first.values())
+
+
+def test_patches_are_told_where_they_and_how_large_their_things_are() -> None:
+    grid = Grid(10, 12)
+    left, top, right, bottom = (EDGE_UNIT * edges_of(grid)).unbind(dim=-1)
+    assert ((left + right) == 12).all()
+    assert ((top + bottom) == 10).all()
+    # In merge order: right of the first patch comes the second, below it the third.
+    assert (left[:3].tolist(), top[:3].tolist()) == ([0.5, 1.5, 0.5], [0.5, 0.5, 1.5])
+    scene = Scene(240, 200, "white", (255, 255, 255), (_square(side=60.0),))
+    lengths = in_merge_order(patch_geometry(scene, grid.size, PATCH), grid)[None, :, CELLS:]
+    shares = shares_of(torch.from_numpy(lengths), grid) / BESIDE_PICTURE
+    known = shares[~shares.isnan()]
+    assert len(known) == 16  # three patches a side, half of the outer ones
+    torch.testing.assert_close(known, torch.full_like(known, 60 / 200))
+
+
+def test_heads_that_learn_alone_leave_the_tower(untrained: Untrained) -> None:
+    (shown,) = batch_of(untrained, 1).shown
+    heads = DenseHeads(1.0, scale=True, alone=1)
+    given = torch.zeros(*shown.answers.shape[:2], VISION, requires_grad=True)
+    heads(given, shown).backward()
+    assert given.grad is None
+    heads(given, shown).backward()
+    assert given.grad is not None
+    assert given.grad.abs().sum() > 0

@@ -20,6 +20,7 @@ from training.shapes.scenes import Scene, draw, random_scene
 from training.shapes_qwen.families import Family
 from training.shapes_qwen.pictures import (
     PATCH,
+    Canvases,
     Grid,
     grid_of,
     in_merge_order,
@@ -76,10 +77,11 @@ class Conversations(Dataset[Batch]):
         turns: int,
         drawn: bool,
         kinds: Mapping[str, float] | None = None,
+        canvases: Canvases,
     ) -> None:
         self.stage, self.steps, self.batch_size = stage, steps, batch_size
         self.tokenizer, self.family = tokenizer, family
-        self.turns, self.drawn, self.kinds = turns, drawn, kinds
+        self.turns, self.drawn, self.kinds, self.canvases = turns, drawn, kinds, canvases
 
     def __len__(self) -> int:
         return self.steps
@@ -87,10 +89,10 @@ class Conversations(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         rng = random.Random(f"{self.stage}-{step}")
         count = 2 if self.turns and rng.random() < TWO_PICTURES else 1
-        grids = [grid_of(*random_canvas(rng)) for _ in range(count)]
-        rows = [drawn_scenes(rng, grids) for _ in range(self.batch_size)]
+        grids = [self._random_grid(rng) for _ in range(count)]
+        rows = [drawn_scenes(rng, grids, self.canvases) for _ in range(self.batch_size)]
         shown = [
-            show(list(scenes), grid, drawn=self.drawn)
+            show(list(scenes), grid, self.canvases, drawn=self.drawn)
             for scenes, grid in zip(zip(*rows, strict=True), grids, strict=True)
         ]
         texts = [image_text(grid) for grid in grids]
@@ -106,6 +108,9 @@ class Conversations(Dataset[Batch]):
         ]
         return Batch(shown, *pad(encoded, self.tokenizer.token_to_id(IMAGE), grids))
 
+    def _random_grid(self, rng: random.Random) -> Grid:
+        return grid_of(*random_canvas(rng, canvases=self.canvases), self.canvases)
+
 
 def conversations(
     stage: str,
@@ -117,6 +122,7 @@ def conversations(
     turns: int,
     drawn: bool,
     kinds: Mapping[str, float] | None = None,
+    canvases: Canvases,
 ) -> DataLoader[Batch]:
     """A loader over `Conversations` in order, drawn by one worker process.
 
@@ -125,20 +131,30 @@ def conversations(
         kinds: how often a kind of question is drawn, 1 where it does not stand here; None: evenly.
     """
     data = Conversations(
-        stage, steps, batch_size, tokenizer, family, turns=turns, drawn=drawn, kinds=kinds
+        stage,
+        steps,
+        batch_size,
+        tokenizer,
+        family,
+        turns=turns,
+        drawn=drawn,
+        kinds=kinds,
+        canvases=canvases,
     )
     return DataLoader(data, batch_size=None, shuffle=False, num_workers=1, prefetch_factor=8)
 
 
-def drawn_scenes(rng: random.Random, grids: Sequence[Grid]) -> list[Scene]:
+def drawn_scenes(rng: random.Random, grids: Sequence[Grid], canvases: Canvases) -> list[Scene]:
     """One scene, in which three things are the hard case and half of all; or a pair."""
     counts = (1, 2) if len(grids) == 2 else (1, 2, 2, 3, 3, 3)
-    return [random_scene(rng, rng.choice(counts), random_canvas(rng, grid)) for grid in grids]
+    return [
+        random_scene(rng, rng.choice(counts), random_canvas(rng, grid, canvases)) for grid in grids
+    ]
 
 
-def show(scenes: Sequence[Scene], grid: Grid, *, drawn: bool) -> Shown:
+def show(scenes: Sequence[Scene], grid: Grid, canvases: Canvases, *, drawn: bool) -> Shown:
     """Scenes whose pictures have one grid, and what there is to know of each patch."""
-    pixels = [resized(draw(scene)) for scene in scenes if drawn]
+    pixels = [resized(draw(scene), canvases) for scene in scenes if drawn]
     answers, geometry = (
         [in_merge_order(know(scene, grid.size, PATCH), grid) for scene in scenes]
         for know in (patch_answers, patch_geometry)

@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForCondition
 
 from training.shapes_qwen.families import FAMILIES, QWEN3, Family
 from training.shapes_qwen.model import CONTEXT, QwenConfig, QwenModel
-from training.shapes_qwen.pictures import FRAMES, MAX_PIXELS, MERGE, MIN_PIXELS, PATCH
+from training.shapes_qwen.pictures import FRAMES, MERGE, PATCH, SHIPPED
 from training.shapes_qwen.prompts import (
     END,
     IMAGE,
@@ -193,18 +193,19 @@ def _preprocessor_config(family: Family) -> dict[str, Any]:
         "patch_size": PATCH,
         "temporal_patch_size": FRAMES,
     }
+    least, most = SHIPPED.pixels
     if family == QWEN3:
         return {
             **common,
             "image_processor_type": "Qwen2VLImageProcessorFast",
             "processor_class": "Qwen3VLProcessor",
-            "size": {"longest_edge": MAX_PIXELS, "shortest_edge": MIN_PIXELS},
+            "size": {"longest_edge": most, "shortest_edge": least},
         }
     return {
         **common,
         "image_processor_type": "Qwen2VLImageProcessor",
-        "max_pixels": MAX_PIXELS,
-        "min_pixels": MIN_PIXELS,
+        "max_pixels": most,
+        "min_pixels": least,
         "processor_class": "Qwen2_5_VLProcessor",
     }
 

@@ -1,9 +1,8 @@
 """Qwen-VL's side of a picture, in small: its size on the model's grid, and its patches.
 
 A token is 2 x 2 patches of 12 x 12 pixels, so sides are multiples of 24. A picture of any size
-becomes one of 16 to 42 tokens, its aspect ratio kept as well as that allows: 96 x 96 to
-168 x 144 pixels for the ordinary ones. Sources: transformers 5.23,
-image_processing_pil_qwen2_vl.py.
+becomes one of so many tokens as `Canvases` says, its aspect ratio kept as well as that allows.
+Sources: transformers 5.23, image_processing_pil_qwen2_vl.py.
 """
 
 import math
@@ -18,9 +17,26 @@ from training.shapes_qwen.families import Family
 
 PATCH, MERGE, FRAMES = 12, 2, 2
 FACTOR = PATCH * MERGE
-MIN_PIXELS, MAX_PIXELS = 16 * FACTOR**2, 42 * FACTOR**2
 SHORTER_SIDE = (80, 320)
-LONGEST_RATIO = 2.0
+
+
+class Canvases(NamedTuple):
+    """Which pictures there are, and how many tokens the processor makes of each."""
+
+    least_tokens: int
+    most_tokens: int
+    longest_ratio: float
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """The processor's min_pixels and max_pixels."""
+        return self.least_tokens * FACTOR**2, self.most_tokens * FACTOR**2
+
+
+# 25 grids, from 8 x 8 patches to 12 x 14 and 8 x 18: how long the shorter side is differs by 1.5.
+WIDE = Canvases(16, 42, 2.0)
+# 9 grids, 10 or 12 patches on the shorter side. What ships knows these.
+SHIPPED = Canvases(30, 42, 1.6)
 
 
 class Grid(NamedTuple):
@@ -45,34 +61,37 @@ class Grid(NamedTuple):
         return self.rows * self.columns // MERGE**2
 
 
-def grid_of(width: int, height: int) -> Grid:
+def grid_of(width: int, height: int, canvases: Canvases = SHIPPED) -> Grid:
     """The grid that the processor chooses; halves are rounded to even."""
+    least, most = canvases.pixels
     high, wide = (round(side / FACTOR) * FACTOR for side in (height, width))
-    if high * wide > MAX_PIXELS:
-        shrink = math.sqrt(height * width / MAX_PIXELS)
+    if high * wide > most:
+        shrink = math.sqrt(height * width / most)
         high, wide = (
             max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (height, width)
         )
-    elif high * wide < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (height * width))
+    elif high * wide < least:
+        grow = math.sqrt(least / (height * width))
         high, wide = (math.ceil(side * grow / FACTOR) * FACTOR for side in (height, width))
     return Grid(high // PATCH, wide // PATCH)
 
 
-def random_canvas(rng: random.Random, grid: Grid | None = None) -> tuple[int, int]:
-    """Width and height of a canvas up to 2:1, in pixels; of those that have the given grid."""
+def random_canvas(
+    rng: random.Random, grid: Grid | None = None, canvases: Canvases = SHIPPED
+) -> tuple[int, int]:
+    """Width and height of a canvas in pixels; of those that have the given grid."""
     least, most = map(math.log, SHORTER_SIDE)
     while True:
         short = math.exp(rng.uniform(least, most))
-        long = round(short * LONGEST_RATIO ** rng.random())
+        long = round(short * canvases.longest_ratio ** rng.random())
         sides = (round(short), long) if rng.random() < 0.5 else (long, round(short))
-        if grid is None or grid_of(*sides) == grid:
+        if grid is None or grid_of(*sides, canvases) == grid:
             return sides
 
 
-def resized(image: Image.Image) -> np.ndarray:
+def resized(image: Image.Image, canvases: Canvases = SHIPPED) -> np.ndarray:
     """[H, W, 3] uint8: the picture as the processor resizes it."""
-    size = grid_of(*image.size).size
+    size = grid_of(*image.size, canvases).size
     return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
 

@@ -9,9 +9,12 @@
    positions tell. No pictures yet.
 3. `join`: both frozen, the mergers between them learn.
 4. `chat`: all weights learn to answer from one or two pictures.
-5. `captions`, `second`, `third`: short conversations, most of them a caption, while the tower goes
-   on with its dense questions: what it learns last, shape and size, is what captions still get
-   wrong. Three cosines from a high rate.
+5. `captions`: short conversations, most of them a caption, while the tower goes on with its dense
+   questions: what it learns last, shape and size, is what captions still get wrong.
+6. `scale`: the same, and each patch tells how far it is from the picture's four edges and how large
+   its thing is beside the picture. Before, sizes are told by patches alone: a medium square in
+   12 x 12 patches is as wide as a large one in 8 x 16.
+7. `finish`: the same on pictures of fewer grids, those that it ships for.
 
 Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
 stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
@@ -21,31 +24,25 @@ import argparse
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    smooth_l1_loss,
-)
 
-from training.fitting import IGNORE, Stage, fit, take_up
-from training.shapes.batches import CELLS, LENGTHS, PATCH_QUESTIONS, note_ids
+from training.fitting import Stage, fit, take_up
+from training.shapes.batches import CELLS, PATCH_QUESTIONS, note_ids
 from training.shapes_qwen.batches import Batch, Shown, conversations
 from training.shapes_qwen.checkpoint import token_ids, write_checkpoint
+from training.shapes_qwen.dense import DenseHeads
 from training.shapes_qwen.families import FAMILIES, Family
 from training.shapes_qwen.language import fit_lengths, load_language
-from training.shapes_qwen.model import HIDDEN, VISION, Chat, Seen, model_config
-from training.shapes_qwen.pictures import MERGE
+from training.shapes_qwen.model import HIDDEN, Chat, Seen, model_config
+from training.shapes_qwen.pictures import MERGE, SHIPPED, WIDE, Canvases
 from training.shapes_qwen.prompts import train_tokenizer
 
 SMOLVLM = Path(__file__).parents[2] / "src/vlmport/builtin/shapes-smolvlm"
 TURNS = 5
-NO_OBJECT_WEIGHT = 0.05
 EXTENTS, QUARTERS = 64, 4  # widths and heights that a note can tell, in quarters of a patch
 # Which of PATCH_QUESTIONS a note answers in the token. The size is left out: the extents stand for
 # it. Where there are lanes, they say some of it again.
@@ -58,49 +55,11 @@ NOTES = Stage(steps=400, batch_size=32, rate=1.5e-3)
 JOIN = Stage(steps=200, batch_size=32, rate=2e-3)
 CHAT = Stage(steps=1200, batch_size=32, rate=1e-3, tower_rate=4e-4)
 CAPTIONS = Stage(steps=2000, batch_size=32, rate=1e-3, tower_rate=8e-4)
-SHORT_STAGES = ("captions", "second", "third")
-KINDS = {"caption": 6.0, "which": 6.0, "beside": 2.0}  # of `captions`; others 1
+SCALE = Stage(steps=2000, batch_size=32, rate=7e-4, tower_rate=7e-4)
+FINISH = Stage(steps=2000, batch_size=32, rate=5e-4, tower_rate=5e-4)
+KINDS = {"caption": 6.0, "which": 6.0, "beside": 2.0}  # from `captions` on; others 1
 SHORT_TURNS = 2
-DENSE = 0.5  # weight of the dense questions beside the words, in `captions`
-
-
-class DenseHeads(nn.Module):
-    """What the tower is asked at every patch: [B, N, C] → the loss of its answers.
-
-    Args:
-        questions: weight of the mean loss of `PATCH_QUESTIONS` beside those of the cells and the
-            lengths.
-    """
-
-    def __init__(self, questions: float) -> None:
-        super().__init__()
-        self.questions, sizes = questions, list(PATCH_QUESTIONS.values())
-        self.sizes = [*sizes, CELLS, LENGTHS]
-        self.answers = nn.Linear(VISION, sum(self.sizes))
-        # Most patches show no object: unweighted, they drown shape and size.
-        self.weights = [torch.ones(size) for size in sizes]
-        for weight in self.weights[1:]:
-            weight[0] = NO_OBJECT_WEIGHT
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, patches: torch.Tensor, shown: Shown) -> torch.Tensor:
-        *parts, cells, lengths = self.answers(patches).float().split(self.sizes, dim=-1)
-        losses = [
-            cross_entropy(part.flatten(0, 1), answer.flatten(), weight, ignore_index=IGNORE)
-            for part, answer, weight in zip(
-                parts, shown.answers.unbind(dim=-1), self.weights, strict=True
-            )
-        ]
-        covered, measured = shown.geometry.split([CELLS, LENGTHS], dim=-1)
-        known = ~measured.isnan()
-        drawn = binary_cross_entropy_with_logits(cells, covered)
-        placed = smooth_l1_loss(lengths[known], measured[known])
-        self.seen.append(torch.stack([*losses, drawn, placed]).detach())
-        if len(self.seen) % 100 == 0:
-            means = torch.stack(self.seen[-100:]).mean(dim=0).tolist()
-            names = [*PATCH_QUESTIONS, "cells", "lengths"]
-            print(*(f"{name} {mean:.3f}" for name, mean in zip(names, means, strict=True)))
-        return self.questions * torch.stack(losses).mean() + drawn + placed
+DENSE = 0.5  # weight of the dense questions beside the words, from `captions` on
 
 
 class Notes(nn.Module):
@@ -186,9 +145,19 @@ def train_pictures(
     fit(name, stage, groups, batches, lambda batch: _spoken_loss(model, batch, _seen(model, batch)))
 
 
-def train_captions(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, seed: int) -> None:
-    """Stage 5: words and dense answers of the same pictures, all weights."""
-    mergers, tower, heads = model.mergers(), _tower(model), DenseHeads(6.0)
+def train_captions(
+    name: str,
+    stage: Stage,
+    model: Chat,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    scale: bool,
+    canvases: Canvases,
+) -> None:
+    """Stages 5 to 7: words and dense answers of the same pictures, all weights."""
+    mergers, tower = model.mergers(), _tower(model)
+    heads = DenseHeads(6.0, scale=scale, alone=min(200, stage.steps // 10) if scale else 0)
     for weight in tower + model.spoken():
         weight.requires_grad_(True)
 
@@ -200,7 +169,15 @@ def train_captions(name: str, stage: Stage, model: Chat, tokenizer: Tokenizer, s
     words = [*mergers, *model.spoken(), *heads.parameters()]
     groups = [{"params": words}, {"params": tower, "lr": stage.tower_rate}]
     batches = _batches(
-        name, stage, model, tokenizer, seed, turns=SHORT_TURNS, drawn=True, kinds=KINDS
+        name,
+        stage,
+        model,
+        tokenizer,
+        seed,
+        turns=SHORT_TURNS,
+        drawn=True,
+        kinds=KINDS,
+        canvases=canvases,
     )
     fit(name, stage, groups, batches, loss)
 
@@ -231,11 +208,20 @@ def _batches(
     turns: int,
     drawn: bool,
     kinds: Mapping[str, float] | None = None,
+    canvases: Canvases = WIDE,
 ) -> Iterable[Batch]:
     steps, size = stage.steps, stage.batch_size
     label = f"{seed}-{model.family.name}-{name}"
     return conversations(
-        label, steps, size, tokenizer, model.family, turns=turns, drawn=drawn, kinds=kinds
+        label,
+        steps,
+        size,
+        tokenizer,
+        model.family,
+        turns=turns,
+        drawn=drawn,
+        kinds=kinds,
+        canvases=canvases,
     )
 
 
@@ -251,7 +237,9 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
         "notes": NOTES,
         "join": JOIN,
         "chat": CHAT,
-        **dict.fromkeys(SHORT_STAGES, CAPTIONS),
+        "captions": CAPTIONS,
+        "scale": SCALE,
+        "finish": FINISH,
     }
     stages = {
         name: replace(stage, steps=max(1, round(stage.steps * scale)))
@@ -270,8 +258,9 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
     def pictures(name: str, *, frozen: bool) -> None:
         train_pictures(name, stages[name], model, tokenizer, seed, frozen=frozen)
 
-    def captions(name: str) -> None:
-        train_captions(name, stages[name], model, tokenizer, seed)
+    def captions(name: str, *, scale: bool = True, canvases: Canvases = WIDE) -> None:
+        stage = stages[name]
+        train_captions(name, stage, model, tokenizer, seed, scale=scale, canvases=canvases)
 
     runs: dict[str, Callable[[], None]] = {
         "tower": lambda: dense("tower", 1.0),
@@ -280,7 +269,9 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
         "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed, language),
         "join": lambda: pictures("join", frozen=True),
         "chat": lambda: pictures("chat", frozen=False),
-        **{name: partial(captions, name) for name in SHORT_STAGES},
+        "captions": lambda: captions("captions", scale=False),
+        "scale": lambda: captions("scale"),
+        "finish": lambda: captions("finish", canvases=SHIPPED),
     }
     done: list[Stage] = []
     for name, run in runs.items():

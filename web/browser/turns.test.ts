@@ -54,13 +54,9 @@ const FORMS: readonly Form[] = [
   { model: 'shapes-smolvlm', device: 'webgpu', precision: 'fp32', turns: 3 },
   { model: 'shapes-smolvlm', device: 'webgpu', precision: 'q4', turns: 3 },
   { model: 'shapes-qwen2.5-vl', device: 'wasm', precision: 'fp32', turns: 3 },
-  { model: 'shapes-qwen3-vl', device: 'wasm', precision: 'fp32', turns: 3 },
-  { model: 'shapes-qwen2.5-vl', device: 'wasm', precision: 'q8', turns: 3 },
   { model: 'shapes-qwen3-vl', device: 'wasm', precision: 'q8', turns: 3 },
-  { model: 'shapes-qwen2.5-vl', device: 'webgpu', precision: 'fp32', turns: 3 },
   { model: 'shapes-qwen3-vl', device: 'webgpu', precision: 'fp32', turns: 3 },
   { model: 'shapes-qwen2.5-vl', device: 'webgpu', precision: 'q4', turns: 3 },
-  { model: 'shapes-qwen3-vl', device: 'webgpu', precision: 'q4', turns: 3 },
 ];
 
 /** Runs of the vision encoder in each turn: the second costs none, and one picture comes twice. */
