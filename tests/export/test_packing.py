@@ -56,10 +56,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("packing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "INLINE_BYTES", 1000)
-        return export(write_qwen2_5(folder / "c"), folder / "b", precisions="fp32,q8,q4")
+        return export(write_qwen2_5(folder / "c"), folder / "b", precisions="fp32,fp16,q8,q4,q4f16")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "q8", "q4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "q8", "q4", "q4f16"])
 def test_the_copy_computes_the_same_bits_and_goes(bundle: Bundle, precision: str) -> None:
     golden, files = bundle.manifest.golden, sorted(bundle.folder.rglob("*"))
     shipped = run_golden(open_graphs(bundle, precision), golden)  # pyright: ignore[reportArgumentType]
