@@ -16,7 +16,7 @@ from training.shapes_qwen.checkpoint import read_checkpoint
 from training.shapes_qwen.prompts import train_tokenizer
 from vlmport.builtin import builtin_models
 
-TASKS = 32  # captions, and as many questions
+TASKS = 100  # captions, and as many questions
 
 
 @pytest.mark.parametrize("name", MODELS)

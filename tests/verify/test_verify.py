@@ -340,6 +340,10 @@ def test_metrics() -> None:
     assert metrics.mean_divergence(other, truth) == pytest.approx((p * np.log(p / q)).sum(1).mean())
     assert metrics.mean_divergence(truth + 7, truth) == pytest.approx(0, abs=1e-6)
     assert metrics.agreement(truth, truth) == 1
+    lead = np.array([[2.0, 1.98, 0], [2, 1.96, 0], [0, 1, 0], [math.nan, 1, 0]])
+    assert metrics.agreement(lead[:, [1, 0, 2]], lead) == 0.25  # the near tie
+    assert metrics.agreement(lead * math.nan, np.array([[0, 1.0, 0]] * 4)) == 0
+    assert metrics.agreement(lead[:1], lead) == 0
     assert metrics.regret(truth.argmax(-1), truth) == 0
     worst = metrics.regret(truth.argmin(-1), truth)
     assert worst == pytest.approx((truth.max(-1) - truth.min(-1)).mean(), rel=1e-5)

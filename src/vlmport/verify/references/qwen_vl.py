@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CAPTION = "Describe this image."
-QUESTION = "What is in the picture, and where?"
+# The built-in models know it: what a model was never asked, it answers by a hair.
+QUESTION = "What is in this image?"
 # Sides of pictures beside the ladder's own, in units of a merged patch: both sides exactly between
 # two multiples, which Python rounds to the even one; a strip; the smallest there is; a square.
 SIDES = ((12.5, 6.5), (1.0, 9.0), (0.25, 0.25), (7.0, 7.0), (3.4, 8.7))
