@@ -4,11 +4,11 @@ Every model here is exported in every layout of its family at every precision. T
 
 - runs the golden input that the export recorded (`inspect --probe`), with all hashes checked;
 - is compared with fp32 weight by weight, if it is rounded;
-- climbs the parity ladder against PyTorch (`verify`), where its rounding can be judged: the trained
-  `shapes` at all of them and at a mix, models of random weights at fp32 and fp16. Those fail at few
-  bits by nature, as docs/verification.md says, so there the golden input and the weights have to
-  do. Of a trained one the same holds for what training never asked, a question without a picture:
-  the table says where that alone was past the limits.
+- climbs the parity ladder against PyTorch (`verify`), where its rounding can be judged: built-in,
+  trained models at all of them, and in the Hub's layout at a mix; models of random weights at fp32
+  and fp16. Those fail at few bits by nature, as docs/verification.md says, so there the golden
+  input and the weights have to do. Of a trained one the same holds for what training never asked,
+  a question without a picture: the table says where that alone was past the limits.
 
 At the end inputs are damaged at random for some minutes (`python -m tests.fuzz`). A table says what
 was run, how long it took and what failed; the exit code is 1 if anything did.
@@ -119,8 +119,8 @@ def small(folder: Path) -> Path:
 
 
 def built_in(name: str) -> Model:
-    """144x96 is 24 tokens of a model with tokens of 24 pixels; the others have no such layout."""
-    return Model(name, lambda folder: builtin_models()[name], trained=True, image_size="144x96")
+    """168x120 is 35 tokens of a model with tokens of 24 pixels; the others have no such layout."""
+    return Model(name, lambda folder: builtin_models()[name], trained=True, image_size="168x120")
 
 
 # Of the spelling, and of the file of settings, that the other has not.

@@ -1,6 +1,6 @@
-"""The built-in models in the layouts beside the Hub's: right answers, the runtime's tokens.
+"""The built-in models in the layout `fused`: right answers, the runtime's tokens.
 
-The ladders of these layouts climb them in `make verify-all`.
+Its ladder climbs them in `make verify-all`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from tests.qwen_layouts.conftest import Model
 from tests.qwen_layouts.test_fused_decode import example
-from tests.qwen_layouts.test_genai_client import Client, given
-from tests.shapes_qwen import (
-    CAPTIONS,
-    EXAMPLES,
-    KNOWN,
-    MODELS,
-    QUESTIONS,
-    asked,
-    kind,
-)
+from tests.shapes_qwen import CAPTIONS, EXAMPLES, KNOWN, MODELS, kind
 from vlmport.builtin import builtin_models
 from vlmport.layouts import ImageSize
 from vlmport.runtime.model import VLM
@@ -67,21 +57,3 @@ def test_fused_has_the_runtimes_tokens(trained: Trained, example: ModuleType) ->
         for name in CAPTIONS:
             tokens = asker.generate(Image.open(EXAMPLES / name), CAPTION)
             assert tokens == list(vlm.caption(EXAMPLES / name).token_ids)
-
-
-def test_onnxruntime_genai(trained: Trained) -> None:
-    """Our own pixels: the runtime's tokens, of captions and of questions about one and two."""
-    client = Client(trained.genai.folder)
-    with VLM.open(trained.hub, precision="fp32") as vlm:
-        captions = [{"images": [name], "question": CAPTION} for name in CAPTIONS]
-        for one in [*captions, *QUESTIONS]:
-            messages, paths = asked(one)
-            rgb = [np.asarray(Image.open(path)) for path in paths]
-            made = [vlm.components.process_image(picture) for picture in rgb]
-            text = vlm.prompter.encode(vlm.prompter.render(messages))
-            ids = vlm.prompter.splice(text, [picture.prompt_ids for picture in made])
-            inputs = given(ids, [dict(picture.inputs) for picture in made])
-            answer = vlm.generate(messages, paths)
-            tokens = client.generate(inputs, len(answer.token_ids))
-            assert tokens == list(answer.token_ids)
-            assert one not in KNOWN or answer.text == one["answer"]

@@ -288,7 +288,7 @@ def test_patches_are_told_where_they_and_how_large_their_things_are() -> None:
 
 def test_heads_that_learn_alone_leave_the_tower(untrained: Untrained) -> None:
     (shown,) = batch_of(untrained, 1).shown
-    heads = DenseHeads(1.0, scale=True, alone=1)
+    heads = DenseHeads(1.0, beside_picture=True, alone=1)
     given = torch.zeros(*shown.answers.shape[:2], VISION, requires_grad=True)
     heads(given, shown).backward()
     assert given.grad is None

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tests.checkpoints import write_json
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.verify.conftest import Case
 from tests.verify.qwen import TURNS, WRITERS, Family, Write, made
 from vlmport.bundle import Bundle
+from vlmport.checkpoint import Checkpoint
 from vlmport.export import export
+from vlmport.families import family_of
 from vlmport.runtime.model import VLM
 from vlmport.runtime.probe import golden_image
 from vlmport.verify import verify
@@ -191,3 +194,35 @@ def test_stop_ids_that_generation_config_alone_names(tmp_path: Path) -> None:
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     reference = load_reference(folder, image_token_id=raw["image_token_id"])
     assert reference.stop_token_ids == tuple(stops)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json", None])
+@pytest.mark.parametrize("newer", [True, False])
+@pytest.mark.parametrize("write", [write_qwen2_5, write_qwen3])
+def test_stop_ids_of_tokenizer_and_template_are_the_exports(
+    tmp_path: Path, write: Write, newer: bool, where: str | None
+) -> None:
+    """Beside the one of generation_config.json; newer tokenizers have all in tokenizer_config.json,
+    and one that names none has its class's."""
+    folder = write(tmp_path / "model")
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    other = known.token_to_id("<|vision_start|>")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    write_json(folder / "generation_config.json", {**generation, "eos_token_id": other})
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = json.loads((folder / name).read_text())
+        settings.pop("eos_token")
+        if name == where:
+            settings["eos_token"] = "<|im_start|>"
+        if newer and name == "tokenizer_config.json":
+            settings["added_tokens_decoder"] = {
+                str(number): {"content": token.content, "special": token.special}
+                for number, token in known.get_added_tokens_decoder().items()
+            }
+        write_json(folder / name, settings)
+    found = family_of(Checkpoint.open(folder)).generation.stop_token_ids
+    image = known.token_to_id("<|image_pad|>")
+    assert load_reference(folder, image_token_id=image).stop_token_ids == found
+    read = where == "tokenizer_config.json" or (where is not None and not newer)
+    token = "<|im_start|>" if read else "<|endoftext|>"
+    assert found == (other, known.token_to_id(token), known.token_to_id("<|im_end|>"))

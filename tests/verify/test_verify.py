@@ -342,7 +342,7 @@ def test_metrics() -> None:
     assert metrics.agreement(truth, truth) == 1
     lead = np.array([[2.0, 1.98, 0], [2, 1.96, 0], [0, 1, 0], [math.nan, 1, 0]])
     assert metrics.agreement(lead[:, [1, 0, 2]], lead) == 0.25  # the near tie
-    assert metrics.agreement(lead * math.nan, np.array([[0, 1.0, 0]] * 4)) == 0
+    assert metrics.agreement(lead * math.nan, np.array([[1.0, 0, 0]] * 4)) == 0
     assert metrics.agreement(lead[:1], lead) == 0
     assert metrics.regret(truth.argmax(-1), truth) == 0
     worst = metrics.regret(truth.argmin(-1), truth)

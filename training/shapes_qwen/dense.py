@@ -26,15 +26,17 @@ class DenseHeads(nn.Module):
     Args:
         questions: weight of the mean loss of `PATCH_QUESTIONS` beside those of the cells and the
             lengths.
-        scale: whether patches tell where they and how large their things are in the picture.
-        alone: steps in which the heads learn and the tower does not.
+        beside_picture: whether patches tell where they are in the picture and how large their
+            things are beside it.
+        alone: first calls, one a picture, from which the heads learn and the tower does not.
     """
 
-    def __init__(self, questions: float, *, scale: bool = False, alone: int = 0) -> None:
+    def __init__(self, questions: float, *, beside_picture: bool = False, alone: int = 0) -> None:
         super().__init__()
-        self.questions, self.scale, self.alone = questions, scale, alone
+        self.questions, self.alone = questions, alone
+        self.beside_picture = beside_picture
         sizes = PATCH_QUESTIONS | {"cells": CELLS, "lengths": LENGTHS}
-        self.sizes = sizes | ({"edges": EDGES, "share": 1} if scale else {})
+        self.sizes = sizes | ({"edges": EDGES, "share": 1} if beside_picture else {})
         self.answers = nn.Linear(VISION, sum(self.sizes.values()))
         # Most patches show no object: unweighted, they drown shape and size.
         self.weights = {name: torch.ones(size) for name, size in PATCH_QUESTIONS.items()}
@@ -58,7 +60,7 @@ class DenseHeads(nn.Module):
             binary_cross_entropy_with_logits(given["cells"], covered),
             _distance(given["lengths"], measured),
         ]
-        if self.scale:
+        if self.beside_picture:
             edges = edges_of(shown.grid).expand_as(given["edges"])
             others += [2 * _distance(given["edges"], edges)]
             others += [2 * _distance(given["share"], shares_of(measured, shown.grid))]

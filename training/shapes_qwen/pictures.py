@@ -1,7 +1,7 @@
 """Qwen-VL's side of a picture, in small: its size on the model's grid, and its patches.
 
 A token is 2 x 2 patches of 12 x 12 pixels, so sides are multiples of 24. A picture of any size
-becomes one of so many tokens as `Canvases` says, its aspect ratio kept as well as that allows.
+becomes one of as many tokens as `Canvases` says, its aspect ratio kept as well as that allows.
 Sources: transformers 5.23, image_processing_pil_qwen2_vl.py.
 """
 
@@ -33,7 +33,7 @@ class Canvases(NamedTuple):
         return self.least_tokens * FACTOR**2, self.most_tokens * FACTOR**2
 
 
-# 25 grids, from 8 x 8 patches to 12 x 14 and 8 x 18: how long the shorter side is differs by 1.5.
+# 25 grids, 8 to 12 patches on the shorter side; in one picture of a hundred 6.
 WIDE = Canvases(16, 42, 2.0)
 # 9 grids, 10 or 12 patches on the shorter side. What ships knows these.
 SHIPPED = Canvases(30, 42, 1.6)

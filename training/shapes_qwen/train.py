@@ -14,7 +14,7 @@
 6. `scale`: the same, and each patch tells how far it is from the picture's four edges and how large
    its thing is beside the picture. Before, sizes are told by patches alone: a medium square in
    12 x 12 patches is as wide as a large one in 8 x 16.
-7. `finish`: the same on pictures of fewer grids, those that it ships for.
+7. `finish`: the same on pictures of fewer grids, those that the shipped processor makes.
 
 Each stage is seeded and saves its result in OUT-stages, so an interrupted run takes up at the
 stage where it stopped. Set OMP_WAIT_POLICY=passive where other work shares the cores.
@@ -60,6 +60,7 @@ FINISH = Stage(steps=2000, batch_size=32, rate=5e-4, tower_rate=5e-4)
 KINDS = {"caption": 6.0, "which": 6.0, "beside": 2.0}  # from `captions` on; others 1
 SHORT_TURNS = 2
 DENSE = 0.5  # weight of the dense questions beside the words, from `captions` on
+ALONE = 200  # calls, a tenth of the steps at most: new heads would pull the tower anywhere
 
 
 class Notes(nn.Module):
@@ -152,12 +153,13 @@ def train_captions(
     tokenizer: Tokenizer,
     seed: int,
     *,
-    scale: bool,
+    beside_picture: bool,
     canvases: Canvases,
 ) -> None:
     """Stages 5 to 7: words and dense answers of the same pictures, all weights."""
     mergers, tower = model.mergers(), _tower(model)
-    heads = DenseHeads(6.0, scale=scale, alone=min(200, stage.steps // 10) if scale else 0)
+    alone = min(ALONE, stage.steps // 10) if beside_picture else 0
+    heads = DenseHeads(6.0, beside_picture=beside_picture, alone=alone)
     for weight in tower + model.spoken():
         weight.requires_grad_(True)
 
@@ -258,9 +260,16 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
     def pictures(name: str, *, frozen: bool) -> None:
         train_pictures(name, stages[name], model, tokenizer, seed, frozen=frozen)
 
-    def captions(name: str, *, scale: bool = True, canvases: Canvases = WIDE) -> None:
-        stage = stages[name]
-        train_captions(name, stage, model, tokenizer, seed, scale=scale, canvases=canvases)
+    def captions(name: str, canvases: Canvases, *, beside_picture: bool) -> None:
+        train_captions(
+            name,
+            stages[name],
+            model,
+            tokenizer,
+            seed,
+            beside_picture=beside_picture,
+            canvases=canvases,
+        )
 
     runs: dict[str, Callable[[], None]] = {
         "tower": lambda: dense("tower", 1.0),
@@ -269,9 +278,9 @@ def train(out: Path, family: Family, seed: int, scale: float, language: Path) ->
         "notes": lambda: train_notes(stages["notes"], notes, tokenizer, seed, language),
         "join": lambda: pictures("join", frozen=True),
         "chat": lambda: pictures("chat", frozen=False),
-        "captions": lambda: captions("captions", scale=False),
-        "scale": lambda: captions("scale"),
-        "finish": lambda: captions("finish", canvases=SHIPPED),
+        "captions": lambda: captions("captions", WIDE, beside_picture=False),
+        "scale": lambda: captions("scale", WIDE, beside_picture=True),
+        "finish": lambda: captions("finish", SHIPPED, beside_picture=True),
     }
     done: list[Stage] = []
     for name, run in runs.items():

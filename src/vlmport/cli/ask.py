@@ -87,7 +87,7 @@ def ask(
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The pictures, and the question: always the last argument, unless that is there.
+    """The pictures, and the question: the last argument, unless a file or folder has that name.
 
     Raises ImageError for a picture that is not there, PromptError for pictures without a question.
     """

@@ -185,17 +185,36 @@ def listed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer_settings(
-    checkpoint: Checkpoint, text: Mapping[str, Any], template: str, tokenizer: Tokenizer
+    checkpoint: Checkpoint,
+    text: Mapping[str, Any],
+    template: str,
+    tokenizer: Tokenizer,
+    eos_token: str | None = None,
 ) -> Generation:
-    """When the model stops and how it samples; `text` is the decoder's section of config.json.
+    """When the model stops and how it samples.
 
     Among the stop ids are the tokenizer's eos_token and what the template writes after an answer:
-    no text goes on after these. Raises ConfigError.
+    no text goes on after these.
+
+    Args:
+        text: the decoder's section of config.json.
+        eos_token: of the tokenizer's class, where no file names one.
+
+    Raises:
+        ConfigError: no file says where a text ends, or one says it wrongly.
     """
     settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
-    token = (checkpoint.json("tokenizer_config.json") or {}).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
+    token = _eos_token(checkpoint, eos_token)
     found = tokenizer.token_to_id(token) if isinstance(token, str) else None
     others = (found, token_after_answers(template, checkpoint, tokenizer))
     ids = dict.fromkeys((*settings.stop_token_ids, *(one for one in others if one is not None)))
     return dataclasses.replace(settings, stop_token_ids=tuple(ids))
+
+
+def _eos_token(checkpoint: Checkpoint, default: str | None) -> Any:
+    """As transformers 5.23 finds it: special_tokens_map.json counts for older tokenizer_configs."""
+    config = checkpoint.json("tokenizer_config.json") or {}
+    token = config.get("eos_token", default)
+    if "added_tokens_decoder" not in config:
+        token = (checkpoint.json("special_tokens_map.json") or {}).get("eos_token", token)
+    return token.get("content") if isinstance(token, dict) else token

@@ -54,6 +54,7 @@ from vlmport.layouts import FUSED, GENAI
 from vlmport.tokenizer import read_tokenizer
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+EOS_TOKEN = "<|endoftext|>"  # by default: transformers 5.23, tokenization_qwen2.py
 GOLDEN_TOKENS = 64  # of the golden picture, at least: a shorter prompt proves less
 
 # pixel_values and image_grid_thw → features [N / m², D·(1+n)], in the floats of the form
@@ -127,7 +128,7 @@ class QwenVL(AnsweringFamily):
             vision=vision,
             text=cls.read_text({**text, **tied}, vision, f"{CONFIG}: text_config"),
             pixel_config=PixelConfig.read(*read_image_processor(checkpoint)),
-            settings=answer_settings(checkpoint, text, template, tokenizer),
+            settings=answer_settings(checkpoint, text, template, tokenizer, EOS_TOKEN),
             chat_template=template,
             raw=raw,
         )

@@ -294,7 +294,7 @@ def _looks_like(head: bytes) -> str:
     if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
         return "a HEIC or AVIF picture that this Pillow can't read"
     if head[4:8] == b"ftyp" and head[8:12] in SOUND_BRANDS:
-        return "not a picture but sound (M4A)"
+        return "not a picture but sound (M4A or the like)"
     if head[4:8] == b"ftyp":
         return "not a picture but a video (MP4 or MOV)"
     printable = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)

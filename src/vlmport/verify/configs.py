@@ -44,7 +44,7 @@ def stop_token_ids(folder: Path, decoders: int | Sequence[int] | None) -> tuple[
 def answer_stop_ids(
     folder: Path, decoders: int | Sequence[int] | None, processor: Any
 ) -> tuple[int, ...]:
-    """The same, the tokenizer's eos token and what the template writes after an answer."""
+    """`stop_token_ids`, the tokenizer's eos token and what the template writes after an answer."""
     others = (processor.tokenizer.eos_token_id, _end_of_turn(processor))
     stops = stop_token_ids(folder, decoders)
     return tuple(dict.fromkeys((*stops, *(one for one in others if one is not None))))

@@ -105,14 +105,13 @@ def mean_divergence(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S 
 
 
 def agreement(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"]) -> float:
-    """The share of positions at which both give one most likely token.
-
-    Or two of which the truth itself prefers neither: by NEAR_TIE at most.
-    """
+    """The share of positions at which ours has the truth's most likely token, or one that the truth
+    likes less by NEAR_TIE at most."""
     if ours.shape != truth.shape:
         return 0.0
     chosen = np.take_along_axis(truth, ours.argmax(-1)[:, None], axis=-1)[:, 0]
-    return float((truth.max(-1) - chosen <= NEAR_TIE).mean())
+    known = ~np.isnan(ours).any(-1)
+    return float(((truth.max(-1) - chosen <= NEAR_TIE) & known).mean())
 
 
 def regret(tokens: Int[np.ndarray, " S"], truth: Float[np.ndarray, "S V"]) -> float:
