@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,18 @@ from PIL import Image
 
 from tests.checkpoints import write_prefix_checkpoint
 
+# pytest-xdist has a worker for each core: more threads of PyTorch's would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples each time: a run never fails by luck. New ones are drawn by `make verify-all`.
 settings.register_profile("the same each time", derandomize=True)
 settings.load_profile("the same each time")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The browser's tests first: they take longest, and one worker runs them all."""
+    items.sort(key=lambda item: "tests/web/" not in item.nodeid)
 
 
 @pytest.fixture(scope="session")
