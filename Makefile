@@ -1,7 +1,7 @@
 # make demo        creates .venv, installs vlmport, captions the example picture
 # make test        installs everything that the tests need, then runs all of them
 # make check       formatters, linter, type checkers, of Python and of web/
-# make verify-all  every model, layout and precision against PyTorch, then fuzzing; up to 25 minutes
+# make verify-all  every model, layout and precision against PyTorch, then fuzzing: 10 to 25 minutes
 #                  (FUZZ_MINUTES=4 of them; 0 leaves it out)
 # make wheel       builds the wheel, the demo page inside
 # make clean       removes what the others made

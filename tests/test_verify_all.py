@@ -90,6 +90,8 @@ class Found(NamedTuple):
         ("q4", ["text alone"], True),
         ("q4", ["text alone", "text alone: position_ids"], False),
         (verify_all.MIX, ["text alone", "text alone"], True),
+        ("q4f16", ["three pictures: padded_logits", "text of two turns"], True),
+        ("q4f16", ["two pictures, two turns"], False),
         ("q8", ["text alone"], False),
         ("fp32", ["text alone"], False),
         ("q4", ["text alone", "drawn 51x17"], False),
@@ -108,4 +110,5 @@ def test_what_was_never_asked_is_noted_at_few_bits_alone(
         "m", "hub", precision, "verify", lambda: verify_all.climb(Path(), Path(), precision)
     )
     assert (result.problem is None) == allowed
-    assert result.note == ("but for text alone" if allowed else None)
+    images = sorted({row.image for row in failures})
+    assert result.note == (f"but for {', '.join(images)}" if allowed else None)
