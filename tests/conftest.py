@@ -21,11 +21,6 @@ settings.register_profile("the same each time", derandomize=True)
 settings.load_profile("the same each time")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The browser's tests first: they take longest, and one worker runs them all."""
-    items.sort(key=lambda item: "tests/web/" not in item.nodeid)
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder, not to be changed."""

@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.web.expected import EXAMPLES, expectations
 from tests.web.pictures import write_pictures
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
@@ -22,8 +23,6 @@ from vlmport.graph.precision import PRECISIONS
 
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "web"
-EXAMPLES = ROOT / "examples"
-BROWSER_TESTS = sorted(path.name for path in (WEB / "browser").glob("*.test.ts"))
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 Environment = Callable[..., dict[str, str]]
@@ -159,3 +158,11 @@ def environment_of(
         }
 
     return made
+
+
+@pytest.fixture(scope="session")
+def environment(
+    environment_of: Environment, bundle: Bundle, tiles: Bundle, kinds: list[Path]
+) -> dict[str, str]:
+    """The same for tests of captions."""
+    return environment_of({"tiles": tiles}, expectations(bundle, tiles, kinds))

@@ -1,6 +1,6 @@
 """Conversations in Chromium, of every talking family: the same tokens as Python's, turn by turn.
 
-Apart from the other tests of the browser, so that another worker can run them.
+Apart from test_web.py, so that two workers share the tests of the browser.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import pytest
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.shapes_qwen import MODELS
 from tests.web import talks
-from tests.web.conftest import EXAMPLES, Environment, run_in_chromium
+from tests.web.conftest import Environment, run_in_chromium
+from tests.web.expected import EXAMPLES
 from vlmport.builtin import builtin_models
 from vlmport.bundle import Bundle
 from vlmport.export import export
+
+FILE = "turns.test.ts"
 
 # Built-in models that answer.
 TRAINED = ("shapes-smolvlm", *MODELS)
@@ -51,4 +54,4 @@ def test_in_chromium(
         else talks.talks(talker, kinds[0].parent, RANDOM[name])
         for name, talker in talkers.items()
     }
-    run_in_chromium(node, "turns.test.ts", environment_of(talkers, {"talks": said}))
+    run_in_chromium(node, FILE, environment_of(talkers, {"talks": said}))

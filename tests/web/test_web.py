@@ -6,55 +6,22 @@ Chromium. No network is used but for installing what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from tests.checkpoints import write_prefix_checkpoint
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
-from tests.web.conftest import BROWSER_TESTS, EXAMPLES, WEB, Environment, run, run_in_chromium
-from vlmport.bundle import Bundle
-from vlmport.demo import make_server
-from vlmport.export import export
-from vlmport.runtime.images import open_image
-from vlmport.runtime.model import VLM
+from tests.web.conftest import WEB, run, run_in_chromium
+from tests.web.test_loading import FILES as LOADING
+from tests.web.test_turns import FILE as TURNS
 
 __all__ = ["client"]  # a fixture: it installs transformers.js
 
-FILES = [name for name in BROWSER_TESTS if name != "turns.test.ts"]  # test_turns.py runs that one
-
-CUT = ("rgb.png", "subsampled.jpg", "tall.png")  # pictures with other numbers of tiles
-
-# A decoder of 200 MB in float32: what its loading takes can be told from the browser's own memory.
-LARGE = {
-    "hidden_size": 768,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "intermediate_size": 2304,
-    "vocab_size": 1024,
-}
-
-
-@pytest.fixture(scope="session")
-def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A bundle with next to no weights, and one with 200 MB."""
-    folders = {}
-    for name, text in (("tiny", None), ("large", LARGE)):
-        folder = tmp_path_factory.mktemp(name)
-        source = write_prefix_checkpoint(folder / "checkpoint", text=text, lora=False)
-        folders[name] = str(export(source, folder / name, precisions="fp32").folder)
-    return folders
-
+BROWSER_TESTS = {path.name for path in (WEB / "browser").glob("*.test.ts")}
 
 MAIN = """
 import { VLM } from '@vlmport/web';
@@ -90,76 +57,6 @@ def packed(
     return {"plain": str(plain), "built": str(project / "dist")}
 
 
-def captions_of_tiles(bundle: Bundle, pictures: list[Path]) -> dict[str, dict[str, Any]]:
-    found = {}
-    with VLM.open(bundle, precision="fp32") as vlm:
-        for path in pictures:
-            caption = vlm.caption(path, max_new_tokens=12)
-            inputs = vlm.components.process_image(open_image(path)).inputs
-            found[path.name] = {
-                "tokens": caption.token_ids,
-                "text": caption.text,
-                "count": inputs["pixel_values"].shape[1],
-                "imageTokens": caption.counts["image_tokens"],
-            }
-    return found
-
-
-def expectations(bundle: Bundle, tiles: Bundle, kinds: list[Path]) -> dict[str, Any]:
-    """What Python's runtime gives, as web/browser/support.ts reads it."""
-    captions: dict[str, dict[str, Any]] = {path.name: {} for path in sorted(EXAMPLES.glob("*.png"))}
-    for precision in bundle.manifest.precisions:
-        with VLM.open(bundle, precision=precision) as vlm:
-            for name, found in captions.items():
-                caption = vlm.caption(EXAMPLES / name)
-                found[precision] = {"tokens": caption.token_ids, "text": caption.text}
-    with VLM.open(bundle, precision="fp32") as vlm:
-        rgb = open_image(EXAMPLES / next(iter(captions)))
-        (values,) = vlm.components.process_image(rgb).inputs.values()
-    pixels = {}
-    for path in kinds:
-        rgb = open_image(path)
-        height, width, _ = rgb.shape
-        digest = hashlib.sha256(rgb.tobytes()).hexdigest()
-        pixels[path.name] = {"width": width, "height": height, "sha256": digest}
-    return {
-        "precisions": bundle.manifest.precisions,
-        "captions": captions,
-        "pixels": pixels,
-        "tiles": captions_of_tiles(tiles, [path for path in kinds if path.name in CUT]),
-        "pixelValues": {"dims": values.shape, "data": values.ravel().tolist()},
-    }
-
-
-@pytest.fixture(scope="session")
-def environment(
-    environment_of: Environment,
-    client: Client,
-    bundle: Bundle,
-    sizes: dict[str, str],
-    tiles: Bundle,
-    kinds: list[Path],
-    packed: dict[str, str],
-) -> Iterator[dict[str, str]]:
-    """Everything that the tests of the browser read; `vlmport demo` is running."""
-    transformers = TRANSFORMERS / "node_modules/@huggingface/transformers/dist"
-    server = make_server(bundle, 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield {
-        **environment_of({"tiles": tiles}, expectations(bundle, tiles, kinds)),
-        "VLMPORT_WEB_PLAIN": packed["plain"],
-        "VLMPORT_WEB_BUILT": packed["built"],
-        "VLMPORT_WEB_TRANSFORMERS": str(transformers),
-        "VLMPORT_WEB_TINY": sizes["tiny"],
-        "VLMPORT_WEB_LARGE": sizes["large"],
-        "VLMPORT_WEB_DEMO": server.url,
-    }
-    server.shutdown()
-    thread.join()
-    server.close()
-
-
 def test_the_code_is_formatted_and_typed(node: str, building: FileLock) -> None:
     run(node, "prettier", "--check", ".")
     with building:
@@ -172,6 +69,14 @@ def test_the_parts_without_a_browser(node: str) -> None:
     run(node, "vitest", "run", "--project", "unit")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_in_chromium(name: str, node: str, environment: dict[str, str]) -> None:
-    run_in_chromium(node, name, environment)
+@pytest.mark.parametrize("name", sorted(BROWSER_TESTS - {*LOADING, TURNS}))
+def test_in_chromium(
+    name: str, node: str, environment: dict[str, str], client: Client, packed: dict[str, str]
+) -> None:
+    transformers = TRANSFORMERS / "node_modules/@huggingface/transformers/dist"
+    more = {
+        "VLMPORT_WEB_PLAIN": packed["plain"],
+        "VLMPORT_WEB_BUILT": packed["built"],
+        "VLMPORT_WEB_TRANSFORMERS": str(transformers),
+    }
+    run_in_chromium(node, name, {**environment, **more})
