@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	@$(BIN)/vlmport caption examples/red_square.png
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/installed-dev $(NODE_MODULES)
 	$(BIN)/ruff check .

@@ -188,7 +188,7 @@ def memory(folder: Path) -> list[dict[str, Any]]:
     """The peak of the page's process while it loads, over that of a page with a tiny bundle."""
     sys.path.insert(0, str(ROOT))
     from tests.checkpoints import write_prefix_checkpoint
-    from tests.web.test_loading import LARGE
+    from tests.web.test_web import LARGE
 
     write_page(folder / "page")
     peaks, sizes = {}, {}

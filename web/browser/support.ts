@@ -9,7 +9,7 @@ import { TestServer } from './server.js';
 
 const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
 
-/** What Python's runtime gave: written by pytest. */
+/** What Python's runtime gave: written by tests/web/test_web.py. */
 export interface Expected {
   readonly precisions: readonly string[];
   /** Picture → precision → tokens and text. */
