@@ -100,8 +100,7 @@ test('a file that is no picture leaves none broken; the next one is captioned', 
   await page.setInputFiles('#file', { name: 'x.png', mimeType: 'image/png', buffer });
   await page.waitForSelector('#error:not([hidden])');
   expect(await page.textContent('#error-message')).toMatch(/^Not a picture that this browser can/);
-  // The image element finds out by itself, before the error is shown or after it.
-  await page.waitForSelector('#preview', { state: 'hidden' });
+  expect(await page.isHidden('#preview')).toBe(true);
   expect(await page.isHidden('#again')).toBe(true);
   expect(await captionSample(page)).toBe(captions[SAMPLE]!.q8!.text);
   expect(await page.isVisible('#preview')).toBe(true);

@@ -86,10 +86,10 @@ export function showPicture(picture: Blob | string): void {
   shown = typeof picture === 'string' ? '' : URL.createObjectURL(picture);
   ui.preview.src = typeof picture === 'string' ? picture : shown;
   ui.preview.alt = 'The picture to caption';
-  filled(true);
 }
 
-/** What can't be read shows no broken picture: the place is empty again. */
+/** Shown once it is read: what can't be read is never seen as a broken picture. */
+ui.preview.onload = () => filled(true);
 ui.preview.onerror = () => filled(false);
 
 function filled(whether: boolean): void {
