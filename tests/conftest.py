@@ -6,15 +6,26 @@ import os
 import shutil
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 from hypothesis import settings
 from PIL import Image
 
 from tests.checkpoints import write_prefix_checkpoint
 
-# pytest-xdist has a worker for each core: more threads of PyTorch's would wait for one another.
+
+class OneThread(ort.SessionOptions):
+    """ONNX Runtime's options with one thread where a test asks for no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
+# pytest-xdist has a worker for each core: with more threads each they wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ort.SessionOptions = OneThread
 
 # The same examples each time: a run never fails by luck. New ones are drawn by `make verify-all`.
 settings.register_profile("the same each time", derandomize=True)
