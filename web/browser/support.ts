@@ -135,29 +135,35 @@ export async function openPage(browser: Browser, url: string): Promise<Page> {
 /** What a page of `openCounted` has within reach. */
 export interface CountedPage {
   readonly vlmport: typeof Vlmport;
-  /** What ONNX Runtime was fed, run by run. */
-  readonly runs: Fed[];
-  /** Wait until nothing runs any more, and forget what did. */
+  /** Forget what ONNX Runtime was fed so far, run by run. */
   readonly forgetRuns: () => Promise<Fed[]>;
 }
 
-/** A page that hears what ONNX Runtime is fed in its workers. */
+/** A page that hears what ONNX Runtime is fed in its worker, of which there is one at a time. */
 export async function openCounted(browser: Browser, server: TestServer): Promise<Page> {
+  // An echo comes after all that was said before it. ONNX Runtime's threads run this script too.
   server.workerPrelude = `
     const channel = new BroadcastChannel('runs');
-    globalThis.onRun = fed => channel.postMessage(fed)`;
+    globalThis.onRun = fed => channel.postMessage(fed);
+    if (!self.name.startsWith('em-pthread')) {
+      channel.onmessage = ({ data }) => channel.postMessage(data);
+    }`;
   const page = await openPage(browser, server.url);
   await page.evaluate(() => {
+    const channel = new BroadcastChannel('runs');
     const runs: Fed[] = [];
-    new BroadcastChannel('runs').onmessage = ({ data }: MessageEvent<Fed>) => runs.push(data);
-    const forgetRuns = async () => {
-      for (let before = -1; before !== runs.length;) {
-        before = runs.length;
-        await new Promise(resolve => setTimeout(resolve, 200));
-      }
-      return runs.splice(0);
+    const waiting = new Map<string, (runs: Fed[]) => void>();
+    channel.onmessage = ({ data }: MessageEvent<Fed | string>) => {
+      if (typeof data === 'string') waiting.get(data)?.(runs.splice(0));
+      else runs.push(data);
     };
-    Object.assign(globalThis, { runs, forgetRuns });
+    const forgetRuns = () =>
+      new Promise<Fed[]>(resolve => {
+        const echo = crypto.randomUUID();
+        waiting.set(echo, resolve);
+        channel.postMessage(echo);
+      });
+    Object.assign(globalThis, { forgetRuns });
   });
   return page;
 }
