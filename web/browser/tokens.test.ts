@@ -1,6 +1,6 @@
 /** The same tokens as Python, on each device and in each precision. */
 
-import type { Browser } from 'playwright-core';
+import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type { TestServer } from './server.js';
 import { type Asking, ask, expected, launch, openPage, startServer } from './support.js';
@@ -10,9 +10,11 @@ const pictures = Object.keys(captions);
 
 let server: TestServer;
 let browser: Browser;
+let page: Page; // one for all: it compiles ONNX Runtime once
 beforeAll(async () => {
   server = await startServer();
   browser = await launch({ webgpu: true });
+  page = await openPage(browser, server.url);
 });
 afterAll(async () => {
   await browser.close();
@@ -38,9 +40,7 @@ const SAME = [
 const ALIKE = ['fp16', 'q4', 'q4f16'].filter(name => precisions.includes(name));
 
 async function captionsOf(options: Asking['options'] & object, names: readonly string[]) {
-  const page = await openPage(browser, server.url);
   const answer = await ask(page, { options, pictures: names.map(name => `/pictures/${name}`) });
-  await page.context().close();
   expect(answer).toMatchObject({ ...options, reason: null });
   expect(answer.streamed).toEqual(answer.texts);
   return answer;
