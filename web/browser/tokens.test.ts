@@ -10,7 +10,7 @@ const pictures = Object.keys(captions);
 
 let server: TestServer;
 let browser: Browser;
-let page: Page; // one for all: it compiles ONNX Runtime once
+let page: Page; // one for all: from the second row on ONNX Runtime loads faster
 beforeAll(async () => {
   server = await startServer();
   browser = await launch({ webgpu: true });

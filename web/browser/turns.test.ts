@@ -18,7 +18,7 @@ const { talks } = expected();
 
 let server: TestServer;
 let browser: Browser;
-let page: Page; // one for all: it compiles ONNX Runtime once
+let page: Page; // one for all: from the second row on ONNX Runtime loads faster
 beforeAll(async () => {
   server = await startServer(talkers());
   browser = await launch({ webgpu: true });
