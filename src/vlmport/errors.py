@@ -16,18 +16,37 @@ class VlmportError(Exception):
 
     Attributes:
         hint: one sentence that says what to do next, or None.
+        code: a stable name of the problem, such as 'checkpoint.head-ignored', or None. The text
+            of a message may change; its code does not. The TypeScript package has the same codes.
         exit_code: the exit status of the command line (2: bad input).
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, hint: str | None = None):
+    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None):
         super().__init__(message)
         self.hint = hint
+        self.code = code
 
 
-class OptionWarning(UserWarning):
+class VlmportWarning(UserWarning):
+    """The base of all warnings: vlmport goes on, and the user should know how.
+
+    Attributes:
+        code: a stable name of the problem, or None, as for an error.
+    """
+
+    def __init__(self, message: str, *, code: str | None = None):
+        super().__init__(message)
+        self.code = code
+
+
+class OptionWarning(VlmportWarning):
     """A default of generation_config.json that can't be served, and is left out."""
+
+
+class CheckpointWarning(VlmportWarning):
+    """Files of a checkpoint that disagree; the message says which of them counts."""
 
 
 class SourceError(VlmportError):

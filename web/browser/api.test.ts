@@ -136,7 +136,7 @@ test('after dispose nothing works any more, and says so', async () => {
     vlm.dispose();
     const settled = await Promise.allSettled([running, vlm.caption(url)]);
     return settled.map(one =>
-      one.status === 'rejected' && one.reason instanceof VlmportError ? one.reason.code : 'none',
+      one.status === 'rejected' && one.reason instanceof VlmportError ? one.reason.kind : 'none',
     );
   }, url);
   expect(codes).toEqual(['WorkerError', 'WorkerError']);
@@ -145,25 +145,25 @@ test('after dispose nothing works any more, and says so', async () => {
 test('unknown options and values are refused, with the nearest known', async () => {
   const load = (options: object) => refusal(page, { options });
   expect(await load({ devise: 'wasm' })).toMatchObject({
-    code: 'OptionError',
+    kind: 'OptionError',
     message: "unknown option 'devise' (did you mean 'device'?)",
   });
   expect(await load({ device: 'gpu' })).toMatchObject({ message: "device 'gpu' is unknown" });
-  expect(await load({ threads: 0 })).toMatchObject({ code: 'OptionError' });
+  expect(await load({ threads: 0 })).toMatchObject({ kind: 'OptionError' });
   expect(await load({ precision: 8 })).toMatchObject({
-    code: 'OptionError',
+    kind: 'OptionError',
     message: 'precision 8 is no text',
   });
   expect(await load({ wasmPaths: 'http://' })).toMatchObject({
-    code: 'OptionError',
+    kind: 'OptionError',
     message: expect.stringMatching(/^wasmPaths 'http:\/\/' is not a URL/),
   });
   expect(await refusal(page, { url: 'http://' })).toMatchObject({
-    code: 'OptionError',
+    kind: 'OptionError',
     message: "'http://' is not a URL",
   });
   expect(await load({ precision: 'q3', device: 'wasm' })).toMatchObject({
-    code: 'BundleError',
+    kind: 'BundleError',
     message: expect.stringMatching(/^precision 'q3' is not in this bundle/),
   });
 });

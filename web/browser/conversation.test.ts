@@ -19,12 +19,12 @@ afterAll(async () => {
   await server.stop();
 });
 
-/** Run in a page with `vlm`, a model on WebAssembly, and `outcome`, an error's code and message. */
+/** Run in a page with `vlm`, a model on WebAssembly, and `outcome`, an error's kind and message. */
 async function inPage<T>(work: (vlm: Vlmport.VLM, outcome: Outcome) => Promise<T>): Promise<T> {
   return (await page.evaluate(`(async () => {
       const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
       const outcome = work => Promise.resolve().then(work).then(
-        () => 'fine', error => (error.code ?? error.name) + ': ' + error.message);
+        () => 'fine', error => (error.kind ?? error.name) + ': ' + error.message);
       const found = await (${work.toString()})(vlm, outcome);
       vlm.dispose();
       return found;

@@ -81,7 +81,7 @@ test.each(['auto', 'wasm'] as const)("%s: ONNX Runtime's own file does not come"
   server.fault = ({ path }) => (path.endsWith('.wasm') ? { status: 404 } : null);
   const page = await openPage(browser, server.url);
   const refused = await refusal(page, { options: { device, precision: 'fp32' } });
-  expect(refused.code).toBe('DownloadError');
+  expect(refused.kind).toBe('DownloadError');
   expect(refused.message).toMatch(/^ONNX Runtime can't be loaded \(/);
   expect(refused.hint).toMatch(/check the connection/);
   await page.context().close();
@@ -97,7 +97,7 @@ test('no worker', async () => {
     } as unknown as typeof Worker;
   });
   expect(await refusal(page, {})).toEqual({
-    code: 'WorkerError',
+    kind: 'WorkerError',
     message: "the worker can't be started (cannot be accessed from origin)",
     hint: 'serve the package from the origin of the page, and let its policy (CSP) allow workers',
   });

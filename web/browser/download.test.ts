@@ -85,7 +85,7 @@ test('a server that is busy is asked again', async () => {
 test('a download that always breaks ends with where it stopped', async () => {
   server.fault = first(Infinity, DECODER, { cutAfter: 0 });
   const refused = await refusal(page, asking);
-  expect(refused.code).toBe('DownloadError');
+  expect(refused.kind).toBe('DownloadError');
   expect(refused.message).toMatch(/decoder_model_merged\.onnx: broke off at byte 0 of \d+/);
   expect(refused.hint).toMatch(/goes on where it stopped/);
 });
@@ -101,13 +101,13 @@ test('a chunk that comes wrong once is fetched again', async () => {
 test('a chunk that always comes wrong is named', async () => {
   server.fault = first(Infinity, DECODER, { flipByte: 70_000 });
   const refused = await refusal(page, asking);
-  expect(refused.code).toBe('BundleError');
+  expect(refused.kind).toBe('BundleError');
   expect(refused.message).toMatch(/decoder_model_merged\.onnx: chunk 1 of 1 is not what/);
 });
 
 test('an address without a bundle says so', async () => {
   const refused = await refusal(page, { ...asking, url: '/nothing/' });
-  expect(refused.code).toBe('BundleError');
+  expect(refused.kind).toBe('BundleError');
   expect(refused.message).toMatch(/nothing\/vlmport\.json: the server says 404/);
 });
 

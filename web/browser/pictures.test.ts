@@ -142,7 +142,7 @@ test('what is no picture is refused in plain words', async () => {
         messages.push('no error');
       } catch (error) {
         if (!(error instanceof VlmportError)) throw error;
-        messages.push(`${error.code}: ${error.message}`);
+        messages.push(`${error.kind}: ${error.message}`);
       }
     }
     vlm.dispose();

@@ -102,7 +102,7 @@ test.each([
   server.workerPrelude = prelude;
   const page = await openPage(browser, server.url);
   const refused = await refusal(page, { options: { ...options, device: 'webgpu' } });
-  expect(refused.code).toBe('DeviceError');
+  expect(refused.kind).toBe('DeviceError');
   expect(refused.hint).toMatch(/works|another/);
   await page.context().close();
 });
@@ -175,13 +175,13 @@ test('a GPU that is lost in the middle of a text: an error, and WebAssembly from
     const vlm = await VLM.load('/bundle/', { threads: 1 });
     const before = vlm.device;
     const error: unknown = await vlm.caption(url).catch((thrown: unknown) => thrown);
-    const { code, hint } = error instanceof VlmportError ? error : { code: 'none', hint: '' };
+    const { kind, hint } = error instanceof VlmportError ? error : { kind: 'none', hint: '' };
     const { tokenIds } = await vlm.caption(url);
     const { device, precision, reason } = vlm;
     vlm.dispose();
-    return { before, code, hint, device, precision, reason, tokenIds };
+    return { before, kind, hint, device, precision, reason, tokenIds };
   }, `/pictures/${picture}`);
-  expect(found).toMatchObject({ before: 'webgpu', code: 'DeviceError', device: 'wasm' });
+  expect(found).toMatchObject({ before: 'webgpu', kind: 'DeviceError', device: 'wasm' });
   expect(found.hint).toBe('try again: now on WebAssembly');
   expect(found.reason).toMatch(/^WebGPU failed while it ran: /);
   expect(found.tokenIds).toEqual(captions[picture]![found.precision]!.tokens);
@@ -194,13 +194,13 @@ test('a GPU without 16-bit shaders', async () => {
   const half = { ...options, precision: 'q4f16' };
   const refused = await refusal(page, { options: { ...half, device: 'webgpu' } });
   expect(refused).toMatchObject({
-    code: 'DeviceError',
+    kind: 'DeviceError',
     message: "the GPU can't compute q4f16: it has no 16-bit shaders",
   });
   expect(refused.hint).toMatch(/precision: 'auto'/);
   // Nor has this build's WebAssembly a kernel for its embeddings: so nothing could take over.
   expect(await refusal(page, { options: half })).toEqual({
-    code: 'DeviceError',
+    kind: 'DeviceError',
     message:
       "embed_tokens can't be opened on wasm: this ONNX Runtime can't compute GatherBlockQuantized " +
       "in this precision. WebGPU is not used: the GPU can't compute q4f16: it has no 16-bit shaders",
@@ -222,7 +222,7 @@ test('a bundle whose golden is wrong is refused on WebAssembly too', async () =>
   await page.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
   const options = { device: 'wasm', precision: 'fp32' } as const;
   const refused = await refusal(page, { options });
-  expect(refused.code).toBe('DeviceError');
+  expect(refused.kind).toBe('DeviceError');
   expect(refused.message).toMatch(
     /wasm gives other results than recorded: first logits are off by (1|0\.99)/,
   );

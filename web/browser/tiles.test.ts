@@ -58,7 +58,7 @@ test('the options of the manifest are what the image processor gets', async () =
   expect(await counts()).toBe(cut / Object.values(tiles)[0]!.count);
   manifest.image_options.do_image_rotation = 1;
   expect(await refusal(page, { ...asking, options })).toEqual({
-    code: 'BundleError',
+    kind: 'BundleError',
     message: "image_processor: no input 'do_image_rotation', which image_options name",
     hint: 'export the bundle again',
   });

@@ -1,10 +1,11 @@
 /**
- * Every error that a user can cause, with a code and a hint that says what to do next.
+ * Every error that a user can cause, with a kind, a hint that says what to do next, and a code.
  *
- * The codes are the names of the Python package's error classes, and a few of the web's own.
+ * The kinds are the names of the Python package's error classes, and a few of the web's own. A code
+ * is a stable name of one problem, the same as in Python.
  */
 
-export type ErrorCode =
+export type ErrorKind =
   | 'BundleError' // a bundle that is missing, incomplete, corrupt or of a newer version
   | 'DownloadError' // the network or the server failed, and trying again did not help
   | 'ImageError' // a picture that can't be read
@@ -16,36 +17,46 @@ export type ErrorCode =
 
 /** An error as plain data, as it crosses the border of a worker. */
 export interface PlainError {
-  readonly code: ErrorCode;
+  readonly kind: ErrorKind;
   readonly message: string;
   readonly hint: string;
+  readonly code?: string;
+}
+
+interface ErrorDetails extends ErrorOptions {
+  /** A stable name of the problem, such as 'image.unreadable': the text of a message may change. */
+  readonly code?: string | undefined;
 }
 
 export class VlmportError extends Error {
   override readonly name = 'VlmportError';
 
+  readonly code: string | undefined;
+
   constructor(
-    readonly code: ErrorCode,
+    readonly kind: ErrorKind,
     message: string,
     readonly hint: string,
-    options?: ErrorOptions,
+    details?: ErrorDetails,
   ) {
-    super(message, options);
+    super(message, details);
+    this.code = details?.code;
   }
 
   static from(plain: PlainError): VlmportError {
-    return new VlmportError(plain.code, plain.message, plain.hint);
+    return new VlmportError(plain.kind, plain.message, plain.hint, { code: plain.code });
   }
 
   toPlain(): PlainError {
-    return { code: this.code, message: this.message, hint: this.hint };
+    const { kind, message, hint, code } = this;
+    return code === undefined ? { kind, message, hint } : { kind, message, hint, code };
   }
 }
 
-/** Any thrown value as an error of ours; what nobody foresaw gets `code` and asks for a report. */
-export function asVlmportError(error: unknown, code: ErrorCode): VlmportError {
+/** Any thrown value as an error of ours; what nobody foresaw gets `kind` and asks for a report. */
+export function asVlmportError(error: unknown, kind: ErrorKind): VlmportError {
   if (error instanceof VlmportError) return error;
-  return new VlmportError(code, firstLine(error), 'please report this', { cause: error });
+  return new VlmportError(kind, firstLine(error), 'please report this', { cause: error });
 }
 
 /** What a thrown value says, without its later lines. */

@@ -4,7 +4,7 @@ export { Caption } from './caption.js';
 export { Conversation } from './conversation.js';
 export type { ConversationOptions, QuestionOptions } from './conversation.js';
 export { VlmportError } from './errors.js';
-export type { ErrorCode } from './errors.js';
+export type { ErrorKind } from './errors.js';
 export type { ImagePart, Message, TextPart } from './messages.js';
 export type { AnswerOptions, CaptionOptions, GenerateOptions, ImageOptions } from './options.js';
 export type { PictureSource, PixelValues, RawImage } from './picture.js';

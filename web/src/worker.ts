@@ -37,8 +37,8 @@ async function answer(request: Started, signal: AbortSignal) {
   } catch (error) {
     if (signal.aborted || isAbort(error)) scope.postMessage({ type: 'aborted', id });
     else {
-      const code = request.type === 'load' ? 'DeviceError' : 'WorkerError';
-      scope.postMessage({ type: 'failed', id, error: asVlmportError(error, code).toPlain() });
+      const kind = request.type === 'load' ? 'DeviceError' : 'WorkerError';
+      scope.postMessage({ type: 'failed', id, error: asVlmportError(error, kind).toPlain() });
     }
   } finally {
     running.delete(id);

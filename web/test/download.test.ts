@@ -138,7 +138,7 @@ test('a range that is not the one asked for is no good', async () => {
 test('a file that is shorter on the server is no matter of trying again', async () => {
   answers = [() => partial(0, 1000), () => new Response(null, { status: 416 })];
   await expect(open().read('big')).rejects.toMatchObject({
-    code: 'BundleError',
+    kind: 'BundleError',
     message: 'http://host/big: shorter than the manifest says',
   });
   expect(asked).toHaveLength(2);

@@ -1,8 +1,8 @@
-/** What is told of an error of ONNX Runtime. */
+/** Errors of ONNX Runtime in our words, and errors as plain data. */
 
 import { expect, test } from 'vitest';
 
-import { whyAndHint } from '../src/errors.js';
+import { VlmportError, whyAndHint } from '../src/errors.js';
 
 const FAILED = 'failed to call OrtRun(). ERROR_CODE: 2, ERROR_MESSAGE: Non-zero status code';
 
@@ -22,4 +22,16 @@ test('any other error is its first line', () => {
     'a hint',
   ]);
   expect(whyAndHint('text', 'a hint')).toEqual(['text', 'a hint']);
+});
+
+test('an error keeps its kind, hint and code across the worker', () => {
+  const coded = new VlmportError('PromptError', 'no', 'yes', { code: 'prompt.part-unknown' });
+  const { kind, message, hint, code } = VlmportError.from(structuredClone(coded.toPlain()));
+  expect({ kind, message, hint, code }).toEqual({
+    kind: 'PromptError',
+    message: 'no',
+    hint: 'yes',
+    code: 'prompt.part-unknown',
+  });
+  expect(new VlmportError('PromptError', 'no', 'yes').toPlain()).not.toHaveProperty('code');
 });

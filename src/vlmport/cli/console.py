@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vlmport.errors import OptionWarning, VlmportError
+from vlmport.errors import VlmportError, VlmportWarning
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
@@ -22,9 +22,14 @@ stdout, stderr = Console(), Console(stderr=True)
 def report(error: VlmportError) -> None:
     """One line, and a hint under it, on stderr."""
     message = " ".join(str(error).splitlines())
-    say(f"error: {message}", style="red")
+    say(f"{_label('error', error.code)}: {message}", style="red")
     if error.hint:
         say(f"hint: {error.hint}")
+
+
+def _label(word: str, code: str | None) -> str:
+    """'error[image.unreadable]', or the word alone for a problem without a code."""
+    return word if code is None else f"{word}[{code}]"
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -39,8 +44,8 @@ def warnings_of_ours() -> Iterator[None]:
         show = warnings.showwarning
 
         def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-            if issubclass(category, OptionWarning):
-                say(f"warning: {message}")
+            if isinstance(message, VlmportWarning):
+                say(f"{_label('warning', message.code)}: {message}")
             else:
                 show(message, category, *rest)
 

@@ -128,7 +128,7 @@ class Transfer {
         if (this.position < end && this.position === before) throw new TypeError('no bytes came');
       } catch (error) {
         this.signal.throwIfAborted();
-        if (error instanceof VlmportError && error.code !== 'DownloadError') throw error;
+        if (error instanceof VlmportError && error.kind !== 'DownloadError') throw error;
         this.failures = this.position > before ? 1 : this.failures + 1;
         if (this.failures >= ATTEMPTS) throw this.brokenOff(error);
         await pause(FIRST_PAUSE_MS * 2 ** (this.failures - 1), this.signal);

@@ -68,7 +68,7 @@ export class Engine {
     } catch (error) {
       signal.throwIfAborted();
       const cause = asVlmportError(error, 'DeviceError');
-      if (options.device !== 'auto' || cause.code !== 'DeviceError') throw cause;
+      if (options.device !== 'auto' || cause.kind !== 'DeviceError') throw cause;
       const host = runtime ? runtime.withoutGpu() : await Runtime.start('wasm', options);
       const reason = `WebGPU is not used: ${cause.message}`;
       try {
@@ -76,12 +76,9 @@ export class Engine {
         return new Engine(options, files, ready, reason);
       } catch (error) {
         signal.throwIfAborted();
-        const { code, message, hint } = asVlmportError(error, 'DeviceError');
-        throw new VlmportError(
-          code,
-          code === 'DeviceError' ? `${message}. ${reason}` : message,
-          hint,
-        );
+        const { kind, message, hint, code } = asVlmportError(error, 'DeviceError');
+        const text = kind === 'DeviceError' ? `${message}. ${reason}` : message;
+        throw new VlmportError(kind, text, hint, { code });
       }
     }
   }
@@ -194,7 +191,7 @@ export class Engine {
     } catch (error) {
       const cause = asVlmportError(error, 'DeviceError');
       const hopeless = this.options.device !== 'auto' || this.info.device === 'wasm';
-      if (signal.aborted || hopeless || cause.code !== 'DeviceError') throw error;
+      if (signal.aborted || hopeless || cause.kind !== 'DeviceError') throw error;
       await this.leaveGpu(cause, hear.onChange, signal);
       if (said)
         throw new VlmportError('DeviceError', cause.message, 'try again: now on WebAssembly');

@@ -25,7 +25,7 @@ export async function probe(
   } catch (error) {
     signal.throwIfAborted();
     const cause = asVlmportError(error, 'DeviceError');
-    if (cause.code === 'BundleError') throw cause; // no device is at fault
+    if (cause.kind === 'BundleError') throw cause; // no device is at fault
     return [cause.message];
   }
 }
