@@ -149,6 +149,7 @@ class Manifest:
     layout: str = HUB
     accuracy: tuple[Mapping[str, Any], ...] = ()
     image_options: Mapping[str, Any] = field(default_factory=dict)
+    ignored_weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -308,6 +309,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         del raw["accuracy"]
     if not manifest.image_options:
         del raw["image_options"]
+    if not manifest.ignored_weights:
+        del raw["ignored_weights"]
     if not manifest.golden.options:
         del raw["golden"]["options"]
     try:
@@ -386,6 +389,9 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
         layout=raw.get("layout", HUB),
         accuracy=tuple(raw.get("accuracy", ())),
         image_options=raw.get("image_options", {}),
+        ignored_weights={
+            pattern: tuple(names) for pattern, names in raw.get("ignored_weights", {}).items()
+        },
     )
 
 

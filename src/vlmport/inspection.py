@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vlmport.bundle import ANY, Bundle, Manifest, Variant
+from vlmport.errors import some_names
 from vlmport.onnx_file import OnnxFile, Port, port, read_model, read_onnx
 
 
@@ -32,6 +33,8 @@ def describe(bundle: Bundle, console: Console) -> None:
     lines |= {name.replace("num_", ""): str(value) for name, value in vars(manifest.dims).items()}
     for key, value in lines.items():
         _print(console, f"{key:<16} {value}")
+    for pattern, names in manifest.ignored_weights.items():
+        _print(console, f"{'ignored weights':<16} {pattern}: {len(names)}, {some_names(names, 4)}")
     for name, forms in manifest.components.items():
         _print(console, "")
         sizes = [f"{form} {_size(bundle, variant) / 1e6:.2f} MB" for form, variant in forms.items()]

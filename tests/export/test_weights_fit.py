@@ -12,10 +12,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from tests.checkpoints import write_prefix_checkpoint, write_weights
 from tests.export.test_same_model import write_adapter
+from vlmport.bundle import Bundle
 from vlmport.checkpoint import LazyTensor
+from vlmport.cli import app
 from vlmport.errors import AdapterError, VlmportError, WeightError
 from vlmport.export import assign, export
 
@@ -201,3 +204,40 @@ def test_an_export_holds_one_tensor_not_the_model(tmp_path: Path) -> None:
     growth = int(done.stdout)
     assert model > 180e6
     assert growth < 5 * largest < model / 2, f"{growth / 1e6:.0f} MB"
+
+
+SURPLUS = {"model.talker.a": np.zeros(3, "f4"), "model.talker.b": np.ones(1, "f4")}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "code", "facts"),
+    [
+        ((), "weights.surplus", "'model.talker.a', 'model.talker.b'"),
+        ("model.talker.a", "weights.surplus", "1 tensors have no place: 'model.talker.b'"),
+        (["model.talker.*", "talker.*"], "option.ignores-nothing", "'talker.*'"),
+        ("*", "option.ignores-needed-weights", "language_model.model."),
+        ("*embed_tokens*", "option.ignores-needed-weights", "embed_tokens.weight"),
+        ("*base_layer.weight", "option.ignores-needed-weights", "q_proj.weight"),
+    ],
+)
+def test_what_may_be_left_out(checkpoint: Path, patterns: Any, code: str, facts: str) -> None:
+    write_weights(checkpoint, {**load_file(checkpoint / "model.safetensors"), **SURPLUS})
+    out = checkpoint.parent / "out"
+    with pytest.raises(VlmportError) as caught:
+        export(checkpoint, out, precisions="q8", ignore_weights=patterns)
+    assert caught.value.code == code
+    assert facts in str(caught.value)
+    assert not out.exists()
+
+
+def test_what_is_left_out_is_said(checkpoint: Path) -> None:
+    write_weights(checkpoint, {**load_file(checkpoint / "model.safetensors"), **SURPLUS})
+    out = checkpoint.parent / "out"
+    patterns = ["--ignore-weights", "*.talker.a", "--ignore-weights", "model.talker.b"]
+    command = ["export", str(checkpoint), str(out), "-p", "q8", *patterns]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    ignored = Bundle.open(out).manifest.ignored_weights
+    assert ignored == {"*.talker.a": ("model.talker.a",), "model.talker.b": ("model.talker.b",)}
+    assert "`*.talker.a`" in (out / "README.md").read_text(encoding="utf-8")
+    shown = CliRunner().invoke(app, ["inspect", str(out)], catch_exceptions=False).stdout
+    assert "*.talker.a: 1, 'model.talker.a'" in shown

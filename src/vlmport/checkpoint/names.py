@@ -8,12 +8,13 @@ the maths, and is refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vlmport.errors import AdapterError, WeightError, did_you_mean, some_names
 
-__all__ = ["Names", "canonical_names"]
+__all__ = ["Names", "canonical_names", "is_buffer"]
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 SAVED_APART = ("modules_to_save", "original_module", "trainable_tokens", "token_adapter")
@@ -21,6 +22,10 @@ OTHER_TUNERS = (
     "ia3_", "vera_", "hada_", "lokr_", "oft_", "boft_", "hra_", "fourierft_", "vblora_",
     "randlora_", "bone_", "miss_", "shira_", "prompt_encoder", "adaption_",
 )  # fmt: skip
+# What older versions of transformers stored although it follows from the config.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary(_pos)?_emb\.((original_)?inv_freq|(cos|sin)_cached)|position_ids)$"
+)
 MERGE_FIRST = "merge it first: peft's merge_and_unload(), then save_pretrained()"
 
 
@@ -48,6 +53,14 @@ class _Sorting:
     adapters: set[str] = field(default_factory=set)
     wrapped: dict[str, str] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+
+
+def is_buffer(stored: str) -> bool:
+    """Whether a tensor of this name is computed from the config and no weight.
+
+    Source: transformers 5.23, modeling_utils.py, _adjust_missing_and_unexpected_keys.
+    """
+    return BUFFERS.search(stored) is not None
 
 
 def canonical_names(stored: Iterable[str], where: str, *, pairs_only: bool = False) -> Names:

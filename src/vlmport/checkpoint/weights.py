@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from vlmport.checkpoint.names import canonical_names
+from vlmport.checkpoint.names import canonical_names, is_buffer
 from vlmport.errors import WeightError, some_names
 from vlmport.json_files import load_json
 
@@ -96,7 +96,7 @@ class StoredTensor:
 
 
 class Weights(Mapping[str, LazyTensor]):
-    """The weights of a checkpoint by plain name, LoRA pairs apart.
+    """The weights of a checkpoint by plain name, LoRA pairs apart; stored buffers are left out.
 
     Attributes:
         pairs: plain name of an adapted weight → its lora_A [r, in] and lora_B [out, r]. The
@@ -106,7 +106,7 @@ class Weights(Mapping[str, LazyTensor]):
 
     def __init__(self, stored: Mapping[str, LazyTensor], where: str = "weights"):
         """Sort stored tensors. Raises WeightError and AdapterError as `canonical_names` does."""
-        names = canonical_names(stored, where)
+        names = canonical_names((name for name in stored if not is_buffer(name)), where)
         self.where = where
         self._tensors = {plain: stored[name] for plain, name in names.plain.items()}
         self.pairs: dict[str, tuple[LazyTensor, LazyTensor]] = {

@@ -46,6 +46,15 @@ def export(
         ),
     ] = None,
     adapter: Adapter = None,
+    ignore_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore-weights",
+            help="Leave out tensors that the model does not need, such as 'model.talker.*'; can be "
+            "repeated.",
+            metavar="GLOB",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
     revision: Revision = None,
 ) -> None:
@@ -61,6 +70,7 @@ def export(
             image_size=image_size,
             max_shard_size=max_shard_size,
             adapter=adapter,
+            ignore_weights=ignore_weights or (),
             force=force,
             revision=revision,
             progress=progress,

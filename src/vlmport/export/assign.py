@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlmport.checkpoint import LazyTensor
-from vlmport.errors import WeightError, did_you_mean, some_names
+from vlmport.errors import OptionError, WeightError, did_you_mean, some_names
 from vlmport.graph.weights import Source, Weight
 
 OnBytes = Callable[[int], None]
@@ -22,10 +23,11 @@ class Assignment:
 
     Attributes:
         tensors: the checkpoint, by name.
-        used: names that some graph reads.
+        used: names that some graph reads; `read` has the ids of their tensors.
         missing: names that the checkpoint lacks.
         misshapen: name → message.
         wanted: names that some graph asks for.
+        ignored: names that `ignore` leaves out.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -33,6 +35,8 @@ class Assignment:
     missing: set[str] = field(default_factory=set)
     misshapen: dict[str, str] = field(default_factory=dict)
     wanted: set[str] = field(default_factory=set)
+    ignored: set[str] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
 
     def assign(self, graph: ir.Graph, on_bytes: OnBytes) -> None:
         """Point each Weight of a graph at its tensor; nothing is read until the graph is saved."""
@@ -55,17 +59,16 @@ class Assignment:
             self.misshapen[key] = f"{key!r} {shapes}"
         else:
             self.used.add(key)
+            self.read.add(id(tensor))
             return tensor
         return None
 
     def finish(self, is_unused: Callable[[str], bool]) -> None:
         """Raise WeightError unless every weight was found, fits, and every tensor was used."""
-        # A tied matrix has two names, and may be read under either.
-        read = {id(self.tensors[key]) for key in self.used}
         surplus = [
             key
-            for key, tensor in self.tensors.items()
-            if key not in self.wanted and id(tensor) not in read and not is_unused(key)
+            for key in self.tensors
+            if not (self._is_needed(key) or key in self.ignored or is_unused(key))
         ]
         parts = []
         if self.missing:
@@ -81,14 +84,58 @@ class Assignment:
         if surplus:
             parts.append(f"{len(surplus)} tensors have no place: {some_names(surplus)}")
         if parts:
-            raise WeightError("; ".join(parts), hint=self._hint(surplus))
+            raise WeightError("; ".join(parts), hint=self._hint(surplus), code=self._code)
+
+    @property
+    def _code(self) -> str:
+        if self.missing:
+            return "weights.unset"
+        return "weights.misshapen" if self.misshapen else "weights.surplus"
 
     def _hint(self, surplus: list[str]) -> str:
         if any(key.endswith("lm_head.weight") for key in self.missing):
             return "a tied head? set tie_word_embeddings in config.json"
         if surplus and not self.missing and not self.misshapen:
-            return "does config.json belong to these weights? nothing is dropped silently"
+            return (
+                "does config.json belong to these weights? nothing is dropped silently; "
+                "--ignore-weights GLOB leaves out what the model does not need"
+            )
         return "does config.json belong to these weights?"
+
+    def ignore(self, patterns: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Leave out the tensors that match a pattern, by the file's name for them or by ours.
+
+        To be called when all graphs are assigned. Returns pattern → the names in the file.
+
+        Raises OptionError for a pattern that matches nothing, or a tensor that a graph needs.
+        """
+        ignored: dict[str, tuple[str, ...]] = {}
+        for pattern in dict.fromkeys(patterns):
+            keys = [key for key, tensor in self.tensors.items() if _matches(pattern, key, tensor)]
+            if not keys:
+                raise OptionError(
+                    f"--ignore-weights {pattern!r} matches none of {len(self.tensors)} tensors",
+                    hint="* stands for any letters: 'model.talker.*' for all that begins so",
+                    code="option.ignores-nothing",
+                )
+            if needed := [key for key in keys if self._is_needed(key)]:
+                raise OptionError(
+                    f"--ignore-weights {pattern!r} matches {len(needed)} tensors that the model "
+                    f"needs: {some_names(needed)}",
+                    hint="match only what an export without this option says has no place",
+                    code="option.ignores-needed-weights",
+                )
+            ignored[pattern] = tuple(sorted({self.tensors[key].name for key in keys}))
+            self.ignored.update(keys)
+        return ignored
+
+    def _is_needed(self, key: str) -> bool:
+        # A tied matrix has two names, and may be read under either.
+        return key in self.wanted or id(self.tensors[key]) in self.read
+
+
+def _matches(pattern: str, key: str, tensor: LazyTensor) -> bool:
+    return fnmatch.fnmatchcase(key, pattern) or fnmatch.fnmatchcase(tensor.name, pattern)
 
 
 def _listed(names: Iterable[str], message: Callable[[str], str], limit: int = 8) -> str:

@@ -28,6 +28,7 @@ def write_card(
     forms: Mapping[str, str],
     messages: Sequence[Mapping[str, Any]] = CAPTION,
     runs: bool = True,
+    ignored: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write README.md; the same checkpoint gives the same bytes.
 
@@ -38,6 +39,7 @@ def write_card(
         forms: precision → one line on what it is, with its size.
         messages: what asks for a caption of one picture.
         runs: whether the vlmport runtimes and transformers.js run this layout.
+        ignored: pattern → the tensors of the checkpoint that were left out for it.
     """
     source = _source_card(checkpoint.folder)
     hub_id, commit = _on_the_hub(checkpoint.folder)
@@ -60,6 +62,10 @@ def write_card(
         base=_listed(base) or "not named by its source",
         licence=_listed(source.get("license_name") or source.get("license"))
         or "not named by its source: ask there before you use it",
+        ignored="".join(
+            f"| left out | {len(names)} tensors of the checkpoint that match `{pattern}` |\n"
+            for pattern, names in (ignored or {}).items()
+        ),
         rows="\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items()),
         use=USE.format(
             precision=next(iter(forms)), messages=json.dumps(list(messages), ensure_ascii=False)
@@ -109,7 +115,7 @@ and SHA-256 of every file.
 | made from | {made_from} |
 | base model | {base} |
 | licence | {licence} |
-
+{ignored}
 ## Precisions
 
 | precision | what it is, and what it takes to download |

@@ -61,6 +61,7 @@ def export(
     image_size: str | ImageSize | None = None,
     max_shard_size: str | int | None = None,
     adapter: str | Path | None = None,
+    ignore_weights: str | Sequence[str] = (),
     force: bool = False,
     revision: str | None = None,
     name: str | None = None,
@@ -75,6 +76,9 @@ def export(
         max_shard_size: of a file of weights beside its graph, such as '500MB'; None for 2 GB,
             more than which no browser holds in one piece.
         adapter: a PEFT folder whose LoRA is merged into the weights.
+        ignore_weights: patterns such as 'model.talker.*' of tensors that the model does not need:
+            they are left out, and the manifest and the model card name them. Without one, a tensor
+            that has no place is an error.
         force: overwrite a bundle that is there.
         revision: branch, tag or commit of a Hub id.
         name: the bundle's name, by default that of the checkpoint.
@@ -84,6 +88,7 @@ def export(
         SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
         ExportError: `out` exists, an unknown precision or layout, an image size that the model or
             the layout does not take, a bad shard size, a full disk.
+        OptionError: `ignore_weights` match nothing, or a tensor that the model needs.
         In each case `out` is left as it was.
     """
     chosen = parse_precisions(precisions)
@@ -96,13 +101,18 @@ def export(
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     with atomic_folder(out, force=force) as folder:
         meter = Meter(progress)
-        jobs = _plan(family, form, checkpoint, adapter_folder, chosen, meter)
+        assignment = Assignment(family.weights(checkpoint, adapter_folder))
+        jobs = _plan(family, form, assignment, chosen, meter)
+        patterns = [ignore_weights] if isinstance(ignore_weights, str) else ignore_weights
+        ignored = assignment.ignore(patterns)
+        assignment.finish(family.is_unused)
+        meter.total = sum(job.weight_bytes for job in jobs)
         check_space(out, meter.total)
         for job in jobs:
             meter.what = job.file
             write_model(job, folder, room)
         label = name or _default_name(source, checkpoint)
-        manifest = _write_manifest(family, form, layout, checkpoint, jobs, folder, label)
+        manifest = _write_manifest(family, form, layout, checkpoint, jobs, folder, label, ignored)
         _try_out(Bundle(folder, manifest))
     return Bundle.open(out)
 
@@ -141,13 +151,11 @@ class Meter:
 def _plan(
     family: Family,
     layout: Layout,
-    checkpoint: Checkpoint,
-    adapter: Path | None,
+    assignment: Assignment,
     precisions: tuple[Precision, ...],
     meter: Meter,
 ) -> list[Job]:
-    """All graphs, each weight with its tensor; nothing is written before every one has."""
-    assignment = Assignment(family.weights(checkpoint, adapter))
+    """All graphs, each weight with its tensor where there is one."""
     jobs: dict[tuple[str, str], Job] = {}
 
     def add(component: str, precision: str, suffix: str, builder: GraphBuilder) -> None:
@@ -167,8 +175,6 @@ def _plan(
     for precision in precisions:
         for name, graph in layout.graphs(precision).items():
             add(name, precision.name, precision.suffix, graph)
-    assignment.finish(family.is_unused)
-    meter.total = sum(job.weight_bytes for job in jobs.values())
     return list(jobs.values())
 
 
@@ -180,6 +186,7 @@ def _write_manifest(
     jobs: list[Job],
     folder: Path,
     name: str,
+    ignored: Mapping[str, tuple[str, ...]],
 ) -> Manifest:
     """The files around the graphs and the manifest; the golden probe is still without answers."""
     components: dict[str, dict[str, Variant]] = {}
@@ -203,6 +210,7 @@ def _write_manifest(
         forms=forms,
         messages=family.prompt.caption,
         runs=layout_name == HUB,
+        ignored=ignored,
     )
     manifest = Manifest(
         producer=f"vlmport {__version__}",
@@ -219,6 +227,7 @@ def _write_manifest(
         pixels=family.pixels,
         golden=_golden_input(family, layout),
         image_options=family.image_options if layout.image_tokens is None else {},
+        ignored_weights=ignored,
     )
     write_manifest(folder, manifest)
     return manifest

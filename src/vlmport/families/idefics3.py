@@ -172,7 +172,7 @@ class Idefics3(AnsweringFamily):
     def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
         tensors: Mapping[str, LazyTensor] = merged(
             checkpoint.weights,
-            rename=lambda key: key.replace("model.text_model.", "model.", 1),
+            rename=plain_name,
             adapter=adapter,
             prefixes=("", "model.", "model.text_model."),
         )
@@ -279,6 +279,16 @@ class Idefics3(AnsweringFamily):
             "vision_config": {**(self.raw.get("vision_config") or {}), **vision},
             "text_config": {"model_type": "llama", **_text_section(self.raw), **text},
         }
+
+
+def plain_name(key: str) -> str:
+    """The graphs' name of a tensor: `model.text_model.x` is `model.x`.
+
+    A model that was saved from its base class, without a head, lacks the first `model.`.
+    """
+    if key.startswith(("vision_model.", "connector.", "text_model.")):
+        key = f"model.{key}"
+    return key.replace("model.text_model.", "model.", 1)
 
 
 def _text_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:

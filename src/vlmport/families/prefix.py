@@ -149,7 +149,7 @@ class PrefixCaptioner(Family):
     def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
         tensors = merged(
             checkpoint.weights,
-            rename=lambda key: key.replace("vision_encoder.vision_model.", "vision_encoder.", 1),
+            rename=plain_name,
             lora=LoraScale(self.config.lora_r, self.config.lora_alpha),
             adapter=adapter,
             prefixes=("", f"{LANGUAGE_MODEL}."),
@@ -289,6 +289,17 @@ class PrefixCaptioner(Family):
             pipeline_tag="image-to-text",  # it takes no text, as image-text-to-text would promise
             description="an image captioner",
         )
+
+
+def plain_name(key: str) -> str:
+    """The graphs' name of a tensor: without transformers 4's `vision_model`, and with the `model`
+    that a decoder lacks where it was saved from its base class, without a head."""
+    key = key.replace("vision_encoder.vision_model.", "vision_encoder.", 1)
+    if key.startswith(
+        tuple(f"{LANGUAGE_MODEL}.{part}." for part in ("embed_tokens", "layers", "norm"))
+    ):
+        key = key.replace(f"{LANGUAGE_MODEL}.", f"{LANGUAGE_MODEL}.model.", 1)
+    return key
 
 
 def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:

@@ -245,8 +245,16 @@ class QwenVL(AnsweringFamily):
 
 
 def plain_name(key: str) -> str:
-    """The name of a tensor in transformers 4: `model.visual.x` is `visual.x`."""
-    for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+    """The name of a tensor in transformers 4: `model.visual.x` is `visual.x`.
+
+    A model that was saved from its base class, without a head, has `language_model.x`.
+    """
+    others = {
+        "model.visual.": "visual.",
+        "model.language_model.": "model.",
+        "language_model.": "model.",
+    }
+    for new, old in others.items():
         if key.startswith(new):
             return old + key.removeprefix(new)
     return key

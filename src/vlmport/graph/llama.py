@@ -284,13 +284,14 @@ def embed_graph(
 def tied_head(
     tensors: Mapping[str, LazyTensor], config: LlamaConfig, name: str
 ) -> Mapping[str, LazyTensor]:
-    """The tensors with the head's weight being the embedding's, where the config ties them.
+    """The tensors with one matrix as the head's weight and the embedding's, where the config ties
+    them: a checkpoint may store it under either name.
 
     As in transformers, a head stored beside a tied embedding is not read.
     """
     if not config.tie_word_embeddings:
         return tensors
     prefix = f"{name}." if name else ""
-    embedding = tensors.get(f"{prefix}model.embed_tokens.weight")
-    tied = {} if embedding is None else {f"{prefix}lm_head.weight": embedding}
-    return {**tensors, **tied}
+    names = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+    stored = next((tensors[one] for one in names if one in tensors), None)
+    return tensors if stored is None else {**tensors, **dict.fromkeys(names, stored)}
