@@ -7,7 +7,10 @@ A plain loop without vlmport, to be read or ported: ONNX Runtime, numpy, tokeniz
 
 import argparse
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before ONNX Runtime is imported
 
 import numpy as np
 import onnxruntime as ort

@@ -8,7 +8,10 @@ There is no cache: the whole sequence is read anew for each token, which is simp
 
 import argparse
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before ONNX Runtime is imported
 
 import numpy as np
 import onnxruntime as ort

@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as vlmport does, which is imported later
+
 import onnxruntime as ort
 import pytest
 from hypothesis import settings

@@ -14,11 +14,19 @@ Everything below is imported when it is first used: `import vlmport` is instant.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Libraries that report their use when they are first imported: not here, unless the user has said
+# otherwise (docs/privacy.md). ONNX Runtime writes a device id into the home folder, and sends.
+NO_REPORTS = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+REPORTS_BY_CHOICE = os.environ.get(NO_REPORTS[0], "1") != "1"
+for _name in NO_REPORTS:
+    os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
     from vlmport.bundle import Bundle

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mimetypes
 import re
+import socketserver
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,6 +74,11 @@ class DemoServer(ThreadingHTTPServer):
         self.page = page
         self.bundle = bundle
         self._listed = {MANIFEST, *bundle.manifest.files}
+
+    def server_bind(self) -> None:
+        """Bind; http.server would also ask the network for the name of this address."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def close(self) -> None:
         self.server_close()

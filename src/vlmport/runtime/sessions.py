@@ -22,8 +22,12 @@ from onnxruntime.capi import (
     onnxruntime_pybind11_state as native,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
+from vlmport import REPORTS_BY_CHOICE
 from vlmport.errors import BundleError, DeviceError, did_you_mean
 from vlmport.runtime.options import whole_number
+
+if not REPORTS_BY_CHOICE:  # for a program that imported ONNX Runtime before vlmport
+    ort.disable_telemetry_events()
 
 CPU = "CPUExecutionProvider"
 
