@@ -78,7 +78,7 @@ class DemoServer(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind; http.server would also ask the network for the name of this address."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = HOST, int(self.server_address[1])
 
     def close(self) -> None:
         self.server_close()
