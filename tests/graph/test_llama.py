@@ -13,9 +13,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.graph.running import InMemory, open_graph
+from tests.graph.running import open_graph
 from vlmport.errors import ConfigError
-from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
+from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph
 
 BASE: dict[str, Any] = {
     "vocab_size": 61,
@@ -282,16 +282,6 @@ def bound_step(
     binding.bind_ortvalue_output("logits", value(logits))
     pair.session.run_with_iobinding(binding)
     return logits
-
-
-def test_a_tied_head_is_the_embedding() -> None:
-    embedding = InMemory("e", np.zeros((61, 32), np.float32))
-    other = InMemory("h", np.ones((61, 32), np.float32))
-    stored = {"lm.model.embed_tokens.weight": embedding, "lm.lm_head.weight": other}
-    tied = LlamaConfig.read(BASE, "here")
-    assert tied_head(stored, tied, "lm")["lm.lm_head.weight"] is embedding
-    untied = LlamaConfig.read({**BASE, "tie_word_embeddings": False}, "here")
-    assert tied_head(stored, untied, "lm")["lm.lm_head.weight"] is other
 
 
 def test_an_id_outside_the_embedding_is_an_error(pair: Pair) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
 from vlmport.checkpoint.config import Layers, Signed, Size, read_config, subsection
+from vlmport.checkpoint.head import HeadNames
 from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
@@ -24,6 +25,7 @@ from vlmport.json_files import load_json
 
 __all__ = [
     "Checkpoint",
+    "HeadNames",
     "Layers",
     "LazyTensor",
     "LoraScale",
@@ -80,6 +82,7 @@ def merged(
     *,
     rename: Callable[[str], str] = str,
     lora: LoraScale | None = None,
+    head: HeadNames | None = None,
     adapter: Path | None = None,
     prefixes: Sequence[str] = ("",),
 ) -> dict[str, LazyTensor]:
@@ -88,15 +91,19 @@ def merged(
     Args:
         rename: the family's name for a plain name: takes off what versions of transformers added.
         lora: rank and strength of the pairs inside the checkpoint.
+        head: where embedding and head are, by the family's names; without it neither is tied.
         adapter: the folder of a PEFT adapter to merge on top.
         prefixes: what may stand before that adapter's names, see `merge_adapter`.
 
-    Raises WeightError when two weights get one name, AdapterError when LoRA does not fit.
+    Raises WeightError when two weights get one name, AdapterError when LoRA does not fit. Warns as
+    `HeadNames.resolve` and `merge_adapter` do.
     """
     tensors = _renamed(merge_stored(weights, lora), rename, weights.where)
+    if head is not None:
+        tensors = head.resolve(tensors)
     if adapter is None:
         return tensors
-    return merge_adapter(tensors, Adapter.open(adapter), prefixes, rename)
+    return merge_adapter(tensors, Adapter.open(adapter), prefixes, rename, head)
 
 
 def _renamed(

@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmport.checkpoint.config import Size, read_config
+from vlmport.checkpoint.head import HeadNames, same_values
 from vlmport.checkpoint.lora import LoraScale, Pair, merge_pairs
 from vlmport.checkpoint.names import MERGE_FIRST, canonical_names
 from vlmport.checkpoint.weights import LazyTensor, open_safetensors
-from vlmport.errors import AdapterError, ConfigError, WeightError, did_you_mean, some_names
+from vlmport.errors import (
+    AdapterError,
+    CheckpointWarning,
+    ConfigError,
+    WeightError,
+    did_you_mean,
+    some_names,
+)
 from vlmport.json_files import load_json
 
 __all__ = ["Adapter", "AdapterConfig", "merge_adapter"]
@@ -28,6 +37,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Initialisations that change the base weights too; without that change the adapter is wrong.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# peft stores them whole where LoRA is on one of them, and where their rows became more.
+EMBEDDINGS = ("embed_tokens", "lm_head")
 HARMLESS = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -67,6 +78,7 @@ class Adapter:
     Attributes:
         pairs: name of the weight in the model that was trained → A [r, in], B [out, r].
         scales: the same names → rank and strength.
+        whole: embedding and head, where the file holds them beside the pairs, by the same names.
         everywhere: target_modules is a list that holds for all layers, so that a layer without a
             pair means that the file is incomplete.
     """
@@ -74,6 +86,7 @@ class Adapter:
     folder: Path
     pairs: Mapping[str, Pair]
     scales: Mapping[str, LoraScale]
+    whole: Mapping[str, LazyTensor] = dataclasses.field(default_factory=dict)
     everywhere: bool = False
 
     @classmethod
@@ -83,14 +96,18 @@ class Adapter:
         config = _read_settings(raw, folder / CONFIG)
         stored = _open_weights(folder)
         names = canonical_names(stored, str(folder / WEIGHTS), pairs_only=True)
-        if names.plain:
-            what = f"{len(names.plain)} tensors that are not LoRA: {some_names(names.plain)}"
-            raise AdapterError(f"{folder / WEIGHTS}: {what}", hint=MERGE_FIRST)
+        odd = [name for name in names.plain if not _is_embedding(name)]
+        if odd:
+            what = f"{len(odd)} tensors that are not LoRA: {some_names(odd)}"
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {what}", hint=MERGE_FIRST, code="adapter.other-weights"
+            )
         if not names.pairs:
             raise AdapterError(f"{folder / WEIGHTS}: no LoRA pairs", hint="save the adapter again")
         pairs = {name: (stored[a], stored[b]) for name, (a, b) in names.pairs.items()}
         scales = {name: config.scale(name.removesuffix(".weight")) for name in pairs}
-        return cls(folder, pairs, scales, _holds_everywhere(raw))
+        whole = {name: stored[file] for name, file in names.plain.items()}
+        return cls(folder, pairs, scales, whole, _holds_everywhere(raw))
 
 
 def merge_adapter(
@@ -98,19 +115,27 @@ def merge_adapter(
     adapter: Adapter,
     prefixes: Sequence[str] = ("",),
     rename: Callable[[str], str] = str,
+    head: HeadNames | None = None,
 ) -> dict[str, LazyTensor]:
     """`tensors` with the adapter merged in.
+
+    A pair for the head leaves the embedding as it is, even where both were one matrix: so does
+    peft, until somebody merges it there.
 
     Args:
         tensors: the base weights, by the names that `rename` gives.
         prefixes: what may stand before the adapter's names, since it may have been trained on a
             part of the model: ("", "language_model."). One of them has to fit all pairs.
+        head: where embedding and head are.
 
-    Raises AdapterError when none or several prefixes fit, and for pairs of another shape.
+    Raises AdapterError when none or several prefixes fit, and for pairs of another shape. Warns
+    with CheckpointWarning where an embedding or a head of the adapter replaces the base's.
     """
     names = _resolve(tensors, adapter, prefixes, rename)
     pairs = {names[name]: pair for name, pair in adapter.pairs.items()}
     scales = {names[name]: scale for name, scale in adapter.scales.items()}
+    whole = {names[name]: tensor for name, tensor in adapter.whole.items()}
+    tensors = _with_whole(tensors, whole, pairs, adapter.folder, head)
     if adapter.everywhere:
         _check_layers(tensors, pairs, adapter.folder)
     return merge_pairs(tensors, pairs, scales, str(adapter.folder))
@@ -123,7 +148,8 @@ def _resolve(
     rename: Callable[[str], str],
 ) -> dict[str, str]:
     """Name in the adapter → name in `tensors`."""
-    trials = [{name: rename(prefix + name) for name in adapter.pairs} for prefix in prefixes]
+    targets = [*adapter.pairs, *(name for name in adapter.whole if name not in adapter.pairs)]
+    trials = [{name: rename(prefix + name) for name in targets} for prefix in prefixes]
     fits = [trial for trial in trials if all(name in tensors for name in trial.values())]
     distinct = [trial for i, trial in enumerate(fits) if trial not in fits[:i]]
     if len(distinct) > 1:
@@ -150,6 +176,58 @@ def _resolve(
             hint="save the adapter again",
         )
     return names
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a plain name is that of an embedding's or a head's matrix."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in EMBEDDINGS
+
+
+def _with_whole(
+    tensors: Mapping[str, LazyTensor],
+    whole: Mapping[str, LazyTensor],
+    pairs: Mapping[str, Pair],
+    folder: Path,
+    head: HeadNames | None,
+) -> dict[str, LazyTensor]:
+    """The tensors with the embedding and the head that the adapter's file holds.
+
+    peft writes into the base's parameters, so that both change where they are one. It finds the
+    matrix under LoRA as `base_layer.weight` only. Raises AdapterError for what it would not load.
+    """
+    made = dict(tensors)
+    # peft fills the head last.
+    for name in sorted(whole, key=lambda name: head is not None and name == head.head):
+        given, base = whole[name], made[name]
+        if tuple(given.shape) != tuple(base.shape):
+            raise AdapterError(
+                f"{folder}: {given.name!r} is {list(given.shape)}, the base model's is "
+                f"{list(base.shape)}",
+                hint=f"resize the base as in training, model.resize_token_embeddings("
+                f"{given.shape[0]}); then {MERGE_FIRST}",
+                code="adapter.other-rows",
+            )
+        if same_values(given, base):
+            continue
+        if (name in pairs) != (".base_layer." in given.name):
+            raise AdapterError(
+                f"{folder}: {given.name!r} differs from the base model's, and peft does not load "
+                "it under this name",
+                hint=MERGE_FIRST,
+                code="adapter.other-weights",
+            )
+        warnings.warn(
+            CheckpointWarning(
+                f"{folder}: {given.name!r} differs from the base model's: the adapter's is used, "
+                "as in peft",
+                code="adapter.embedding-replaced",
+            ),
+            stacklevel=2,
+        )
+        both = () if head is None or not head.are_tied(made) else (head.embedding, head.head)
+        made |= dict.fromkeys(both if name in both else (name,), given)
+    return made
 
 
 def _check_layers(

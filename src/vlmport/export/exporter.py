@@ -97,11 +97,15 @@ def export(
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)
-    form = _layout(family, layout, None if image_size is None else ImageSize.parse(image_size))
+    size = None if image_size is None else ImageSize.parse(image_size)
+    _layout(family, layout, size)  # an unknown one is said before any weight is looked at
     adapter_folder = None if adapter is None else locate_adapter(adapter)
+    tensors = family.weights(checkpoint, adapter_folder)
+    family = family.with_weights(tensors)
+    form = _layout(family, layout, size)
     with atomic_folder(out, force=force) as folder:
         meter = Meter(progress)
-        assignment = Assignment(family.weights(checkpoint, adapter_folder))
+        assignment = Assignment(tensors)
         jobs = _plan(family, form, assignment, chosen, meter)
         patterns = [ignore_weights] if isinstance(ignore_weights, str) else ignore_weights
         ignored = assignment.ignore(patterns)

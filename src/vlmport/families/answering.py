@@ -10,12 +10,12 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from tokenizers import Tokenizer
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
-from vlmport.checkpoint import Checkpoint
+from vlmport.checkpoint import Checkpoint, HeadNames, LazyTensor
 from vlmport.errors import ConfigError
 from vlmport.families.base import (
     Family,
@@ -118,6 +118,20 @@ class AnsweringFamily(Family):
                 f"{CONFIG}: {'; '.join(wrong)}",
                 hint="config.json and the tokenizer must come from one model",
             )
+
+    # Weights
+
+    @property
+    def head(self) -> HeadNames:
+        return HeadNames.of("", self.text.tie_word_embeddings)
+
+    def with_weights(self, tensors: Mapping[str, LazyTensor]) -> Self:
+        tied = self.head.are_tied(tensors)
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(self.config, tie_word_embeddings=tied),
+            text=dataclasses.replace(self.text, tie_word_embeddings=tied),
+        )
 
     # Graphs
 

@@ -160,6 +160,11 @@ class Family(ABC):
         Raises WeightError, AdapterError.
         """
 
+    def with_weights(self, tensors: Mapping[str, LazyTensor]) -> Self:
+        """The family with what its weights say where config.json says otherwise: a head of its
+        own."""
+        return self
+
     @abstractmethod
     def is_unused(self, key: str) -> bool:
         """Whether no graph is meant to need this tensor (a head that nobody reads)."""

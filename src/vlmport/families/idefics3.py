@@ -43,7 +43,6 @@ from vlmport.families.tile_tokens import IMAGE_TOKEN, tile_tokens
 from vlmport.graph.bucketed_positions import PickedRows, bucketed_positions
 from vlmport.graph.builder import GraphBuilder, add_output, new_graph, to_float32
 from vlmport.graph.image import image_input, normalized_planes
-from vlmport.graph.llama import tied_head
 from vlmport.graph.llama_config import LlamaConfig
 from vlmport.graph.pillow_resize import Resample
 from vlmport.graph.pixel_shuffle import Connector
@@ -173,10 +172,10 @@ class Idefics3(AnsweringFamily):
         tensors: Mapping[str, LazyTensor] = merged(
             checkpoint.weights,
             rename=plain_name,
+            head=self.head,
             adapter=adapter,
             prefixes=("", "model.", "model.text_model."),
         )
-        tensors = tied_head(tensors, self.text, "")
         table = tensors.get(POSITIONS)
         if table is None:
             return tensors

@@ -14,6 +14,7 @@ Traps:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import onnx_ir as ir
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.checkpoint import (
     Checkpoint,
+    HeadNames,
     LazyTensor,
     LoraScale,
     Size,
@@ -47,7 +49,7 @@ from vlmport.families.generation import Generation
 from vlmport.families.prefix_layouts import HEAD, LANGUAGE_MODEL, four_files
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph, to_float32
 from vlmport.graph.image import image_input, rescale_and_normalize
-from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph, tied_head
+from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph
 from vlmport.graph.pillow_resize import Resample, resize
 from vlmport.graph.precision import Precision
 from vlmport.graph.projection import Projection
@@ -151,11 +153,25 @@ class PrefixCaptioner(Family):
             checkpoint.weights,
             rename=plain_name,
             lora=LoraScale(self.config.lora_r, self.config.lora_alpha),
+            head=self.head,
             adapter=adapter,
             prefixes=("", f"{LANGUAGE_MODEL}."),
         )
-        tensors = tied_head(tensors, self.text, LANGUAGE_MODEL)
         return folded_head(tensors, self.vision, HEAD) if self.vision.vision_use_head else tensors
+
+    @property
+    def head(self) -> HeadNames:
+        return HeadNames.of(LANGUAGE_MODEL, self.text.tie_word_embeddings)
+
+    def with_weights(self, tensors: Mapping[str, LazyTensor]) -> Self:
+        tied = self.head.are_tied(tensors)
+        if tied == self.text.tie_word_embeddings:
+            return self
+        return dataclasses.replace(
+            self,
+            text=dataclasses.replace(self.text, tie_word_embeddings=tied),
+            raw_text={**self.raw_text, "tie_word_embeddings": tied},
+        )
 
     def is_unused(self, key: str) -> bool:
         """The pooling head, where the config has one: captions read patches."""

@@ -44,7 +44,6 @@ from vlmport.families.qwen_pixels import (
     image_processor_graph,
 )
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph, to_float32
-from vlmport.graph.llama import tied_head
 from vlmport.graph.llama_config import LlamaConfig
 from vlmport.graph.mrope import position_ids_graph
 from vlmport.graph.qwen_vision import QwenVisionConfig
@@ -164,13 +163,13 @@ class QwenVL(AnsweringFamily):
     # Weights
 
     def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
-        tensors = merged(
+        return merged(
             checkpoint.weights,
             rename=plain_name,
+            head=self.head,
             adapter=adapter,
             prefixes=("", "model.", "model.language_model."),
         )
-        return tied_head(tensors, self.text, "")
 
     # Graphs
 

@@ -15,12 +15,9 @@ Traps:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.checkpoint import LazyTensor
 from vlmport.graph.builder import MICROSOFT, GraphBuilder, OpBuilder, add_output, new_graph
 from vlmport.graph.layers import Embedding, GatedMLP, Linear, RMSNorm, SkipRMSNorm
 from vlmport.graph.llama_config import LlamaConfig as LlamaConfig
@@ -279,19 +276,3 @@ def embed_graph(
     embeds = with_lanes(builder.op, embeds, config)
     add_output(builder, embeds, "inputs_embeds", FLOAT, [*dims, config.embeds_size])
     return builder
-
-
-def tied_head(
-    tensors: Mapping[str, LazyTensor], config: LlamaConfig, name: str
-) -> Mapping[str, LazyTensor]:
-    """The tensors with one matrix as the head's weight and the embedding's, where the config ties
-    them: a checkpoint may store it under either name.
-
-    As in transformers, a head stored beside a tied embedding is not read.
-    """
-    if not config.tie_word_embeddings:
-        return tensors
-    prefix = f"{name}." if name else ""
-    names = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
-    stored = next((tensors[one] for one in names if one in tensors), None)
-    return tensors if stored is None else {**tensors, **dict.fromkeys(names, stored)}
