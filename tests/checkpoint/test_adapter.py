@@ -236,7 +236,9 @@ def test_no_peft_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [
-        ({"base_model.model.lm_head.weight": 1}, "tensors that are not LoRA: 'lm_head.weight'"),
+        ({"base_model.model.merger.weight": 1}, "tensors that are not LoRA: 'merger.weight'"),
+        ({"base_model.model.lm_head.bias": 1}, "tensors that are not LoRA: 'lm_head.bias'"),
+        ({"base_model.model.lm_head.weight": 1}, "not in the model: 'lm_head.weight'"),
         ({f"base_model.model.{LAYERS[0]}.lora_magnitude_vector": 1}, "lora_magnitude_vector"),
         ({f"base_model.model.{LAYERS[0]}.lora_B.bias": 1}, "lora_B.bias"),
     ],

@@ -46,7 +46,11 @@ class LoraScale:
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A base weight [out, in] with A [r, in] and B [out, r] added to it when it is read."""
+    """A base weight [out, in] with A [r, in] and B [out, r] added to it when it is read.
+
+    A convolution's is [out, in, *kernel] with A [r, in, *kernel] and B [out, r, 1, …]: flattened,
+    it is the same product (peft 0.21, tuners/lora/layer.py, `_ConvNd.get_delta_weight`).
+    """
 
     base: LazyTensor
     a: LazyTensor
@@ -71,17 +75,17 @@ class MergedTensor:
 
     def numpy(self) -> npt.NDArray[np.float32]:
         """W + (α/r)·B·A in float32, in blocks of rows."""
-        merged = self.base.numpy()
-        a, b = self.a.numpy(), self.b.numpy()
+        merged = self.base.numpy().reshape(self.shape[0], -1)
+        a, b = (half.numpy().reshape(half.shape[0], -1) for half in (self.a, self.b))
         factor = np.float32(self.scale.factor)
-        step = max(1, BLOCK // max(1, self.shape[1]))
+        step = max(1, BLOCK // max(1, merged.shape[1]))
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
-            if self.scale.fan_in_fan_out:
+            if self.scale.fan_in_fan_out and len(self.shape) == 2:
                 merged[rows] += (b @ a[:, rows]).T * factor
             else:
                 merged[rows] += (b[rows] @ a) * factor
-        return merged
+        return merged.reshape(self.shape)
 
 
 def merge_stored(weights: Weights, scale: LoraScale | None) -> dict[str, LazyTensor]:
@@ -128,10 +132,12 @@ def merge_pairs(
 def _misfit(name: str, base: LazyTensor, pair: Pair, scale: LoraScale) -> str | None:
     """What is wrong with the shapes of a pair, or None."""
     a, b = pair
-    if len(base.shape) != 2:
-        return f"{name!r} is {list(base.shape)}, expected a matrix"
-    out, features = base.shape[::-1] if scale.fan_in_fan_out else base.shape
-    if a.shape == (scale.r, features) and b.shape == (out, scale.r):
+    if len(base.shape) not in (2, 4, 5):  # Linear, Conv2d, Conv3d
+        return f"{name!r} is {list(base.shape)}, expected a matrix or a convolution's kernel"
+    transposed = scale.fan_in_fan_out and len(base.shape) == 2
+    out, *features = base.shape[::-1] if transposed else base.shape
+    shapes = [scale.r, *features], [out, scale.r, *[1] * (len(base.shape) - 2)]
+    if (list(a.shape), list(b.shape)) == shapes:
         return None
-    expected = f"A {[scale.r, features]} and B {[out, scale.r]}"
+    expected = f"A {shapes[0]} and B {shapes[1]}"
     return f"{name!r}: expected {expected}, got A {list(a.shape)} and B {list(b.shape)}"
