@@ -46,6 +46,12 @@ def refused(source: object) -> str:
     return str(caught.value)
 
 
+def code_of(source: object) -> str | None:
+    with pytest.raises(ImageError) as caught:
+        open_image(source)  # type: ignore[arg-type]
+    return caught.value.code
+
+
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP", "TIFF"])
 def test_lossless_forms_give_their_pixels(form: str):
     options = {"lossless": True} if form == "WEBP" else {}
@@ -103,8 +109,8 @@ def test_streams_that_fail_or_never_end(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(open_image(file), RGB)  # from the start, as Pillow reads
     assert "closed.png: can't be read: seek of closed file" in refused(file)
     monkeypatch.setattr("vlmport.runtime.images.MAX_STREAM", 99)
-    assert "more than 0 MB" in refused(Stream(data))
-    assert "is it one picture" not in refused(data[:99])  # of streams only
+    assert code_of(Stream(data)) == "image.too-large"
+    assert code_of(data[:99]) == "image.damaged"  # the limit is for streams only
 
 
 def test_a_name_that_no_file_can_have():
@@ -214,35 +220,6 @@ def test_bad_arrays(array: np.ndarray, said: str):
     assert said in refused(array)
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (b"", "empty (0 bytes)"),
-        (b"%PDF-1.7 \n", "a PDF"),
-        (b"<!doctype html><html>", "a web page"),
-        (b'  <svg xmlns="x">', "an SVG drawing"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-        (b"\0\0\0\x18ftypheic....", "a HEIC or AVIF picture that this Pillow can't read"),
-        (b"\0\0\0\x18ftypM4A ....", "not a picture but sound"),
-        (b"once upon a time", "not a picture but text"),
-        (b"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "not a picture (begins "),
-    ],
-)
-def test_files_that_are_no_pictures(tmp_path: Path, data: bytes, said: str):
-    path = tmp_path / "file.jpg"
-    path.write_bytes(data)
-    assert said in refused(path)
-    assert str(path) in refused(path)
-    assert said in refused(data)
-
-
-@pytest.mark.parametrize("data", [b"\0\0\0\x18ftypmp42....", b"\x1aE\xdf\xa3\x01\0\0\0"])
-def test_a_video_has_frames(data: bytes):
-    with pytest.raises(ImageError, match="not a picture but a video") as caught:
-        open_image(data)
-    assert caught.value.hint == "give some of its frames as pictures"
-
-
 def test_paths_that_lead_nowhere(tmp_path: Path):
     assert "no such file" in refused(tmp_path / "absent.png")
     assert "no such file" in refused(tmp_path / "absent" / "a.png")
@@ -266,8 +243,9 @@ def test_half_a_file_is_refused(form: str, share: float, monkeypatch: pytest.Mon
 
 def test_only_the_promised_formats_are_read():
     """Pillow's reader of EPS starts Ghostscript, and few need the others."""
-    for form in ("PPM", "TGA", "EPS", "PDF", "ICO", "PCX"):
-        assert "not a picture" in refused(encoded(Image.fromarray(SMOOTH), form)), form
+    for form in ("PPM", "TGA", "EPS", "PDF", "ICO"):
+        assert code_of(encoded(Image.fromarray(SMOOTH), form)) == "image.unsupported-format", form
+    assert code_of(encoded(Image.fromarray(SMOOTH), "PCX")) == "image.not-a-picture"
 
 
 def test_pictures_are_decoded_side_by_side(monkeypatch: pytest.MonkeyPatch):
@@ -305,12 +283,16 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
 
 
-@pytest.mark.parametrize("size", [(30_000, 30_000), (100_001, 1_000), (12_000, 9_000)])
+@pytest.mark.parametrize("size", [(30_000, 30_000), (10_001, 10_000), (12_000, 9_000)])
 def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]):
-    """Pillow's own warning (over 89 million pixels) and error (over 179) must not show."""
+    """With the exact numbers. Pillow's own warning (over 89 million pixels) and error (over 179)
+    must not show."""
     limit = Image.MAX_IMAGE_PIXELS
-    assert f"{size[0]}x{size[1]} is " in refused(png_header(*size))
-    assert "the limit is 100 million" in refused(png_header(*size))
+    width, height = size
+    message = refused(png_header(width, height))
+    assert f"{width}x{height} is {width * height:,} pixels" in message
+    assert "100,000,000" in message
+    assert code_of(png_header(width, height)) == "image.too-large"
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
@@ -323,7 +305,8 @@ def test_just_under_the_limit_is_read_without_a_warning():
 def test_a_strip_past_the_longest_side_is_refused_before_it_is_decoded():
     strip = np.zeros((1, MAX_SIDE + 1, 3), np.uint8)
     for source in (png_header(MAX_SIDE + 1, 4), strip, strip.transpose(1, 0, 2)):
-        assert "pixels, the limit is 65536 a side" in refused(source)
+        assert "65,536 a side" in refused(source)
+        assert code_of(source) == "image.too-large"
     assert open_image(strip[:, :-1]).shape == (1, MAX_SIDE, 3)
 
 

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 
-from vlmport.errors import BundleError, PromptError
+from vlmport.errors import BundleError, DeviceError, PromptError
 from vlmport.runtime.decoder import Decoder
-from vlmport.runtime.sessions import CPU, ORT_ERRORS, first_line
+from vlmport.runtime.sessions import CPU, ORT_ERRORS, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int64
@@ -320,6 +320,12 @@ class KeyValueCache:
         try:
             self.decoder.session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
+            if is_out_of_memory(error):
+                raise DeviceError(
+                    f"not enough memory for the decoder: {first_line(error)}",
+                    hint="a smaller batch, fewer or smaller pictures, or a shorter prompt",
+                    code="device.out-of-memory",
+                ) from error
             raise BundleError(
                 f"the decoder can't run: {first_line(error)}",
                 hint="`vlmport inspect --probe` says whether this device runs this bundle",

@@ -3,60 +3,41 @@
 Traps:
 - Pillow decodes lazily and is content with half a JPEG: the size is checked before anything is
   decoded, and a truncated file is refused.
-- Pillow's `convert("RGB")` clips 16-bit gray and drops transparency: both are dealt with here.
 - Pillow's settings are global to the process, see `_StrictPillow`.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vlmport.errors import ImageError
+from vlmport.runtime.image_kinds import AVIF, HEAD, HEIF, RAW, Kind, kind_of
+from vlmport.runtime.image_pixels import bytes_needed, decode, loaded
+from vlmport.runtime.memory import available_memory
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import UInt8
 
     ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_536  # up to here the image processor's integers hold; past it, it takes minutes too
-MAX_STREAM = 4 * MAX_PIXELS  # bytes of a pipe: more than any picture of so many pixels needs
+MAX_STREAM = 4 * MAX_PIXELS  # bytes of a pipe: more than any picture of this many pixels needs
 CHUNK = 1 << 20
-BAND = 64  # rows of gray that are converted at a time: in float64 they take eight bytes a pixel
+SMALL = 1 << 26  # bytes for which nobody asks how much memory there is
 
 # Not all that Pillow knows: some of its readers start other programs (EPS), most are hardly used.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-HINT_FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP and TIFF are read"
-HINT_VIDEO = "give some of its frames as pictures"
-
-# What a file that is no picture begins with → what it is.
-LOOKS_LIKE = {
-    b"%PDF": "a PDF",
-    b"PK\x03\x04": "a ZIP archive or an Office file",
-    b"<svg": "an SVG drawing",
-    b"<?xml": "XML, perhaps an SVG drawing",
-    b"<!DOCTYPE": "a web page",
-    b"<html": "a web page",
-    b"{": "JSON",
-    b"\x1f\x8b": "a gzip archive",
-    b"version https://git-lfs": "a Git LFS pointer: its file was not fetched",
-    b"\x1aE\xdf\xa3": "a video (Matroska or WebM)",
-    b"RIFF": "a RIFF file (AVI or WAV?)",
-    b"ID3": "an MP3",
-    b"OggS": "an Ogg file",
-    b"\x7fELF": "a program",
-    b"MZ": "a program",
-}
-# What stands after `ftyp` in pictures and in sound; anything else there is a video.
-PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"mif1", b"msf1")
-SOUND_BRANDS = (b"M4A ", b"M4B ", b"F4A ", b"F4B ")
+HEIF_FORMAT = "HEIF"  # read where pillow-heif is installed
+DNG_VERSION, NEW_SUBFILE_TYPE, IS_REDUCED = 50706, 254, 1  # tags of TIFF
 
 
 class _StrictPillow:
@@ -106,7 +87,7 @@ def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
     try:
         seekable, head = _start(file, name)
         with _strict_pillow:
-            return _pixels(_identify(seekable, head, name), name)
+            return _pixels(_identify(seekable, head, name), name, is_ours=True)
     finally:
         if file is not source:
             file.close()
@@ -117,18 +98,20 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
         raise ImageError(
             f"an array of {array.dtype}, expected uint8",
             hint="scale to 0 … 255 and call .astype(numpy.uint8)",
+            code="image.wrong-array",
         )
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         raise ImageError(
             f"an array of shape {list(array.shape)}, expected [H, W, 3], [H, W, 4] or [H, W]",
             hint="channels come last; one picture at a time",
+            code="image.wrong-array",
         )
     _check_size(array.shape[1], array.shape[0], "the array")
     if channels == 3:
         return np.ascontiguousarray(array)
     if channels == 4:
-        return _on_white(Image.fromarray(array))
+        return loaded(Image.fromarray(array)).rgb()
     return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
 
 
@@ -140,21 +123,32 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
             raise ImageError(
                 f"a picture can't be a {type(source).__name__}",
                 hint="a path, bytes, an open file, a Pillow image or a uint8 array",
+                code="image.wrong-type",
             )
         return source, str(getattr(source, "name", "the file"))
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: a URL is not fetched", hint="download it and give its path")
+        raise ImageError(
+            f"{name}: a URL is not fetched",
+            hint="download it and give its path",
+            code="image.url",
+        )
     path = Path(name)
     try:
         if path.is_dir():
-            raise ImageError(f"{name}: a folder", hint="name a picture in it")
+            raise ImageError(
+                f"{name}: a folder", hint="name a picture in it", code="image.is-a-folder"
+            )
         return path.open("rb"), name
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such file", hint=_neighbours(path)) from None
+        raise ImageError(
+            f"{name}: no such file", hint=_neighbours(path), code="image.not-found"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{name}: {reason}", hint="is it readable?") from error
+        raise ImageError(
+            f"{name}: {reason}", hint="is it readable?", code="image.unreadable"
+        ) from error
 
 
 def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, bytes]:
@@ -164,14 +158,16 @@ def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, bytes]:
             file.seek(0)
         except (AttributeError, OSError):  # a pipe
             file = _in_memory(file, name)
-        head = file.read(64)
+        head = file.read(HEAD)
         file.seek(0)
         if not isinstance(head, bytes):
             raise TypeError(f"it gives {type(head).__name__}")
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(
-            f"{name}: can't be read: {reason}", hint="is it open, and in binary mode?"
+            f"{name}: can't be read: {reason}",
+            hint="is it open, and in binary mode?",
+            code="image.unreadable",
         ) from error
     return file, head
 
@@ -182,7 +178,9 @@ def _in_memory(file: BinaryIO, name: str) -> BinaryIO:
         copy.write(chunk)
         if copy.tell() > MAX_STREAM:
             raise ImageError(
-                f"{name}: more than {MAX_STREAM // 1_000_000} MB", hint="is it one picture?"
+                f"{name}: more than {MAX_STREAM:,} bytes",
+                hint="is it one picture?",
+                code="image.too-large",
             )
     copy.seek(0)
     return copy
@@ -191,114 +189,124 @@ def _in_memory(file: BinaryIO, name: str) -> BinaryIO:
 def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
     """Open without decoding, and refuse what is empty, no picture, or too large."""
     if not head:
-        raise ImageError(f"{name}: empty (0 bytes)", hint="was it downloaded whole?")
+        raise ImageError(
+            f"{name}: empty (0 bytes)", hint="was it downloaded whole?", code="image.empty"
+        )
+    formats, kind = FORMATS, kind_of(head)
+    if kind is RAW:  # Canon's: a TIFF, of which Pillow would read the preview
+        raise _other_kind(kind, name)
+    if kind in (HEIF, AVIF) and _reads_heif():
+        formats = (*FORMATS, HEIF_FORMAT)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        what = _looks_like(head)
-        hint = HINT_VIDEO if "a video" in what else HINT_FORMATS
-        raise ImageError(f"{name}: {what}", hint=hint) from None
+        raise _other_kind(kind, name) from None
+    except MemoryError as error:
+        raise _no_memory(name) from error
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise _damaged(name, error) from error
+    if _is_raw(image):
+        raise _other_kind(RAW, name)
     _check_size(*image.size, name)
     return image
 
 
-def _pixels(image: Image.Image, name: str) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode, turn upright, convert."""
+def _other_kind(kind: Kind, name: str) -> ImageError:
+    return ImageError(f"{name}: {kind.what}", hint=kind.hint, code=kind.code)
+
+
+def _reads_heif() -> bool:
+    """Whether Pillow reads HEIC. pillow-heif tells Pillow of itself when it is installed."""
+    if HEIF_FORMAT not in Image.OPEN:
+        try:
+            register: Any = importlib.import_module("pillow_heif")
+            register.register_heif_opener()
+        except (ImportError, AttributeError):
+            return False
+    return HEIF_FORMAT in Image.OPEN
+
+
+def _is_raw(image: Image.Image) -> bool:
+    """Whether a TIFF is a camera's raw file, of which Pillow would read the small preview."""
+    tags = getattr(image, "tag_v2", {})
+    return DNG_VERSION in tags or bool(_number(tags.get(NEW_SUBFILE_TYPE)) & IS_REDUCED)
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _pixels(image: Image.Image, name: str, *, is_ours: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode, turn upright, convert.
+
+    Args:
+        is_ours: whether nobody else has the image, which is of no use afterwards.
+    """
     _check_size(*image.size, name)
+    needed = bytes_needed(image)
+    if needed > SMALL and (free := available_memory()) is not None and needed > free:
+        raise _no_memory(name, image.size, needed, free)
+    mode, size = image.mode, image.size
     try:
-        image = ImageOps.exif_transpose(image)
-        image.load()
+        decoded = decode(image) if is_ours else loaded(image)
+    except MemoryError as error:
+        raise _no_memory(name, size) from error
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise _damaged(name, error) from error
     try:
-        if image.mode.startswith("I") or image.mode == "F":
-            return _from_gray(image)
-        if image.has_transparency_data or image.mode == "RGBa":
-            return _on_white(image)
-        return np.array(image.convert("RGB"))
+        return decoded.rgb()
+    except MemoryError as error:
+        raise _no_memory(name, size) from error
     except (ValueError, TypeError) as error:
         raise ImageError(
-            f"{name}: pixels of mode {image.mode} are not supported", hint="save it as PNG"
+            f"{name}: pixels of mode {mode} are not supported",
+            hint="save it as PNG",
+            code="image.unsupported-mode",
         ) from error
 
 
-def _on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Lay a picture with transparency on white."""
-    if image.mode == "La":  # Pillow turns it into LA only
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def _from_gray(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """16-bit, 32-bit and float gray as 8 bits.
-
-    16 bits are scaled (65535 becomes 255). 32-bit and float have no fixed white: values within
-    0 … 255 (floats within 0 … 1 too) are taken as such, others are stretched to their own range.
-    A gray that the file declares transparent is white.
-    """
-    stored = np.asarray(image)
-    bands = [stored[at : at + BAND] for at in range(0, len(stored), BAND)]
-    low = min(float(_finite(band).min()) for band in bands)
-    high = max(float(_finite(band).max()) for band in bands)
-    black, factor, divisor = 0.0, 1.0, 1.0
-    if image.mode.startswith("I;16"):
-        divisor = 257.0
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        factor = 255.0
-    elif image.mode == "I" and low >= 0 and 255 < high <= 65535:
-        divisor = 257.0  # what Pillow makes of some 16-bit files
-    elif low < 0 or high > 255:
-        black, factor, divisor = low, 255.0, (high - low) or 1.0
-    gray = np.empty(stored.shape, np.uint8)
-    for band, result in zip(bands, np.split(gray, range(BAND, len(gray), BAND)), strict=True):
-        result[...] = np.clip(np.rint((_finite(band) - black) * factor / divisor), 0, 255)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        gray[stored == transparent] = 255
-    return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-def _finite(values: np.ndarray) -> Float[np.ndarray, "h W"]:
-    """float64 copies, with 0 for what is no number."""
-    return np.nan_to_num(values.astype(np.float64), copy=False, posinf=0.0, neginf=0.0)
+def _no_memory(
+    name: str,
+    size: tuple[int, int] | None = None,
+    needed: int | None = None,
+    free: int | None = None,
+) -> ImageError:
+    what = "" if size is None else f" for {size[0]}x{size[1]} pixels"
+    if needed is not None and free is not None:
+        what += f": about {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+    return ImageError(
+        f"{name}: not enough memory{what}",
+        hint="scale it down, or free some memory",
+        code="image.out-of-memory",
+    )
 
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: {width}x{height} pixels", hint="a picture needs pixels")
+        raise ImageError(
+            f"{name}: {width}x{height} pixels", hint="a picture needs pixels", code="image.empty"
+        )
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"{name}: {width}x{height} is {width * height / 1e6:.0f} million pixels, the limit is "
-            f"{MAX_PIXELS // 1_000_000} million",
+            f"{name}: {width}x{height} is {width * height:,} pixels, the limit is {MAX_PIXELS:,}",
             hint="scale it down first",
+            code="image.too-large",
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name}: {width}x{height} pixels, the limit is {MAX_SIDE} a side",
+            f"{name}: {width}x{height} pixels, the limit is {MAX_SIDE:,} a side",
             hint="cut it into pieces, or scale it down first",
+            code="image.too-large",
         )
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
-    detail = str(error).split("\n")[0]
-    return ImageError(f"{name}: damaged or truncated: {detail}", hint="download or copy it again")
-
-
-def _looks_like(head: bytes) -> str:
-    for start, what in LOOKS_LIKE.items():
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(start.lower()):
-            return f"not a picture but {what}"
-    if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
-        return "a HEIC or AVIF picture that this Pillow can't read"
-    if head[4:8] == b"ftyp" and head[8:12] in SOUND_BRANDS:
-        return "not a picture but sound (M4A or the like)"
-    if head[4:8] == b"ftyp":
-        return "not a picture but a video (MP4 or MOV)"
-    printable = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)
-    return "not a picture but text" if printable else f"not a picture (begins {head[:8]!r})"
+    detail = str(error).split("\n")[0][:200]
+    return ImageError(
+        f"{name}: damaged or truncated: {detail}",
+        hint="download or copy it again",
+        code="image.damaged",
+    )
 
 
 def _neighbours(path: Path) -> str:

@@ -12,6 +12,7 @@ Traps:
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,15 @@ DTYPES = {
 ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
+    MemoryError,
     *(
         value
         for value in vars(native).values()
         if isinstance(value, type) and issubclass(value, Exception)
     ),
+)
+OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|Failed to allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE
 )
 
 
@@ -199,6 +204,11 @@ def _open_error(path: Path, device: Device, error: Exception) -> BundleError | D
     return BundleError(
         f"{path}: ONNX Runtime can't open it: {detail}", hint="download or export the bundle again"
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether numpy, ONNX Runtime or a GPU had not enough memory."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def first_line(error: Exception) -> str:
