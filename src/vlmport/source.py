@@ -18,6 +18,7 @@ from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import OptionError
 from vlmport.precisions import canonical
+from vlmport.runtime.features import MAX_BYTES
 from vlmport.runtime.model import VLM
 from vlmport.runtime.sessions import Device
 
@@ -36,6 +37,7 @@ def load(
     adapter: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    image_cache_bytes: int = MAX_BYTES,
 ) -> VLM:
     """A model ready to caption, from a built-in name, a bundle, a checkpoint folder or a Hub id.
 
@@ -46,6 +48,10 @@ def load(
         adapter: a PEFT folder, merged into a checkpoint when it is exported.
         revision: branch, tag or commit of a Hub id.
         progress: called during a first export with (done bytes, total bytes, file).
+        image_cache_bytes: maximum size of the cache of encoded pictures (default 256 MB, 0 =
+            none).
+
+    Threads may share the model, see VLM.
 
     Raises VlmportError: the message says what is wrong, `hint` what to do.
     """
@@ -57,7 +63,13 @@ def load(
         revision=revision,
         progress=progress,
     )
-    return VLM.open(bundle, precision=precision, device=device, threads=threads)
+    return VLM.open(
+        bundle,
+        precision=precision,
+        device=device,
+        threads=threads,
+        image_cache_bytes=image_cache_bytes,
+    )
 
 
 def resolve(

@@ -15,7 +15,7 @@ from vlmport.errors import OptionError
 from vlmport.runtime.answer import AnswerText, Caption
 from vlmport.runtime.cache import KeptRow
 from vlmport.runtime.components import Components, merge_image_features
-from vlmport.runtime.features import FeatureCache, Picture
+from vlmport.runtime.features import MAX_BYTES, FeatureCache, Picture
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.grammar import Grammar, Grammars
 from vlmport.runtime.images import open_image
@@ -90,13 +90,13 @@ class Asker:
 
     Attributes:
         prompter: its chat template and tokenizer.
-        features: the pictures seen of late.
+        features: the cache of recently encoded pictures.
     """
 
-    def __init__(self, components: Components):
+    def __init__(self, components: Components, image_cache_bytes: int = MAX_BYTES):
         self.components, manifest = components, components.manifest
         self.prompter = Prompter(components.bundle.folder, manifest.prompt)
-        self.features = FeatureCache(components)
+        self.features = FeatureCache(components, image_cache_bytes)
         self._grammars = Grammars(
             self.prompter.tokenizer, manifest.dims.vocab_size, manifest.generation.stop_token_ids
         )

@@ -6,6 +6,7 @@ text alone needs no vision session. What a graph is called with follows its own 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,29 @@ import numpy as np
 import onnxruntime as ort
 
 from vlmport.bundle import Bundle, Manifest
-from vlmport.errors import BundleError, ImageError, OptionError, PromptError, did_you_mean
+from vlmport.errors import (
+    BundleError,
+    DeviceError,
+    ImageError,
+    OptionError,
+    PromptError,
+    did_you_mean,
+)
 from vlmport.layouts import HUB
 from vlmport.precisions import precision_name
 from vlmport.runtime.decoder import Decoder, scales_by_call
 from vlmport.runtime.options import whole_number
 from vlmport.runtime.positions import AGAIN, Positions, computed, counted, picture_inputs
 from vlmport.runtime.refusals import refusal
-from vlmport.runtime.sessions import DTYPES, HOST, ORT_ERRORS, Device, first_line, open_session
+from vlmport.runtime.sessions import (
+    DTYPES,
+    HOST,
+    ORT_ERRORS,
+    Device,
+    first_line,
+    is_out_of_memory,
+    open_session,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Int64, UInt8
@@ -50,7 +66,7 @@ class ProcessedImage:
 
 
 class Components:
-    """The graphs of a bundle at chosen precisions on one device.
+    """The graphs of a bundle at chosen precisions on one device. Threads may share it.
 
     Attributes:
         choice: component → precision.
@@ -61,6 +77,7 @@ class Components:
     ):
         self.bundle, self.choice, self.device, self.threads = bundle, choice, device, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._opening = threading.RLock()  # two threads open no graph twice
         self._decoder: Decoder | None = None
 
     @classmethod
@@ -101,17 +118,23 @@ class Components:
 
     def session(self, component: str) -> ort.InferenceSession:
         """The session of a component, created at first use; preprocessing is always on the CPU."""
-        if component not in self._sessions:
-            variant = self.bundle.variant(component, self.choice[component])
-            device = HOST if component in (IMAGE, POSITIONS) else self.device
-            path = self.bundle.path(variant.model)
-            self._sessions[component] = open_session(path, device, threads=self.threads)
-        return self._sessions[component]
+        if (found := self._sessions.get(component)) is not None:
+            return found
+        with self._opening:
+            if (found := self._sessions.get(component)) is None:
+                variant = self.bundle.variant(component, self.choice[component])
+                device = HOST if component in (IMAGE, POSITIONS) else self.device
+                path = self.bundle.path(variant.model)
+                found = open_session(path, device, threads=self.threads)
+                self._sessions[component] = found
+            return found
 
     @property
     def decoder(self) -> Decoder:
         """The decoder's session with its cache names paired."""
-        if self._decoder is None:
+        if (found := self._decoder) is not None:
+            return found
+        with self._opening:
             session = self.session(DECODER)
             path = self.bundle.path(self.bundle.variant(DECODER, self.choice[DECODER]).model)
             decoder = Decoder.of(
@@ -128,7 +151,7 @@ class Components:
                     hint=AGAIN,
                 )
             self._decoder = decoder
-        return self._decoder
+            return decoder
 
     def release(self, component: str) -> None:
         """Release one session. A later call opens it again."""
@@ -268,10 +291,13 @@ def process_image(
     try:
         values = session.run(None, feeds)
     except ORT_ERRORS as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(IMAGE, error) from error
         reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
         raise ImageError(
             f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
             hint=hint,
+            code="image.refused",
         ) from error
     outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
     if "prompt_ids" not in outputs:
@@ -323,10 +349,28 @@ def _run(
     except ORT_ERRORS as error:
         if (refused := refusal(error)) is not None:
             raise PromptError(f"{component}: {refused[0]}", hint=refused[1]) from error
+        if is_out_of_memory(error):
+            raise out_of_memory(component, error) from error
         raise BundleError(
             f"{component} can't run: {first_line(error)}",
             hint="`vlmport inspect --probe` says whether this device runs this bundle",
         ) from error
+
+
+def out_of_memory(component: str, error: Exception) -> ImageError | DeviceError:
+    """The error of a picture that there is no memory for, or of a prompt."""
+    detail = first_line(error) or type(error).__name__
+    if component in (IMAGE, VISION):
+        return ImageError(
+            f"not enough memory for this picture ({component}: {detail})",
+            hint="scale it down, give a smaller max_pixels where the model has it, or free memory",
+            code="image.out-of-memory",
+        )
+    return DeviceError(
+        f"not enough memory ({component}: {detail})",
+        hint="a smaller batch, fewer or smaller pictures, or a shorter prompt",
+        code="device.out-of-memory",
+    )
 
 
 def _one_by_one(

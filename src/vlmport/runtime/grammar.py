@@ -7,6 +7,7 @@ among the rest. Stop tokens may come where the text could end, and only they whe
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +112,12 @@ class Grammar:
 
 
 class Grammars:
-    """The grammars of one model's tokenizer."""
+    """The grammars of one model's tokenizer. Threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
         self._made_of = tokenizer, vocab_size, stop_token_ids
         self._tokenizer: GrammarTokenizer | None = None
+        self._making = threading.Lock()  # it takes seconds for large ones: made once
 
     def of(self, options: GenerationOptions) -> Grammar | None:
         """What json_schema or regex ask for, None without. Raises OptionError, DependencyError."""
@@ -130,7 +132,8 @@ class Grammars:
         else:
             said = f"regex={_short(repr(options.regex))}"
             source = library.LLMatcher.grammar_from_regex(options.regex)
-        self._tokenizer = self._tokenizer or GrammarTokenizer(*self._made_of)
+        with self._making:
+            self._tokenizer = self._tokenizer or GrammarTokenizer(*self._made_of)
         return Grammar(self._tokenizer, source, said)
 
 

@@ -14,7 +14,7 @@ from vlmport.runtime.answer import Answer, Caption
 from vlmport.runtime.asking import Asker, Prompt, refuse_several
 from vlmport.runtime.components import Components
 from vlmport.runtime.conversation import Conversation
-from vlmport.runtime.features import FeatureCache
+from vlmport.runtime.features import MAX_BYTES, FeatureCache
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.options import whole_number
 from vlmport.runtime.prompt import Message, Prompter
@@ -30,14 +30,19 @@ BATCH_SIZE = 8
 class VLM:
     """A bundle, ready to run.
 
+    Threads may share one model: `caption`, `caption_each`, `generate` and `stream` may be called
+    by several at the same time, and each answer is what it would be alone. A conversation and an
+    iterator belong to one thread at a time. Close the model when no thread uses it any more.
+
     Attributes:
         components: its graphs.
-        asker: its chat template and tokenizer, and the pictures seen of late.
+        asker: its chat template and tokenizer, and the cache of recently encoded pictures.
     """
 
-    def __init__(self, components: Components):
+    def __init__(self, components: Components, *, image_cache_bytes: int = MAX_BYTES):
+        """Raises OptionError where `image_cache_bytes` is no whole number from 0 on."""
         self.components = components
-        self.asker = Asker(components)
+        self.asker = Asker(components, image_cache_bytes)
 
     @classmethod
     def open(
@@ -47,6 +52,7 @@ class VLM:
         precision: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
+        image_cache_bytes: int = MAX_BYTES,
     ) -> VLM:
         """Open a bundle folder.
 
@@ -55,10 +61,13 @@ class VLM:
                 such as 'vision=q4,decoder=fp32'.
             device: 'cpu', 'cuda', 'cuda:1', 'coreml', 'directml', 'webgpu', …
             threads: within an operator; None for one per core.
+            image_cache_bytes: maximum size of the cache of encoded pictures (default 256 MB,
+                0 = none): a picture in it is not encoded again. The least recently used go first.
 
-        Raises BundleError, DeviceError or TokenizerError.
+        Raises BundleError, DeviceError, TokenizerError or OptionError.
         """
-        return cls(Components.open(bundle, precision=precision, device=device, threads=threads))
+        components = Components.open(bundle, precision=precision, device=device, threads=threads)
+        return cls(components, image_cache_bytes=image_cache_bytes)
 
     @property
     def prompter(self) -> Prompter:
@@ -67,7 +76,7 @@ class VLM:
 
     @property
     def features(self) -> FeatureCache:
-        """The pictures seen of late."""
+        """The cache of recently encoded pictures."""
         return self.asker.features
 
     @property
