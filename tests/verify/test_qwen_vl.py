@@ -136,9 +136,9 @@ VARIANTS: dict[str, tuple[Write, dict[str, Any]]] = {
             },
         },
     ),
-    "3: old names, no lanes": (
+    "3: no lanes": (
         write_qwen3,
-        {"names": "visual", "vision": {"deepstack_visual_indexes": []}, "dtype": "F16"},
+        {"vision": {"deepstack_visual_indexes": []}, "dtype": "F16"},
     ),
 }
 

@@ -9,7 +9,6 @@ Nothing but headers is read until `numpy()`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
 from vlmport.checkpoint.config import Layers, Signed, Size, read_config, subsection
-from vlmport.checkpoint.folders import unread_weights
 from vlmport.checkpoint.head import HeadNames
 from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
-from vlmport.errors import CheckpointWarning, ConfigError, WeightError, some_names
+from vlmport.errors import ConfigError, WeightError, some_names
 from vlmport.json_files import load_json
 
 __all__ = [
@@ -60,9 +58,7 @@ class Checkpoint:
     def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Open a folder or a Hub id. Raises SourceError, ConfigError, WeightError."""
         folder = locate(source, revision)
-        checkpoint = cls(folder, load_json(folder / "config.json"), Weights.open(folder))
-        _warn_of_unread(folder)
-        return checkpoint
+        return cls(folder, load_json(folder / "config.json"), Weights.open(folder))
 
     @property
     def model_type(self) -> str:
@@ -79,18 +75,6 @@ class Checkpoint:
         """A side file such as generation_config.json; None when there is none."""
         file = self.folder / name
         return load_json(file) if file.exists() else None
-
-
-def _warn_of_unread(folder: Path) -> None:
-    if unread := unread_weights(folder):
-        warnings.warn(
-            CheckpointWarning(
-                f"{folder}: weights that neither transformers nor vlmport reads: "
-                f"{some_names(unread)}",
-                code="checkpoint.file-ignored",
-            ),
-            stacklevel=3,
-        )
 
 
 def merged(

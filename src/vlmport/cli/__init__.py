@@ -1,8 +1,7 @@
 """The command line: thin faces over the Python functions of the same names, a module a command.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed
-(`verify`, `eval`, `inspect --probe`) or nobody reads the output any more, 2 bad input, 130 Ctrl-C,
-143 SIGTERM, 129 SIGHUP.
+(`verify`, `eval`, `inspect --probe`), 2 bad input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from vlmport.cli import inspect as inspect  # isort: skip
 from vlmport.cli import demo as demo  # isort: skip
 from vlmport.cli import models as models  # isort: skip
 from vlmport.cli.app import app as app
-from vlmport.cli.process import run_app as run_app
 
 
 def main() -> None:
     """The console script."""
-    run_app()
+    app(prog_name="vlmport")

@@ -25,7 +25,6 @@ from vlmport.cli.arguments import (
 )
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
-from vlmport.cli.output import show
 from vlmport.errors import ImageError, OptionError, PromptError
 
 # What ends so and holds no space is meant as a file.
@@ -75,16 +74,16 @@ def ask(
         chat = vlm.conversation(system, image_options=options)
         if stream:
             for piece in stripped(chat.stream(question, images, **decoding)):
-                show(piece, end="")
-            show()
+                print(piece, end="", flush=True)
+            print(flush=True)
             return
         answer = chat.ask(question, images, **decoding)
     if as_json:
         asked = {"images": images, "question": question}
-        show(json_row(asked, "answer", answer))
+        print(json_row(asked, "answer", answer))
         return
     for one in (answer, *answer.alternatives):
-        show(one.text.strip())
+        print(one.text.strip())
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:

@@ -24,7 +24,6 @@ from vlmport.cli.arguments import (
 from vlmport.cli.console import report
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
-from vlmport.cli.output import show
 from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
 
 if TYPE_CHECKING:
@@ -80,11 +79,11 @@ def _print_captions(
             report(result)
             failure = result
         elif as_json:
-            show(json_row({"image": str(path)}, "caption", result))
+            print(json_row({"image": str(path)}, "caption", result), flush=True)
         else:
             for answer in (result, *result.alternatives):
                 text = answer.text.strip()
-                show(f"{path}: {text}" if len(paths) > 1 else text)
+                print(f"{path}: {text}" if len(paths) > 1 else text, flush=True)
     return failure
 
 
@@ -98,8 +97,8 @@ def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> Vl
             report(error)
             failure = error
             continue
-        show(f"{path}: " if len(paths) > 1 else "", end="")
+        print(f"{path}: " if len(paths) > 1 else "", end="")
         for piece in stripped(pieces):
-            show(piece, end="")
-        show()
+            print(piece, end="", flush=True)
+        print(flush=True)
     return failure

@@ -117,6 +117,7 @@ def _load_reference(bundle: Bundle, folder: Path, adapter: str | Path | None) ->
             folder,
             image_token_id=bundle.manifest.prompt.image_token_id,
             adapter=None if adapter is None else locate_adapter(adapter),
+            ignored={one for names in bundle.manifest.ignored_weights.values() for one in names},
         )
     except ImportError as error:
         raise DependencyError(

@@ -22,9 +22,18 @@ from vlmport.bundle import Manifest
 from vlmport.runtime.components import ProcessedImage
 from vlmport.runtime.prompt import Prompter, check_messages
 from vlmport.verify import metrics
-from vlmport.verify.judging import Found, Judge, Progress, bundle_runs, max_new_tokens, row_of
+from vlmport.verify.judging import (
+    BrokenError,
+    Found,
+    Judge,
+    Progress,
+    bundle_runs,
+    max_new_tokens,
+    row_of,
+)
 from vlmport.verify.limits import Limit
 from vlmport.verify.protocol import Reference
+from vlmport.verify.refusals import RefusedError
 from vlmport.verify.report import Row
 from vlmport.verify.requests import Request
 from vlmport.verify.truth import PictureTruth, Truth
@@ -156,18 +165,6 @@ class Climber(ABC, Generic[Ours, Theirs]):
             "wrong features": metrics.unequal(ours[~text], expected[~text]),
         }, None
 
-    def prompt(
-        self, prompter: Prompter, pictures: Sequence[Int[np.ndarray, " T"]]
-    ) -> Int[np.ndarray, " S"]:
-        """The ids of the prompt as the bundle's template and tokenizer make them.
-
-        Args:
-            pictures: the ids of each picture. Raises as the runtime does.
-        """
-        asked = self.manifest.prompt.caption if self.request.is_caption else self.request.messages
-        chat = check_messages(asked, [picture.rgb for picture in self.request.pictures])
-        return prompter.splice(prompter.encode(prompter.render(chat.messages)), list(pictures))
-
     def prompt_found(
         self, found: Found, ids: Int[np.ndarray, " S"], tokens: int | None = None
     ) -> Found:
@@ -182,6 +179,58 @@ class Climber(ABC, Generic[Ours, Theirs]):
             told = f"a prompt of {tokens} tokens, expected {len(truth)}; {wrong} ids differ"
             detail = f"{told}; {detail}" if detail else told
         return values | {"prompt": wrong}, detail
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that the reference refuses, in the place of its ladder.
+
+    Attributes:
+        name: the request's.
+        reason: why the reference refuses it.
+        rung: of the row: the one that runs the bundle alone.
+        alone: runs the bundle alone, from pictures and messages to tokens.
+    """
+
+    name: str
+    reason: str
+    rung: str
+    alone: Callable[[], object]
+
+    def climb(self, precision: str) -> Iterator[Row]:
+        """One row: passed where the bundle refuses the request too."""
+        try:
+            with bundle_runs():
+                self.alone()
+        except BrokenError as error:
+            detail = f"both refuse it; transformers: {self.reason}; the bundle: {error}"
+            yield Row(self.name, precision, self.rung, (), detail=detail)
+            return
+        told = f"transformers refuses it ({self.reason}), the bundle answers"
+        yield Row(self.name, precision, self.rung, (), error=told)
+
+
+def refused(
+    request: Request, reason: str, rung: str, alone: Callable[[Ours, Request], object]
+) -> Callable[[Ours], Refused]:
+    """What makes a Refused of the bundle's side."""
+    return lambda runtime: Refused(request.name, reason, rung, lambda: alone(runtime, request))
+
+
+def prompt_of(
+    request: Request,
+    manifest: Manifest,
+    prompter: Prompter,
+    pictures: Sequence[Int[np.ndarray, " T"]],
+) -> Int[np.ndarray, " S"]:
+    """The ids of a request's prompt as the bundle's template and tokenizer make them.
+
+    Args:
+        pictures: the ids of each picture. Raises as the runtime does.
+    """
+    asked = manifest.prompt.caption if request.is_caption else request.messages
+    chat = check_messages(asked, [picture.rgb for picture in request.pictures])
+    return prompter.splice(prompter.encode(prompter.render(chat.messages)), list(pictures))
 
 
 def prompt_id_figures(pairs: Iterable[tuple[ProcessedImage, PictureTruth]]) -> Found:
@@ -251,6 +300,7 @@ def climb_all(
     requests: Sequence[Request],
     prepare: Callable[[Request, Share], Callable[[Ours], Climber[Ours, Any]]],
     open_at: Callable[[str], Ours],
+    alone: Callable[[Ours, Request], object],
     progress: Progress | None,
 ) -> tuple[Row, ...]:
     """All rungs for every precision and every request.
@@ -259,16 +309,20 @@ def climb_all(
 
     Args:
         prepare: asks the reference about one request, once, and gives what makes a ladder of it
-            and the bundle's side.
+            and the bundle's side. Raises RefusedError where the reference refuses it.
         open_at: the bundle's side at a precision.
+        alone: runs the bundle alone, from pictures and messages to tokens.
         progress: is told of each rung: how many are done, of how many, and what is next.
     """
     tell = progress or (lambda done, total, what: None)
     total = len(rungs) * len(requests) * len(precisions)
-    prepared = []
+    prepared: list[Callable[[Ours], Climber[Ours, Any] | Refused]] = []
     for number, request in enumerate(requests):
         tell(0, total, f"reference, {request.name}")
-        prepared.append(prepare(request, (number, len(requests))))
+        try:
+            prepared.append(prepare(request, (number, len(requests))))
+        except RefusedError as refusal:
+            prepared.append(refused(request, str(refusal), rungs[-1], alone))
     rows: list[Row] = []
     for precision in precisions:
         with closing(open_at(precision)) as runtime:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from vlmport.errors import ConfigError, SourceError
 
 
@@ -39,41 +37,3 @@ def stop_token_ids(folder: Path, decoders: int | Sequence[int] | None) -> tuple[
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def answer_stop_ids(
-    folder: Path, decoders: int | Sequence[int] | None, processor: Any
-) -> tuple[int, ...]:
-    """`stop_token_ids`, the tokenizer's eos token and what the template writes after an answer."""
-    others = (processor.tokenizer.eos_token_id, _end_of_turn(processor))
-    stops = stop_token_ids(folder, decoders)
-    return tuple(dict.fromkeys((*stops, *(one for one in others if one is not None))))
-
-
-def _end_of_turn(processor: Any) -> int | None:
-    """The special token that comes next after what an assistant said.
-
-    None where the template writes none there, or refuses such a message.
-    """
-    said = [
-        {"role": role, "content": [{"type": "text", "text": text}]}
-        for role, text in (("user", "?"), ("assistant", "Ja"))
-    ]
-    try:
-        _, *after = processor.apply_chat_template(said).split("Ja")
-    except TemplateError:
-        return None
-    kinds = processor.tokenizer.added_tokens_decoder
-    text = after[-1].strip() if after else ""
-    first = processor.tokenizer(text, add_special_tokens=False)["input_ids"][:1]
-    return next((one for one in first if one in kinds and kinds[one].special), None)
-
-
-def processor_template(folder: Path) -> str | None:
-    """The processor's own chat template, which counts before the tokenizer's."""
-    plain, wrapped = folder / "chat_template.jinja", folder / "chat_template.json"
-    if plain.is_file():
-        return plain.read_text(encoding="utf-8")
-    if wrapped.is_file():
-        return json.loads(wrapped.read_text(encoding="utf-8")).get("chat_template")
-    return None

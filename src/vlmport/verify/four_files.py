@@ -28,7 +28,7 @@ from vlmport.verify.climbing import (
     truth_of,
     worst_of,
 )
-from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.judging import Found, Progress, bundle_runs, max_new_tokens
 from vlmport.verify.limits import FOUR_FILES_RUNGS, Limit, four_files_limits_of
 from vlmport.verify.lookup import look_up
 from vlmport.verify.protocol import HiddenStates, PrefixReference, Reference
@@ -138,14 +138,12 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
     def _end_to_end(self) -> Found:
         """From the picture to the tokens by the bundle alone."""
         with bundle_runs():
-            pixels = self.runtime.pixels(self.request.pictures[0].rgb)
-            prefix = self.runtime.project(self.runtime.encode(pixels).hidden)
-        return self.judge.tokens(self._greedy(prefix))
+            tokens = alone(self.runtime, self.request)
+        return self.judge.tokens(tokens)
 
     def _greedy(self, prefix: Float[np.ndarray, "P D"]) -> list[int]:
-        most, stops = self.max_new_tokens, self.manifest.generation.stop_token_ids
         with bundle_runs():
-            return self.runtime.greedy(prefix, NO_IDS, most, stops)[0]
+            return greedy(self.runtime, prefix)
 
     def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
         return self.runtime.begin(self.truth.features, self.truth.made.tokens[:at])[0][-1]
@@ -158,6 +156,19 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
     def _new_ids(self) -> Int[np.ndarray, " n"]:
         """The reference's tokens but the last, which is never fed back."""
         return self.truth.ids[len(self.truth.prompt_ids) :]
+
+
+def alone(graphs: FourFiles, request: Request) -> list[int]:
+    """From the picture to the tokens. Raises as the bundle does."""
+    pixels = graphs.pixels(request.pictures[0].rgb)
+    return greedy(graphs, graphs.project(graphs.encode(pixels).hidden))
+
+
+def greedy(graphs: FourFiles, prefix: Float[np.ndarray, "P D"]) -> list[int]:
+    """The tokens after a prefix, as many as the bundle makes at most."""
+    manifest = graphs.manifest
+    stops = manifest.generation.stop_token_ids
+    return graphs.greedy(prefix, NO_IDS, max_new_tokens(manifest), stops)[0]
 
 
 def run_four_files_ladder(
@@ -187,4 +198,4 @@ def run_four_files_ladder(
     def open_at(precision: str) -> FourFiles:
         return FourFiles.open(bundle, precision=precision)
 
-    return climb_all(FourFilesLadder.rungs, precisions, requests, prepare, open_at, progress)
+    return climb_all(FourFilesLadder.rungs, precisions, requests, prepare, open_at, alone, progress)

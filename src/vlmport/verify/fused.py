@@ -18,7 +18,7 @@ import numpy as np
 from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import SourceError
 from vlmport.layouts import ImageSize
-from vlmport.runtime.fused import TEXT, Fused
+from vlmport.runtime.fused import TEXT, VISION, Fused
 from vlmport.runtime.prompt import Prompter
 from vlmport.verify.climbing import (
     Climber,
@@ -28,9 +28,10 @@ from vlmport.verify.climbing import (
     closeness,
     embedding_figures,
     feature_figures,
+    prompt_of,
     truth_of,
 )
-from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.judging import Found, Progress, bundle_runs, max_new_tokens
 from vlmport.verify.limits import FUSED_RUNGS, Limit, fused_limits_of
 from vlmport.verify.lookup import look_up
 from vlmport.verify.protocol import FixedSizeReference, Reference
@@ -112,22 +113,35 @@ class FusedLadder(Climber[Fused, FixedSizeReference]):
 
     def _end_to_end(self) -> Found:
         """From the pictures and messages to the tokens by the bundle alone."""
-        graphs, pictures = self.runtime, self.request.pictures
         with bundle_runs():
-            made = [graphs.encode(graphs.pixels(picture.rgb)) for picture in pictures]
-            prompter = Prompter(graphs.bundle.folder, self.manifest.prompt)
-            ids = self.prompt(prompter, [graphs.prompt_ids()] * len(made))
-        features = np.concatenate([self.truth.features[:0], *made])
-        return self.prompt_found(self.judge.tokens(self._greedy(ids, features)), ids)
+            tokens, ids = alone(self.runtime, self.request)
+        return self.prompt_found(self.judge.tokens(tokens), ids)
 
     def _greedy(self, ids: Int[np.ndarray, " P"], features: Float[np.ndarray, "T D"]) -> list[int]:
-        most, stops = self.max_new_tokens, self.manifest.generation.stop_token_ids
         with bundle_runs():
-            return self.runtime.greedy(ids, features, most, stops)[0]
+            return greedy(self.runtime, ids, features)
 
     def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
         ids = np.concatenate([self.truth.prompt_ids, self.truth.made.tokens[:at]])
         return self.runtime.logits(ids, self.truth.features)[-1]
+
+
+def alone(graphs: Fused, request: Request) -> tuple[list[int], Int[np.ndarray, " P"]]:
+    """From pictures and messages to the tokens; and the prompt's ids. Raises as the bundle does."""
+    made = [graphs.encode(graphs.pixels(picture.rgb)) for picture in request.pictures]
+    prompter = Prompter(graphs.bundle.folder, graphs.manifest.prompt)
+    ids = prompt_of(request, graphs.manifest, prompter, [graphs.prompt_ids()] * len(made))
+    none = np.zeros((0, graphs.session(VISION).get_outputs()[0].shape[1]), np.float32)
+    return greedy(graphs, ids, np.concatenate([none, *made])), ids
+
+
+def greedy(
+    graphs: Fused, ids: Int[np.ndarray, " P"], features: Float[np.ndarray, "T D"]
+) -> list[int]:
+    """The tokens after a prompt, as many as the bundle makes at most."""
+    manifest = graphs.manifest
+    stops = manifest.generation.stop_token_ids
+    return graphs.greedy(ids, features, max_new_tokens(manifest), stops)[0]
 
 
 def fused_truth(
@@ -167,4 +181,4 @@ def run_fused_ladder(
         truth = fused_truth(reference, bundle.manifest, size, request)
         return lambda graphs: FusedLadder(graphs, reference, request, truth, share)
 
-    return climb_all(FusedLadder.rungs, precisions, requests, prepare, open_at, progress)
+    return climb_all(FusedLadder.rungs, precisions, requests, prepare, open_at, alone, progress)

@@ -30,9 +30,10 @@ from vlmport.verify.climbing import (
     closeness,
     feature_figures,
     prompt_id_figures,
+    prompt_of,
     truth_of,
 )
-from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.judging import Found, Progress, bundle_runs, max_new_tokens
 from vlmport.verify.limits import RUNGS, Limit, genai_limits_of
 from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Row
@@ -126,23 +127,37 @@ class GenaiLadder(Climber[GenaiGraphs, Reference]):
 
     def _end_to_end(self) -> Found:
         """From the pictures and messages to the tokens by the bundle alone."""
-        graphs, options = self.runtime, self.request.options
         with bundle_runs():
-            made = [graphs.process_image(one.rgb, options) for one in self.request.pictures]
-            inputs = [processed.inputs for processed in made]
-            features = graphs.encode(_joined(inputs)) if inputs else None
-            prompter = Prompter(graphs.bundle.folder, self.manifest.prompt)
-            ids = self.prompt(prompter, [one.prompt_ids for one in made])
-            embeds, positions = graphs.embed(ids, features), graphs.positions(ids, inputs)
-        return self.prompt_found(self.judge.tokens(self._greedy(embeds, positions)), ids)
+            tokens, ids = alone(self.runtime, self.request)
+        return self.prompt_found(self.judge.tokens(tokens), ids)
 
     def _greedy(self, embeds: Float[np.ndarray, "P D"], positions: Positions) -> list[int]:
-        most, stops = self.max_new_tokens, self.manifest.generation.stop_token_ids
         with bundle_runs():
-            return self.runtime.greedy(embeds, positions, most, stops)[0]
+            return greedy(self.runtime, embeds, positions)
 
     def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
         return self._rows([0, len(self.truth.prompt_ids) + at])[0]
+
+
+def alone(graphs: GenaiGraphs, request: Request) -> tuple[list[int], Int[np.ndarray, " P"]]:
+    """From pictures and messages to the tokens; and the prompt's ids. Raises as the bundle does."""
+    made = [graphs.process_image(one.rgb, request.options) for one in request.pictures]
+    inputs = [processed.inputs for processed in made]
+    features = graphs.encode(_joined(inputs)) if inputs else None
+    prompter = Prompter(graphs.bundle.folder, graphs.manifest.prompt)
+    pictures = [one.prompt_ids for one in made]
+    ids = prompt_of(request, graphs.manifest, prompter, pictures)
+    embeds, positions = graphs.embed(ids, features), graphs.positions(ids, inputs)
+    return greedy(graphs, embeds, positions), ids
+
+
+def greedy(
+    graphs: GenaiGraphs, embeds: Float[np.ndarray, "P D"], positions: Positions
+) -> list[int]:
+    """The tokens after a prompt, as many as the bundle makes at most."""
+    manifest = graphs.manifest
+    stops = manifest.generation.stop_token_ids
+    return graphs.greedy(embeds, positions, max_new_tokens(manifest), stops)[0]
 
 
 def _joined(pictures: Sequence[Tensors]) -> dict[str, np.ndarray]:
@@ -169,4 +184,4 @@ def run_genai_ladder(
     def open_at(precision: str) -> GenaiGraphs:
         return GenaiGraphs.open(bundle, precision=precision)
 
-    return climb_all(GenaiLadder.rungs, precisions, requests, prepare, open_at, progress)
+    return climb_all(GenaiLadder.rungs, precisions, requests, prepare, open_at, alone, progress)

@@ -30,9 +30,10 @@ from vlmport.verify.climbing import (
     climb_all,
     feature_figures,
     prompt_id_figures,
+    prompt_of,
     truth_of,
 )
-from vlmport.verify.judging import Found, Progress, bundle_runs
+from vlmport.verify.judging import Found, Progress, bundle_runs, max_new_tokens
 from vlmport.verify.limits import RUNGS, Limit, limits_of
 from vlmport.verify.protocol import Reference
 from vlmport.verify.report import Row
@@ -41,6 +42,8 @@ from vlmport.verify.truth import PictureTruth
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from vlmport.runtime.answer import Caption
 
 
 @dataclass(frozen=True)
@@ -182,21 +185,14 @@ class Ladder(Climber[VLM, Reference]):
         return self.judge.stops(request.tokens)
 
     def _end_to_end(self) -> Found:
-        """From the pictures to the tokens as a user has them, but greedily whatever the bundle's
-        defaults are. The prompt's text is compared here, id by id."""
-        defaults = self.components.manifest.generation.defaults
-        known = [name for name in defaults if name in CHECKS or name in REFUSED]
-        options: dict[str, Any] = {**dict.fromkeys(known), "max_new_tokens": self.max_new_tokens}
-        request, images = self.request, [picture.rgb for picture in self.request.pictures]
-        features = self.runtime.features
-        features.options = request.options
+        """From the pictures to the tokens as a user has them. The prompt's text is compared here,
+        id by id."""
+        request = self.request
         with bundle_runs():
-            pictures = [features.process(image).prompt_ids for image in images]
-            ids = self.prompt(self.runtime.prompter, pictures)
-            if request.is_caption:
-                answer = self.runtime.caption(images[0], **options)
-            else:
-                answer = self.runtime.generate(request.messages, images, **options)
+            answer = alone(self.runtime, request)
+            features = self.runtime.features
+            pictures = [features.process(picture.rgb).prompt_ids for picture in request.pictures]
+            ids = prompt_of(request, self.manifest, self.runtime.prompter, pictures)
         found = self.judge.tokens(answer.token_ids)
         return self.prompt_found(found, ids, answer.counts["prompt_tokens"])
 
@@ -215,6 +211,21 @@ class Ladder(Climber[VLM, Reference]):
             num_logits_to_keep=keep,
         )
         return logits[0], presents
+
+
+def alone(model: VLM, request: Request) -> Caption:
+    """From pictures and messages to the tokens, greedily whatever the bundle's defaults are.
+
+    Raises as the runtime does.
+    """
+    manifest = model.components.manifest
+    known = [one for one in manifest.generation.defaults if one in CHECKS or one in REFUSED]
+    options: dict[str, Any] = {**dict.fromkeys(known), "max_new_tokens": max_new_tokens(manifest)}
+    images = [picture.rgb for picture in request.pictures]
+    model.features.options = request.options
+    if request.is_caption:
+        return model.caption(images[0], **options)
+    return model.generate(request.messages, images, **options)
 
 
 def run_ladder(
@@ -236,4 +247,4 @@ def run_ladder(
     def open_at(precision: str) -> VLM:
         return VLM.open(bundle, precision=precision)
 
-    return climb_all(Ladder.rungs, precisions, requests, prepare, open_at, progress)
+    return climb_all(Ladder.rungs, precisions, requests, prepare, open_at, alone, progress)

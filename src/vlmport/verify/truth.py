@@ -12,6 +12,7 @@ from vlmport.errors import VerificationError
 from vlmport.verify import metrics
 from vlmport.verify.limits import SAME_NUMBERS
 from vlmport.verify.protocol import Generated, Reference
+from vlmport.verify.refusals import reference_reads
 from vlmport.verify.requests import Request
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ class Truth:
     ) -> Truth:
         """Run the reference from the pictures to the tokens, then once over all of them.
 
-        Raises VerificationError where the two passes differ.
+        Raises RefusedError for a request that the reference can't read, VerificationError where
+        it can't be run, and where its two passes differ.
         """
         pictures = tuple(_picture(reference, image, request.options) for image in request.images)
-        prompt_ids = reference.prompt_ids(request)
+        with reference_reads():
+            prompt_ids = reference.prompt_ids(request)
         pixels = [picture.pixels for picture in pictures]
         features = np.zeros((0, reference.dims["hidden_size"]), np.float32)
         if pictures:  # which may be wider than that
@@ -91,8 +94,9 @@ class Truth:
 
 
 def _picture(reference: Reference, image: Image.Image, options: Mapping[str, Any]) -> PictureTruth:
-    pixels = reference.pixels(image, options)
-    ids = reference.image_ids(image, options)
+    with reference_reads():
+        pixels = reference.pixels(image, options)
+        ids = reference.image_ids(image, options)
     return PictureTruth(ids, pixels, reference.vision_features(pixels))
 
 
@@ -104,4 +108,5 @@ def _check_positions(made: Generated, logits: Float[np.ndarray, "N V"]) -> None:
             f"the reference contradicts itself: its generate and one pass with the positions that "
             f"the ladder takes for true are {apart:.2g} std apart",
             hint="nothing is said of the bundle; is this version of transformers a known one?",
+            code="verify.reference-contradicts-itself",
         )

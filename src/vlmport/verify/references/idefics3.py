@@ -1,12 +1,12 @@
 """Idefics3's and SmolVLM's truth: Hugging Face's own model, processor on Pillow and tokenizer.
 
-Trap: the plain names of the image processors are those on torchvision, whose pixels differ.
+SmolVLM has Idefics3's processor too: both write one prompt, and SmolVLM's class needs packages for
+videos.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +15,26 @@ import torch
 import transformers
 from PIL import Image
 
-from vlmport.errors import ConfigError, PromptError
-from vlmport.verify.configs import answer_stop_ids, processor_template
+from vlmport.errors import PromptError
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
+from vlmport.verify.references.adapters import add_adapter
 from vlmport.verify.references.loading import (
     DECODER_DIMS,
-    add_adapter,
     config_int,
     generated,
-    load_strictly,
     prompt_text,
     quietly,
-    read_state,
     useful_threads,
     versions,
 )
+from vlmport.verify.references.pretrained import (
+    answer_stop_ids,
+    forget_options,
+    load_model,
+    load_processor,
+)
+from vlmport.verify.refusals import in_one_line
 from vlmport.verify.requests import Message, Request
 
 if TYPE_CHECKING:
@@ -40,12 +44,9 @@ SIZES = ((1300, 60), (1, 1))  # of pictures beside the ladder's own: one row of 
 CAPTION = "Can you describe this image?"
 QUESTION = "What is in the picture, and where?"
 WHOLE = {"do_image_splitting": False}
-KINDS = {
-    "idefics3": (transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration),
-    "smolvlm": (transformers.SmolVLMConfig, transformers.SmolVLMForConditionalGeneration),
-}
 
 
+@in_one_line
 class Idefics3Reference:
     """A checkpoint of either model type."""
 
@@ -55,26 +56,20 @@ class Idefics3Reference:
         config: Mapping[str, Any],
         image_token_id: int,
         adapter: str | Path | None = None,
+        ignored: Collection[str] = (),
     ):
-        config_class, model_class = KINDS[config["model_type"]]
-        settings = config_class(**config)
-        # Eager attention is the plain formula; the fused kernels reorder its sums.
-        settings._attn_implementation = "eager"
-        model: Any = model_class(settings).float()
-        load_strictly(
-            model, read_state(folder), tied_head=bool(settings.tie_word_embeddings), where=folder
-        )
+        model = load_model(folder, ignored)
         if adapter is not None:
-            adapted: Any = add_adapter(model, Path(adapter))
-            model = adapted.get_base_model()
+            add_adapter(model, Path(adapter))
         self.model = model.eval().requires_grad_(False)
         self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
-        self.image_token_id = settings.image_token_id
-        self.processor = _processor(folder)
+        self.image_token_id = model.config.image_token_id
+        self.processor = load_processor(folder, transformers.Idefics3Processor)
         image = self.processor.image_processor
         self.grey_level = image.rescale_factor / min(image.image_std)
-        text: Any = settings.text_config
-        self.stop_token_ids = answer_stop_ids(folder, text.eos_token_id, self.processor)
+        text: Any = model.config.text_config
+        self.stop_token_ids = answer_stop_ids(model, self.processor)
+        forget_options(model)
         self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
         self.versions = versions()
 
@@ -173,22 +168,3 @@ def _messages(text: str, pictures: int) -> tuple[Message, ...]:
     """A user's message: the pictures, then the text."""
     parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
     return ({"role": "user", "content": parts},)
-
-
-def _processor(folder: Path) -> Any:
-    """The folder's own, with Idefics3's text side for SmolVLM too: both write one prompt, and
-    SmolVLM's class needs packages for videos. Raises ConfigError without processor_config.json."""
-    path = folder / "processor_config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder}: no {path.name}", hint="it says how many tokens a tile takes")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    # Before transformers 5.3 or so, the plain name was the one on Pillow.
-    kind = getattr(transformers, "Idefics3ImageProcessorPil", None)
-    image = (kind or transformers.Idefics3ImageProcessor).from_pretrained(str(folder))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    return transformers.Idefics3Processor(
-        image,
-        tokenizer,
-        image_seq_len=settings.get("image_seq_len", 169),
-        chat_template=processor_template(folder) or tokenizer.chat_template,
-    )

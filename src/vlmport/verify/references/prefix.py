@@ -9,7 +9,7 @@ Traps:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,26 +24,29 @@ from vlmport.errors import ConfigError, PromptError
 from vlmport.verify.configs import llama_config, stop_token_ids
 from vlmport.verify.pictures import Picture
 from vlmport.verify.protocol import Generated, HiddenStates
+from vlmport.verify.references.adapters import Place, load_adapter
 from vlmport.verify.references.loading import (
     DECODER_DIMS,
-    add_adapter,
     config_int,
     generated,
-    load_strictly,
     quietly,
-    read_state,
     useful_threads,
     versions,
 )
+from vlmport.verify.references.stored import head_differs, load_strictly, read_state
+from vlmport.verify.refusals import in_one_line
 from vlmport.verify.requests import Request
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-VISION = "vision_encoder."
+VISION, DECODER = "vision_encoder.", "language_model."
+# Where the decoder was saved without its head.
+BASE_CLASS = tuple(DECODER + part for part in ("embed_tokens.", "layers.", "norm."))
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # distilvit2's choice for llama
 
 
+@in_one_line
 class PrefixReference:
     """distilvit2: SigLIP's patches, projected, are the prefix of a llama under LoRA.
 
@@ -56,6 +59,7 @@ class PrefixReference:
         config: Mapping[str, Any],
         image_token_id: int,
         adapter: str | Path | None = None,
+        ignored: Collection[str] = (),
     ):
         # A whole SigLIP config holds both towers'.
         raw_vision = config["vision_config"].get("vision_config", config["vision_config"])
@@ -63,11 +67,18 @@ class PrefixReference:
         text = transformers.LlamaConfig(**llama_config(config["text_config"]))
         state = read_state(folder)
         lora = any(".lora_A." in name for name in state)
+        # As in transformers 5: what is stored counts before the flag.
+        text.tie_word_embeddings = text.tie_word_embeddings and not head_differs(state)
         self.model = PrefixModel(vision, text, config, lora=lora)
-        tied_head = bool(text.tie_word_embeddings)
-        load_strictly(self.model, _spelled(self.model, state), tied_head=tied_head, where=folder)
+        load_strictly(
+            self.model,
+            _spelled(self.model, state),
+            tied_head=bool(text.tie_word_embeddings),
+            where=folder,
+            ignored={_spell(name, _has_level(self.model)) for name in ignored},
+        )
         if adapter is not None:
-            self.model.language_model = add_adapter(self.model.language_model, Path(adapter))
+            load_adapter(Path(adapter), _places(self.model))
         self.model.eval().requires_grad_(False)
         self.threads = useful_threads(sum(weight.numel() for weight in self.model.parameters()))
         self.image_token_id = image_token_id
@@ -222,19 +233,37 @@ def wrap_lora(language: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         return peft.get_peft_model(language, settings)  # type: ignore[arg-type]
 
 
+def _places(model: PrefixModel) -> Iterator[Place]:
+    """Where an adapter may have been trained: on the decoder, or on the whole model, whose tower
+    had one more level in transformers 4."""
+    language = model.language_model
+    inside = language.get_base_model() if isinstance(language, peft.PeftModel) else language
+    yield Place(inside)
+    parts = {"projection": model.projection, "language_model": inside}
+    yield Place.of(vision_encoder=model.vision_encoder, **parts)
+    yield Place.of(vision_encoder=Place.of(vision_model=model.vision_encoder).root, **parts)
+
+
 def _spelled(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The stored tensors by the names of this transformers."""
-    has_level = any(name.startswith(VISION + "vision_model.") for name in model.state_dict())
-    return {_spell(name, has_level): tensor for name, tensor in state.items()}
+    level = _has_level(model)
+    return {_spell(name, level): tensor for name, tensor in state.items()}
 
 
-def _spell(name: str, has_level: bool) -> str:
+def _has_level(model: nn.Module) -> bool:
+    """Whether the tower of this transformers has a `vision_model`."""
+    return any(name.startswith(VISION + "vision_model.") for name in model.state_dict())
+
+
+def _spell(name: str, level: bool) -> str:
     """A stored name as this transformers spells it."""
     name = name.removeprefix("module.")
+    if name.startswith(BASE_CLASS):
+        return name.replace(DECODER, f"{DECODER}model.", 1)
     if not name.startswith(VISION):
         return name
     rest = name.removeprefix(VISION).removeprefix("vision_model.")
-    return VISION + ("vision_model." if has_level else "") + rest
+    return VISION + ("vision_model." if level else "") + rest
 
 
 def _siglip_processor(folder: Path, size: int) -> Any:

@@ -5,7 +5,6 @@ hands from rung to rung. That both agree shows that features, lanes and position
 joined rightly here.
 
 Traps:
-- The plain name of the image processor is the one on torchvision, whose pixels differ.
 - Without mm_token_type_ids the model counts positions as if there were no pictures.
 - The model keeps the offset of the last prompt's positions; positions are therefore always given.
 """
@@ -13,7 +12,7 @@ Traps:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +22,25 @@ import transformers
 from PIL import Image
 
 from vlmport.errors import PromptError
-from vlmport.verify.configs import answer_stop_ids, processor_template
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
+from vlmport.verify.references.adapters import add_adapter
 from vlmport.verify.references.loading import (
     DECODER_DIMS,
-    add_adapter,
     config_int,
     generated_from,
-    load_strictly,
     prompt_text,
     quietly,
-    read_state,
     useful_threads,
     versions,
 )
+from vlmport.verify.references.pretrained import (
+    answer_stop_ids,
+    forget_options,
+    load_model,
+    load_processor,
+)
+from vlmport.verify.refusals import in_one_line
 from vlmport.verify.requests import Message, Request
 
 if TYPE_CHECKING:
@@ -49,31 +52,15 @@ QUESTION = "What is in this image?"
 # Sides of pictures beside the ladder's own, in units of a merged patch: both sides exactly between
 # two multiples, which Python rounds to the even one; a strip; the smallest there is; a square.
 SIDES = ((12.5, 6.5), (1.0, 9.0), (0.25, 0.25), (7.0, 7.0), (3.4, 8.7))
-KINDS: dict[str, tuple[Any, Any, Any]] = {
-    "qwen2_5_vl": (
-        transformers.Qwen2_5_VLConfig,
-        transformers.Qwen2_5_VLForConditionalGeneration,
-        transformers.Qwen2_5_VLProcessor,
-    ),
-    "qwen3_vl": (
-        transformers.Qwen3VLConfig,
-        transformers.Qwen3VLForConditionalGeneration,
-        transformers.Qwen3VLProcessor,
-    ),
+PROCESSORS: dict[str, Any] = {
+    "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
+    "qwen3_vl": transformers.Qwen3VLProcessor,
 }
 
 
-class WithoutVideos:
-    """Before a processor class: no processor of videos, which would need torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        if argument_name == "video_processor" and argument is None:
-            return None
-        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
-
-
+@in_one_line
 class QwenVLReference:
-    """A checkpoint of either model type, in either spelling of its tensors' names."""
+    """A checkpoint of either model type."""
 
     def __init__(
         self,
@@ -81,34 +68,22 @@ class QwenVLReference:
         config: Mapping[str, Any],
         image_token_id: int,
         adapter: str | Path | None = None,
+        ignored: Collection[str] = (),
     ):
-        config_class, model_class, processor_class = KINDS[config["model_type"]]
-        settings = config_class(**config)
-        # Eager attention is the plain formula; the fused kernels reorder its sums.
-        settings._attn_implementation = "eager"
-        model: Any = model_class(settings).float()
-        state = {_name(name): tensor for name, tensor in read_state(folder).items()}
-        load_strictly(model, state, tied_head=bool(settings.tie_word_embeddings), where=folder)
+        model = load_model(folder, ignored)
         if adapter is not None:
-            adapted: Any = add_adapter(model, Path(adapter))
-            model = adapted.get_base_model()
+            add_adapter(model, Path(adapter))
         self.model = model.eval().requires_grad_(False)
         self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
+        settings = model.config
         self.image_token_id = settings.image_token_id
         self.lanes = len(getattr(settings.vision_config, "deepstack_visual_indexes", ()))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-        # Before transformers 5.3 or so, the plain name was the one on Pillow.
-        kind = getattr(transformers, "Qwen2VLImageProcessorPil", None)
-        kind = kind or transformers.Qwen2VLImageProcessor
-        self.image_processor = kind.from_pretrained(str(folder))
-        template = processor_template(folder) or tokenizer.chat_template
-        kind = type(processor_class.__name__, (WithoutVideos, processor_class), {})
-        self.processor = kind(self.image_processor, tokenizer, None, chat_template=template)
+        self.processor = load_processor(folder, PROCESSORS[config["model_type"]])
+        self.image_processor = self.processor.image_processor
         self.grey_level = self.image_processor.rescale_factor / min(self.image_processor.image_std)
         text: Any = settings.text_config
-        # Qwen3's text config has no such key unless the file says it.
-        decoders = getattr(text, "eos_token_id", None)
-        self.stop_token_ids = answer_stop_ids(folder, decoders, self.processor)
+        self.stop_token_ids = answer_stop_ids(model, self.processor)
+        forget_options(model)
         self.dims: Mapping[str, int] = {
             name: config_int(text, name) for name in DECODER_DIMS if name != "head_dim"
         }
@@ -278,12 +253,3 @@ def _messages(text: str, pictures: int) -> tuple[Message, ...]:
     """A user's message: the pictures, then the text."""
     parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
     return ({"role": "user", "content": parts},)
-
-
-def _name(name: str) -> str:
-    """A tensor's name as transformers 5 has it."""
-    if name.startswith(("model.visual.", "model.language_model.", "lm_head.")):
-        return name
-    if name.startswith("visual."):
-        return f"model.{name}"
-    return name.replace("model.", "model.language_model.", 1)
