@@ -18,6 +18,7 @@ from vlmport.checkpoint.adapter import Adapter, merge_adapter
 from vlmport.checkpoint.config import Layers, Signed, Size, read_config, subsection
 from vlmport.checkpoint.head import HeadNames
 from vlmport.checkpoint.lora import LoraScale, merge_stored
+from vlmport.checkpoint.quantized import without_quantization
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
 from vlmport.errors import ConfigError, WeightError, some_names
@@ -46,7 +47,8 @@ class Checkpoint:
     """A folder with config.json and safetensors, opened.
 
     Attributes:
-        config: config.json as it stands.
+        config: config.json as it stands, but for what it says of quantization: the weights are
+            floats when they are read.
         weights: by plain name; LoRA pairs stored inside are apart, in `weights.pairs`.
     """
 
@@ -58,7 +60,8 @@ class Checkpoint:
     def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Open a folder or a Hub id. Raises SourceError, ConfigError, WeightError."""
         folder = locate(source, revision)
-        return cls(folder, load_json(folder / "config.json"), Weights.open(folder))
+        config = load_json(folder / "config.json")
+        return cls(folder, without_quantization(config), Weights.open(folder, config))
 
     @property
     def model_type(self) -> str:

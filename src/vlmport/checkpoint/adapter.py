@@ -308,7 +308,7 @@ def _open_weights(folder: Path) -> dict[str, LazyTensor]:
     file = folder / WEIGHTS
     if file.exists():
         try:
-            return open_safetensors(file)
+            return {**open_safetensors(file)}
         except AdapterError:
             raise
         except WeightError as cause:

@@ -1,36 +1,28 @@
 """safetensors files → lazy tensors.
 
-Opening a checkpoint reads headers only; `numpy()` reads one tensor. Tensors are read with a plain
-read rather than through a memory map: a mapped file that shrinks, or whose disk fails, kills the
-process, while a short read is an error with a name. No file stays open.
+Opening a checkpoint reads headers only; `numpy()` reads one tensor. No file stays open.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from vlmport.checkpoint.names import canonical_names, is_buffer
+from vlmport.checkpoint.quantized import dequantized
+from vlmport.checkpoint.stored import DOWNLOAD_AGAIN, StoredTensor
 from vlmport.errors import WeightError, some_names
 from vlmport.json_files import load_json
 
 __all__ = ["LazyTensor", "StoredTensor", "Weights", "open_safetensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-READABLE = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-DOWNLOAD_AGAIN = "the file is incomplete or damaged; download it again"
 CONVERT = "convert it: save_pretrained(folder, safe_serialization=True) in transformers"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -56,45 +48,6 @@ class LazyTensor(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file, `offset` bytes from its start."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    offset: int
-    nbytes: int
-
-    def numpy(self) -> npt.NDArray[np.float32]:
-        """Read it; float32 holds every value of the readable types exactly.
-
-        Raises WeightError for another type, and when the file is gone or has become shorter.
-        """
-        dtype = READABLE.get(self.dtype)
-        if dtype is None:
-            raise WeightError(
-                f"{self.file}: {self.name!r} is {self.dtype}, expected {', '.join(READABLE)}",
-                hint="quantized checkpoints can't be exported; use the model they were made from",
-            )
-        count = self.nbytes // dtype.itemsize
-        try:
-            values = np.fromfile(self.file, dtype, count, offset=self.offset)
-        except OSError as cause:
-            raise WeightError(
-                f"{self.file}: {self.name!r}: {cause}", hint=DOWNLOAD_AGAIN
-            ) from cause
-        if values.size != count:
-            got = f"expected {self.nbytes} bytes, got {values.nbytes}"
-            raise WeightError(f"{self.file}: {self.name!r}: {got}", hint=DOWNLOAD_AGAIN)
-        try:
-            return values.astype(np.float32, copy=False).reshape(self.shape)
-        except ValueError as cause:  # no elements, and too many of them in the other dimensions
-            what = f"{self.name!r} of shape {list(self.shape)[:8]} can't be an array"
-            raise WeightError(f"{self.file}: {what}", hint=DOWNLOAD_AGAIN) from cause
-
-
 class Weights(Mapping[str, LazyTensor]):
     """The weights of a checkpoint by plain name, LoRA pairs apart; stored buffers are left out.
 
@@ -114,17 +67,22 @@ class Weights(Mapping[str, LazyTensor]):
         }
 
     @classmethod
-    def open(cls, folder: Path) -> Weights:
+    def open(cls, folder: Path, config: Mapping[str, Any] | None = None) -> Weights:
         """Read the headers of model.safetensors, or of the shards in its index.
+
+        Args:
+            config: config.json, which says how quantized weights are to be read.
 
         Raises WeightError when files are missing, damaged, pickled, or disagree with the index.
         """
         single, index = folder / SINGLE, folder / INDEX
         if single.exists() or single.is_symlink():  # a link into a cache that lost the file
-            return cls(open_safetensors(single), str(folder))
-        if index.exists() or index.is_symlink():
-            return cls(_open_shards(index), str(folder))
-        raise _no_weights(folder)
+            stored = open_safetensors(single)
+        elif index.exists() or index.is_symlink():
+            stored = _open_shards(index)
+        else:
+            raise _no_weights(folder)
+        return cls(dequantized(stored, config or {}, folder), str(folder))
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
@@ -136,7 +94,7 @@ class Weights(Mapping[str, LazyTensor]):
         return len(self._tensors)
 
 
-def open_safetensors(file: Path) -> dict[str, LazyTensor]:
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file, by its stored name; the data stays where it is.
 
     Raises WeightError when the file is missing, no safetensors, or cut short.
@@ -152,7 +110,7 @@ def open_safetensors(file: Path) -> dict[str, LazyTensor]:
     except (SafetensorError, OSError, ValueError) as cause:
         raise _unreadable(file, cause) from cause
     header.pop("__metadata__", None)
-    tensors: dict[str, LazyTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
@@ -178,7 +136,7 @@ def _unreadable(file: Path, cause: Exception) -> WeightError:
     return WeightError(f"{file}: not readable as safetensors: {cause}", hint=DOWNLOAD_AGAIN)
 
 
-def _open_shards(index: Path) -> dict[str, LazyTensor]:
+def _open_shards(index: Path) -> dict[str, StoredTensor]:
     """The tensors of all shards, after the index and the shards were found to agree."""
     weight_map = load_json(index, error=WeightError, hint=DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from vlmport.checkpoint import Checkpoint
+from vlmport.checkpoint.model_card import read_card
 from vlmport.families.base import HubFiles
 
 CAPTION = ({"role": "user", "content": [{"type": "image"}]},)
@@ -41,7 +42,7 @@ def write_card(
         runs: whether the vlmport runtimes and transformers.js run this layout.
         ignored: pattern → the tensors of the checkpoint that were left out for it.
     """
-    source = _source_card(checkpoint.folder)
+    source = read_card(checkpoint.folder)
     hub_id, commit = _on_the_hub(checkpoint.folder)
     base = hub_id or source.get("base_model")
     data = ModelCardData(
@@ -74,19 +75,6 @@ def write_card(
         else OTHER_USE,
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
-
-
-def _source_card(folder: Path) -> dict[str, Any]:
-    """The front matter of the checkpoint's README.md, empty if it has none."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    try:
-        return ModelCard(
-            path.read_text(encoding="utf-8"), ignore_metadata_errors=True
-        ).data.to_dict()
-    except Exception:  # a card that YAML can't read says nothing about the model
-        return {}
 
 
 def _on_the_hub(folder: Path) -> tuple[str, str] | tuple[None, None]:
