@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmport.checkpoint.weights import READABLE, LazyTensor, StoredTensor
+from vlmport.checkpoint.stored import READABLE, StoredTensor
+from vlmport.checkpoint.weights import LazyTensor
 from vlmport.errors import CheckpointWarning
 
 __all__ = ["HeadNames", "same_values"]
