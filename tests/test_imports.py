@@ -93,7 +93,9 @@ ALLOWED = {
     "precisions.py": {"errors"},
     "errors.py": set(),
     "tokenizer.py": {"errors"},
-    "chat_template.py": set(),
+    "chat_template.py": {"killable"},
+    "killable.py": set(),
+    "killable_services.py": {"killable", "chat_template"},
     "checkpoint": {"checkpoint", "errors", "json_files"},
     "graph": {"graph", "checkpoint", "errors", "bundle"},
     "families": {
@@ -119,6 +121,7 @@ ALLOWED = {
     },
     "verify": {
         "verify", "recording", "runtime", "checkpoint", "errors", "bundle", "builtin", "layouts",
+        "chat_template",
     },
 }  # fmt: skip
 

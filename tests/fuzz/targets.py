@@ -243,7 +243,7 @@ def prompter_file(name: str) -> Target:
                 del config["chat_template"]
                 (folder / "tokenizer_config.json").unlink()
                 (folder / "tokenizer_config.json").write_bytes(written(config))
-            with ours_or_right(), mock.patch.object(chat_template, "SECONDS", 0.5):
+            with ours_or_right(), mock.patch.object(chat_template.WORKER, "seconds", 0.5):
                 prompter = Prompter(folder, spec)
                 ids = prompter.encode(prompter.render(spec.caption))
                 prompter.splice(ids, [np.zeros(25, np.int64)])

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from vlmport.bundle import PromptSpec
-from vlmport.chat_template import render_template, special_tokens
+from vlmport.chat_template import TemplateLimitError, render_template, special_tokens
 from vlmport.errors import PromptError, TokenizerError, did_you_mean
 from vlmport.json_files import load_json
 from vlmport.tokenizer import read_tokenizer
@@ -64,10 +65,17 @@ class Prompter:
                 documents=None,
                 **self._special,
             )
-        except Exception as error:  # a template is code from elsewhere: anything may go wrong
+        except TemplateLimitError as error:
+            raise PromptError(
+                f"the chat template was stopped: {error}",
+                hint="is it as its publisher wrote it? do the messages come to a long text?",
+                code=error.code,
+            ) from error
+        except TemplateError as error:
             raise PromptError(
                 f"the chat template refuses these messages: {error}",
                 hint="roles and content must be as this model expects them",
+                code="template.refuses",
             ) from error
 
     def encode(self, text: str) -> Int64[np.ndarray, " S"]:

@@ -22,6 +22,7 @@ import transformers
 from jinja2 import TemplateError
 from transformers.utils import logging
 
+from vlmport.chat_template import render_template
 from vlmport.errors import WeightError, some_problems
 from vlmport.errors import some_names as some
 
@@ -140,8 +141,18 @@ def load_processor(folder: Path, kind: Any) -> Any:
 
 
 def render(processor: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The prompt's text, by the processor's template, or by its tokenizer's where it has none."""
+    """The prompt's text, by the processor's template, or by its tokenizer's where it has none.
+
+    It is first rendered where a template can be stopped, as transformers can't.
+    Raises jinja2.TemplateError.
+    """
     speaks = processor if processor.chat_template is not None else processor.tokenizer
+    template = speaks.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if isinstance(template, str):
+        tokens = processor.tokenizer.special_tokens_map
+        render_template(template, messages=messages, **{**tokens, **options})
     return speaks.apply_chat_template(messages, tokenize=False, **options)
 
 
