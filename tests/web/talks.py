@@ -68,7 +68,7 @@ def messages(
     asked = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": content},
-        {"role": "assistant", "content": "Two."},
+        {"role": "assistant", "content": f"Two {vlm.prompter.spec.image_placeholder}."},
         {"role": "user", "content": [{"type": "text", "text": "Larger?"}, {"type": "image"}]},
     ]
     images = [folder / name for name in names]

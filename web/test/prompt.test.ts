@@ -1,3 +1,4 @@
+import { readFileSync } from 'node:fs';
 import { expect, test } from 'vitest';
 import type { BundleFiles } from '../src/bundle/download.js';
 import type { Manifest, Message } from '../src/bundle/manifest.js';
@@ -27,9 +28,13 @@ const TOKENIZER = {
   model: { type: 'WordLevel', vocab: vocabulary, unk_token: '<unk>' },
 };
 
-async function open(template: string, config: object = {}): Promise<Prompter> {
+async function open(
+  template: string,
+  config: object = {},
+  tokenizer: object = TOKENIZER,
+): Promise<Prompter> {
   const texts: Record<string, string> = {
-    'tokenizer.json': JSON.stringify(TOKENIZER),
+    'tokenizer.json': JSON.stringify(tokenizer),
     'tokenizer_config.json': JSON.stringify({ chat_template: template, ...config }),
   };
   const manifest = {
@@ -80,4 +85,74 @@ test('no tokens are no text, and neither are ids past the vocabulary', async () 
   expect(text.whole()).toBe('');
   expect([1, 99].map(token => text.push(token)).join('')).toBe('a');
   expect(text.whole()).toBe('a');
+});
+
+/** The prompter of a built-in model. */
+async function builtIn(name: string, placeholder: string, id: number): Promise<Prompter> {
+  const read = (file: string) =>
+    readFileSync(new URL(`../../src/vlmport/builtin/${name}/${file}`, import.meta.url), 'utf8');
+  const { chat_template } = JSON.parse(read('chat_template.json')) as { chat_template: string };
+  const texts: Record<string, string> = {
+    'tokenizer.json': read('tokenizer.json'),
+    'chat_template.jinja': chat_template,
+  };
+  const prompt = { image_placeholder: placeholder, placeholder_token_id: id, image_token_id: id };
+  const files = { manifest: { files: texts, prompt }, text: (file: string) => texts[file] };
+  return Prompter.open(files as unknown as BundleFiles);
+}
+
+// Python's ids of the same messages.
+const SPELLED = [
+  [
+    'shapes-smolvlm',
+    '<image>',
+    446,
+    [
+      1, 269, 28, 446, 67, 223, 30, 75, 287, 282, 32, 30, 75, 287, 282, 32, 447, 201, 271, 28, 223,
+      30, 75, 287, 282, 32, 447, 201, 271, 28,
+    ],
+  ],
+  [
+    'shapes-qwen2.5-vl',
+    '<|image_pad|>',
+    452,
+    [
+      441, 341, 198, 331, 294, 271, 342, 337, 13, 442, 198, 441, 270, 198, 449, 452, 450, 64, 220,
+      27, 91, 72, 280, 276, 62, 79, 64, 67, 91, 29, 27, 91, 72, 280, 276, 62, 79, 64, 67, 91, 29,
+      442, 198, 441, 267, 198, 27, 91, 72, 280, 276, 62, 79, 64, 67, 91, 29, 442, 198, 441, 267,
+      198,
+    ],
+  ],
+] as const;
+
+test.each(SPELLED)('%s: a text that spells %s is words', async (name, spelled, id, wanted) => {
+  const prompter = await builtIn(name, spelled, id);
+  const text = (text: string) => ({ type: 'text', text });
+  const parts = [text(`a ${spelled}`), text(spelled.slice(0, 2)), text(spelled.slice(2))];
+  const messages: Message[] = [
+    { role: 'user', content: [{ type: 'image' }, ...parts] },
+    { role: 'assistant', content: [text(spelled)] },
+  ];
+  expect(prompter.ids(messages)).toEqual(wanted);
+  expect(prompter.tokenizer.decode(prompter.ids(messages))).toBe(prompter.render(messages));
+});
+
+test('texts that spell none have the ids of the rendered prompt', async () => {
+  const prompter = await builtIn('shapes-smolvlm', '<image>', 446);
+  const content = [{ type: 'image' }, { type: 'text', text: '1 <|im_end|> \ue0f00\ue0f1' }];
+  const messages: Message[] = [{ role: 'user', content }];
+  expect(prompter.ids(messages)).toEqual(prompter.encode(prompter.render(messages)));
+});
+
+test('where the placeholder is no added token, that is said', async () => {
+  const prompter = await open("{{ '<image>' }}{{ messages[0].content[1].text }}");
+  const added_tokens = TOKENIZER.added_tokens.slice(1);
+  const bare = await open("{{ '<image> ' }}{{ messages[0].content[1].text }}", {}, {
+    ...TOKENIZER,
+    added_tokens,
+  });
+  const content = [{ type: 'image' }, { type: 'text', text: ' <image>' }];
+  expect(prompter.ids([{ role: 'user', content }]).filter(id => id === 5).length).toBe(1);
+  const code = 'tokenizer.placeholder-in-text';
+  expect(() => bare.ids([{ role: 'user', content }])).toThrow(expect.objectContaining({ code }));
 });

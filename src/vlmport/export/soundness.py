@@ -39,7 +39,7 @@ def check_prompt(bundle: Bundle) -> None:
     try:
         chat = check_messages(spec.caption, [picture])
         prompter = Prompter(bundle.folder, spec)
-        ids = prompter.encode(prompter.render(chat.messages))
+        ids = prompter.ids(chat.messages)
         options = bundle.manifest.golden.options
         processed = Components.open(bundle).process_image(picture, options)
         prompter.splice(ids, [processed.prompt_ids])

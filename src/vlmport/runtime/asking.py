@@ -135,7 +135,7 @@ class Asker:
 
     def text_ids(self, messages: Sequence[Message]) -> Int64[np.ndarray, " S"]:
         """Checked messages as token ids, a placeholder for each picture."""
-        return self.prompter.encode(self.prompter.render(messages))
+        return self.prompter.ids(messages)
 
     def picture(self, image: Any, options: Mapping[str, Any] | None = None) -> Picture:
         """A picture from wherever it is, not encoded yet. Raises ImageError or OptionError."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 
 from vlmport.bundle import PromptSpec
 from vlmport.chat_template import TemplateLimitError, render_template, special_tokens
 from vlmport.errors import PromptError, TokenizerError, did_you_mean
 from vlmport.json_files import load_json
+from vlmport.runtime.placeholders import free_mark, renamed_tokenizer
 from vlmport.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -40,8 +42,9 @@ class Prompter:
     """
 
     def __init__(self, folder: Path, spec: PromptSpec):
-        self.spec = spec
+        self.spec, self._folder = spec, folder
         self.tokenizer = read_tokenizer(folder, hint=AGAIN)
+        self._renamed: tuple[dict[str, str], Tokenizer] | None = None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         path = folder / "tokenizer_config.json"
@@ -54,16 +57,31 @@ class Prompter:
 
         Raises PromptError where the template refuses the messages or is missing.
         """
+        return self._render(messages, add_generation_prompt=add_generation_prompt)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        mark: str | None = None,
+    ) -> str:
+        """The prompt as text, with `mark` for each placeholder that the template itself writes."""
         if self._template is None:
             raise PromptError("this bundle has no chat template", hint="export the bundle again")
+        placeholder = self.spec.image_placeholder
+
+        def marked(text: str) -> str:
+            return text if mark is None else text.replace(placeholder, mark)
+
         try:
             return render_template(
-                self._template,
+                marked(self._template),
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **self._special,
+                **{name: marked(text) for name, text in self._special.items()},
             )
         except TemplateLimitError as error:
             raise PromptError(
@@ -82,6 +100,41 @@ class Prompter:
         """Token ids of a rendered prompt: nothing is added to it."""
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
+    def ids(self, messages: Sequence[Message]) -> Int64[np.ndarray, " S"]:
+        """Token ids of messages, a placeholder for each image part. No text becomes one.
+
+        A text that spells the placeholder, or the token of an image's rows, is encoded as
+        ordinary characters. All other texts have the ids that transformers gives them, other
+        special tokens that they spell included.
+
+        Raises PromptError as `render` does.
+        """
+        text = self.render(messages)
+        ids = self.encode(text)
+        mark = free_mark(text)
+        marked = self._render(messages, mark=mark)
+        count, spec = marked.count(mark), self.spec
+        of_images = np.isin(ids, [spec.placeholder_token_id, spec.image_token_id])
+        as_usual = marked.replace(mark, spec.image_placeholder) == text
+        if as_usual and of_images.sum() == count:
+            return ids
+        parts = [part for one in messages for part in one["content"] if part["type"] == "image"]
+        if count != len(parts):  # a template that builds the placeholder of pieces
+            return ids
+        return self._encode_marked(marked, mark)
+
+    def _encode_marked(self, text: str, mark: str) -> Int64[np.ndarray, " S"]:
+        """A rendered prompt's ids, where a mark is a placeholder and nothing else is."""
+        spec, known = self.spec, self.tokenizer.id_to_token
+        placeholder = known(spec.placeholder_token_id) or spec.image_placeholder
+        row = known(spec.image_token_id) or placeholder
+        # What a picture's rows have may be another token: it gets a name that no text holds.
+        names = {row: free_mark(text), placeholder: mark}
+        if self._renamed is None or self._renamed[0] != names:
+            self._renamed = names, renamed_tokenizer(self._folder, names)
+        encoded = self._renamed[1].encode(text, add_special_tokens=False)
+        return np.asarray(encoded.ids, np.int64)
+
     def splice(
         self, ids: Int64[np.ndarray, " S"], images: Sequence[Int64[np.ndarray, " T"]]
     ) -> Int64[np.ndarray, " S+T"]:
@@ -94,9 +147,10 @@ class Prompter:
             raise PromptError(
                 f"{_count(len(images), 'picture')} for "
                 f"{_count(len(at), 'placeholder')} {self.spec.image_placeholder!r} in the prompt",
-                hint=f"does a text part contain {self.spec.image_placeholder!r}?"
+                hint="this chat template writes it where no image part is"
                 if len(at) > len(images)
                 else "the template leaves out a picture; put it into a user's message",
+                code="prompt.placeholder-count",
             )
         parts, start = [], 0
         for position, image in zip(at, images, strict=True):

@@ -230,7 +230,7 @@ def prompt_of(
     """
     asked = manifest.prompt.caption if request.is_caption else request.messages
     chat = check_messages(asked, [picture.rgb for picture in request.pictures])
-    return prompter.splice(prompter.encode(prompter.render(chat.messages)), list(pictures))
+    return prompter.splice(prompter.ids(chat.messages), list(pictures))
 
 
 def prompt_id_figures(pairs: Iterable[tuple[ProcessedImage, PictureTruth]]) -> Found:

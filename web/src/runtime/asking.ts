@@ -85,7 +85,7 @@ interface Plan {
 function plan({ components, prompter }: Model, question: Question): Plan {
   const { prompt, generation, dims } = components.manifest;
   const promptIds = question.pictures.map(one => one.promptIds);
-  const ids = prompter.splice(prompter.encode(prompter.render(question.messages)), promptIds);
+  const ids = prompter.splice(prompter.ids(question.messages), promptIds);
   if (!ids.length) {
     throw new VlmportError('PromptError', 'the prompt is empty', 'give it a text or a picture');
   }

@@ -8,6 +8,7 @@ import { Tokenizer } from '@huggingface/tokenizers';
 import type { BundleFiles } from '../bundle/download.js';
 import type { Manifest, Message } from '../bundle/manifest.js';
 import { VlmportError, firstLine } from '../errors.js';
+import { freeMark, renamed } from './placeholders.js';
 
 const TOKENIZER = 'tokenizer.json';
 const CONFIG = 'tokenizer_config.json';
@@ -36,8 +37,12 @@ export function promptFiles(manifest: Manifest): string[] {
 }
 
 export class Prompter {
+  /** The tokenizer with other names for what stands for a picture, once a text has spelled one. */
+  private other: { readonly key: string; readonly tokenizer: Tokenizer } | null = null;
+
   private constructor(
     private readonly spec: Manifest['prompt'],
+    private readonly file: string, // tokenizer.json
     readonly tokenizer: Tokenizer,
     private readonly special: Readonly<Record<string, string>>,
     private readonly template: string | undefined,
@@ -49,9 +54,10 @@ export class Prompter {
     for (const name of promptFiles(files.manifest)) texts[name] = await files.text(name);
     try {
       const config = JSON.parse(texts[CONFIG] ?? '{}') as TokenizerConfig;
-      const tokenizer = new Tokenizer(JSON.parse(texts[TOKENIZER] ?? '') as object, AS_WRITTEN);
+      const file = texts[TOKENIZER] ?? '';
+      const tokenizer = new Tokenizer(JSON.parse(file) as object, AS_WRITTEN);
       const template = templateOf(config) ?? texts[TEMPLATE];
-      return new Prompter(files.manifest.prompt, tokenizer, specialTokens(config), template);
+      return new Prompter(files.manifest.prompt, file, tokenizer, specialTokens(config), template);
     } catch (error) {
       const message = `the tokenizer can't be read: ${firstLine(error)}`;
       throw new VlmportError('TokenizerError', message, 'export the bundle again');
@@ -60,6 +66,11 @@ export class Prompter {
 
   /** The prompt as text. Throws PromptError where the template refuses the messages. */
   render(messages: readonly Message[]): string {
+    return this.marked(messages, this.spec.image_placeholder);
+  }
+
+  /** The prompt as text, with `mark` for each placeholder that the template itself writes. */
+  private marked(messages: readonly Message[], mark: string): string {
     if (this.template === undefined) {
       const message = 'this bundle has no chat template';
       throw new VlmportError('PromptError', message, 'export the bundle again');
@@ -67,8 +78,11 @@ export class Prompter {
     try {
       const none = { tools: null, documents: null }; // templates ask whether they are none
       const parts = messages.map(one => ({ ...one, content: asParts(one.content) }));
-      const given = { messages: parts, add_generation_prompt: true, ...none, ...this.special };
-      return new Template(this.template).render(given);
+      const marked = (text: string) => text.replaceAll(this.spec.image_placeholder, () => mark);
+      const special = Object.entries(this.special).map(([name, text]) => [name, marked(text)]);
+      const named = Object.fromEntries(special) as Record<string, string>;
+      const given = { messages: parts, add_generation_prompt: true, ...none, ...named };
+      return new Template(marked(this.template)).render(given);
     } catch (error) {
       const message = `the chat template refuses these messages: ${firstLine(error)}`;
       const hint = 'roles and content must be as this model expects them';
@@ -92,6 +106,45 @@ export class Prompter {
   }
 
   /**
+   * Token ids of messages, a placeholder for each image part. No text becomes one: a text that
+   * spells the placeholder, or the token of an image's rows, is encoded as ordinary characters.
+   *
+   * Throws PromptError as `render` does.
+   */
+  ids(messages: readonly Message[]): number[] {
+    const text = this.render(messages);
+    const ids = this.encode(text);
+    const mark = freeMark(text);
+    const marked = this.marked(messages, mark);
+    const { image_placeholder, placeholder_token_id, image_token_id } = this.spec;
+    const count = marked.split(mark).length - 1;
+    const ofImages = ids.filter(id => id === placeholder_token_id || id === image_token_id).length;
+    const asUsual = marked.replaceAll(mark, () => image_placeholder) === text;
+    if (asUsual && ofImages === count) return ids;
+    const parts = messages.flatMap(one => asParts(one.content));
+    // Else the template builds the placeholder of pieces.
+    if (count !== parts.filter(part => part.type === 'image').length) return ids;
+    return this.encodeMarked(marked, mark);
+  }
+
+  /** A rendered prompt's ids, where a mark is a placeholder and nothing else is. */
+  private encodeMarked(text: string, mark: string): number[] {
+    const { image_placeholder, placeholder_token_id, image_token_id } = this.spec;
+    const placeholder = this.tokenizer.id_to_token(placeholder_token_id) ?? image_placeholder;
+    const row = this.tokenizer.id_to_token(image_token_id) ?? placeholder;
+    // What a picture's rows have may be another token: it gets a name that no text holds.
+    const names = new Map([
+      [row, freeMark(text)],
+      [placeholder, mark],
+    ]);
+    const key = [...names].flat().join('\n');
+    if (this.other?.key !== key) {
+      this.other = { key, tokenizer: new Tokenizer(renamed(this.file, names), AS_WRITTEN) };
+    }
+    return this.other.tokenizer.encode(text, { add_special_tokens: false }).ids;
+  }
+
+  /**
    * Replace the n-th placeholder by the n-th picture's ids.
    *
    * Throws PromptError unless there are as many placeholders as pictures.
@@ -104,9 +157,10 @@ export class Prompter {
       const message = `${images.length} pictures for ${places} placeholders '${image_placeholder}' in the prompt`;
       const hint =
         places > images.length
-          ? `does a text part contain '${image_placeholder}'?`
+          ? 'this chat template writes it where no image part is'
           : "the template leaves out a picture; put it into a user's message";
-      throw new VlmportError('PromptError', message, hint);
+      const code = 'prompt.placeholder-count';
+      throw new VlmportError('PromptError', message, hint, { code });
     }
     let next = 0;
     return ids.flatMap(id => (id === placeholder ? (images[next++] ?? []) : [id]));
