@@ -8,7 +8,12 @@ for one of these.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+LONGEST = 200  # characters of any one value in a message
+MESSAGE = 2000  # characters of a whole message: lists of names are the longest
+_RUN = re.compile(rf"\S{{{LONGEST + 1},}}")
 
 
 class VlmportError(Exception):
@@ -24,8 +29,8 @@ class VlmportError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(_bounded(message))
+        self.hint = None if hint is None else _bounded(hint)
         self.code = code
 
 
@@ -37,7 +42,7 @@ class VlmportWarning(UserWarning):
     """
 
     def __init__(self, message: str, *, code: str | None = None):
-        super().__init__(message)
+        super().__init__(_bounded(message))
         self.code = code
 
 
@@ -117,17 +122,30 @@ def some_names(names: Iterable[str], limit: int = 8, width: int = 200) -> str:
     """The names, quoted and sorted, each cut at `width` characters; past `limit` the rest is
     counted."""
     ordered = sorted(names)
-    shown = ", ".join(_cut(repr(name), width) for name in ordered[:limit])
+    shown = ", ".join(cut(repr(name), width) for name in ordered[:limit])
     return shown + (f", … and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 def some_problems(problems: Sequence[str], limit: int = 6, width: int = 200) -> str:
     """The first of them, each cut at `width` characters, and how many more: whatever a file holds,
     a message about it is short."""
-    shown = [_cut(one, width) for one in problems[:limit]]
+    shown = [cut(one, width) for one in problems[:limit]]
     rest = len(problems) - limit
     return "; ".join(shown) + (f"; … and {rest} more" if rest > 0 else "")
 
 
-def _cut(text: str, width: int) -> str:
+def quoted(value: object, width: int = LONGEST) -> str:
+    """A value as Python writes it, cut at `width` characters: for a message that repeats it."""
+    return cut(repr(value), width)
+
+
+def cut(text: str, width: int = LONGEST) -> str:
+    """A text, cut at `width` characters."""
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _bounded(text: str) -> str:
+    """A message that repeats no value of any length: paths, addresses and what else has no space
+    are cut, and so is a message that is longer than any of ours."""
+    text = _RUN.sub(lambda run: cut(run[0]), text)
+    return text if len(text) <= MESSAGE else f"{text[:139]} … {text[-58:]}"

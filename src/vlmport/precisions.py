@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vlmport.errors import BundleError, did_you_mean
+from vlmport.errors import BundleError, did_you_mean, quoted
 
 ANY = "any"  # the precision of a component that has only one form
 AUTO = "auto"
@@ -93,7 +93,7 @@ def _parse_mix(components: Mapping[str, Mapping[str, Any]], text: str) -> dict[s
     for name in mix:
         if name not in components:
             raise BundleError(
-                f"precision {text!r}: no component {name!r}"
+                f"precision {quoted(text)}: no component {quoted(name)}"
                 f"{did_you_mean(name, [*SHORT_NAMES, *components])}",
                 hint=f"components of this bundle: {', '.join(components)}",
             )
@@ -110,7 +110,7 @@ def _check(components: Mapping[str, Mapping[str, Any]], component: str, precisio
     wanted = [name for name in SUFFIXES if name in (*complete(components), precision)]
     again = f"; to have it too, export again with --precision {','.join(wanted)}"
     raise BundleError(
-        f"precision {precision!r} is not in this bundle (component {component})"
+        f"precision {quoted(precision)} is not in this bundle (component {component})"
         f"{did_you_mean(precision, forms)}",
         hint=f"it holds {', '.join(forms)}{again * (precision in SUFFIXES)}",
     )

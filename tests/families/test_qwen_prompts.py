@@ -16,7 +16,8 @@ from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.shared_testdata import shared_testdata
 from vlmport.checkpoint import Checkpoint
 from vlmport.families import family_of
-from vlmport.runtime.prompt import Prompter, check_messages
+from vlmport.runtime.messages import check_messages
+from vlmport.runtime.prompt import Prompter
 
 IMAGE = {"type": "image"}
 START, END, PAD = 151652, 151653, 151655

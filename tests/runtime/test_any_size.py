@@ -20,8 +20,8 @@ from vlmport.errors import PromptError
 from vlmport.export import export
 from vlmport.runtime.answer import Answer
 from vlmport.runtime.components import POSITIONS, VISION, Components, merge_image_features
+from vlmport.runtime.messages import check_messages
 from vlmport.runtime.model import VLM
-from vlmport.runtime.prompt import check_messages
 
 WRITERS = {"qwen2_5_vl": write_qwen2_5, "qwen3_vl": write_qwen3}
 SIZES = [(40, 60), (75, 30), (64, 64), (33, 120)]

@@ -16,9 +16,10 @@ from vlmport.bundle import Bundle, PromptSpec
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import TokenizerError
 from vlmport.families import family_of
+from vlmport.runtime.messages import check_messages
 from vlmport.runtime.model import VLM
 from vlmport.runtime.placeholders import renamed_tokenizer
-from vlmport.runtime.prompt import Prompter, check_messages
+from vlmport.runtime.prompt import Prompter
 
 ANSWERING = ["shapes-smolvlm", "shapes-qwen2.5-vl", "shapes-qwen3-vl"]
 IMAGE = {"type": "image"}

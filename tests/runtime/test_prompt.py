@@ -17,7 +17,8 @@ from tests.shared_testdata import shared_testdata
 from vlmport.bundle import PromptSpec
 from vlmport.chat_template import render_template
 from vlmport.errors import PromptError, TokenizerError
-from vlmport.runtime.prompt import Prompter, check_messages
+from vlmport.runtime.messages import check_messages
+from vlmport.runtime.prompt import Prompter
 
 IMAGE_PART = {"type": "image"}
 
@@ -92,7 +93,7 @@ def test_the_callers_messages_are_left_alone():
         ),
         ([user({"type": "text"})], [], "expected a text or an image part"),
         ([user({"type": "image", "image": None})], [], "its image is None"),
-        ([user({"type": "image_url", "image_url": {}})], [], "image_url is not fetched"),
+        ([user({"type": "image_url", "image_url": {}})], [], "image_url without a url"),
         ([user(IMAGE_PART)], [], "0 pictures given, 1 image part without a picture"),
         ([user(text_part("x"))], ["a"], "1 picture given, 0 image parts without a picture"),
         ([user(IMAGE_PART)], ["a", "b"], "2 pictures given, 1 image part"),

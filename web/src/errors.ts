@@ -23,6 +23,10 @@ export interface PlainError {
   readonly code?: string;
 }
 
+const LONGEST = 200; // characters of any one value in a message
+const MESSAGE = 2000; // characters of a whole message: lists of names are the longest
+const RUN = /\S{201,}/g;
+
 interface ErrorDetails extends ErrorOptions {
   /** A stable name of the problem, such as 'image.unreadable': the text of a message may change. */
   readonly code?: string | undefined;
@@ -31,15 +35,17 @@ interface ErrorDetails extends ErrorOptions {
 export class VlmportError extends Error {
   override readonly name = 'VlmportError';
 
+  readonly hint: string;
   readonly code: string | undefined;
 
   constructor(
     readonly kind: ErrorKind,
     message: string,
-    readonly hint: string,
+    hint: string,
     details?: ErrorDetails,
   ) {
-    super(message, details);
+    super(bounded(message), details);
+    this.hint = bounded(hint);
     this.code = details?.code;
   }
 
@@ -53,6 +59,29 @@ export class VlmportError extends Error {
   }
 }
 
+/** A value as it is written, cut where it is long: for a message that repeats it. */
+export function quoted(value: unknown, width = LONGEST): string {
+  let text: string;
+  try {
+    text = JSON.stringify(value) ?? String(value);
+  } catch {
+    text = Object.prototype.toString.call(value);
+  }
+  return cut(text, width);
+}
+
+/** A text, cut where it is long. */
+export function cut(text: string, width = LONGEST): string {
+  return text.length > width ? `${text.slice(0, width - 1)}…` : text;
+}
+
+/** A message that repeats no value of any length: what has no space is cut, and so is a message
+ * that is longer than any of ours. */
+function bounded(text: string): string {
+  const shorter = text.replace(RUN, run => cut(run));
+  return shorter.length > MESSAGE ? `${shorter.slice(0, 139)} … ${shorter.slice(-58)}` : shorter;
+}
+
 /** Any thrown value as an error of ours; what nobody foresaw gets `kind` and asks for a report. */
 export function asVlmportError(error: unknown, kind: ErrorKind): VlmportError {
   if (error instanceof VlmportError) return error;
@@ -62,7 +91,7 @@ export function asVlmportError(error: unknown, kind: ErrorKind): VlmportError {
 /** What a thrown value says, without its later lines. */
 export function firstLine(error: unknown): string {
   const text = error instanceof Error ? error.message || error.name : String(error);
-  return (text.trim().split('\n')[0] ?? '').slice(0, 400);
+  return cut(text.trim().split('\n')[0] ?? '');
 }
 
 const REFUSED = /Name:'(?:[^']*\/)?refused: (.*?) \| (.*?)' Status Message/;

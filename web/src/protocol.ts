@@ -47,6 +47,8 @@ export interface Info {
   readonly takesQuestions: boolean;
   /** What asks for a caption. */
   readonly caption: readonly Message[];
+  /** Names of the image processor's options. */
+  readonly imageOptions: readonly string[];
 }
 
 export interface LoadOptions {
@@ -61,6 +63,8 @@ export interface LoadOptions {
 export interface NumberedPicture {
   readonly number: number;
   readonly picture: Picture | null;
+  /** For this picture alone, over those of the question. */
+  readonly options?: ImageOptions;
 }
 
 /** A prompt, and how to answer it. */

@@ -111,7 +111,7 @@ export class VLM {
    * Throws VlmportError, or the signal's reason.
    */
   async generate(messages: readonly Message[], options: GenerateOptions = {}): Promise<Caption> {
-    checkMessages(messages, options.images); // one picture is no message, though `stream` takes it
+    checkMessages(messages, options.images, this.model.info.imageOptions); // one picture is no message, though `stream` takes it
     return whole(this.stream(messages, options));
   }
 
@@ -156,12 +156,15 @@ export class VLM {
     asked: readonly Message[],
     { images, imageOptions = {}, maxNewTokens, signal }: GenerateOptions,
   ): AsyncGenerator<string, Caption> {
-    const { messages, pictures: sources } = checkMessages(asked, images);
     const { model } = this;
+    const chat = checkMessages(asked, images, model.info.imageOptions);
+    const { messages, pictures: sources, options } = chat;
     return (async function* () {
       signal?.throwIfAborted();
       const read = await Promise.all(sources.map(source => toPicture(source)));
-      const pictures = read.map((picture, number) => ({ number, picture }));
+      const pictures = read.map((picture, number) => {
+        return { number, picture, options: options[number]! };
+      });
       const asked = { messages, pictures, imageOptions, conversation: null };
       return yield* model.answer({ ...asked, maxNewTokens: maxNewTokens ?? null }, signal);
     })();

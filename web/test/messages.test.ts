@@ -1,4 +1,5 @@
 import { expect, test } from 'vitest';
+import type { VlmportError } from '../src/errors.js';
 import { type Message, checkMessages, filled, stripped } from '../src/messages.js';
 
 const A = 'https://example.org/a.png';
@@ -85,4 +86,76 @@ test('half a character is named, a whole one is fine', () => {
 test('answers are stripped as Python strips them', () => {
   expect(stripped(' \x1c\x85\u3000a b\n\u2029')).toBe('a b');
   expect(stripped('\ufeffa\u200b')).toBe('\ufeffa\u200b'); // no space to Python
+});
+
+const asked = (part: object) => [{ role: 'user', content: [part] }] as unknown as Message[];
+const OPTIONS = ['max_pixels', 'do_image_splitting'];
+const DATA = 'data:image/png;base64,iVBORw0=';
+
+test.each([
+  [{ image: A }, A],
+  [{ url: A }, A],
+  [{ base64: DATA }, DATA],
+  [{ image: null, url: A, text: null }, A], // as a table's rows have it
+  [{ type: 'image_url', image_url: { url: A, detail: 'auto' } }, A],
+  [{ type: 'image_url', image_url: A }, A],
+])('a picture under any of its names: %o', (part, wanted) => {
+  const chat = checkMessages(asked({ type: 'image', ...part }));
+  expect(chat.pictures).toEqual([wanted]);
+  expect(chat.messages[0]!.content).toEqual([{ type: 'image' }]);
+});
+
+test('base64 is decoded, with spaces and without padding', async () => {
+  const [blob] = checkMessages(asked({ type: 'image', base64: 'AQI\n D/w' })).pictures;
+  expect(new Uint8Array(await (blob as Blob).arrayBuffer())).toEqual(Uint8Array.of(1, 2, 3, 255));
+});
+
+test('a part carries options of its own picture', () => {
+  const part = { type: 'image', url: A, max_pixels: 5 };
+  expect(checkMessages(asked(part), [], OPTIONS).options).toEqual([{ max_pixels: 5 }]);
+});
+
+test.each([
+  [{ type: 'image', images: A }, 'unknown-key', "did you mean 'image'?"],
+  [{ type: 'image', max_pixel: 5 }, 'unknown-key', "did you mean 'max_pixels'?"],
+  [{ type: 'image', path: '/a.png' }, 'unknown-key', "'path'"],
+  [{ type: 'text', text: 'x', cache_control: {} }, 'unknown-key', 'cache_control'],
+  [{ type: 'image', image: B, url: A }, 'several-images', "'url'"],
+  [{ type: 'image', url: 5 }, 'wrong-value', 'url is 5'],
+  [{ type: 'imag' }, 'unknown-part', "did you mean 'image'?"],
+  [{ type: 'image_url', image_url: { url: A, detail: 'low' } }, 'wrong-value', 'detail'],
+  [{ type: 'image_url' }, 'wrong-value', ''],
+  [{ type: 'image', base64: 'a*'.repeat(1e6) }, 'bad-base64', ''],
+])('%o: what has no meaning is refused by name', (part, name, named) => {
+  try {
+    checkMessages(asked(part), [], OPTIONS);
+    expect.unreachable();
+  } catch (error) {
+    const { code, message } = error as VlmportError;
+    expect(code).toMatch(new RegExp(`^(prompt|image)\\.${name}$`));
+    expect(message).toContain('messages[0].content[0]');
+    expect(message).toContain(named);
+    expect(message.length).toBeLessThan(300);
+  }
+});
+
+test('no message repeats a long value', () => {
+  const long = 'x'.repeat(1e6);
+  const words = 'x '.repeat(1e6);
+  for (const messages of [
+    long,
+    [{ role: long, content: 'x' }],
+    [{ role: words, content: 'x' }],
+    [{ role: 'user', content: [{ type: long }] }],
+    asked({ type: 'image', [long]: 1 }),
+    asked({ type: 'image', [words]: 1 }),
+  ]) {
+    try {
+      checkMessages(messages as Message[]);
+      expect.unreachable();
+    } catch (error) {
+      const { message, hint } = error as VlmportError;
+      expect(`${message}${hint}`).not.toMatch(/(x ?){201}/);
+    }
+  }
 });

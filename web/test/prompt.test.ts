@@ -147,12 +147,25 @@ test('texts that spell none have the ids of the rendered prompt', async () => {
 test('where the placeholder is no added token, that is said', async () => {
   const prompter = await open("{{ '<image>' }}{{ messages[0].content[1].text }}");
   const added_tokens = TOKENIZER.added_tokens.slice(1);
-  const bare = await open("{{ '<image> ' }}{{ messages[0].content[1].text }}", {}, {
-    ...TOKENIZER,
-    added_tokens,
-  });
+  const bare = await open(
+    "{{ '<image> ' }}{{ messages[0].content[1].text }}",
+    {},
+    {
+      ...TOKENIZER,
+      added_tokens,
+    },
+  );
   const content = [{ type: 'image' }, { type: 'text', text: ' <image>' }];
   expect(prompter.ids([{ role: 'user', content }]).filter(id => id === 5).length).toBe(1);
   const code = 'tokenizer.placeholder-in-text';
   expect(() => bare.ids([{ role: 'user', content }])).toThrow(expect.objectContaining({ code }));
+});
+
+test('a key of a message that the template does not read is refused', async () => {
+  const message = { role: 'user', content: 'a', name: 'Ann', tool_calls: [], refusal: null };
+  const silent = await open('{{ messages[0].content[0].text }}');
+  const code = 'prompt.unread-key';
+  expect(() => silent.ids([message])).toThrow(expect.objectContaining({ code }));
+  const reader = await open('{{ messages[0].name }} {{ messages[0].content[0].text }}');
+  expect(reader.ids([message])).toHaveLength(2);
 });

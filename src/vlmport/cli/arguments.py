@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmport.errors import OptionError
+from vlmport.errors import OptionError, cut
 
 Model = Annotated[
     str,
@@ -49,7 +49,7 @@ def read_image_options(given: list[str] | None, no_split: bool) -> dict[str, Any
             options[name.strip().replace("-", "_")] = json.loads(value)
         except ValueError as error:
             raise OptionError(
-                f"--image-option {text}: not JSON: {error}",
+                f"--image-option {cut(text)}: not JSON: {error}",
                 hint="for example do_image_splitting=false",
             ) from error
     return options

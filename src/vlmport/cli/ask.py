@@ -25,7 +25,7 @@ from vlmport.cli.arguments import (
 )
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
-from vlmport.errors import ImageError, OptionError, PromptError
+from vlmport.errors import ImageError, OptionError, PromptError, quoted
 
 # What ends so and holds no space is meant as a file.
 SUFFIXES = re.compile(r"\S+\.(png|jpe?g|webp|avif|gif|bmp|tiff?|heic|svg|pdf|mp4)", re.I)
@@ -110,7 +110,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     if asked is None and len(images) > 1:
         kind = "folder" if Path(question).is_dir() else "file"
         raise PromptError(
-            f"no question: the last argument {question!r} is a {kind}",
+            f"no question: the last argument {quoted(question)} is a {kind}",
             hint="put the question last; `vlmport caption` captions several pictures",
         )
     return images, asked

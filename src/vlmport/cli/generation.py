@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmport.errors import OptionError
+from vlmport.errors import OptionError, cut
 
 Number, Count, Flag = float | None, int | None, bool | None
 
@@ -102,11 +102,11 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not (is_ and name):
             raise OptionError(
-                f"--option {text}: expected NAME=VALUE", hint="for example max_length=100"
+                f"--option {cut(text)}: expected NAME=VALUE", hint="for example max_length=100"
             )
         if name in given:
             raise OptionError(f"{name} is given twice", hint="leave one of the two out")
-        given[name] = _json(f"--option {text}", value)
+        given[name] = _json(f"--option {cut(text)}", value)
     if (early := given.get("early_stopping")) in ("true", "false"):
         given["early_stopping"] = early == "true"
     if (path := given.get("json_schema")) is not None and isinstance(path, Path):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmport.errors import EvaluationError, some_names
+from vlmport.errors import EvaluationError, quoted, some_names
 from vlmport.json_files import load_json
 
 KNOWN_FILES = ("captions.json", "metadata.csv", "metadata.jsonl")
@@ -57,7 +57,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     captions: dict[str, list[str]] = {}
     for where, name, given in readers[path.suffix.lower()](path):
         if not isinstance(name, str) or not name:
-            raise EvaluationError(f"{where}: a picture's name is {name!r}", hint=FORMS)
+            raise EvaluationError(f"{where}: a picture's name is {quoted(name)}", hint=FORMS)
         captions.setdefault(name, []).extend(_texts(given, f"{where}: {name}"))
     if not captions:
         raise EvaluationError(f"{path}: no captions in it", hint=FORMS)
@@ -101,13 +101,15 @@ def _from_coco(raw: Mapping[str, Any], path: Path) -> Iterator[Entry]:
         where = f"{path}: images[{number}]"
         key, name = _fields(image, where, "id", FILE_COLUMN)
         if names.setdefault(key, name) != name:
-            raise EvaluationError(f"{where}: id {key!r} is {names[key]!r} too", hint=FORMS)
+            raise EvaluationError(
+                f"{where}: id {quoted(key)} is {quoted(names[key])} too", hint=FORMS
+            )
         yield where, name, []  # one that no annotation names is then one without a caption
     for number, annotation in enumerate(raw["annotations"]):
         where = f"{path}: annotations[{number}]"
         key, given = _fields(annotation, where, "image_id", "caption")
         if key not in names:
-            raise EvaluationError(f"{where}: no image has the id {key!r}", hint=FORMS)
+            raise EvaluationError(f"{where}: no image has the id {quoted(key)}", hint=FORMS)
         yield where, names[key], given
 
 
@@ -115,7 +117,7 @@ def _fields(row: Any, where: str, key: str, value: str) -> tuple[Any, Any]:
     if not isinstance(row, Mapping) or key not in row or value not in row:
         raise EvaluationError(f"{where}: expected an object with {key!r} and {value!r}", hint=FORMS)
     if not isinstance(row[key], str | int):
-        raise EvaluationError(f"{where}: {key!r} is {row[key]!r}", hint=FORMS)
+        raise EvaluationError(f"{where}: {key!r} is {quoted(row[key])}", hint=FORMS)
     return row[key], row[value]
 
 

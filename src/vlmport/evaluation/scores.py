@@ -17,7 +17,14 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vlmport.errors import DependencyError, EvaluationError, OptionError, did_you_mean, some_names
+from vlmport.errors import (
+    DependencyError,
+    EvaluationError,
+    OptionError,
+    did_you_mean,
+    quoted,
+    some_names,
+)
 
 References = Sequence[Sequence[str]]
 
@@ -104,7 +111,7 @@ def parse_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
     for name in dict.fromkeys(one.strip().lower().replace("-", "_") for one in names):
         if name not in METRICS:
             raise OptionError(
-                f"no metric {name!r}{did_you_mean(name, METRICS)}",
+                f"no metric {quoted(name)}{did_you_mean(name, METRICS)}",
                 hint=f"choose from {', '.join(METRICS).replace('_', '-')}",
             )
         metrics.append(METRICS[name])

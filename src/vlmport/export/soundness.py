@@ -32,7 +32,8 @@ def check_prompt(bundle: Bundle) -> None:
     """
     from vlmport.runtime.components import Components
     from vlmport.runtime.golden import golden_image
-    from vlmport.runtime.prompt import Prompter, check_messages
+    from vlmport.runtime.messages import check_messages
+    from vlmport.runtime.prompt import Prompter
 
     spec = bundle.manifest.prompt
     picture = golden_image(bundle.manifest.golden)

@@ -19,8 +19,9 @@ from vlmport.runtime.features import MAX_BYTES, FeatureCache, Picture
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.grammar import Grammar, Grammars
 from vlmport.runtime.images import open_image
+from vlmport.runtime.messages import Message, check_messages
 from vlmport.runtime.options import GenerationOptions
-from vlmport.runtime.prompt import Message, Prompter, check_messages
+from vlmport.runtime.prompt import Prompter
 from vlmport.runtime.request import Request, check_default, most_new_tokens, new_request
 from vlmport.runtime.text import StopStrings
 
@@ -127,10 +128,13 @@ class Asker:
 
         Raises ImageError, PromptError or OptionError.
         """
-        chat = check_messages(messages, images)
+        chat = check_messages(messages, images, self.components.manifest.image_options)
         text = self.text_ids(chat.messages)
         start = time.perf_counter()
-        pictures = [self.picture(image, image_options) for image in chat.images]
+        pictures = [
+            self.picture(image, {**(image_options or {}), **own})
+            for image, own in zip(chat.images, chat.options, strict=True)
+        ]
         return self.ready(text, pictures, decoding, start)
 
     def text_ids(self, messages: Sequence[Message]) -> Int64[np.ndarray, " S"]:

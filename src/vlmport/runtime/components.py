@@ -23,6 +23,7 @@ from vlmport.errors import (
     OptionError,
     PromptError,
     did_you_mean,
+    quoted,
 )
 from vlmport.layouts import HUB
 from vlmport.precisions import precision_name
@@ -399,7 +400,7 @@ def _option_feeds(
     for name, value in options.items():
         if name not in known:
             raise OptionError(
-                f"image option {name!r} is unknown{did_you_mean(name, known)}",
+                f"image option {quoted(name)} is unknown{did_you_mean(name, known)}",
                 hint=f"this bundle has: {', '.join(known) or 'none'}",
             )
         dtype = DTYPES[known[name].type]
@@ -409,7 +410,7 @@ def _option_feeds(
             given = np.asarray(None)
         if given.dtype.kind not in KINDS[dtype.kind]:  # numpy would take "no" for true
             raise OptionError(
-                f"image option {name}={value!r}: expected {known[name].type}",
+                f"image option {name}={quoted(value)}: expected {known[name].type}",
                 hint="in JSON: true, false, 5, 0.5 or [5, 7]",
             )
         feeds[name] = given.astype(dtype)

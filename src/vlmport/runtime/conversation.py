@@ -25,7 +25,7 @@ from vlmport.runtime.answer import Caption
 from vlmport.runtime.asking import Asker, Held, Prompt, refuse_several
 from vlmport.runtime.features import Picture
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.prompt import Message, check_images, check_messages
+from vlmport.runtime.messages import Message, check_images, check_messages
 
 if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from vlmport.errors import DependencyError, OptionError
+from vlmport.errors import LONGEST, DependencyError, OptionError, cut, quoted
 from vlmport.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class GrammarTokenizer:
             self.native = library.LLTokenizer(plain.to_str(), n_vocab=size, eos_token=stops)
         except Exception as error:  # the library raises ValueError, or whatever Rust panics with
             raise OptionError(
-                f"llguidance can't read this model's tokenizer: {error}",
+                f"llguidance can't read this model's tokenizer: {cut(str(error))}",
                 hint="this model can't be held to a grammar",
             ) from error
         self.vocab_size = vocab_size
@@ -125,12 +125,12 @@ class Grammars:
             return None
         library = _library()
         if options.json_schema is not None:
-            said = f"json_schema={_short(options.json_schema)}"
+            said = f"json_schema={cut(options.json_schema, 80)}"
             source = library.LLMatcher.grammar_from_json_schema(
                 options.json_schema, overrides=JSON_LAYOUT
             )
         else:
-            said = f"regex={_short(repr(options.regex))}"
+            said = f"regex={quoted(options.regex, 80)}"
             source = library.LLMatcher.grammar_from_regex(options.regex)
         with self._making:
             self._tokenizer = self._tokenizer or GrammarTokenizer(*self._made_of)
@@ -148,12 +148,7 @@ def _library() -> Any:
     return llguidance
 
 
-def _short(text: str) -> str:
-    """The beginning of a text, for an error of one line."""
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
 def _reason(matcher: Any) -> str:
     """What llguidance says, in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(("<", "^")))[:400]
+    return " ".join(line for line in lines if line and not line.startswith(("<", "^")))[:LONGEST]

@@ -22,6 +22,7 @@ from vlmport.errors import ImageError
 from vlmport.runtime.image_kinds import AVIF, HEAD, HEIF, RAW, Kind, kind_of
 from vlmport.runtime.image_pixels import bytes_needed, decode, loaded
 from vlmport.runtime.memory import available_memory
+from vlmport.runtime.picture_uris import local_source
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -83,6 +84,8 @@ def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
     if isinstance(source, Image.Image):
         with _strict_pillow:
             return _pixels(source, "the image")
+    if isinstance(source, str | os.PathLike):
+        source = local_source(source)
     file, name = _open_source(source)
     try:
         seekable, head = _start(file, name)
@@ -127,12 +130,6 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
             )
         return source, str(getattr(source, "name", "the file"))
     name = os.fspath(source)
-    if name.startswith(("http://", "https://")):
-        raise ImageError(
-            f"{name}: a URL is not fetched",
-            hint="download it and give its path",
-            code="image.url",
-        )
     path = Path(name)
     try:
         if path.is_dir():

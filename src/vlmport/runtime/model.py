@@ -16,8 +16,9 @@ from vlmport.runtime.components import Components
 from vlmport.runtime.conversation import Conversation
 from vlmport.runtime.features import MAX_BYTES, FeatureCache
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.messages import Message
 from vlmport.runtime.options import whole_number
-from vlmport.runtime.prompt import Message, Prompter
+from vlmport.runtime.prompt import Prompter
 
 if TYPE_CHECKING:
     from vlmport.runtime.images import ImageSource

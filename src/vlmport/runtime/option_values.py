@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NoReturn
 
-from vlmport.errors import OptionError
+from vlmport.errors import OptionError, quoted
 
 TokenIds = tuple[int, ...]
 
@@ -23,7 +23,7 @@ def whole_number(name: str, value: Any, least: int, below: int | None = None) ->
     if number is None or number < least or (below is not None and number >= below):
         range_ = f"of at least {least}" if below is None else f"from {least} to {below - 1}"
         raise OptionError(
-            f"{name}={value!r}, expected a whole number {range_}",
+            f"{name}={quoted(value)}, expected a whole number {range_}",
             hint=f"for example {name}={max(least, 8)}",
         )
     return number
@@ -145,7 +145,7 @@ def schema(name: str, value: Any) -> str:
 
 
 def _refuse(name: str, value: Any, expected: str, hint: str) -> NoReturn:
-    raise OptionError(f"{name}={value!r}, expected {expected}", hint=hint)
+    raise OptionError(f"{name}={quoted(value)}, expected {expected}", hint=hint)
 
 
 def _index(value: Any) -> int | None:

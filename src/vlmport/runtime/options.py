@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmport.errors import OptionError, OptionWarning, did_you_mean
+from vlmport.errors import OptionError, OptionWarning, did_you_mean, quoted
 from vlmport.runtime import option_values as values
 from vlmport.runtime.option_values import TokenIds, whole_number
 from vlmport.runtime.random import new_seed
@@ -260,11 +260,11 @@ def _without_refused(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options among `given`. Raises OptionError for unknown names, and for what is refused."""
     unknown = [name for name in given if name not in CHECKS and name not in REFUSED]
     if unknown:
-        named = ", ".join(f"{name!r}{did_you_mean(name, CHECKS)}" for name in unknown)
+        named = ", ".join(f"{quoted(name)}{did_you_mean(name, CHECKS)}" for name in unknown)
         raise OptionError(f"unknown option {named}", hint=f"known: {', '.join(CHECKS)}")
     for name, (neutral, hint) in REFUSED.items():
         if name in given and not any(given[name] is one or given[name] == one for one in neutral):
-            raise OptionError(f"option {name}={given[name]!r} is not supported", hint=hint)
+            raise OptionError(f"option {name}={quoted(given[name])} is not supported", hint=hint)
     return {name: value for name, value in given.items() if name in CHECKS}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmport.errors import OptionError
+from vlmport.errors import OptionError, cut
 from vlmport.runtime.option_values import TokenIds
 from vlmport.runtime.options import DEFAULTS, GenerationOptions
 from vlmport.runtime.scores import FORBIDDEN, log_softmax
@@ -312,6 +312,6 @@ def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: 
     wrong = sorted({one for one in named if one >= vocab_size})
     if wrong:
         raise OptionError(
-            f"{name}: {', '.join(map(str, wrong))} not in a vocabulary of {vocab_size} tokens",
+            f"{name}: {cut(', '.join(map(str, wrong)))} not in a vocabulary of {vocab_size} tokens",
             hint=f"ids are below {vocab_size}; this model's tokenizer gives them",
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +13,17 @@ from tokenizers import Tokenizer
 
 from vlmport.bundle import PromptSpec
 from vlmport.chat_template import TemplateLimitError, render_template, special_tokens
-from vlmport.errors import PromptError, TokenizerError, did_you_mean
+from vlmport.errors import PromptError, TokenizerError, cut, did_you_mean, quoted, some_names
 from vlmport.json_files import load_json
+from vlmport.runtime.messages import Message, check_encodable, count
 from vlmport.runtime.placeholders import free_mark, renamed_tokenizer
 from vlmport.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
 
-ROLES = ("system", "user", "assistant", "tool")
+KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # that some templates read
 AGAIN = "download or export the bundle again"
-
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Checked messages, every content a list of parts, and the pictures that stand in them."""
-
-    messages: list[dict[str, Any]]
-    images: list[Any]
 
 
 class Prompter:
@@ -91,7 +82,7 @@ class Prompter:
             ) from error
         except TemplateError as error:
             raise PromptError(
-                f"the chat template refuses these messages: {error}",
+                f"the chat template refuses these messages: {cut(str(error))}",
                 hint="roles and content must be as this model expects them",
                 code="template.refuses",
             ) from error
@@ -107,9 +98,12 @@ class Prompter:
         ordinary characters. All other texts have the ids that transformers gives them, other
         special tokens that they spell included.
 
-        Raises PromptError as `render` does.
+        Raises PromptError as `render` does, and for a key of a message that the template does not
+        read: it would have no effect.
         """
+        self._check_keys(messages)
         text = self.render(messages)
+        check_encodable(text, "the rendered prompt")
         ids = self.encode(text)
         mark = free_mark(text)
         marked = self._render(messages, mark=mark)
@@ -122,6 +116,23 @@ class Prompter:
         if count != len(parts):  # a template that builds the placeholder of pieces
             return ids
         return self._encode_marked(marked, mark)
+
+    def _check_keys(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages):
+            given = {name for name, value in message.items() if value not in (None, "", [], {})}
+            unread = {
+                name
+                for name in given - {"role", "content"}
+                if not re.search(rf"\b{re.escape(str(name))}\b", self._template or "")
+            }
+            if unread:
+                near = did_you_mean(str(min(unread, key=str)), ("role", "content", *KEYS))
+                raise PromptError(
+                    f"messages[{number}]: {some_names(map(str, unread))}{near}: this model's chat "
+                    "template does not read it",
+                    hint="leave it out: it would have no effect",
+                    code="prompt.unread-key",
+                )
 
     def _encode_marked(self, text: str, mark: str) -> Int64[np.ndarray, " S"]:
         """A rendered prompt's ids, where a mark is a placeholder and nothing else is."""
@@ -145,8 +156,8 @@ class Prompter:
         at = np.flatnonzero(ids == self.spec.placeholder_token_id)
         if len(at) != len(images):
             raise PromptError(
-                f"{_count(len(images), 'picture')} for "
-                f"{_count(len(at), 'placeholder')} {self.spec.image_placeholder!r} in the prompt",
+                f"{count(len(images), 'picture')} for "
+                f"{count(len(at), 'placeholder')} {self.spec.image_placeholder!r} in the prompt",
                 hint="this chat template writes it where no image part is"
                 if len(at) > len(images)
                 else "the template leaves out a picture; put it into a user's message",
@@ -159,101 +170,6 @@ class Prompter:
         return np.concatenate([*parts, ids[start:]])
 
 
-def check_messages(messages: Sequence[Message], images: Sequence[Any] = ()) -> Chat:
-    """Check messages and gather their pictures, in the order in which they stand.
-
-    A picture is a part `{"type": "image"}`, filled from `images` in order, or one that carries
-    its own: `{"type": "image", "image": …}`. A text may stand instead of a list of parts.
-
-    Raises PromptError for a bad role or part, and for pictures without a place or the reverse.
-    """
-    if isinstance(messages, str | Mapping) or not messages:
-        raise PromptError(
-            f"messages must be a list of at least one message, got {_kind(messages)}",
-            hint='[{"role": "user", "content": [{"type": "image"}]}]',
-        )
-    check_images(images)
-    given, found, checked = list(images), [], []
-    waiting = 0
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        parts = _parts(message, where)
-        for part in parts:
-            if part["type"] == "image":
-                waiting += "image" not in part
-                found.append(part.pop("image", None))
-        checked.append({**message, "content": parts})
-    if waiting != len(given):
-        raise PromptError(
-            f"{_count(len(given), 'picture')} given, {_count(waiting, 'image part')} without a "
-            "picture in the messages",
-            hint='each picture needs one {"type": "image"}',
-        )
-    rest = iter(given)
-    return Chat(checked, [next(rest) if image is None else image for image in found])
-
-
-def check_images(images: Any) -> None:
-    """Raise PromptError for one picture in place of a list: its rows are no pictures."""
-    if not isinstance(images, list | tuple):
-        raise PromptError(
-            f"images must be a list of pictures, got {_one_picture(images)}",
-            hint="put it into a list: images=[…]",
-        )
-
-
-def _parts(message: Any, where: str) -> list[dict[str, Any]]:
-    """A message's content as a list of parts that may be changed."""
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise PromptError(
-            f"{where}: expected role and content, got {_kind(message)}",
-            hint='{"role": "user", "content": "…"}',
-        )
-    if message["role"] not in ROLES:
-        raise PromptError(
-            f"{where}: role {message['role']!r} is unknown"
-            f"{did_you_mean(str(message['role']), ROLES)}",
-            hint=f"one of {', '.join(ROLES)}",
-        )
-    content = message["content"]
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise PromptError(f"{where}: content is {_kind(content)}", hint="a text or a list of parts")
-    return [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
-
-
-def _part(part: Any, where: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        _check_encodable(part["text"], where)
-        return dict(part)
-    if kind == "image":
-        if part.get("image", ...) is None:
-            raise PromptError(f"{where}: its image is None", hint="leave 'image' out or fill it")
-        return dict(part)
-    if kind == "image_url":
-        raise PromptError(f"{where}: image_url is not fetched", hint='use {"type": "image"}')
-    is_film = kind in ("video", "video_url")
-    raise PromptError(
-        f"{where}: expected a text or an image part, got {_kind(part)}",
-        hint="videos are not read; give some frames as pictures"
-        if is_film
-        else '{"type": "text", "text": "…"} or {"type": "image"}',
-    )
-
-
-def _check_encodable(text: str, where: str) -> None:
-    """Python keeps bytes that are no UTF-8 as surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"{where}: not Unicode at character {error.start}: {text[error.start]!a}",
-            hint="text is read as UTF-8",
-        ) from None
-
-
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """tokenizer_config.json's template ('default' of several), else chat_template.jinja."""
     template = config.get("chat_template")
@@ -264,21 +180,9 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
         if template is None and path.is_file():
             template = path.read_text(encoding="utf-8")
         if not isinstance(template, str | None):
-            raise TypeError(f"chat_template is {_kind(template)}")
+            raise TypeError(f"chat_template is {quoted(template, 80)}")
     except (KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{folder}: no readable chat template: {error}", hint=AGAIN) from error
+        raise TokenizerError(
+            f"{folder}: no readable chat template: {cut(str(error))}", hint=AGAIN
+        ) from error
     return template
-
-
-def _one_picture(value: Any) -> str:
-    """A path as it is written, anything else by its type: an array's pixels say nothing."""
-    return _kind(value) if isinstance(value, str) else f"one {type(value).__name__}"
-
-
-def _kind(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

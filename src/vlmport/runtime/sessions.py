@@ -24,7 +24,7 @@ from onnxruntime.capi import (
 )
 
 from vlmport import REPORTS_BY_CHOICE
-from vlmport.errors import BundleError, DeviceError, did_you_mean
+from vlmport.errors import BundleError, DeviceError, did_you_mean, quoted
 from vlmport.runtime.options import whole_number
 
 if not REPORTS_BY_CHOICE:  # for a program that imported ONNX Runtime before vlmport
@@ -92,15 +92,17 @@ class Device:
         name = ALIASES.get(name, name)
         if name not in PROVIDERS or not (index.isdecimal() or not index):
             raise DeviceError(
-                f"device {text!r} is unknown{did_you_mean(name, PROVIDERS)}",
+                f"device {quoted(text)} is unknown{did_you_mean(name, PROVIDERS)}",
                 hint=f"known: {', '.join(PROVIDERS)}; here: {', '.join(available_devices())}",
             )
         if index and name not in INDEXED:
-            raise DeviceError(f"device {text!r}: {name} has no index", hint=f"give {name!r} alone")
+            raise DeviceError(
+                f"device {quoted(text)}: {name} has no index", hint=f"give {name!r} alone"
+            )
         provider, package = PROVIDERS[name]
         if provider not in ort.get_available_providers():
             raise DeviceError(
-                f"device {text!r} needs {provider}; this ONNX Runtime {ort.__version__} has "
+                f"device {quoted(text)} needs {provider}; this ONNX Runtime {ort.__version__} has "
                 f"{', '.join(ort.get_available_providers())}",
                 hint=f"pip install {package}, instead of the ONNX Runtime that is installed",
             )

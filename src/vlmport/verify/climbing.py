@@ -20,7 +20,8 @@ import numpy as np
 
 from vlmport.bundle import Manifest
 from vlmport.runtime.components import ProcessedImage
-from vlmport.runtime.prompt import Prompter, check_messages
+from vlmport.runtime.messages import check_messages
+from vlmport.runtime.prompt import Prompter
 from vlmport.verify import metrics
 from vlmport.verify.judging import (
     BrokenError,

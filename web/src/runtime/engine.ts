@@ -105,6 +105,7 @@ export class Engine {
       notes,
       takesQuestions: prompter.takesQuestions,
       caption: this.files.manifest.prompt.caption,
+      imageOptions: Object.keys(this.files.manifest.image_options ?? {}),
     };
   }
 
@@ -127,7 +128,8 @@ export class Engine {
       this.ready.components.checkImageOptions(asked.imageOptions); // where there is no picture too
       const pictures: Picture[] = [];
       for (const one of asked.pictures) {
-        pictures.push(await this.picture(own, one, asked.imageOptions, signal));
+        const options = { ...asked.imageOptions, ...one.options };
+        pictures.push(await this.picture(own, one, options, signal));
       }
       const question = { messages, pictures, maxNewTokens };
       const onEncoded = (encoded: readonly Picture[]) =>

@@ -22,6 +22,13 @@ export interface Rgb {
   readonly data: Uint8Array<ArrayBuffer>; // [height, width, 3]
 }
 
+/** What helps where an address of this scheme can't be fetched. */
+const HINTS: Readonly<Record<string, string>> = {
+  'data:': 'is it whole, and is what follows ;base64, base64?',
+  'blob:': 'was it revoked, or made by another page?',
+  'file:': 'pages read no files by their address: give a File',
+};
+
 type Rgba = Uint8ClampedArray<ArrayBuffer> | Uint8Array<ArrayBuffer>;
 
 /** How a bitmap is decoded so that its numbers are those of the file. */
@@ -59,8 +66,9 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
     signal.throwIfAborted();
     if (error instanceof VlmportError) throw error;
     const message = `${url} can't be fetched (${firstLine(error)})`;
-    const hint = 'on another origin the server has to allow this page (CORS)';
-    throw new VlmportError('ImageError', message, hint);
+    const scheme = /^\w+:/.exec(url)?.[0] ?? '';
+    const hint = HINTS[scheme] ?? 'on another origin the server has to allow this page (CORS)';
+    throw new VlmportError('ImageError', message, hint, { code: 'image.not-fetched' });
   }
 }
 

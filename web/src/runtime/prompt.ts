@@ -7,7 +7,7 @@ import { Template } from '@huggingface/jinja';
 import { Tokenizer } from '@huggingface/tokenizers';
 import type { BundleFiles } from '../bundle/download.js';
 import type { Manifest, Message } from '../bundle/manifest.js';
-import { VlmportError, firstLine } from '../errors.js';
+import { VlmportError, didYouMean, firstLine, quoted } from '../errors.js';
 import { freeMark, renamed } from './placeholders.js';
 
 const TOKENIZER = 'tokenizer.json';
@@ -21,6 +21,8 @@ const SPECIAL_TOKENS = [
   'pad_token',
   'cls_token',
 ];
+
+const KEYS = ['name', 'tool_calls', 'tool_call_id', 'reasoning_content']; // that some templates read
 
 // Python reads tokenizer.json alone; of the other file, this library would take settings that
 // change the text (blanks before full stops and commas go, unless it is told otherwise).
@@ -109,9 +111,11 @@ export class Prompter {
    * Token ids of messages, a placeholder for each image part. No text becomes one: a text that
    * spells the placeholder, or the token of an image's rows, is encoded as ordinary characters.
    *
-   * Throws PromptError as `render` does.
+   * Throws PromptError as `render` does, and for a key of a message that the template does not read:
+   * it would have no effect.
    */
   ids(messages: readonly Message[]): number[] {
+    this.checkKeys(messages);
     const text = this.render(messages);
     const ids = this.encode(text);
     const mark = freeMark(text);
@@ -125,6 +129,20 @@ export class Prompter {
     // Else the template builds the placeholder of pieces.
     if (count !== parts.filter(part => part.type === 'image').length) return ids;
     return this.encodeMarked(marked, mark);
+  }
+
+  private checkKeys(messages: readonly Message[]): void {
+    const words = new Set(this.template?.match(/\w+/g));
+    for (const [number, { role: _, content: __, ...others }] of messages.entries()) {
+      const says = ([name, value]: [string, unknown]) => !words.has(name) && !isEmpty(value);
+      const unread = Object.entries(others).find(says)?.[0];
+      if (unread === undefined) continue;
+      const near = didYouMean(unread, ['role', 'content', ...KEYS]);
+      const message = `messages[${number}]: ${quoted(unread)}${near}: this model's chat template does not read it`;
+      throw new VlmportError('PromptError', message, 'leave it out: it would have no effect', {
+        code: 'prompt.unread-key',
+      });
+    }
   }
 
   /** A rendered prompt's ids, where a mark is a placeholder and nothing else is. */
@@ -165,6 +183,12 @@ export class Prompter {
     let next = 0;
     return ids.flatMap(id => (id === placeholder ? (images[next++] ?? []) : [id]));
   }
+}
+
+/** Whether a value says nothing, as tables of messages fill every row's keys. */
+function isEmpty(value: unknown): boolean {
+  if (value === null || value === undefined || value === '') return true;
+  return typeof value === 'object' && Object.keys(value).length === 0;
 }
 
 /** A message's content as a list of parts, as templates of vision models expect it. */
