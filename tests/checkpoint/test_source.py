@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*args: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(source, "_found", refuse)
+    monkeypatch.setattr("vlmport.checkpoint.folders._found", refuse)
     assert str(failure(tmp_path)) == f"{tmp_path}: can't be read: Permission denied"
     with pytest.raises(SourceError, match="can't be read"):
         locate_adapter(tmp_path)
@@ -137,6 +138,8 @@ def test_folders_that_are_something_else(tmp_path: Path) -> None:
     assert "it has adapter_config.json: this is a LoRA adapter" in str(error)
     assert "--adapter" in (error.hint or "")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert locate(tmp_path) == tmp_path
     (tmp_path / "vlmport.json").write_text("{}")
     assert "it has vlmport.json: this is a bundle already" in str(failure(tmp_path))
@@ -296,8 +299,14 @@ def test_a_foreign_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fetched_adapter_or_bundle_is_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: None)
+    siblings: list[Any] = []
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(tmp_path))
     write_json(tmp_path / "adapter_config.json", {})
     assert "this is a LoRA adapter" in str(failure("org/name"))
     assert locate_adapter("org/name") == tmp_path
+    # What is not fetched is accounted for too.
+    siblings.append(SimpleNamespace(rfilename="non_lora_trainables.bin"))
+    with pytest.raises(SourceError, match=r"non_lora_trainables\.bin"):
+        locate_adapter("org/name")

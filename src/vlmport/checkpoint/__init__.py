@@ -9,6 +9,7 @@ Nothing but headers is read until `numpy()`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
 from vlmport.checkpoint.config import Layers, Signed, Size, read_config, subsection
+from vlmport.checkpoint.folders import unread_weights
 from vlmport.checkpoint.head import HeadNames
 from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.quantized import without_quantization
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
-from vlmport.errors import ConfigError, WeightError, some_names
+from vlmport.errors import CheckpointWarning, ConfigError, WeightError, some_names
 from vlmport.json_files import load_json
 
 __all__ = [
@@ -61,7 +63,9 @@ class Checkpoint:
         """Open a folder or a Hub id. Raises SourceError, ConfigError, WeightError."""
         folder = locate(source, revision)
         config = load_json(folder / "config.json")
-        return cls(folder, without_quantization(config), Weights.open(folder, config))
+        weights = Weights.open(folder, config)
+        _warn_of_unread(folder)
+        return cls(folder, without_quantization(config), weights)
 
     @property
     def model_type(self) -> str:
@@ -78,6 +82,18 @@ class Checkpoint:
         """A side file such as generation_config.json; None when there is none."""
         file = self.folder / name
         return load_json(file) if file.exists() else None
+
+
+def _warn_of_unread(folder: Path) -> None:
+    if unread := unread_weights(folder):
+        warnings.warn(
+            CheckpointWarning(
+                f"{folder}: weights that neither transformers nor vlmport reads: "
+                f"{some_names(unread)}",
+                code="checkpoint.file-ignored",
+            ),
+            stacklevel=3,
+        )
 
 
 def merged(

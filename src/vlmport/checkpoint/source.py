@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vlmport.errors import SourceError, did_you_mean, some_names
+from vlmport.checkpoint.folders import check_adapter, check_checkpoint, files_of
+from vlmport.errors import SourceError, did_you_mean
 
 __all__ = ["fetch_files", "find_folder", "locate", "locate_adapter"]
 
@@ -29,25 +30,27 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     """
     folder = find_folder(source, revision)
     try:
-        _check_checkpoint(folder)
+        check_checkpoint(folder)
     except OSError as cause:
         raise _unreadable(folder, cause) from cause
     return folder
 
 
 def locate_adapter(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a LoRA adapter, found as `locate` finds a checkpoint."""
+    """The folder of a LoRA adapter, found as `locate` finds a checkpoint.
+
+    Raises SourceError also where other weights are in it, or in its repository, which nobody
+    would read.
+    """
     folder = find_folder(source, revision)
     try:
-        if (folder / "adapter_config.json").exists():
-            return folder
-        found = _found(folder)
+        names = files_of(folder)
+        if not Path(source).expanduser().exists():
+            names = sorted({*names, *_repository_files(str(source), revision)})
+        check_adapter(folder, names)
     except OSError as cause:
         raise _unreadable(folder, cause) from cause
-    raise SourceError(
-        f"{folder}: no adapter_config.json; {found}",
-        hint="an adapter is the folder that PEFT's save_pretrained() writes",
-    )
+    return folder
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -76,29 +79,6 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     )
 
 
-def _check_checkpoint(folder: Path) -> None:
-    """Raise SourceError unless there is a config.json and this is no bundle."""
-    if (folder / "vlmport.json").exists():
-        raise SourceError(
-            f"{folder}: it has vlmport.json: this is a bundle already",
-            hint="run it as it is; to export again, give the checkpoint that it was made from",
-        )
-    if (folder / "config.json").exists():
-        return
-    if (folder / "adapter_config.json").exists():
-        raise SourceError(
-            f"{folder}: it has adapter_config.json: this is a LoRA adapter",
-            hint="give the base model, and this folder as --adapter",
-        )
-    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    if inner:
-        raise SourceError(
-            f"{folder}: no config.json here, but in {some_names(inner)}",
-            hint=f"give {folder / inner[-1]}",
-        )
-    raise SourceError(f"{folder}: no config.json; {_found(folder)}", hint="is it a checkpoint?")
-
-
 def _unreadable(folder: Path, cause: OSError) -> SourceError:
     hint = "check the folder's permissions"
     return SourceError(f"{folder}: can't be read: {cause.strerror or cause}", hint=hint)
@@ -113,17 +93,25 @@ def _near(path: Path) -> str:
     return did_you_mean(path.name, names)
 
 
-def _found(folder: Path) -> str:
-    names = [entry.name for entry in folder.iterdir()]
-    return f"it has {some_names(names)}" if names else "it is empty"
-
-
 def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
     """The snapshot of a Hub repository with the files of these exact paths in it.
 
     Raises SourceError as `find_folder` does.
     """
     return _fetch(repo, revision, [glob.escape(name) for name in names], [])
+
+
+def _repository_files(repo: str, revision: str | None) -> list[str]:
+    """All files of a Hub repository; none where the Hub can't be asked now."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return []
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
+    except Exception:  # the snapshot is here, and newer files are not known
+        return []
+    return [one.rfilename for one in info.siblings or ()]
 
 
 def _fetch(
