@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from vlmport import cli
 from vlmport.cli.chat import Talk
+from vlmport.errors import OutputError
 from vlmport.export import export
 from vlmport.runtime.model import VLM
 
@@ -311,6 +312,21 @@ def test_ctrl_c_ends_a_pipe(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(talk.conversation, "stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         talk.run(interactive=False)
+
+
+def test_an_output_that_fails_ends_it(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would read the answer to the next question either."""
+    talk = Talk(vlm.conversation(), {"max_new_tokens": 2})
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\nWhy?\n"))
+    asked: list[str] = []
+    monkeypatch.setattr(talk, "answer", lambda line: asked.append(line) or fail())
+
+    def fail() -> None:
+        raise OutputError("full", code="output.unwritable")
+
+    with pytest.raises(OutputError):
+        talk.run(interactive=False)
+    assert asked == ["What?"]
 
 
 class Terminal:

@@ -54,6 +54,10 @@ class CheckpointWarning(VlmportWarning):
     """Files of a checkpoint that disagree; the message says which of them counts."""
 
 
+class ExportWarning(VlmportWarning):
+    """What an export that was killed left behind, and what was done with it."""
+
+
 class SourceError(VlmportError):
     """A model source (built-in name, folder, Hub id) that can't be found or read."""
 
@@ -104,6 +108,10 @@ class DependencyError(VlmportError):
 
 class EvaluationError(VlmportError):
     """Pictures or reference captions that a bundle can't be measured on."""
+
+
+class OutputError(VlmportError):
+    """Standard output that can't be written, or that nobody reads any more."""
 
 
 class VerificationError(VlmportError):

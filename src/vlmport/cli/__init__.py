@@ -1,7 +1,8 @@
 """The command line: thin faces over the Python functions of the same names, a module a command.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed
-(`verify`, `eval`, `inspect --probe`), 2 bad input, 130 Ctrl-C.
+(`verify`, `eval`, `inspect --probe`) or nobody reads the output any more, 2 bad input, 130 Ctrl-C,
+143 SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from vlmport.cli import inspect as inspect  # isort: skip
 from vlmport.cli import demo as demo  # isort: skip
 from vlmport.cli import models as models  # isort: skip
 from vlmport.cli.app import app as app
+from vlmport.cli.process import run_app as run_app
 
 
 def main() -> None:
     """The console script."""
-    app(prog_name="vlmport")
+    run_app()

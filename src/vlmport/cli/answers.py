@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from vlmport.cli.output import to_json
 
 if TYPE_CHECKING:
     from vlmport.runtime.model import Caption
@@ -24,7 +25,7 @@ def json_row(asked: Mapping[str, Any], name: str, caption: Caption) -> str:
     fields = dataclasses.asdict(caption)
     others = tuple(given(one) for one in fields["alternatives"])
     row = {**asked, name: fields.pop("text")}
-    return json.dumps(row | given(fields | {"alternatives": others}), ensure_ascii=False)
+    return to_json(row | given(fields | {"alternatives": others}))
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from vlmport.cli.arguments import (
 )
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
+from vlmport.cli.output import show
 from vlmport.errors import ImageError, OptionError, PromptError, quoted
 
 # What ends so and holds no space is meant as a file.
@@ -74,16 +75,16 @@ def ask(
         chat = vlm.conversation(system, image_options=options)
         if stream:
             for piece in stripped(chat.stream(question, images, **decoding)):
-                print(piece, end="", flush=True)
-            print(flush=True)
+                show(piece, end="")
+            show()
             return
         answer = chat.ask(question, images, **decoding)
     if as_json:
         asked = {"images": images, "question": question}
-        print(json_row(asked, "answer", answer))
+        show(json_row(asked, "answer", answer))
         return
     for one in (answer, *answer.alternatives):
-        print(one.text.strip())
+        show(one.text.strip())
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:

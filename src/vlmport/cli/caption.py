@@ -24,6 +24,7 @@ from vlmport.cli.arguments import (
 from vlmport.cli.console import report
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
+from vlmport.cli.output import show
 from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
 
 if TYPE_CHECKING:
@@ -79,11 +80,11 @@ def _print_captions(
             report(result)
             failure = result
         elif as_json:
-            print(json_row({"image": str(path)}, "caption", result), flush=True)
+            show(json_row({"image": str(path)}, "caption", result))
         else:
             for answer in (result, *result.alternatives):
                 text = answer.text.strip()
-                print(f"{path}: {text}" if len(paths) > 1 else text, flush=True)
+                show(f"{path}: {text}" if len(paths) > 1 else text)
     return failure
 
 
@@ -97,8 +98,8 @@ def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> Vl
             report(error)
             failure = error
             continue
-        print(f"{path}: " if len(paths) > 1 else "", end="")
+        show(f"{path}: " if len(paths) > 1 else "", end="")
         for piece in stripped(pieces):
-            print(piece, end="", flush=True)
-        print(flush=True)
+            show(piece, end="")
+        show()
     return failure

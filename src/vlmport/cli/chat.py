@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmport import signals
 from vlmport.builtin import ANSWERER
 from vlmport.cli.answers import stripped
 from vlmport.cli.app import app
@@ -27,12 +28,14 @@ from vlmport.cli.arguments import (
 from vlmport.cli.console import report, say
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
-from vlmport.errors import PromptError, VlmportError, did_you_mean
+from vlmport.cli.output import show
+from vlmport.errors import OutputError, PromptError, VlmportError, did_you_mean
 
 if TYPE_CHECKING:
     from vlmport.runtime.conversation import Conversation
 
 PROMPT = "> "
+CHAT_PATIENCE = 60.0  # seconds: Ctrl-C stops an answer, and a long prompt takes its time
 COMMANDS = {
     "/image": "/image PATH   give a picture along with the next question; without PATH: none",
     "/reset": "/reset        forget all that was said",
@@ -72,6 +75,7 @@ def chat(
         adapter=adapter,
         revision=revision,
     )
+    signals.be_patient(CHAT_PATIENCE)
     with vlm:
         wanted = vlm.asker.decoding(decoding).options
         talk = Talk(
@@ -107,6 +111,8 @@ class Talk:
             try:
                 if not self.take(line.strip()):
                     break
+            except OutputError:
+                raise  # nobody would read the next answer either
             except VlmportError as error:
                 report(error)
                 failure = error
@@ -114,6 +120,7 @@ class Talk:
                 if not interactive:
                     raise
                 say("stopped; the conversation is as it was")
+                signals.heard()
         return None if interactive else failure
 
     def take(self, line: str) -> bool:
@@ -151,15 +158,15 @@ class Talk:
     def answer(self, question: str) -> None:
         """Ask, and print the answer as it comes."""
         if not self.streams:
-            print(self.conversation.ask(question, **self.options).text.strip(), flush=True)
+            show(self.conversation.ask(question, **self.options).text.strip())
             return
         pieces = self.conversation.stream(question, **self.options)
         try:
             with contextlib.closing(pieces):
                 for piece in stripped(pieces):
-                    print(piece, end="", flush=True)
+                    show(piece, end="")
         finally:
-            print(flush=True)
+            show()
 
 
 def read_lines(interactive: bool) -> Iterator[str]:
@@ -173,10 +180,11 @@ def read_lines(interactive: bool) -> Iterator[str]:
         except EOFError:
             break
         except (KeyboardInterrupt, PromptError) as error:
-            if not interactive:
-                raise
+            if not interactive or isinstance(error.__cause__, OSError):
+                raise  # a terminal that is gone gives no other line
             say("")
             report(error) if isinstance(error, PromptError) else say("Ctrl-D or /quit ends")
+            signals.heard()
             continue
         yield line
     if interactive:
@@ -191,7 +199,17 @@ def _read_line(interactive: bool) -> str:
             print(PROMPT, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
     except UnicodeDecodeError as error:
-        raise PromptError(f"the input is not UTF-8: {error.reason}", hint="convert it") from error
+        raise PromptError(
+            f"the input is not {error.encoding.upper()}: {error.reason}",
+            hint="convert it, or set PYTHONIOENCODING",
+            code="prompt.wrong-encoding",
+        ) from error
+    except OSError as error:
+        raise PromptError(
+            f"standard input can't be read: {error.strerror or error}",
+            hint="give questions in a file or a pipe: vlmport chat < questions.txt",
+            code="prompt.unreadable",
+        ) from error
     if not line:
         raise EOFError
     return line

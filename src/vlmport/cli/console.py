@@ -5,18 +5,44 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
+from vlmport.cli.output import visible
 from vlmport.errors import VlmportError, VlmportWarning
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
     from vlmport.verify.judging import Progress as Counted  # done, all, what is next
 
-stdout, stderr = Console(), Console(stderr=True)
+
+class SafeConsole(Console):
+    """A console that gives a terminal no control characters but its own."""
+
+    @property
+    def file(self) -> IO[str]:
+        stream = super().file
+        return getattr(stream, "exact", stream)
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            if control is None and self.is_terminal:
+                yield Segment(visible(text), style)
+            else:
+                yield segment
+
+
+stdout, stderr = SafeConsole(), SafeConsole(stderr=True)
 
 
 def report(error: VlmportError) -> None:
@@ -47,7 +73,7 @@ def warnings_of_ours() -> Iterator[None]:
             if isinstance(message, VlmportWarning):
                 say(f"{_label('warning', message.code)}: {message}")
             else:
-                show(message, category, *rest)
+                show(visible(str(message)), category, *rest)
 
         warnings.showwarning = shown
         yield

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from vlmport import signals
 from vlmport.builtin import CAPTIONER
 from vlmport.cli.app import app
 from vlmport.cli.arguments import Model
 from vlmport.cli.console import export_progress
+from vlmport.cli.output import show
 
 
 @app.command()
@@ -25,6 +27,9 @@ def demo(
     with export_progress() as progress:
         bundle = resolve(model, progress=progress)
     server = make_server(bundle, port)
-    print(server.url, flush=True)
-    with contextlib.closing(server), contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    show(server.url)
+    with contextlib.closing(server):
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:  # how it is meant to end
+            signals.heard()
