@@ -39,7 +39,7 @@ UNUSED_AFTER = 30 * DAY
 ABANDONED_AFTER = DAY  # no export takes so long
 
 ENTRY = re.compile(r"(.+)-[0-9a-f]{16}")
-UNFINISHED = re.compile(r"\..+\.(partial|old|gone)-\w+")
+UNFINISHED = re.compile(r"\..+\.(partial|old|gone|new)-\w+")
 
 
 def cache_folder() -> Path:

@@ -24,7 +24,7 @@ from vlmport.errors import ExportError, did_you_mean
 from vlmport.export.assign import Assignment
 from vlmport.export.card import write_card
 from vlmport.export.files import write_hub_files, write_json
-from vlmport.export.folder import atomic_folder, check_space, check_target
+from vlmport.export.folder import atomic_folder, check_space, check_target, recover
 from vlmport.export.golden import golden_input, record
 from vlmport.export.soundness import check_float16, check_prompt
 from vlmport.export.writing import Job, data_files, parse_size, write_model
@@ -94,6 +94,7 @@ def export(
     chosen = parse_precisions(precisions)
     room = None if max_shard_size is None else parse_size(max_shard_size)
     out = Path(out).expanduser().resolve()  # through links, and '.' is a folder with a name
+    recover(out)
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)

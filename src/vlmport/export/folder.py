@@ -1,17 +1,34 @@
-"""Write a folder all at once: it appears complete, or not at all."""
+"""Write a folder all at once: it appears complete, or not at all.
+
+A process that is killed leaves a folder beside it: `.NAME.partial-…` is what it had written so far,
+`.NAME.old-…` holds what was at NAME, for the moment between two renames. The next export to the
+same place removes the first and puts the second back. A running export keeps its folders locked,
+which ends with its process however that ends; without locks, as on Windows, age decides.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlmport.bundle import CARD, MANIFEST, read_manifest
-from vlmport.errors import ExportError, some_names
+from vlmport.bundle import CARD, MANIFEST, Bundle, read_manifest
+from vlmport.errors import ExportError, ExportWarning, VlmportError, some_names
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+OLD = "bundle"  # the name inside .NAME.old-…
+ABANDONED_AFTER = 24 * 3600  # seconds, where folders can't be locked; no export takes so long
 
 
 @contextlib.contextmanager
@@ -22,25 +39,110 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     Raises ExportError if `out` exists (without `force`), holds anything but a bundle (with it), or
     the disk is full.
     """
+    recover(out)
     check_target(out, force=force)
     new_parents = [parent for parent in out.parents if not parent.exists()]
-    partial = None
+    with contextlib.ExitStack() as made:
+        made.callback(_remove_empty, new_parents)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = made.enter_context(_own_folder(out, "partial"))
+            yield partial
+            partial.chmod(0o755)  # mkdtemp makes private folders
+            check_target(out, force=force)  # another export may have been here first
+            _replace(partial, out)
+        except OSError as error:
+            raise _explain(error, out) from error
+
+
+def recover(out: Path) -> None:
+    """Clean up after exports to `out` that were killed, and warn of what was found.
+
+    A bundle that was moved aside is put back where nothing has come in its place, and is never
+    removed unless a whole bundle has. Folders of exports that still run are left alone.
+    """
+    names = re.compile(rf"\.{re.escape(out.name)}\.(partial|old)-\w+")
+    with contextlib.suppress(OSError):  # no such folder, or one that can't be read
+        for path in sorted(out.parent.iterdir()):
+            if (found := names.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError), _locked(path) as abandoned:
+                    if abandoned:
+                        _clear(path, out, old=found[1] == "old")
+
+
+def _clear(path: Path, out: Path, *, old: bool) -> None:
+    """Remove or put back what a killed export left. Raises OSError where that fails."""
+    aside = path / OLD
+    if old and aside.is_dir() and any(aside.iterdir()):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            os.replace(aside, out)
+            path.rmdir()
+            _warn(f"{out}: put back; an export that was killed had moved it", "bundle-restored")
+            return
+        if not _is_whole(out):
+            _warn(f"{aside}: kept: the only whole copy of {out}, from an export", "bundle-kept")
+            return
+    shutil.rmtree(path)
+    _warn(f"{path}: removed; an export that was killed had left it", "leftovers-removed")
+
+
+def _warn(message: str, code: str) -> None:
+    warnings.warn(ExportWarning(message, code=f"export.{code}"), stacklevel=2)
+
+
+def _is_whole(out: Path) -> bool:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes private folders
-        check_target(out, force=force)  # another export may have been here first
-        _replace(partial, out)
-    except OSError as error:
-        raise _explain(error, out) from error
+        Bundle.open(out)
+    except VlmportError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _own_folder(out: Path, kind: str) -> Iterator[Path]:
+    """A new folder beside `out`, locked as long as the block runs and then removed.
+
+    It gets its name only when it is locked: no other process sees it as one that was left.
+    """
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    folder = new.with_name(f".{out.name}.{kind}-{new.name[-8:]}")
+    try:
+        with _locked(new):
+            os.rename(new, folder)
+            yield folder
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not out.exists():
-            for parent in new_parents:
-                with contextlib.suppress(OSError):  # not empty, or never made
-                    parent.rmdir()
+        shutil.rmtree(new, ignore_errors=True)
+        if not (folder / OLD).exists() or _is_whole(out):  # else the only copy is in there
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder unless another process or thread has; whether nobody had.
+
+    Without locks: whether it is so old that nobody can.
+    """
+    number = None
+    try:
+        if fcntl is not None:
+            number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = fcntl is not None or time.time() - folder.stat().st_mtime > ABANDONED_AFTER
+    except BlockingIOError:
+        free = False
+    except OSError:  # a file system without locks of folders
+        free = time.time() - folder.stat().st_mtime > ABANDONED_AFTER
+    try:
+        yield free
+    finally:
+        if number is not None:
+            os.close(number)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            folder.rmdir()
 
 
 def _explain(error: OSError, out: Path) -> ExportError:
@@ -104,13 +206,11 @@ def _replace(partial: Path, out: Path) -> None:
     if not out.exists():
         os.rename(partial, out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    try:
-        os.rename(out, aside / "bundle")
-        os.rename(partial, out)
-    except BaseException:  # Ctrl-C too: between the two renames `out` is nowhere
-        if (aside / "bundle").exists() and not out.exists():
-            os.rename(aside / "bundle", out)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with _own_folder(out, "old") as aside:
+        try:
+            os.rename(out, aside / OLD)
+            os.rename(partial, out)
+        except BaseException:  # Ctrl-C too: between the two renames `out` is nowhere
+            if (aside / OLD).exists() and not out.exists():
+                os.rename(aside / OLD, out)
+            raise
