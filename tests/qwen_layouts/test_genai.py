@@ -10,10 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.qwen_checkpoints import write_qwen3
 from tests.qwen_layouts.conftest import REQUESTS, Model
 from tests.verify.surgery import copied, edit_graph, edit_tensor
 from vlmport.bundle import Bundle
+from vlmport.checkpoint import Checkpoint
 from vlmport.errors import PromptError
+from vlmport.families import family_of
+from vlmport.families.base import Layout
 from vlmport.runtime.genai import DECODER, EMBEDDING, GenaiGraphs
 from vlmport.runtime.positions import Positions
 from vlmport.verify.genai import GenaiLadder
@@ -118,6 +122,45 @@ def test_greedy_takes_positions_on_one_axis_too(models: dict[str, Model], tmp_pa
         tokens, logits = three.greedy(embeds, Positions(np.stack([places] * 3), offset), 6)
         assert one.greedy(embeds, Positions(places, offset), 6)[0] == tokens
         np.testing.assert_array_equal(one.greedy(embeds, Positions(places, offset), 6)[1], logits)
+
+
+def test_padding_that_a_prompt_holds_shows(models: dict[str, Model], tmp_path: Path) -> None:
+    """The client masks what has the padding's id: `<|im_end|>`, where files name no other."""
+    model = models["qwen3_vl"]
+    name = "two pictures, two turns"
+    bundle = copied(model.genai, tmp_path / "padded")
+    path = bundle.folder / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["pad_token_id"] = config["model"]["eos_token_id"][0]
+    path.write_text(json.dumps(config))
+    failed = climb(model, bundle, name).failures
+    assert [row.rung for row in failed][:3] == ["position_ids", "first_logits", "cached_decode"]
+    del config["model"]["pad_token_id"]
+    path.write_text(json.dumps(config))
+    broken = climb(model, bundle, name).first_broken
+    assert broken is not None
+    assert "pad_token_id" in (broken.error or "")
+
+
+ENDS = {"eos_token_id": 263, "pad_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "pad"),
+    [
+        ({}, 287),  # the last row of 288, of which 269 have a token
+        ({"generation": ENDS}, 287),
+        ({"generation": {"eos_token_id": [263, 287]}}, 286),
+        ({"text": {"vocab_size": 269}}, 269),  # no row to spare
+    ],
+)
+def test_the_padding_is_no_token(tmp_path: Path, settings: dict[str, Any], pad: int) -> None:
+    family = family_of(Checkpoint.open(write_qwen3(tmp_path / "model", **settings)))
+    form = family.layouts["genai"]
+    assert isinstance(form, Layout)
+    files = dict.fromkeys(("decoder", "embedding", "vision"), "x")
+    config = form.client_files(files)["genai_config.json"]
+    assert config["model"]["pad_token_id"] == pad
 
 
 # What the client reads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.qwen_layouts.conftest import IMAGE, NEW_TOKENS, REQUESTS, Model, drawn, user
+from tests.qwen_checkpoints import write_qwen3
+from tests.qwen_layouts.conftest import IMAGE, NEW_TOKENS, REQUESTS, SEEDS, Model, drawn, user
+from vlmport.export import export
+from vlmport.layouts import GENAI
 from vlmport.runtime.components import Components
+from vlmport.runtime.genai import GenaiGraphs
 from vlmport.runtime.model import VLM
+from vlmport.verify.references import load_reference
 from vlmport.verify.requests import Request
 from vlmport.verify.truth import Truth
 
@@ -170,8 +176,6 @@ def test_its_own_processor_rounds_half_up(model: Model, clients: dict[str, Clien
 @pytest.mark.parametrize("precision", ["fp16", "q8"])
 def test_other_precisions(models: dict[str, Model], precision: str) -> None:
     """The client's tokens are those that the same graphs give when vlmport feeds them."""
-    from vlmport.runtime.genai import GenaiGraphs
-
     model, request = models["qwen3_vl"], REQUESTS["one picture"]
     truth = truth_of(model, request)
     graphs = GenaiGraphs.open(model.genai, precision=precision)
@@ -183,6 +187,40 @@ def test_other_precisions(models: dict[str, Model], precision: str) -> None:
     client = Client(model.genai.folder, precision)
     tokens = client.generate(given(truth.prompt_ids, pictures))
     assert tokens[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("rows", [288, 269], ids=["a row to spare", "none"])
+def test_no_token_of_a_prompt_is_taken_for_padding(tmp_path: Path, rows: int) -> None:
+    """Where files name `<|im_end|>` as the end and no padding, it was masked in every prompt."""
+    settings: dict[str, Any] = {"generation": {"eos_token_id": 263, "pad_token_id": None}}
+    settings |= {"text": {"vocab_size": rows}, "seed": SEEDS["qwen3_vl"]}
+    checkpoint = write_qwen3(tmp_path / "checkpoint", **settings)
+    bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32", layout=GENAI)
+    token = bundle.manifest.prompt.image_token_id
+    reference = load_reference(checkpoint, image_token_id=token)
+    text = {"type": "text", "text": "Why is the sky blue?"}
+    request = Request("text", (), ({"role": "user", "content": [text]},))
+    truth = Truth.of(reference, request, NEW_TOKENS, token)
+    assert 263 in truth.prompt_ids
+    made = truth.made.tokens.tolist()
+    assert Client(bundle.folder).generate(truth.prompt_ids)[: len(made)] == made
+
+    path = bundle.folder / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["pad_token_id"] = 263
+    path.write_text(json.dumps(config))
+    masked = Client(bundle.folder).generate(truth.prompt_ids)
+    assert masked[: len(made)] != made
+    graphs = GenaiGraphs.open(bundle, precision="fp32")
+    positions = graphs.positions(truth.prompt_ids, [])
+    ours, _ = graphs.greedy(
+        truth.embeds[: len(truth.prompt_ids)],
+        positions,
+        NEW_TOKENS,
+        [263],
+        prompt_ids=truth.prompt_ids,
+    )
+    assert masked[: len(ours)] == ours  # verify masks as the client does
 
 
 def test_the_folder_is_opened_as_it_is(models: dict[str, Model], tmp_path: Path) -> None:

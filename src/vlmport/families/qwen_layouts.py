@@ -8,6 +8,8 @@ Traps of onnxruntime-genai:
 - `hidden_size` is how wide it makes the embeddings, so DeepStack's lanes count.
 - A decoder whose logits have one row gives those of the last token alone. With one row for each
   token, a prompt of 4,000 tokens takes 2.5 GB of them.
+- It masks every token of a prompt that has the id `pad_token_id`, so no prompt may hold that id.
+  It pads with it where one row of a batch has ended, so it is best one of the embedding's rows.
 - With a shared buffer the cache has room for `max_length` tokens from the start.
 """
 
@@ -192,7 +194,7 @@ def genai_config(family: QwenVL, files: Mapping[str, str]) -> dict[str, Any]:
         "type": family.name,
         "bos_token_id": generation.pad_token_id,  # it must have one; nothing adds it
         "eos_token_id": list(generation.stop_token_ids),
-        "pad_token_id": generation.pad_token_id,
+        "pad_token_id": family.unused_token_id,
         "image_token_id": config.image_token_id,
         "video_token_id": config.video_token_id,
         "vision_start_token_id": config.vision_start_token_id,

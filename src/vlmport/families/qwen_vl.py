@@ -16,12 +16,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
+from tokenizers import Tokenizer
 
 from vlmport.checkpoint import Checkpoint, LazyTensor, merged, read_config, subsection
 from vlmport.errors import ConfigError
@@ -72,7 +73,11 @@ class QwenVLConfig(AnsweringConfig):
 
 @dataclass(frozen=True)
 class QwenVL(AnsweringFamily):
-    """A checkpoint of Qwen2.5-VL's or Qwen3-VL's shape."""
+    """A checkpoint of Qwen2.5-VL's or Qwen3-VL's shape.
+
+    Attributes:
+        unused_token_id: an id that no prompt can hold.
+    """
 
     token_keys: ClassVar[Mapping[str, str]] = {
         IMAGE_TOKEN_ID: "<|image_pad|>",
@@ -86,6 +91,7 @@ class QwenVL(AnsweringFamily):
     config: QwenVLConfig
     vision: QwenVisionConfig
     pixel_config: PixelConfig
+    unused_token_id: int
 
     # What a family says
 
@@ -122,12 +128,15 @@ class QwenVL(AnsweringFamily):
             subsection(raw, "vision_config", CONFIG), f"{CONFIG}: vision_config"
         )
         tokenizer, template = read_tokenizer(checkpoint.folder), read_chat_template(checkpoint)
+        decoder = cls.read_text({**text, **tied}, vision, f"{CONFIG}: text_config")
+        settings = answer_settings(checkpoint, text, template, tokenizer, EOS_TOKEN)
         family = cls(
             config=config,
             vision=vision,
-            text=cls.read_text({**text, **tied}, vision, f"{CONFIG}: text_config"),
+            text=decoder,
             pixel_config=PixelConfig.read(*read_image_processor(checkpoint)),
-            settings=answer_settings(checkpoint, text, template, tokenizer, EOS_TOKEN),
+            settings=settings,
+            unused_token_id=unused_token_id(tokenizer, decoder.vocab_size, settings.stop_token_ids),
             chat_template=template,
             raw=raw,
         )
@@ -241,6 +250,14 @@ class QwenVL(AnsweringFamily):
             }
             for part in ("vision", "text")
         }
+
+
+def unused_token_id(tokenizer: Tokenizer, rows: int, others: Collection[int] = ()) -> int:
+    """The last id that no token has, nor one of `others`: a row of the embedding where there is
+    one to spare, else the first id past them all."""
+    taken = {*tokenizer.get_vocab(with_added_tokens=True).values(), *others}
+    spare = (one for one in reversed(range(rows)) if one not in taken)
+    return next(spare, max(rows, max(taken) + 1))
 
 
 def plain_name(key: str) -> str:

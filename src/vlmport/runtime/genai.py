@@ -6,10 +6,13 @@ S new tokens, P past tokens, T tokens of all pictures, D hidden, n lanes, V voca
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmport.errors import BundleError
+from vlmport.json_files import load_json
 from vlmport.layouts import GENAI
 from vlmport.runtime.components import ProcessedImage, process_image
 from vlmport.runtime.layout_graphs import IMAGE, POSITIONS, Cache, LayoutGraphs
@@ -19,6 +22,7 @@ from vlmport.runtime.sessions import DTYPES
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
 
+CONFIG = "genai_config.json"
 VISION, EMBEDDING, DECODER = "vision", "embedding", "decoder"
 
 
@@ -33,6 +37,19 @@ class GenaiGraphs(LayoutGraphs):
         EMBEDDING: "inputs_embeds",
         DECODER: "logits",
     }
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """The id that the client masks in a prompt. Raises BundleError where its file has none."""
+        path = self.bundle.path(CONFIG)
+        found = load_json(path, error=BundleError).get("model", {}).get("pad_token_id")
+        if not isinstance(found, int):
+            raise BundleError(
+                f"{path}: model.pad_token_id is {found!r}, expected an id",
+                hint="export the bundle again",
+                code="bundle.no-pad-token",
+            )
+        return found
 
     def process_image(
         self, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
@@ -61,25 +78,39 @@ class GenaiGraphs(LayoutGraphs):
     def positions(
         self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]]
     ) -> Positions:
-        """Of a prompt, by the graph; onnxruntime-genai computes the same by itself."""
-        return computed(self.session(POSITIONS), ids, pictures, POSITIONS)
+        """Of a prompt, as onnxruntime-genai computes them: by the graph, but padding is at 0 and
+        not counted."""
+        kept = ids != self.pad_token_id
+        found = computed(self.session(POSITIONS), ids[kept], pictures, POSITIONS)
+        if kept.all():
+            return found
+        places = np.zeros((*found.ids.shape[:-1], len(ids)), np.int64)
+        places[..., kept] = found.ids
+        return Positions(places, found.offset - int(np.sum(~kept)))
 
     def decode(
         self,
         embeds: Float[np.ndarray, "S D·(1+n)"],
         positions: Int[np.ndarray, "... S"],
         cache: Cache | None = None,
+        prompt_ids: Int[np.ndarray, " N"] | None = None,
     ) -> tuple[Float[np.ndarray, " V"], Cache]:
         """float32 logits of the last row, and the grown cache.
 
         Args:
             positions: on as many axes as the decoder takes.
+            prompt_ids: those of the whole prompt. As in the client, padding is masked while the
+                prompt is read, and no longer in the steps after it.
         """
         cache = self._no_cache() if cache is None else cache
         past = next(iter(cache.values())).shape[2]
+        mask = np.ones((1, past + len(embeds)), np.int64)
+        if prompt_ids is not None and past < len(prompt_ids):
+            read = prompt_ids[: mask.shape[1]]
+            mask[0, : len(read)] = read != self.pad_token_id
         feeds = {
             "inputs_embeds": embeds[None],
-            "attention_mask": np.ones((1, past + len(embeds)), np.int64),
+            "attention_mask": mask,
             "position_ids": np.ascontiguousarray(positions[..., None, :], np.int64),
             **cache,
         }
@@ -102,18 +133,23 @@ class GenaiGraphs(LayoutGraphs):
         positions: Positions,
         max_new_tokens: int,
         stop_token_ids: Iterable[int] = (),
+        prompt_ids: Int[np.ndarray, " P"] | None = None,
     ) -> tuple[list[int], Float[np.ndarray, "n V"]]:
         """The most likely tokens up to a stop token, it included, and the logits of each.
 
         Ends before an image token that the model says itself: no picture belongs to it.
+
+        Args:
+            prompt_ids: as in `decode`.
         """
         ends = {*stop_token_ids, self.manifest.prompt.image_token_id}
-        logits, cache = self.decode(embeds, positions.ids)
+        logits, cache = self.decode(embeds, positions.ids, None, prompt_ids)
         rows, tokens = [logits], [int(logits.argmax())]
         while tokens[-1] not in ends and len(tokens) < max_new_tokens:
             at = len(embeds) + len(tokens) - 1 + positions.offset
             step = np.full((*positions.ids.shape[:-1], 1), at, np.int64)
-            logits, cache = self.decode(self.embed(np.array(tokens[-1:])), step, cache)
+            embedded = self.embed(np.array(tokens[-1:]))
+            logits, cache = self.decode(embedded, step, cache, prompt_ids)
             rows.append(logits)
             tokens.append(int(logits.argmax()))
         return tokens, np.stack(rows)

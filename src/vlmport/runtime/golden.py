@@ -135,7 +135,9 @@ def _run_genai(graphs: GenaiGraphs, golden: Golden, new_tokens: int) -> GoldenRu
     length = len(prompt.ids)
     check_fits(graphs, length + new_tokens - 1)
     faults = length_faults(golden, length, f"prompt has {length} tokens")
-    tokens, logits = graphs.greedy(prompt.embeds, prompt.positions, new_tokens)
+    tokens, logits = graphs.greedy(
+        prompt.embeds, prompt.positions, new_tokens, prompt_ids=prompt.ids
+    )
     return GoldenRun(length, tuple(tokens), logits, faults)
 
 

@@ -1,8 +1,9 @@
 """The ladder of the layout `genai`: its graphs, fed as onnxruntime-genai feeds them.
 
 The rungs are the Hub's. What differs: the embedding's graph itself writes features over the image
-tokens, the decoder gives logits of the last row alone, and its cache grows. That the client itself
-says the same is a test's matter, which has it installed.
+tokens, the decoder gives logits of the last row alone, its cache grows, and what has the padding's
+id in a prompt is masked. That the client itself says the same is a test's matter, which has it
+installed.
 
 P prompt tokens, S prompt and new tokens, D hidden, V vocabulary.
 """
@@ -115,7 +116,7 @@ class GenaiLadder(Climber[GenaiGraphs, Reference]):
         truth, cache, rows = self.truth, None, []
         for start, stop in itertools.pairwise(cuts):
             embeds, positions = truth.embeds[start:stop], truth.position_ids[..., start:stop]
-            row, cache = self.runtime.decode(embeds, positions, cache)
+            row, cache = self.runtime.decode(embeds, positions, cache, truth.prompt_ids)
             rows.append(row)
         return np.stack(rows)
 
@@ -133,7 +134,7 @@ class GenaiLadder(Climber[GenaiGraphs, Reference]):
 
     def _greedy(self, embeds: Float[np.ndarray, "P D"], positions: Positions) -> list[int]:
         with bundle_runs():
-            return greedy(self.runtime, embeds, positions)
+            return greedy(self.runtime, embeds, positions, self.truth.prompt_ids)
 
     def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
         return self._rows([0, len(self.truth.prompt_ids) + at])[0]
@@ -148,16 +149,20 @@ def alone(graphs: GenaiGraphs, request: Request) -> tuple[list[int], Int[np.ndar
     pictures = [one.prompt_ids for one in made]
     ids = prompt_of(request, graphs.manifest, prompter, pictures)
     embeds, positions = graphs.embed(ids, features), graphs.positions(ids, inputs)
-    return greedy(graphs, embeds, positions), ids
+    return greedy(graphs, embeds, positions, ids), ids
 
 
 def greedy(
-    graphs: GenaiGraphs, embeds: Float[np.ndarray, "P D"], positions: Positions
+    graphs: GenaiGraphs,
+    embeds: Float[np.ndarray, "P D"],
+    positions: Positions,
+    ids: Int[np.ndarray, " P"],
 ) -> list[int]:
     """The tokens after a prompt, as many as the bundle makes at most."""
     manifest = graphs.manifest
     stops = manifest.generation.stop_token_ids
-    return graphs.greedy(embeds, positions, max_new_tokens(manifest), stops)[0]
+    most = max_new_tokens(manifest)
+    return graphs.greedy(embeds, positions, most, stops, prompt_ids=ids)[0]
 
 
 def _joined(pictures: Sequence[Tensors]) -> dict[str, np.ndarray]:
