@@ -96,6 +96,7 @@ ALLOWED = {
     "chat_template.py": {"killable"},
     "killable.py": set(),
     "killable_services.py": {"killable", "chat_template"},
+    "onnx_bytes.py": {"errors"},
     "checkpoint": {"checkpoint", "errors", "json_files"},
     "graph": {"graph", "checkpoint", "errors", "bundle"},
     "families": {
@@ -103,8 +104,8 @@ ALLOWED = {
         "chat_template",
     },
     "runtime": {
-        "runtime", "errors", "bundle", "json_files", "layouts", "precisions", "tokenizer",
-        "chat_template",
+        "runtime", "errors", "bundle", "json_files", "layouts", "onnx_bytes", "precisions",
+        "tokenizer", "chat_template",
     },
     "layouts.py": {"errors"},
     "bundle_checks.py": {"bundle", "hashing", "layouts", "precisions"},

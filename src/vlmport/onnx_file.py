@@ -19,12 +19,12 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from vlmport.errors import BundleError, some_names
+from vlmport.onnx_bytes import BYTES, NoProtobufError, fields
 
 # Fields of onnx.proto that lead to weights: message → field → message, or None for the weights.
 TENSOR: dict[int, Any] = dict.fromkeys((4, 5, 6, 7, 9, 10, 11))  # float_data … raw_data …
 GRAPH: dict[int, Any] = {5: TENSOR}  # initializer
 MODEL: dict[int, Any] = {7: GRAPH}  # graph
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of a field
 HINT = "download or export it again"
 
 
@@ -134,7 +134,7 @@ def read_model(path: Path) -> onnx.ModelProto:
                 skimmed = _skim(data, 0, len(data), MODEL)
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror or error}", hint="is it readable?") from error
-    except _NoProtobufError as error:
+    except NoProtobufError as error:
         raise _not_onnx(path, str(error)) from error
     try:
         model = onnx.ModelProto.FromString(skimmed)
@@ -167,49 +167,18 @@ def _not_onnx(path: Path, why: str) -> BundleError:
     return BundleError(f"{path}: not a whole ONNX graph: {why}", hint=HINT)
 
 
-class _NoProtobufError(ValueError):
-    """Bytes that are no protobuf message, or end too soon."""
-
-
 def _skim(data: mmap.mmap, at: int, end: int, rules: Mapping[int, Any]) -> bytes:
     """A message without the fields that the rules drop, at any depth that they know."""
     out = bytearray()
-    while at < end:
-        start = at
-        tag, at = _varint(data, at, end)
-        field, kind = tag >> 3, tag & 7
-        if kind == VARINT:
-            _, at = _varint(data, at, end)
-        elif kind in (FIXED64, FIXED32):
-            at += 8 if kind == FIXED64 else 4
-        elif kind == BYTES:
-            length, at = _varint(data, at, end)
-            body, at = at, at + length
-            if at > end:
-                raise _NoProtobufError(f"it ends {at - end} bytes too soon")
-            if field in rules:
-                if (inside := rules[field]) is not None:
-                    kept = _skim(data, body, at, inside)
-                    out += _as_varint(tag) + _as_varint(len(kept)) + kept
-                continue
-        else:
-            raise _NoProtobufError("its bytes are no protobuf")
-        if at > end:
-            raise _NoProtobufError(f"it ends {at - end} bytes too soon")
-        out += data[start:at]
+    for field in fields(data, at, end):
+        inside = rules.get(field.number)
+        if field.kind != BYTES or field.number not in rules:
+            out += data[at : field.end]
+        elif inside is not None:
+            kept = _skim(data, field.start, field.end, inside)
+            out += _as_varint(field.number << 3 | BYTES) + _as_varint(len(kept)) + kept
+        at = field.end
     return bytes(out)
-
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """A number in groups of seven bits, lowest first, and where it ends."""
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-    raise _NoProtobufError("it ends within a number" if at >= end else "its bytes are no protobuf")
 
 
 def _as_varint(value: int) -> bytes:

@@ -129,8 +129,10 @@ def test_further_outputs_of_the_processor_are_left_out(components: Components):
 def test_embedding(components: Components):
     ids = np.array([[1, 2], [115, 0]], np.int32)
     np.testing.assert_array_equal(components.embed(ids), WEIGHTS["embed"][ids])
-    with pytest.raises(PromptError, match="token ids 1 to 999 are not all in the embedding"):
-        components.embed(np.array([[1, 999]]))
+    for wrong in (len(WEIGHTS["embed"]), 999, -1, 2**40):
+        with pytest.raises(PromptError, match=f"token {wrong} ") as caught:
+            components.embed(np.array([[1, wrong]]))
+        assert caught.value.code == "prompt.token-past-embedding"
 
 
 def test_positions_count_from_zero(components: Components):

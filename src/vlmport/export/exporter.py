@@ -27,6 +27,7 @@ from vlmport.export.files import write_hub_files, write_json
 from vlmport.export.folder import atomic_folder, check_space, check_target, recover
 from vlmport.export.golden import golden_input, record
 from vlmport.export.soundness import check_float16, check_prompt
+from vlmport.export.token_ids import check_token_ids
 from vlmport.export.writing import Job, data_files, parse_size, write_model
 from vlmport.families import family_of
 from vlmport.families.base import Family, Layout, SizedLayout
@@ -106,6 +107,7 @@ def export(
     form = _layout(family, layout, size)
     with atomic_folder(out, force=force) as folder:
         meter = Meter(progress)
+        check_token_ids(checkpoint, family, form.hub_files())
         assignment = Assignment(tensors)
         jobs = _plan(family, form, assignment, chosen, meter)
         patterns = [ignore_weights] if isinstance(ignore_weights, str) else ignore_weights

@@ -161,6 +161,7 @@ class Asker:
         """
         ids = self.prompter.splice(text, [picture.prompt_ids for picture in pictures])
         most_new_tokens(self.components, len(ids), decoding.options)  # it has cost little so far
+        self.components.check_ids(ids)
         token = self.components.manifest.prompt.image_token_id
         counts = [int((picture.prompt_ids == token).sum()) for picture in pictures]
         rows = tuple(

@@ -6,6 +6,7 @@ text alone needs no vision session. What a graph is called with follows its own 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from vlmport.errors import (
 from vlmport.layouts import HUB
 from vlmport.precisions import precision_name
 from vlmport.runtime.decoder import Decoder, scales_by_call
+from vlmport.runtime.embedding import check_ids, embedding_rows
 from vlmport.runtime.options import whole_number
 from vlmport.runtime.positions import AGAIN, Positions, computed, counted, picture_inputs
 from vlmport.runtime.refusals import refusal
@@ -207,15 +209,20 @@ class Components:
 
     def embed(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S D"]:
         """Rows of the embedding table. Raises PromptError for an id outside it."""
+        self.check_ids(ids)
         feeds = {"input_ids": np.ascontiguousarray(ids, np.int64)}
-        try:
-            return np.asarray(self.session(EMBED).run(["inputs_embeds"], feeds)[0])
-        except ORT_ERRORS as error:
-            raise PromptError(
-                f"token ids {ids.min()} to {ids.max()} are not all in the embedding: "
-                f"{first_line(error)}",
-                hint="does the tokenizer belong to this bundle?",
-            ) from error
+        return _run(self.session(EMBED), EMBED, ["inputs_embeds"], feeds)[0]
+
+    @functools.cached_property
+    def embedding_rows(self) -> int:
+        """How many ids have an embedding: the rows of the graph's table."""
+        variant = self.bundle.variant(EMBED, self.choice[EMBED])
+        return embedding_rows(self.manifest, self.bundle.path(variant.model))
+
+    def check_ids(self, ids: Int[np.ndarray, ...]) -> None:
+        """Raise PromptError for an id without an embedding: some kernels give zeros for it, and
+        some count a negative one from the end."""
+        check_ids(ids, self.embedding_rows, self.bundle.folder)
 
     def position_ids(
         self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()

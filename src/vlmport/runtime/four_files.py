@@ -69,7 +69,7 @@ class FourFiles(LayoutGraphs):
 
         Raises PromptError for an id outside the vocabulary.
         """
-        feeds = {"prefix_embeddings": prefix[None], "input_ids": self.checked(ids)[None]}
+        feeds = {"prefix_embeddings": prefix[None], "input_ids": self.checked(ids, BEGIN)[None]}
         return self._logits(BEGIN, feeds)
 
     def go_on(
@@ -80,7 +80,7 @@ class FourFiles(LayoutGraphs):
         positions = np.arange(past, past + len(ids), dtype=np.int64)
         mask = np.ones((1, past + len(ids)), np.int64)
         feeds = {"attention_mask": mask, "position_ids": positions[None], **cache}
-        return self._logits(GO_ON, {"input_ids": self.checked(ids)[None], **feeds})
+        return self._logits(GO_ON, {"input_ids": self.checked(ids, GO_ON)[None], **feeds})
 
     def greedy(
         self,

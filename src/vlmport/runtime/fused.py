@@ -72,7 +72,7 @@ class Fused(LayoutGraphs):
         """The same of several sequences, padded on either side; features in the order of rows."""
         port = next(one for one in self.session(TEXT).get_inputs() if one.name == EMBEDS)
         width, token = port.shape[-1], self.manifest.prompt.image_token_id
-        ids = self.checked(ids)
+        ids = self.checked(ids, TEXT)
         if len(features) % self.image_tokens:
             raise PromptError(
                 f"{len(features)} features are no whole number of pictures of {self.image_tokens}",

@@ -72,7 +72,7 @@ class GenaiGraphs(LayoutGraphs):
         if features is None:
             width = self.session(EMBEDDING).get_outputs()[0].shape[-1]
             features = np.zeros((0, width), np.float32)
-        feeds = {"input_ids": self.checked(ids)[None], "image_features": features}
+        feeds = {"input_ids": self.checked(ids, EMBEDDING)[None], "image_features": features}
         return self.run(EMBEDDING, feeds)["inputs_embeds"][0]
 
     def positions(

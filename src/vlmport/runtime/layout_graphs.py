@@ -15,6 +15,7 @@ import onnxruntime as ort
 from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import BundleError, PromptError
 from vlmport.precisions import precision_name
+from vlmport.runtime.embedding import check_ids, embedding_rows
 from vlmport.runtime.refusals import refusal
 from vlmport.runtime.sessions import HOST, ORT_ERRORS, Device, first_line, open_session
 
@@ -41,6 +42,7 @@ class LayoutGraphs:
     def __init__(self, bundle: Bundle, choice: Mapping[str, str], device: Device):
         self.bundle, self.choice, self.device = bundle, choice, device
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._rows: dict[str, int] = {}  # of the embedding in a component
 
     @classmethod
     def open(
@@ -84,14 +86,12 @@ class LayoutGraphs:
         """Release all sessions. A later call opens them again."""
         self._sessions.clear()
 
-    def checked(self, ids: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:
-        """The ids as a graph takes them. Raises PromptError for one outside the vocabulary."""
-        ids, size = np.ascontiguousarray(ids, np.int64), self.manifest.dims.vocab_size
-        if ids.size and not 0 <= ids.min() <= ids.max() < size:
-            raise PromptError(
-                f"token ids {ids.min()} to {ids.max()}, the vocabulary has {size}",
-                hint="does the tokenizer belong to this bundle?",
-            )
+    def checked(self, ids: Int[np.ndarray, ...], component: str) -> Int[np.ndarray, ...]:
+        """The ids as a graph takes them. Raises PromptError for one without an embedding."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        if component not in self._rows:
+            self._rows[component] = embedding_rows(self.manifest, self.path(component))
+        check_ids(ids, self._rows[component], self.bundle.folder)
         return ids
 
     def run(self, component: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
