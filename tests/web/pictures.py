@@ -11,12 +11,12 @@ from PIL import Image, ImageCms
 def write_pictures(folder: Path) -> list[Path]:
     """One file of each kind, of odd sizes, with smooth colours."""
     folder.mkdir(parents=True, exist_ok=True)
-    rgb, rgba = _colours(37, 23), _colours(31, 19, alpha=True)
-    swapped = _swap_red_and_green(ImageCms.createProfile("sRGB"))
+    rgb, rgba = colours(37, 23), colours(31, 19, alpha=True)
+    swapped = swap_red_and_green(ImageCms.createProfile("sRGB"))
     turned = Image.Exif()
     saved = {
         "rgb.png": (rgb, {}),
-        "tall.png": (_colours(11, 47), {}),
+        "tall.png": (colours(11, 47), {}),
         "profile.png": (rgb, {"icc_profile": swapped}),
         "gray.png": (rgb.convert("L"), {}),
         "palette.png": (rgb.quantize(32), {}),
@@ -29,7 +29,7 @@ def write_pictures(folder: Path) -> list[Path]:
         "rgb.bmp": (rgb, {}),
         "palette.gif": (rgb.quantize(32), {}),
         "rgb.jpg": (rgb, {"quality": 90, "subsampling": 0}),
-        "subsampled.jpg": (_colours(64, 48), {"quality": 90, "subsampling": 2}),
+        "subsampled.jpg": (colours(64, 48), {"quality": 90, "subsampling": 2}),
         "progressive.jpg": (rgb, {"quality": 90, "subsampling": 0, "progressive": True}),
         "gray.jpg": (rgb.convert("L"), {"quality": 90}),
     }
@@ -43,7 +43,7 @@ def write_pictures(folder: Path) -> list[Path]:
     return [folder / name for name in saved]
 
 
-def _colours(width: int, height: int, *, alpha: bool = False) -> Image.Image:
+def colours(width: int, height: int, *, alpha: bool = False) -> Image.Image:
     """Sines of different lengths; alpha goes from 0 to 255 by way of every value."""
     y, x = np.mgrid[:height, :width]
     waves = [127.5 + 127.5 * np.sin((x * a + y * b) / 9) for a, b in ((1, 2), (3, -1), (-2, 2))]
@@ -52,7 +52,7 @@ def _colours(width: int, height: int, *, alpha: bool = False) -> Image.Image:
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8), "RGBA" if alpha else "RGB")
 
 
-def _swap_red_and_green(srgb: ImageCms.core.CmsProfile) -> bytes:
+def swap_red_and_green(srgb: ImageCms.core.CmsProfile) -> bytes:
     """An ICC profile under which every colour is another: what it says has to be ignored."""
     data = bytearray(ImageCms.ImageCmsProfile(srgb).tobytes())
     red, green = data.index(b"rXYZ", 128), data.index(b"gXYZ", 128)

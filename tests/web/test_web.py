@@ -26,10 +26,12 @@ from tests.shapes_qwen import MODELS
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
 from tests.web import talks
+from tests.web.matrix import damaged, matrix
 from tests.web.pictures import write_pictures
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.demo import make_server
+from vlmport.errors import ImageError
 from vlmport.export import export
 from vlmport.graph.precision import PRECISIONS
 from vlmport.runtime.images import open_image
@@ -236,8 +238,26 @@ def expectations(
             for name, talker in talkers.items()
         },
         "tiles": captions_of_tiles(talkers["tiles"], [path for path in kinds if path.name in CUT]),
+        "matrix": read_matrix(kinds[0].parent / "matrix"),
         "pixelValues": {"dims": values.shape, "data": values.ravel().tolist()},
     }
+
+
+def read_matrix(folder: Path) -> dict[str, dict[str, Any]]:
+    """Write all files; of each its number, and what Python reads or refuses it with."""
+    folder.mkdir()
+    found: dict[str, dict[str, Any]] = {}
+    for number, (name, data) in enumerate((matrix() | damaged()).items()):
+        (folder / f"{number}.bin").write_bytes(data)
+        try:
+            rgb = open_image(data)
+        except ImageError as error:
+            found[name] = {"number": number, "code": error.code}
+            continue
+        height, width, _ = rgb.shape
+        digest = hashlib.sha256(rgb.tobytes()).hexdigest()
+        found[name] = {"number": number, "width": width, "height": height, "sha256": digest}
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,17 @@ export interface Expected {
   /** What the image processor makes of the first picture of `captions`. */
   readonly pixelValues: { readonly dims: readonly number[]; readonly data: readonly number[] };
   /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
-  readonly pixels: Readonly<Record<string, { width: number; height: number; sha256: string }>>;
+  readonly pixels: Readonly<Record<string, Pixels>>;
+  /** Format and feature → the file's number, and the same or the code of Python's error. */
+  readonly matrix: Readonly<
+    Record<string, { readonly number: number } & (Pixels | { readonly code: string })>
+  >;
+}
+
+interface Pixels {
+  readonly width: number;
+  readonly height: number;
+  readonly sha256: string;
 }
 
 export interface Told {

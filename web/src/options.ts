@@ -30,10 +30,10 @@ export function checkAnswerOptions(options: AnswerOptions, more: readonly string
   if (options.maxNewTokens !== undefined) checkCount('maxNewTokens', options.maxNewTokens);
 }
 
-/** Throws OptionError for what is no whole number from 1 on. */
-export function checkCount(name: string, value: number): void {
-  if (Number.isInteger(value) && value >= 1) return;
-  const message = `${name}=${value}, expected a whole number of at least 1`;
+/** Throws OptionError for what is no whole number from `least` on. */
+export function checkCount(name: string, value: number, least = 1): void {
+  if (Number.isInteger(value) && value >= least) return;
+  const message = `${name}=${value}, expected a whole number of at least ${least}`;
   throw new VlmportError('OptionError', message, `for example ${name}: 2`);
 }
 

@@ -52,7 +52,7 @@ export async function toPicture(source: PictureSource): Promise<Picture> {
   }
   const message = `a picture can't be ${describe(source)}`;
   const hint = 'a File, Blob, URL, <img>, canvas, ImageData, ImageBitmap or RawImage';
-  throw new VlmportError('ImageError', message, hint);
+  throw new VlmportError('ImageError', message, hint, { code: 'image.wrong-type' });
 }
 
 /** What of a picture moves to the worker instead of being copied. */
@@ -75,7 +75,8 @@ async function fromElement(image: HTMLImageElement): Promise<Picture> {
     await image.decode();
   } catch (error) {
     const message = `the <img> shows no picture (${firstLine(error)})`;
-    throw new VlmportError('ImageError', message, `is ${image.currentSrc || 'its src'} a picture?`);
+    const hint = `is ${image.currentSrc || 'its src'} a picture?`;
+    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
   }
   try {
     const response = await fetch(image.currentSrc);
@@ -97,14 +98,16 @@ async function fromBitmap(
     return { kind: 'bitmap', bitmap };
   } catch (error) {
     const message = `the picture can't be read (${firstLine(error)})`;
-    throw new VlmportError('ImageError', message, 'is it empty, or from another origin?');
+    const hint = 'is it empty, or from another origin?';
+    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
   }
 }
 
 function fromRawImage({ width, height, channels, data }: RawImage): Picture {
   if (channels !== 1 && channels !== 3 && channels !== 4) {
     const message = `a RawImage of ${channels} channels`;
-    throw new VlmportError('ImageError', message, 'RawImage.rgb() makes it 3');
+    const hint = 'RawImage.rgb() makes it 3';
+    throw new VlmportError('ImageError', message, hint, { code: 'image.wrong-array' });
   }
   return { kind: 'pixels', width, height, channels, data: Uint8Array.from(data) };
 }

@@ -57,6 +57,7 @@ export interface LoadOptions {
   readonly precision: string;
   readonly threads: number | null;
   readonly wasmPaths: string | null;
+  readonly imageCacheBytes: number | null;
 }
 
 /** A picture of a prompt. A conversation knows it by a number; null: it has come before. */

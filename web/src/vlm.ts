@@ -29,9 +29,22 @@ export interface VlmOptions {
   threads?: number;
   /** Where ONNX Runtime's .wasm and .mjs files lie, where a bundler does not see to that. */
   wasmPaths?: string;
+  /**
+   * Maximum size of the cache of encoded pictures (default 64 MB, 0 = none): a picture in it is not
+   * encoded again. The least recently used go first.
+   */
+  imageCacheBytes?: number;
 }
 
-const VLM_OPTIONS = ['device', 'precision', 'onProgress', 'signal', 'threads', 'wasmPaths'];
+const VLM_OPTIONS = [
+  'device',
+  'precision',
+  'onProgress',
+  'signal',
+  'threads',
+  'wasmPaths',
+  'imageCacheBytes',
+];
 
 export class VLM {
   private constructor(private readonly model: Model) {}
@@ -176,7 +189,7 @@ const isMessages = (asked: PictureSource | readonly Message[]): asked is readonl
 
 function checkLoadOptions(url: string | URL, options: VlmOptions): LoadOptions {
   checkNames(options, VLM_OPTIONS);
-  const { device = 'auto', precision = 'auto', threads, wasmPaths } = options;
+  const { device = 'auto', precision = 'auto', threads, wasmPaths, imageCacheBytes } = options;
   if (!['auto', 'webgpu', 'wasm'].includes(device)) {
     const message = `device '${device}' is unknown`;
     throw new VlmportError('OptionError', message, "'auto', 'webgpu' or 'wasm'");
@@ -186,12 +199,14 @@ function checkLoadOptions(url: string | URL, options: VlmOptions): LoadOptions {
     throw new VlmportError('OptionError', message, "for example 'q8'");
   }
   if (threads !== undefined) checkCount('threads', threads);
+  if (imageCacheBytes !== undefined) checkCount('imageCacheBytes', imageCacheBytes, 0);
   return {
     url: bundleAddress(url).href,
     device,
     precision,
     threads: threads ?? null,
     wasmPaths: wasmPaths === undefined ? null : wasmFolder(wasmPaths),
+    imageCacheBytes: imageCacheBytes ?? null,
   };
 }
 

@@ -81,7 +81,13 @@ def _fits(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    """EXIF's orientation, 1 to 8; of broken metadata 1."""
+    if image.format == "AVIF" and "exif" not in image.info:
+        return 1  # Pillow would look into XMP; in this format the container alone turns pictures
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever stands there: the pixels are whole
+        return 1
     return found if isinstance(found, int) else 1
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from vlmport.errors import ImageError
 from vlmport.runtime.image_kinds import AVIF, HEAD, HEIF, RAW, Kind, kind_of
@@ -37,6 +37,7 @@ SMALL = 1 << 26  # bytes for which nobody asks how much memory there is
 
 # Not all that Pillow knows: some of its readers start other programs (EPS), most are hardly used.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 HEIF_FORMAT = "HEIF"  # read where pillow-heif is installed
 DNG_VERSION, NEW_SUBFILE_TYPE, IS_REDUCED = 50706, 254, 1  # tags of TIFF
 
@@ -196,7 +197,9 @@ def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
         formats = (*FORMATS, HEIF_FORMAT)
     try:
         image = Image.open(file, formats=formats)
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if _is_read(kind, head):
+            raise _damaged(name, error) from None
         raise _other_kind(kind, name) from None
     except MemoryError as error:
         raise _no_memory(name) from error
@@ -221,6 +224,15 @@ def _reads_heif() -> bool:
         except (ImportError, AttributeError):
             return False
     return HEIF_FORMAT in Image.OPEN
+
+
+def _is_read(kind: Kind, head: bytes) -> bool:
+    """Whether a file that Pillow does not know begins as one that it reads."""
+    if kind is AVIF:
+        return bool(features.check("avif"))
+    if kind is HEIF:
+        return HEIF_FORMAT in Image.OPEN
+    return head.startswith(SIGNATURES)
 
 
 def _is_raw(image: Image.Image) -> bool:
@@ -299,6 +311,8 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _damaged(name: str, error: Exception) -> ImageError:
     detail = str(error).split("\n")[0][:200]
+    if isinstance(error, UnidentifiedImageError):  # it names an object in memory
+        detail = "no reader makes sense of it"
     return ImageError(
         f"{name}: damaged or truncated: {detail}",
         hint="download or copy it again",

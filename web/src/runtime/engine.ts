@@ -22,7 +22,7 @@ import type {
 import { type Question, answer } from './asking.js';
 import { Components, graphFiles } from './components.js';
 import { Conversation, Conversations } from './conversations.js';
-import { FeatureCache, type Picture } from './features.js';
+import { FeatureCache, MAX_BYTES, type Picture } from './features.js';
 import { notFollowed } from './generate.js';
 import { probe } from './probe.js';
 import { Prompter, promptFiles } from './prompt.js';
@@ -42,7 +42,7 @@ interface Ready {
 export class Engine {
   /** The GPU was left for this, which holds no graphs yet; null once it does. */
   private next: Runtime | null = null;
-  private readonly features = new FeatureCache();
+  private readonly features: FeatureCache;
   private readonly conversations = new Conversations();
 
   private constructor(
@@ -50,7 +50,9 @@ export class Engine {
     private readonly files: BundleFiles,
     private ready: Ready,
     private reason: string | null,
-  ) {}
+  ) {
+    this.features = new FeatureCache(options.imageCacheBytes ?? MAX_BYTES);
+  }
 
   /** Throws BundleError, DownloadError, TokenizerError or DeviceError, or the abort. */
   static async open(

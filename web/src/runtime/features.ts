@@ -10,7 +10,7 @@ import type { Components, Feeds } from './components.js';
 import { type Rgb, openImage } from './images.js';
 import type { Rows } from './rows.js';
 
-const MAX_BYTES = 64 * 1024 * 1024;
+export const MAX_BYTES = 64 * 1024 * 1024;
 
 /** A picture whose place in the prompt is known. Nothing of it lies on a GPU. */
 export interface Picture {

@@ -1,20 +1,20 @@
 /**
  * Any picture as RGB pixels, as vlmport/runtime/images.py reads it: upright, transparency over
  * white, colour profiles ignored, never scaled.
- *
- * A 2D canvas holds colours multiplied by their alpha, which loses bits of half transparent pixels.
- * Those pictures are read back through WebGL, which does not multiply.
  */
 
 import { VlmportError, firstLine } from '../errors.js';
 import type { Picture as AnyPicture } from '../protocol.js';
+import { AS_STORED, type Rgba, readBitmap } from './canvas.js';
+import { type Frame, type PictureFile, readFile, undecoded } from './files.js';
+import { decodePng16 } from './png16.js';
 
 /** A picture whose pixels are to be read. */
 export type Picture = Exclude<AnyPicture, { kind: 'values' }>;
 
 const MAX_PIXELS = 100_000_000;
 const MAX_SIDE = 65_536; // up to here the image processor's integers hold
-const FORMATS = 'PNG, JPEG, WebP, GIF, BMP and AVIF are read';
+const BY_THE_BROWSER = ['AVIF', 'HEIC']; // it turns these itself
 
 export interface Rgb {
   readonly width: number;
@@ -29,27 +29,25 @@ const HINTS: Readonly<Record<string, string>> = {
   'file:': 'pages read no files by their address: give a File',
 };
 
-type Rgba = Uint8ClampedArray<ArrayBuffer> | Uint8Array<ArrayBuffer>;
-
-/** How a bitmap is decoded so that its numbers are those of the file. */
-export const AS_STORED: ImageBitmapOptions = {
-  colorSpaceConversion: 'none',
-  premultiplyAlpha: 'none',
-  imageOrientation: 'from-image',
-};
-
 /** Throws ImageError for whatever is no whole picture, for more than MAX_PIXELS pixels and a longer side than MAX_SIDE. */
 export async function openImage(picture: Picture, signal: AbortSignal): Promise<Rgb> {
-  switch (picture.kind) {
-    case 'pixels':
-      checkSize(picture.width, picture.height);
-      return fromPixels(picture);
-    case 'bitmap':
-      return fromBitmap(picture.bitmap);
-    case 'blob':
-      return fromBitmap(await decode(picture.blob));
-    case 'url':
-      return fromBitmap(await decode(await fetchBlob(picture.url, signal)));
+  try {
+    switch (picture.kind) {
+      case 'pixels':
+        checkSize(picture.width, picture.height);
+        return fromPixels(picture);
+      case 'bitmap':
+        return await fromBitmap(picture.bitmap);
+      case 'blob':
+        return await fromFile(picture.blob);
+      case 'url':
+        return await fromFile(await fetchBlob(picture.url, signal));
+    }
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error; // an array that there is no memory for
+    const message = `not enough memory for this picture (${firstLine(error)})`;
+    const hint = 'scale it down first';
+    throw new VlmportError('ImageError', message, hint, { code: 'image.out-of-memory' });
   }
 }
 
@@ -57,11 +55,8 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
   try {
     const response = await fetch(url, { signal });
     if (response.ok) return await response.blob();
-    throw new VlmportError(
-      'ImageError',
-      `${url}: the server says ${response.status}`,
-      'is it there?',
-    );
+    const message = `${url}: the server says ${response.status}`;
+    throw new VlmportError('ImageError', message, 'is it there?', { code: 'image.not-fetched' });
   } catch (error) {
     signal.throwIfAborted();
     if (error instanceof VlmportError) throw error;
@@ -72,75 +67,98 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
   }
 }
 
-async function decode(blob: Blob): Promise<ImageBitmap> {
+/** Sizes are checked before anything is decoded. */
+async function fromFile(blob: Blob): Promise<Rgb> {
   if (blob.size === 0) {
-    throw new VlmportError('ImageError', 'the picture is empty (0 bytes)', 'choose it again');
+    const message = 'the picture is empty (0 bytes)';
+    throw new VlmportError('ImageError', message, 'choose it again', { code: 'image.empty' });
   }
+  const file = await readFile(new Uint8Array(await blob.arrayBuffer()));
+  const { width, height, format, orientation } = file;
+  checkSize(width, height);
+  if (file.depth === 16) {
+    return turned({ width, height, data: onWhite(await decodePng16(file)) }, orientation);
+  }
+  const bitmap = await decode(file, blob.type);
+  if (!BY_THE_BROWSER.includes(format) && (bitmap.width !== width || bitmap.height !== height)) {
+    const found = `${bitmap.width}x${bitmap.height}`;
+    bitmap.close();
+    const message = `the browser makes ${found} of a picture of ${width}x${height} pixels`;
+    const hint = 'save it as PNG';
+    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
+  }
+  const rgb = await fromBitmap(bitmap);
+  if (file.frame) paintOutside(rgb, file.frame);
+  return turned(rgb, orientation);
+}
+
+/** Give what a frame leaves free the colour that Pillow gives it. */
+function paintOutside({ width, height, data }: Rgb, frame: Frame): void {
+  if (frame.width >= width && frame.height >= height) return;
+  for (let y = 0, at = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, at += 3) {
+      const [right, down] = [x - frame.x, y - frame.y];
+      if (right >= 0 && right < frame.width && down >= 0 && down < frame.height) continue;
+      data.set(frame.outside, at);
+    }
+  }
+}
+
+async function decode(file: PictureFile, type: string): Promise<ImageBitmap> {
   try {
-    return await createImageBitmap(blob, AS_STORED);
-  } catch (error) {
-    const message = `not a picture that this browser can read (${firstLine(error)})`;
-    throw new VlmportError('ImageError', message, FORMATS);
+    return await createImageBitmap(new Blob([...file.parts], { type }), AS_STORED);
+  } catch {
+    throw undecoded(file);
   }
 }
 
 /** Reads a bitmap and closes it. */
-function fromBitmap(bitmap: ImageBitmap): Rgb {
+async function fromBitmap(bitmap: ImageBitmap): Promise<Rgb> {
   const { width, height } = bitmap;
   try {
     checkSize(width, height);
-    const drawn = readByCanvas(bitmap);
-    const halfTransparent = hasPartialAlpha(drawn);
-    const rgba = halfTransparent ? (readByWebGl(bitmap) ?? drawn) : drawn;
-    return { width, height, data: onWhite(rgba) };
+    const data = new Uint8Array(width * height * 3);
+    await readBitmap(bitmap, (rgba, x, y, columns, rows) => {
+      const rgb = onWhite(rgba);
+      for (let row = 0; row < rows; row++) {
+        const line = rgb.subarray(row * columns * 3, (row + 1) * columns * 3);
+        data.set(line, ((y + row) * width + x) * 3);
+      }
+    });
+    return { width, height, data };
   } finally {
     bitmap.close();
   }
 }
 
-function readByCanvas(bitmap: ImageBitmap): Rgba {
-  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  const context = canvas.getContext('2d', { willReadFrequently: true });
-  try {
-    if (context === null) throw new Error('no 2D canvas of this size');
-    context.drawImage(bitmap, 0, 0);
-    return context.getImageData(0, 0, bitmap.width, bitmap.height).data;
-  } catch (error) {
-    const tainted = error instanceof DOMException && error.name === 'SecurityError';
-    const message = `the pixels can't be read (${firstLine(error)})`;
-    const hint = tainted
-      ? "the picture is from another origin: load it with crossorigin='anonymous'"
-      : 'scale it down first';
-    throw new VlmportError('ImageError', message, hint);
+/** Turned as EXIF's orientation says. */
+export function turned(rgb: Rgb, orientation: number): Rgb {
+  if (orientation === 1) return rgb;
+  const { width, height, data } = rgb;
+  const [swapped, flipX, flipY] = [
+    orientation >= 5,
+    [2, 3, 6, 7].includes(orientation),
+    [3, 4, 7, 8].includes(orientation),
+  ];
+  const [columns, rows] = swapped ? [height, width] : [width, height];
+  const result = new Uint8Array(data.length);
+  for (let y = 0, to = 0; y < rows; y++) {
+    for (let x = 0; x < columns; x++, to += 3) {
+      const [right, down] = [flipX ? columns - 1 - x : x, flipY ? rows - 1 - y : y];
+      const from = 3 * (swapped ? right * width + down : down * width + right);
+      result[to] = data[from]!;
+      result[to + 1] = data[from + 1]!;
+      result[to + 2] = data[from + 2]!;
+    }
   }
-}
-
-/** The pixels as they are in the file; null where WebGL is missing or too small. */
-function readByWebGl(bitmap: ImageBitmap): Rgba | null {
-  const { width, height } = bitmap;
-  const gl = new OffscreenCanvas(1, 1).getContext('webgl');
-  if (gl === null || Math.max(width, height) > Number(gl.getParameter(gl.MAX_TEXTURE_SIZE))) {
-    return null;
-  }
-  gl.pixelStorei(gl.UNPACK_PREMULTIPLY_ALPHA_WEBGL, false);
-  gl.pixelStorei(gl.UNPACK_COLORSPACE_CONVERSION_WEBGL, gl.NONE);
-  gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
-  gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
-  gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
-  const [target, attachment] = [gl.TEXTURE_2D, gl.COLOR_ATTACHMENT0];
-  const texture = gl.getParameter(gl.TEXTURE_BINDING_2D) as WebGLTexture;
-  gl.framebufferTexture2D(gl.FRAMEBUFFER, attachment, target, texture, 0);
-  const rgba = new Uint8Array(width * height * 4);
-  gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, rgba);
-  const failed = gl.getError() !== gl.NO_ERROR;
-  gl.getExtension('WEBGL_lose_context')?.loseContext();
-  return failed ? null : rgba;
+  return { width: columns, height: rows, data: result };
 }
 
 function fromPixels({ width, height, channels, data }: Picture & { kind: 'pixels' }): Rgb {
   if (data.length !== width * height * channels) {
     const message = `${data.length} bytes for ${width}x${height} pixels of ${channels} channels`;
-    throw new VlmportError('ImageError', message, 'channels come last; one picture at a time');
+    const hint = 'channels come last; one picture at a time';
+    throw new VlmportError('ImageError', message, hint, { code: 'image.wrong-array' });
   }
   if (channels === 4) return { width, height, data: onWhite(data) };
   if (channels === 3) return { width, height, data: Uint8Array.from(data) };
@@ -150,18 +168,22 @@ function fromPixels({ width, height, channels, data }: Picture & { kind: 'pixels
 }
 
 function checkSize(width: number, height: number): void {
-  const inside = Math.max(width, height) <= MAX_SIDE && width * height <= MAX_PIXELS;
-  if (width >= 1 && height >= 1 && inside) return;
-  const limits = `${MAX_PIXELS / 1e6} million, and ${MAX_SIDE} a side`;
-  const message = `${width}x${height} pixels; the limits are ${limits}`;
-  throw new VlmportError('ImageError', message, 'scale it down first');
-}
-
-function hasPartialAlpha(rgba: Rgba): boolean {
-  for (let i = 3; i < rgba.length; i += 4) {
-    if (rgba[i] !== 255 && rgba[i] !== 0) return true;
+  const number = (value: number) => value.toLocaleString('en-US');
+  const size = `${width}x${height}`;
+  const refuse = (message: string, hint: string, code = 'image.too-large') => {
+    throw new VlmportError('ImageError', message, hint, { code });
+  };
+  if (!(width >= 1 && height >= 1)) {
+    refuse(`${size} pixels`, 'a picture needs pixels', 'image.empty');
   }
-  return false;
+  if (width * height > MAX_PIXELS) {
+    const message = `${size} is ${number(width * height)} pixels, the limit is ${number(MAX_PIXELS)}`;
+    refuse(message, 'scale it down first');
+  }
+  if (Math.max(width, height) > MAX_SIDE) {
+    const message = `${size} pixels, the limit is ${number(MAX_SIDE)} a side`;
+    refuse(message, 'cut it into pieces, or scale it down first');
+  }
 }
 
 /**

@@ -1,0 +1,413 @@
+/**
+ * What a picture's file says of itself before anything is decoded: its format, size and
+ * orientation; and the file without what makes browsers change pixels.
+ *
+ * Browsers differ in what they do with orientations, colour profiles and animations. So what
+ * is given to them has neither: colours come as stored, and turning is done here.
+ */
+
+import { VlmportError } from '../errors.js';
+
+export type Format = 'PNG' | 'JPEG' | 'WebP' | 'GIF' | 'BMP' | 'AVIF' | 'HEIC';
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+export interface PictureFile {
+  readonly format: Format;
+  /** As stored: before it is turned. */
+  readonly width: number;
+  readonly height: number;
+  /** EXIF's, 1 to 8; 1 where the browser turns the picture itself (AVIF, HEIC). */
+  readonly orientation: number;
+  /** Of a PNG, bits a channel; else 8. */
+  readonly depth: number;
+  /** What the first frame of an animation leaves free, and its colour as Pillow has it. */
+  readonly frame?: Frame;
+  /** The file to decode. */
+  readonly parts: readonly Bytes[];
+}
+
+/** Where a frame lies, and the colour of all else. */
+export interface Frame {
+  readonly x: number;
+  readonly y: number;
+  readonly width: number;
+  readonly height: number;
+  readonly outside: readonly [number, number, number];
+}
+
+const FORMATS = 'PNG, JPEG, WebP, AVIF, GIF and BMP are read';
+const KEPT_OF_PNG = ['IHDR', 'PLTE', 'tRNS', 'IDAT', 'IEND'];
+const LEFT_OUT_OF_WEBP = ['ICCP', 'EXIF', 'XMP '];
+const FLAGS_OF_THEM = 0x20 | 0x08 | 0x04; // in WebP's VP8X
+const XMP_IN_JPEG = 'http://ns.adobe.com/xap/1.0/\0';
+
+/** Throws ImageError for what is no picture, one of a format that is not read, or damaged. */
+export async function readFile(bytes: Bytes): Promise<PictureFile> {
+  const read = READERS.find(([begins]) => begins(bytes))?.[1];
+  if (read === undefined) throw unknown(bytes);
+  try {
+    return await read(bytes);
+  } catch (error) {
+    if (error instanceof VlmportError) throw error;
+    throw damaged(); // a RangeError: it ends too early
+  }
+}
+
+type Reader = (bytes: Bytes) => PictureFile | Promise<PictureFile>;
+
+const READERS: readonly [(bytes: Bytes) => boolean, Reader][] = [
+  [bytes => text(bytes, 0, 8) === '\x89PNG\r\n\x1a\n', readPng],
+  [bytes => text(bytes, 0, 3) === '\xff\xd8\xff', readJpeg],
+  [bytes => text(bytes, 0, 4) === 'RIFF' && text(bytes, 8, 4) === 'WEBP', readWebp],
+  [bytes => ['GIF87a', 'GIF89a'].includes(text(bytes, 0, 6)), readGif],
+  [bytes => text(bytes, 0, 2) === 'BM', readBmp],
+  [bytes => heifFormat(bytes) !== null, readHeif],
+];
+
+function damaged(): VlmportError {
+  const hint = 'download or copy it again';
+  return new VlmportError('ImageError', 'the picture is damaged or truncated', hint, {
+    code: 'image.damaged',
+  });
+}
+
+async function readPng(bytes: Bytes): Promise<PictureFile> {
+  const view = viewOf(bytes);
+  const parts = [bytes.subarray(0, 8)];
+  let [exif, raw, xmp, ended, hasPixels] = [null as Bytes | null, '', '', false, false];
+  for (let at = 8; at + 12 <= bytes.length && !ended;) {
+    const [length, kind] = [view.getUint32(at), text(bytes, at + 4, 4)];
+    const data = bytes.subarray(at + 8, at + 8 + length);
+    if (at + 12 + length > bytes.length) throw damaged();
+    if (KEPT_OF_PNG.includes(kind)) parts.push(bytes.subarray(at, at + 12 + length));
+    if (kind === 'eXIf') exif = data;
+    if (['tEXt', 'zTXt', 'iTXt'].includes(kind)) {
+      const [name, value] = await pngText(kind, data);
+      if (name === 'Raw profile type exif') raw = value;
+      if (name === 'XML:com.adobe.xmp') xmp = value;
+    }
+    ended = kind === 'IEND';
+    hasPixels ||= kind === 'IDAT';
+    at += 12 + length;
+  }
+  if (!hasPixels || text(bytes, 12, 4) !== 'IHDR') throw damaged();
+  if (exif === null && raw) exif = fromHex(raw.split('\n').slice(3).join(''));
+  return {
+    format: 'PNG',
+    width: view.getUint32(16),
+    height: view.getUint32(20),
+    depth: bytes[24]!,
+    orientation: orientationOf(exif, xmp),
+    parts,
+  };
+}
+
+/** Name and text of one of PNG's chunks of text; a text is empty that can't be unpacked. */
+async function pngText(kind: string, data: Bytes): Promise<[string, string]> {
+  const end = data.indexOf(0);
+  const name = text(data, 0, Math.max(0, end));
+  if (kind === 'tEXt') return [name, latin(data.subarray(end + 1))];
+  if (kind === 'zTXt') return [name, latin(await inflated(data.subarray(end + 2)))];
+  const packed = data[end + 1] === 1;
+  const afterLanguage = data.indexOf(0, end + 3) + 1;
+  const value = data.subarray(data.indexOf(0, afterLanguage) + 1);
+  return [name, latin(packed ? await inflated(value) : value)];
+}
+
+const MOST_TEXT = 1 << 20; // Pillow's limit
+
+async function inflated(packed: Bytes): Promise<Bytes> {
+  try {
+    return await inflate([packed], MOST_TEXT);
+  } catch {
+    return new Uint8Array(0);
+  }
+}
+
+/** Unpack zlib's format; what comes after `most` bytes is left out. Throws for damaged data. */
+export async function inflate(packed: readonly Bytes[], most: number): Promise<Bytes> {
+  const unpacked = new Uint8Array(most);
+  let length = 0;
+  const stream = new Blob([...packed]).stream().pipeThrough(new DecompressionStream('deflate'));
+  const reader = stream.getReader();
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const room = value.subarray(0, most - length);
+    unpacked.set(room, length);
+    length += room.length;
+    if (length === most) {
+      await reader.cancel();
+      break;
+    }
+  }
+  return unpacked.subarray(0, length);
+}
+
+function readJpeg(bytes: Bytes): PictureFile {
+  const view = viewOf(bytes);
+  const parts = [bytes.subarray(0, 2)];
+  let [exif, xmp, width, height] = [null as Bytes | null, '', 0, 0];
+  for (let at = 2; ;) {
+    if (bytes[at] !== 0xff) throw damaged();
+    const marker = view.getUint8(at + 1);
+    if (marker === 0xff) {
+      at += 1; // a byte that fills
+      continue;
+    }
+    if (marker === 0xda) {
+      parts.push(bytes.subarray(at));
+      break;
+    }
+    const length = 2 + view.getUint16(at + 2);
+    const segment = bytes.subarray(at, at + length);
+    const data = segment.subarray(4);
+    if (marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker)) {
+      [height, width] = [view.getUint16(at + 5), view.getUint16(at + 7)];
+    }
+    if (marker === 0xe1 && text(data, 0, 6) === 'Exif\0\0') exif ??= data;
+    if (marker === 0xe1 && text(data, 0, XMP_IN_JPEG.length) === XMP_IN_JPEG) xmp ||= latin(data);
+    const isMetadata = (marker >= 0xe1 && marker <= 0xef && marker !== 0xee) || marker === 0xfe;
+    if (!isMetadata) parts.push(segment); // what is kept: JFIF's, Adobe's, the tables
+    at += length;
+  }
+  const orientation = orientationOf(exif, xmp);
+  return { format: 'JPEG', width, height, depth: 8, orientation, parts };
+}
+
+function readWebp(bytes: Bytes): PictureFile {
+  const view = viewOf(bytes);
+  const head = bytes.slice(0, 12);
+  const parts = [head];
+  let [exif, xmp, size] = [null as Bytes | null, '', null as [number, number] | null];
+  let frame: Frame | undefined;
+  let isClear = false; // what no frame covers is transparent then, else black
+  const end = Math.min(bytes.length, 8 + view.getUint32(4, true));
+  for (let at = 12; at + 8 <= end;) {
+    const [kind, length] = [text(bytes, at, 4), view.getUint32(at + 4, true)];
+    const after = at + 8 + length + (length % 2);
+    if (at + 8 + length > bytes.length) throw damaged();
+    const data = bytes.subarray(at + 8, at + 8 + length);
+    size ??= webpSize(kind, data);
+    if (kind === 'EXIF') exif ??= data;
+    if (kind === 'XMP ') xmp ||= latin(data);
+    if (kind === 'ANMF') frame ??= webpFrame(data);
+    if (kind === 'VP8X') {
+      isClear = (data[0]! & 0x10) !== 0;
+      const plain = bytes.slice(at, after);
+      plain[8]! &= ~FLAGS_OF_THEM;
+      parts.push(plain);
+    } else if (!LEFT_OUT_OF_WEBP.includes(kind)) parts.push(bytes.subarray(at, after));
+    at = after;
+  }
+  if (size === null) throw damaged();
+  const length = parts.reduce((sum, part) => sum + part.length, 0);
+  viewOf(head).setUint32(4, length - 8, true);
+  const [width, height] = size;
+  const orientation = orientationOf(exif, xmp);
+  const file: PictureFile = { format: 'WebP', width, height, depth: 8, orientation, parts };
+  return frame && !isClear ? { ...file, frame } : file;
+}
+
+function webpFrame(data: Bytes): Frame {
+  const view = viewOf(data);
+  const at24 = (at: number) => view.getUint16(at, true) + (view.getUint8(at + 2) << 16);
+  const [x, y, width, height] = [2 * at24(0), 2 * at24(3), at24(6) + 1, at24(9) + 1];
+  return { x, y, width, height, outside: [0, 0, 0] };
+}
+
+function webpSize(kind: string, data: Bytes): [number, number] | null {
+  const view = viewOf(data);
+  if (kind === 'VP8X') {
+    const at24 = (at: number) => view.getUint16(at, true) + (view.getUint8(at + 2) << 16);
+    return [at24(4) + 1, at24(7) + 1];
+  }
+  if (kind === 'VP8 ') return [view.getUint16(6, true) & 0x3fff, view.getUint16(8, true) & 0x3fff];
+  if (kind !== 'VP8L') return null;
+  const bits = view.getUint32(1, true);
+  return [(bits & 0x3fff) + 1, ((bits >>> 14) & 0x3fff) + 1];
+}
+
+/** The screen, or more where the first frame is larger, as browsers and Pillow make it. */
+function readGif(bytes: Bytes): PictureFile {
+  const view = viewOf(bytes);
+  let [width, height] = [view.getUint16(6, true), view.getUint16(8, true)];
+  const flags = view.getUint8(10);
+  let at = 13 + (flags & 0x80 ? 3 * 2 ** ((flags & 7) + 1) : 0);
+  let isClear = false;
+  while (view.getUint8(at) === 0x21) {
+    if (view.getUint8(at + 1) === 0xf9) isClear = (view.getUint8(at + 3) & 1) !== 0;
+    for (at += 2; view.getUint8(at) !== 0;) at += 1 + view.getUint8(at);
+    at += 1;
+  }
+  if (view.getUint8(at) !== 0x2c) throw damaged();
+  const at16 = (offset: number) => view.getUint16(at + offset, true);
+  const place = { x: at16(1), y: at16(3), width: at16(5), height: at16(7) };
+  width = Math.max(width, place.x + place.width);
+  height = Math.max(height, place.y + place.height);
+  const colours = view.getUint8(at + 9) & 0x80 ? at + 10 : flags & 0x80 ? 13 : null;
+  const [r, g, b] = colours === null ? [0, 0, 0] : bytes.subarray(colours, colours + 3);
+  const file: PictureFile = {
+    format: 'GIF',
+    width,
+    height,
+    depth: 8,
+    orientation: 1,
+    parts: [bytes],
+  };
+  return isClear ? file : { ...file, frame: { ...place, outside: [r!, g!, b!] } };
+}
+
+function readBmp(bytes: Bytes): PictureFile {
+  const view = viewOf(bytes);
+  const old = view.getUint32(14, true) === 12;
+  const width = old ? view.getUint16(18, true) : view.getInt32(18, true);
+  const height = old ? view.getUint16(20, true) : Math.abs(view.getInt32(22, true));
+  return { format: 'BMP', width, height, depth: 8, orientation: 1, parts: [bytes] };
+}
+
+function heifFormat(bytes: Bytes): Format | null {
+  if (text(bytes, 4, 4) !== 'ftyp') return null;
+  const brand = text(bytes, 8, 4);
+  const length = Math.min(256, viewOf(bytes).getUint32(0));
+  if (['avif', 'avis'].includes(brand)) return 'AVIF';
+  if (['heic', 'heix', 'heim', 'heis', 'hevc', 'hevx'].includes(brand)) return 'HEIC';
+  if (!['mif1', 'msf1', 'mif2'].includes(brand)) return null;
+  return text(bytes, 16, length - 16).includes('avi') ? 'AVIF' : 'HEIC';
+}
+
+/** The largest of the sizes that the file names: its picture's, not those of its tiles. */
+function readHeif(bytes: Bytes): PictureFile {
+  const view = viewOf(bytes);
+  const file = bytes.slice();
+  let [width, height] = [0, 0];
+  const walk = (from: number, to: number) => {
+    for (let at = from; at + 8 <= to;) {
+      const [length, kind] = [view.getUint32(at), text(bytes, at + 4, 4)];
+      const end = length === 0 ? to : length === 1 ? at + view.getUint32(at + 12) : at + length;
+      if (end > to || end < at + 8) throw damaged();
+      if (kind === 'meta') walk(at + 12, end);
+      if (kind === 'iprp' || kind === 'ipco') walk(at + 8, end);
+      if (kind === 'ispe' && view.getUint32(at + 12) * view.getUint32(at + 16) > width * height) {
+        [width, height] = [view.getUint32(at + 12), view.getUint32(at + 16)];
+      }
+      if (kind === 'auxC' && text(bytes, at + 12, 64).includes(':alpha')) throw transparentAvif();
+      if (kind === 'colr') plainColour(file, at + 8);
+      at = end;
+    }
+  };
+  walk(0, bytes.length);
+  if (!width) throw damaged();
+  const format = heifFormat(bytes)!;
+  return { format, width, height, depth: 8, orientation: 1, parts: [file] };
+}
+
+/** Chromium takes the alpha of AVIF for one of limited range, which it never is. */
+function transparentAvif(): VlmportError {
+  const message = 'an AVIF picture with transparency, which browsers read differently';
+  const hint = 'save it as PNG or WebP, or without transparency';
+  return new VlmportError('ImageError', message, hint, { code: 'image.no-exact-alpha' });
+}
+
+/** Make a profile nothing, and primaries and transfer those of sRGB, at the same length. */
+function plainColour(file: Bytes, at: number): void {
+  if (text(file, at, 4) !== 'nclx') file.set(new TextEncoder().encode('free'), at - 4);
+  else file.set([0, 1, 0, 13], at + 4);
+}
+
+/** EXIF's orientation, else the one in XMP (as Pillow 13 takes them), else 1. */
+function orientationOf(exif: Bytes | null, xmp: string): number {
+  const found =
+    (exif === null ? undefined : exifOrientation(exif)) ??
+    Number(/tiff:Orientation(?:="|>)([0-9])/.exec(xmp)?.[1] ?? 1);
+  return found >= 1 && found <= 8 ? found : 1;
+}
+
+function exifOrientation(exif: Bytes): number | undefined {
+  const tiff = text(exif, 0, 6) === 'Exif\0\0' ? exif.subarray(6) : exif;
+  const little = text(tiff, 0, 2) === 'II';
+  if (!little && text(tiff, 0, 2) !== 'MM') return undefined;
+  const view = viewOf(tiff);
+  try {
+    const directory = view.getUint32(4, little);
+    for (let i = 0; i < view.getUint16(directory, little); i++) {
+      const at = directory + 2 + 12 * i;
+      if (view.getUint16(at, little) !== 0x0112) continue;
+      const kind = view.getUint16(at + 2, little);
+      if (kind === 3) return view.getUint16(at + 8, little);
+      if (kind === 4) return view.getUint32(at + 8, little);
+    }
+  } catch {
+    // It ends too early: no orientation.
+  }
+  return undefined;
+}
+
+const HEIC = 'a HEIC (HEIF) picture';
+const SAVE = `save it as PNG or JPEG: ${FORMATS}`;
+// What a file begins with → what it is. Those with a hint are pictures of formats that are not read.
+const OTHERS: readonly [string, string, string?][] = [
+  ['II*\0', 'a TIFF picture', SAVE],
+  ['MM\0*', 'a TIFF picture', SAVE],
+  ['%PDF', 'a PDF', 'save a page of it as PNG'],
+  ['<svg', 'an SVG drawing', 'draw it at the size that you need: save it as PNG'],
+  ['8BPS', 'a Photoshop file (PSD)', SAVE],
+  ['\xff\x0a', 'a JPEG XL picture', SAVE],
+  ['\0\0\0\x0cJXL ', 'a JPEG XL picture', SAVE],
+  ['\0\0\0\x0cjP  ', 'a JPEG 2000 picture', SAVE],
+  ['\xff\x4f\xff\x51', 'a JPEG 2000 picture', SAVE],
+  ['%!PS', 'a PostScript file (EPS)', SAVE],
+  ['gimp xcf', 'a GIMP file (XCF)', SAVE],
+  ['v/1\x01', 'an OpenEXR picture', SAVE],
+  ['#?RADIANCE', 'a Radiance picture (HDR)', SAVE],
+  ['DDS ', 'a DirectDraw texture (DDS)', SAVE],
+  ['qoif', 'a QOI picture', SAVE],
+  ['\0\0\x01\0', 'an icon (ICO)', SAVE],
+  ['P5', 'a Netpbm picture', SAVE],
+  ['P6', 'a Netpbm picture', SAVE],
+  ['<!doctype html', 'a web page'],
+  ['<html', 'a web page'],
+  ['{', 'JSON'],
+  ['PK\x03\x04', 'a ZIP archive or an Office file'],
+  ['\x1aE\xdf\xa3', 'a video (Matroska or WebM)'],
+];
+
+function unknown(bytes: Bytes): VlmportError {
+  const start = text(bytes, 0, 256).replace(/^(\xef\xbb\xbf)?\s+/, '');
+  const lower = start.toLowerCase();
+  if (/^<(\?xml|!--)/.test(lower) && lower.includes('<svg')) return named(OTHERS[3]!);
+  const other = OTHERS.find(([begins]) => lower.startsWith(begins.toLowerCase()));
+  if (other) return named(other);
+  if (text(bytes, 4, 4) === 'ftyp') return named(['', 'a video (MP4 or MOV)']);
+  const message = 'not a picture';
+  return new VlmportError('ImageError', message, FORMATS, { code: 'image.not-a-picture' });
+}
+
+function named([, what, hint]: readonly [string, string, string?]): VlmportError {
+  const [code, message] = hint
+    ? ['image.unsupported-format', `${what}, which is not read`]
+    : ['image.not-a-picture', `not a picture but ${what}`];
+  return new VlmportError('ImageError', message, hint ?? FORMATS, { code });
+}
+
+/** The error for a file that the browser refuses. */
+export function undecoded({ format }: PictureFile): VlmportError {
+  if (format !== 'HEIC') return damaged();
+  const message = `${HEIC}, which this browser can't read`;
+  return new VlmportError('ImageError', message, SAVE, { code: 'image.unsupported-format' });
+}
+
+const viewOf = (bytes: Bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+
+const latin = (bytes: Bytes) => new TextDecoder('latin1').decode(bytes);
+
+/** Bytes as characters of the same numbers; fewer where there are fewer. */
+function text(bytes: Bytes, at: number, length: number): string {
+  return String.fromCharCode(...bytes.subarray(at, at + Math.max(0, length)));
+}
+
+function fromHex(digits: string): Bytes {
+  const pairs = digits.match(/[0-9a-f]{2}/gi) ?? [];
+  return Uint8Array.from(pairs, pair => parseInt(pair, 16));
+}
