@@ -94,6 +94,7 @@ function plan({ components, prompter }: Model, question: Question): Plan {
     const hint = 'fewer or smaller pictures, or a shorter prompt';
     throw new VlmportError('PromptError', message, hint);
   }
+  components.checkIds(ids);
   const room = dims.context_length - ids.length + 1; // the last token is never fed back
   const maxNewTokens = Math.min(question.maxNewTokens ?? generation.max_new_tokens, room);
   const isImage = (id: number) => id === prompt.image_token_id;

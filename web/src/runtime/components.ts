@@ -9,6 +9,7 @@ import type { Golden, ImageOptions, Manifest } from '../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
 import { VlmportError, didYouMean, firstLine, whyAndHint } from '../errors.js';
 import { type Decoder, decoderOf } from './decoder.js';
+import { checkIds, tableRows } from './embedding.js';
 import type { Rgb } from './images.js';
 import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
 import { type Rows, joined, mergeImageFeatures, rowsOf } from './rows.js';
@@ -72,6 +73,8 @@ export class Components {
     readonly manifest: Manifest,
     readonly choice: Choice,
     private readonly sessions: ReadonlyMap<string, Session>,
+    private readonly embeddingRows: number,
+    private readonly textOf: (token: number) => string | undefined,
   ) {
     this.decoder = decoderOf(this.session(DECODER), manifest.cache, DECODER);
     const names = this.session(IMAGE).inputMetadata.map(one => one.name);
@@ -82,20 +85,30 @@ export class Components {
     }
   }
 
-  /** Fetch and open the graphs, one after the other; a graph's bytes are let go before the next. */
+  /**
+   * Fetch and open the graphs, one after the other; a graph's bytes are let go before the next.
+   *
+   * `textOf` gives a token's text, for errors.
+   */
   static async open(
     runtime: Runtime,
     files: BundleFiles,
     choice: Choice,
     onOpen: (name: string) => void,
+    textOf: (token: number) => string | undefined,
   ): Promise<Components> {
     const { manifest } = files;
     const sessions = new Map<string, Session>();
+    let rows = Math.max(manifest.dims.vocab_size, manifest.prompt.image_token_id + 1);
+    const onBytes = (name: string, model: Uint8Array) => {
+      if (name === EMBED) rows = tableRows(model, 'input_ids') ?? rows;
+      onOpen(name);
+    };
     try {
       for (const { name, paths } of graphFiles(manifest, choice)) {
-        sessions.set(name, await openGraph(runtime, files, name, paths, onOpen));
+        sessions.set(name, await openGraph(runtime, files, name, paths, onBytes));
       }
-      return new Components(runtime, manifest, choice, sessions);
+      return new Components(runtime, manifest, choice, sessions, rows, textOf);
     } catch (error) {
       await releaseAll(sessions);
       throw error;
@@ -220,8 +233,18 @@ export class Components {
     return Object.fromEntries(Object.entries(inputs).filter(([name]) => wanted.includes(name)));
   }
 
-  /** Rows of the embedding table: a tensor [1, S, D], on the device. */
+  /** Throws PromptError for an id without an embedding. */
+  checkIds(ids: readonly number[]): void {
+    checkIds(ids, this.embeddingRows, this.textOf);
+  }
+
+  /**
+   * Rows of the embedding table: a tensor [1, S, D], on the device.
+   *
+   * Throws PromptError for an id outside it.
+   */
   async embed(ids: readonly number[]): Promise<Tensor> {
+    this.checkIds(ids);
     const input_ids = this.tensor('int64', BigInt64Array.from(ids, BigInt), [1, ids.length]);
     try {
       const { inputs_embeds } = await this.run(EMBED, { input_ids });
@@ -320,7 +343,7 @@ async function openGraph(
   files: BundleFiles,
   name: string,
   paths: readonly string[],
-  onOpen: (name: string) => void,
+  onBytes: (name: string, model: Uint8Array) => void,
 ): Promise<Session> {
   const [model = '', ...data] = paths;
   const folder = model.slice(0, model.lastIndexOf('/') + 1); // data lies in it or below
@@ -329,7 +352,7 @@ async function openGraph(
     external.push({ path: path.slice(folder.length), data: await files.read(path) });
   }
   const bytes = await files.read(model);
-  onOpen(name);
+  onBytes(name, bytes);
   try {
     // Embeddings go from step to step on the GPU.
     return await runtime.open(name, bytes, external, {

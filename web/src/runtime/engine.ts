@@ -248,7 +248,9 @@ async function loadOn(
     tell('download', manifest.name);
   };
   const prompter = await Prompter.open(files);
-  const components = await Components.open(runtime, files, choice, name => tell('open', name));
+  const onOpen = (name: string) => tell('open', name);
+  const textOf = (token: number) => prompter.tokenizer.id_to_token(token);
+  const components = await Components.open(runtime, files, choice, onOpen, textOf);
   try {
     tell('probe', runtime.device);
     const expected = manifest.golden.expected[precisionName(choice)];
