@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,17 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def render_template(source: str, worker: Worker = WORKER, /, **variables: Any) -> str:
+def render_template(
+    source: str,
+    marked: Callable[[str], str] = str,
+    worker: Worker = WORKER,
+    /,
+    **variables: Any,
+) -> str:
     """Render a chat template. It sees plain data alone: other objects become their type's name.
+
+    Args:
+        marked: what is rendered in place of the source: the same, with other names of tokens.
 
     Raises jinja2.TemplateError in at most 200 characters: TemplateLimitError past a limit.
     """
@@ -76,7 +85,9 @@ def render_template(source: str, worker: Worker = WORKER, /, **variables: Any) -
         plain = json.loads(json.dumps(variables, default=_inert))
     except (TypeError, ValueError, RecursionError) as error:
         raise jinja2.TemplateError(f"no JSON: {error}"[:MESSAGE]) from error
-    if hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN:
+    is_known = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN
+    source = marked(source)
+    if is_known:
         try:
             return render_here(source, plain)
         except Exception as error:  # whatever messages of another kind make it raise

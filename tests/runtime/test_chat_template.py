@@ -45,7 +45,7 @@ def own() -> Iterator[Worker]:
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
 def test_what_never_ends(template: str, impatient: Worker) -> None:
     with pytest.raises(TemplateLimitError) as caught:
-        render_template(template, impatient, messages=MESSAGES)
+        render_template(template, str, impatient, messages=MESSAGES)
     assert caught.value.code in ("template.too-slow", "template.stopped")
     assert len(str(caught.value)) <= MESSAGE
 
@@ -54,7 +54,7 @@ def test_what_never_ends(template: str, impatient: Worker) -> None:
 def test_what_fills_the_memory(template: str, impatient: Worker) -> None:
     """Jinja or Python refuse some of them, the limits the others."""
     with bounded(20, 256 << 20), pytest.raises(jinja2.TemplateError) as caught:
-        render_template(template, impatient, messages=MESSAGES)
+        render_template(template, str, impatient, messages=MESSAGES)
     assert len(str(caught.value)) <= MESSAGE
 
 
@@ -65,7 +65,7 @@ def test_what_pries_or_says_too_much(
     monkeypatch.setenv("A_SECRET", "a-secret-value")
     with bounded(20, 256 << 20):
         try:
-            text = render_template(template, _shared(own), messages=MESSAGES)
+            text = render_template(template, str, _shared(own), messages=MESSAGES)
         except jinja2.TemplateError as error:
             text = str(error)
     assert len(text) <= MESSAGE
@@ -92,9 +92,11 @@ def test_these_templates_are_as_bad_as_that(template: str) -> None:
 def test_the_next_template_renders_after_one_was_stopped(own: Worker) -> None:
     own.seconds = 0.1
     with pytest.raises(TemplateLimitError, match="not ended after"):
-        render_template(ENDLESS[0], own)
+        render_template(ENDLESS[0], str, own)
     own.seconds = 20
-    assert render_template(PLAIN, own, x=[1, {"a": "é\ud800\n"}]) == "[1, {'a': 'é\\ud800\\n'}]"
+    assert (
+        render_template(PLAIN, str, own, x=[1, {"a": "é\ud800\n"}]) == "[1, {'a': 'é\\ud800\\n'}]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,9 +148,9 @@ def test_a_template_sees_plain_data_alone() -> None:
 def test_a_long_conversation_renders(own: Worker) -> None:
     messages = [{"role": "user", "content": "word " * 200}] * 5000
     template = "{% for m in messages %}{{ m.role + ': ' ~ m.content | trim }}\n{% endfor %}"
-    assert len(render_template(template, own, messages=messages)) > 5_000_000
+    assert len(render_template(template, str, own, messages=messages)) > 5_000_000
     with pytest.raises(TemplateLimitError, match=f"more than {killable.ANSWER} characters"):
-        render_template(template, own, messages=messages * 4)
+        render_template(template, str, own, messages=messages * 4)
 
 
 def test_known_templates_are_rendered_in_place(
@@ -164,13 +166,13 @@ def test_known_templates_are_rendered_in_place(
     assert len(templates) == 4
     monkeypatch.setattr(own, "ask", lambda request: pytest.fail("another process"))
     message = {"role": "user", "content": [{"type": "image"}]}
-    assert all(render_template(one, own, messages=[message]) for one in templates)
+    assert all(render_template(one, str, own, messages=[message]) for one in templates)
 
 
 def test_threads_share_one_process(own: Worker) -> None:
     told: list[str] = []
     threads = [
-        threading.Thread(target=lambda n=n: told.append(render_template(PLAIN, own, x=n)))
+        threading.Thread(target=lambda n=n: told.append(render_template(PLAIN, str, own, x=n)))
         for n in range(8)
     ]
     for one in threads:
@@ -253,7 +255,7 @@ def test_a_program_that_is_no_python_starts_none(
     monkeypatch.setattr(sys, *change, raising=False)
     worker = Worker("template")
     with pytest.raises(TemplateLimitError) as caught:
-        render_template(PLAIN, worker)
+        render_template(PLAIN, str, worker)
     assert caught.value.code == "template.stopped"
     with pytest.raises(StoppedError):
         worker.ask({})

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from vlmport.chat_template import render_template, special_tokens
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import TokenizerError, some_names
+from vlmport.tokenizer import encode
 
 JINJA, LEGACY, PROCESSOR = "chat_template.jinja", "chat_template.json", "processor_config.json"
 NAMED, TOKENIZER = "additional_chat_templates", "tokenizer_config.json"
@@ -121,7 +122,7 @@ def token_after_answers(template: str, checkpoint: Checkpoint, tokenizer: Tokeni
     try:
         written = render_template(template, messages=talk, **nothing, **known)
         _, answer, after = written.rpartition(ANSWER)
-        ids = tokenizer.encode(after.lstrip(), add_special_tokens=False).ids if answer else []
+        ids = encode(tokenizer, after.lstrip()) if answer else []
     except Exception:  # what is wrong with it is said when the export tries a prompt
         return None
     special = tokenizer.get_added_tokens_decoder()

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from vlmport.errors import TokenizerError, some_names
 from vlmport.graph.tiling import TileTokens, Tiling
+from vlmport.tokenizer import Encoder
 
 IMAGE_TOKEN, FENCE, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 
@@ -15,10 +16,7 @@ def tile_tokens(tokenizer: Tokenizer, tiling: Tiling, count: int) -> TileTokens:
     """The ids of a picture's tokens. Raises TokenizerError naming those that it lacks."""
     most = tiling.most
     names = [f"<row_{r + 1}_col_{c + 1}>" for r in range(most) for c in range(most)]
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
+    ids = Encoder(tokenizer).encode
     single = {name: ids(name) for name in (IMAGE_TOKEN, FENCE, WHOLE, *names)}
     if lacking := [name for name, found in single.items() if len(found) != 1]:
         raise TokenizerError(

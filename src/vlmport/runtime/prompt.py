@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 
 from vlmport.bundle import PromptSpec
 from vlmport.chat_template import TemplateLimitError, render_template, special_tokens
@@ -17,7 +16,7 @@ from vlmport.errors import PromptError, TokenizerError, cut, did_you_mean, quote
 from vlmport.json_files import load_json
 from vlmport.runtime.messages import Message, check_encodable, count
 from vlmport.runtime.placeholders import free_mark, renamed_tokenizer
-from vlmport.tokenizer import read_tokenizer
+from vlmport.tokenizer import Encoder, read_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -35,9 +34,10 @@ class Prompter:
     def __init__(self, folder: Path, spec: PromptSpec):
         self.spec, self._folder = spec, folder
         self.tokenizer = read_tokenizer(folder, hint=AGAIN)
-        self._renamed: tuple[dict[str, str], Tokenizer] | None = None
+        self._renamed: tuple[dict[str, str], Encoder] | None = None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        self._encoder = Encoder(self.tokenizer)
         path = folder / "tokenizer_config.json"
         config = load_json(path, error=TokenizerError, hint=AGAIN) if path.is_file() else {}
         self._special = special_tokens(config)
@@ -67,7 +67,8 @@ class Prompter:
 
         try:
             return render_template(
-                marked(self._template),
+                self._template,
+                marked,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -88,8 +89,8 @@ class Prompter:
             ) from error
 
     def encode(self, text: str) -> Int64[np.ndarray, " S"]:
-        """Token ids of a rendered prompt: nothing is added to it."""
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        """Token ids of a rendered prompt: nothing is added to it. Raises PromptError."""
+        return np.asarray(self._encoder.encode(text), np.int64)
 
     def ids(self, messages: Sequence[Message]) -> Int64[np.ndarray, " S"]:
         """Token ids of messages, a placeholder for each image part. No text becomes one.
@@ -142,9 +143,8 @@ class Prompter:
         # What a picture's rows have may be another token: it gets a name that no text holds.
         names = {row: free_mark(text), placeholder: mark}
         if self._renamed is None or self._renamed[0] != names:
-            self._renamed = names, renamed_tokenizer(self._folder, names)
-        encoded = self._renamed[1].encode(text, add_special_tokens=False)
-        return np.asarray(encoded.ids, np.int64)
+            self._renamed = names, Encoder(renamed_tokenizer(self._folder, names))
+        return np.asarray(self._renamed[1].encode(text), np.int64)
 
     def splice(
         self, ids: Int64[np.ndarray, " S"], images: Sequence[Int64[np.ndarray, " T"]]
