@@ -15,6 +15,7 @@ from hypothesis import settings
 from PIL import Image
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.processes import let_children_be_interrupted
 
 
 class OneThread(ort.SessionOptions):
@@ -29,6 +30,8 @@ class OneThread(ort.SessionOptions):
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ort.SessionOptions = OneThread
+
+let_children_be_interrupted()
 
 # The same examples each time: a run never fails by luck. New ones are drawn by `make verify-all`.
 settings.register_profile("the same each time", derandomize=True)

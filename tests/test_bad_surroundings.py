@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,8 @@ from typer.testing import CliRunner
 from tests.checkpoints import write_prefix_checkpoint
 from tests.export.comparing import contents
 from tests.hub import Hub, hub_environment
-from tests.test_bad_input import ROOT, one_line, refused, refused_in_subprocess
+from tests.processes import started
+from tests.test_bad_input import one_line, refused, refused_in_subprocess
 from vlmport import cli
 
 MAIN = "from vlmport.cli import main; main()"
@@ -113,17 +112,11 @@ def test_ctrl_c_over_an_old_bundle(
 ) -> None:
     before = contents(tmp_path)
     arguments = ["export", str(tiny_checkpoint), str(own_bundle_folder), "--force", stage]
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n"
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    with started([sys.executable, "-c", INTERRUPTED, *arguments]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (130, "interrupted\n")
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["own-bundle"]

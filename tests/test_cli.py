@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vlmport
+from tests.processes import started
 from vlmport import cli
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.errors import ImageError
@@ -359,36 +359,86 @@ cli.main()
 """
 
 
-def test_ctrl_c_exits_with_130_and_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [
+        ("SIGINT", 130, "interrupted"),
+        ("SIGTERM", 143, "terminated"),
+        ("SIGHUP", 129, "terminal closed"),
+    ],
+)
+def test_a_signal_has_its_exit_code_and_leaves_nothing(
+    name: str, code: int, word: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "here").mkdir()
     out = tmp_path / "here/out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_EXPORT, "export", str(tiny_checkpoint), str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "written\n"
-    assert list((tmp_path / "here").iterdir())  # the partial folder
-    os.kill(process.pid, signal.SIGINT)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 10
-    assert (process.returncode, errors) == (130, "interrupted\n")
+    command = [sys.executable, "-c", SLOW_EXPORT, "export", tiny_checkpoint, out, "-p", "fp32"]
+    with started(command) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        assert list((tmp_path / "here").iterdir())  # the partial folder
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (code, f"{word}\n")
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_a_closed_pipe_is_no_traceback(tiny_bundle: Path, pictures: list[str]) -> None:
-    command = [sys.executable, "-m", "vlmport", "caption", *pictures, "-m", str(tiny_bundle)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+STUCK = """
+import sys
+from vlmport import cli, signals
+from vlmport.export import exporter
+signals.PATIENCE = 0.5
+def stuck(*arguments):
+    import ctypes
+    print("stuck", flush=True)
+    lock = (ctypes.c_char * 64)()  # a mutex; no signal interrupts who waits for it
+    while True:
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+exporter.write_model = stuck
+cli.main()
+"""
+
+
+def test_a_call_that_never_returns_is_ended(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK, "export", tiny_checkpoint, tmp_path / "out"]
+    with started(command) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As `nohup` has it."""
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+    code += "from vlmport import signals; signals.end_at_once();"
+    code += "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN);"
+    code += "print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_a_signal_while_modules_are_imported(tmp_path: Path) -> None:
+    """Typer is slow to come; Ctrl-C does not wait for it, and prints no traceback."""
+    (tmp_path / "typer.py").write_text(
+        "import time; print('importing', flush=True); time.sleep(120)", encoding="utf-8"
     )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    process.stderr.close()
-    process.wait(timeout=60)
-    assert "Traceback" not in errors
+    command = [sys.executable, "-m", "vlmport", "models"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with started(command, env=os.environ | {"PYTHONPATH": path}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+def test_a_closed_pipe_is_no_traceback(tiny_bundle: Path, pictures: list[str]) -> None:
+    command = [sys.executable, "-m", "vlmport", "caption", *pictures, "-m", tiny_bundle]
+    with started(command) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(timeout=60), errors) == (1, "")

@@ -23,6 +23,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.processes import started
 from vlmport import cli
 from vlmport.cli.chat import Talk
 from vlmport.errors import OutputError
@@ -392,10 +393,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
 def test_a_prompt_is_no_data(bundle: Path, vlm: VLM) -> None:
     """On a terminal whose answers go to a file, the prompt does not."""
     end, child = pty.openpty()
-    command = [sys.executable, "-m", "vlmport", "chat", *map(str, few(bundle))]
-    with subprocess.Popen(
-        command, stdin=child, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
-    ) as process:
+    command = [sys.executable, "-m", "vlmport", "chat", *few(bundle)]
+    with started(command, stdin=child) as process:
         os.close(child)
         os.write(end, b"What?\n/quit\n")
         out, err = process.communicate(timeout=120)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from tests.checkpoints import write_prefix_checkpoint
 from tests.export.comparing import contents
 from tests.export.test_same_model import write_adapter
+from tests.processes import started
 from vlmport import builtin
 from vlmport.bundle import MANIFEST, Bundle
 from vlmport.errors import (
@@ -196,14 +196,10 @@ def test_another_process_may_be_first(
 
 def test_two_processes_at_once(tiny_checkpoint: Path, cache: Path) -> None:
     code = "import sys; from vlmport.source import resolve; print(resolve(sys.argv[1]).folder)"
-    arguments = [sys.executable, "-c", code, str(tiny_checkpoint)]
-    both = [
-        subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        for _ in range(2)
-    ]
-    answers = [process.communicate(timeout=60) for process in both]
+    command = [sys.executable, "-c", code, tiny_checkpoint]
+    with started(command) as first, started(command) as second:
+        both = first, second
+        answers = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     assert answers[0] == answers[1]
     assert [str(path) for path in cache.iterdir()] == [answers[0][0].strip()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.export.comparing import contents
+from tests.processes import started
 from vlmport.errors import ExportWarning
 from vlmport.export import folder
 from vlmport.export.folder import atomic_folder, recover
@@ -44,17 +44,12 @@ def moved_aside(out: Path) -> Path:
 
 def test_a_killed_export_is_cleaned_up_and_a_running_one_is_not(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(out)], stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with started([sys.executable, "-c", CHILD, out]) as process:
         assert process.stdout is not None
         partial = Path(process.stdout.readline().strip())
         recover(out)
         assert (partial / "half").exists()
-    finally:
         process.kill()
-        process.communicate()
     assert (partial / "half").exists()
     assert code_of(out) == "export.leftovers-removed"
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.processes import started
 from vlmport import demo
 from vlmport.bundle import Bundle
 from vlmport.errors import DependencyError, OptionError
@@ -167,13 +168,8 @@ def test_the_command_prints_its_address_and_serves_until_interrupted(
     page: Path, tiny_bundle: Path
 ) -> None:
     command = [sys.executable, "-c", COMMAND, page, "demo", "--model", tiny_bundle, "--port", "0"]
-    with subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": ""},  # the address has to come at once all the same
-    ) as process:
+    # The address has to come at once, whatever Python is told of buffers.
+    with started(command, env=os.environ | {"PYTHONUNBUFFERED": ""}) as process:
         assert process.stdout is not None
         watchdog = threading.Timer(120, process.kill)  # else a silent one is waited for for ever
         watchdog.start()
