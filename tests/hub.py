@@ -15,6 +15,8 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# What a login, or a server for an app of one page, sends for every address.
+PAGE = b"<!-- portal -->\n<!DOCTYPE html><html><body>Please log in</body></html>"
 
 
 class Hub(ThreadingHTTPServer):
@@ -65,7 +67,12 @@ class Answer(BaseHTTPRequestHandler):
         self.server.asked.append(f"{self.command} {path}")
         self.server.tokens.add(self.headers.get("Authorization"))
         repo = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
-        if repo == "org/missing":
+        if repo == "org/portal" or (repo == "org/pages" and f"/{COMMIT}/" in path):
+            self.reply(200, PAGE, Content_Type="text/html", ETag='"page"')
+        elif repo == "org/swapped" and f"/{COMMIT}/" in path:
+            headers = {"ETag": f'"{digest(PAGE)}"', "X_Repo_Commit": COMMIT}
+            self.reply(200, PAGE, Content_Type="text/html", **headers)
+        elif repo == "org/missing":
             self.reply(401, {"error": "x"}, X_Error_Code="RepoNotFound")
         elif repo == "org/secret":
             self.reply(401, X_Error_Message="Invalid credentials in Authorization header")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -41,10 +42,11 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def one_line(code: int, out: str, err: str) -> tuple[str, str]:
-    """The error and the hint, after everything about their form was checked."""
+    """The error, without its code, and the hint, after all about their form was checked."""
     assert code == 2, err
     assert out == ""
     error, hint = err.splitlines()
+    error = re.sub(r"^error\[[a-z0-9.-]+\]: ", "error: ", error)
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
     assert len(hint) > len("hint: ")

@@ -54,8 +54,9 @@ def test_load_json_says_what_is_wrong(tmp_path: Path, data: bytes, expected: str
 def test_load_json_missing_or_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_json(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match="irectory"):
+    with pytest.raises(ConfigError) as caught:
         load_json(tmp_path)
+    assert caught.value.code == "source.not-a-file"
     with pytest.raises(WeightError, match="no such file"):
         load_json(tmp_path / "x.json", error=WeightError)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.errors import ConfigError, VlmportError
+from vlmport.foreign_files import check_file
 
 
 def load_json(
@@ -18,14 +19,13 @@ def load_json(
     Infinity are not JSON), nested too deep, or not an object, and for half a character.
     """
     hint = hint or "is the download complete?"
+    check_file(path, error, hint=hint, what="JSON")
     try:
         data = path.read_bytes()
         text = data.decode(json.detect_encoding(data))
         value = json.loads(text, parse_constant=_refuse_constant)
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no file can hold
             json.dumps(value, ensure_ascii=False).encode()
-    except FileNotFoundError:
-        raise error(f"{path}: no such file", hint=hint) from None
     except OSError as cause:
         raise error(f"{path}: {cause.strerror or cause}", hint=hint) from cause
     except json.JSONDecodeError as cause:

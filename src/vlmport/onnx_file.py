@@ -19,6 +19,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from vlmport.errors import BundleError, some_names
+from vlmport.foreign_files import check_file
 from vlmport.onnx_bytes import BYTES, NoProtobufError, fields
 
 # Fields of onnx.proto that lead to weights: message → field → message, or None for the weights.
@@ -126,6 +127,7 @@ def read_onnx(path: Path) -> OnnxFile:
 
 def read_model(path: Path) -> onnx.ModelProto:
     """The model without the weights in it. Raises BundleError."""
+    check_file(path, BundleError, hint=HINT, what="the graph")
     try:
         with path.open("rb") as file:
             if not path.stat().st_size:
@@ -159,11 +161,6 @@ def port(value: onnx.ValueInfoProto) -> Port:
 
 
 def _not_onnx(path: Path, why: str) -> BundleError:
-    """Files of these kinds lie where graphs are looked for."""
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        return BundleError(f"{path}: a Git LFS pointer, not the graph", hint="git lfs pull")
     return BundleError(f"{path}: not a whole ONNX graph: {why}", hint=HINT)
 
 

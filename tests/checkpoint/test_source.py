@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
 from tests.hub import COMMIT, Hub, hub_environment
-from vlmport.checkpoint import locate, locate_adapter, source
-from vlmport.errors import SourceError
+from vlmport.checkpoint import Weights, locate, locate_adapter, source
+from vlmport.errors import SourceError, VlmportError
+from vlmport.json_files import load_json
 
 RUN = """
 import json, sys, warnings
@@ -32,7 +33,7 @@ source.TIMEOUT = 1.0
 try:
     print(json.dumps({"folder": str(locate(sys.argv[1], sys.argv[2] or None))}))
 except SourceError as error:
-    print(json.dumps({"error": str(error), "hint": error.hint}))
+    print(json.dumps({"error": str(error), "hint": error.hint, "code": error.code}))
 """
 FILES = {
     "config.json": b'{"model_type": "x"}',
@@ -229,6 +230,24 @@ def test_what_the_hub_refuses(
     assert answer["error"].startswith(f"{repo}: ")
     assert error in answer["error"]
     assert hint in answer["hint"]
+
+
+@pytest.mark.parametrize("repo", ["org/portal", "org/pages"])
+def test_a_web_page_in_the_place_of_the_hub(repo: str, tmp_path: Path, hub: Hub) -> None:
+    """A login that answers everything, or the files alone, with status 200."""
+    answer = ask(tmp_path, hub.url, repo)
+    assert answer["code"] == "hub.web-page"
+    assert "web page" in answer["error"]
+    assert hub.url in answer["error"]
+
+
+def test_a_web_page_in_the_place_of_a_file(tmp_path: Path, hub: Hub) -> None:
+    folder = Path(ask(tmp_path, hub.url, "org/swapped")["folder"])
+    for read in (lambda: load_json(folder / "config.json"), lambda: Weights.open(folder)):
+        with pytest.raises(VlmportError) as caught:
+            read()
+        assert caught.value.code == "source.web-page"
+        assert str(folder) in str(caught.value)
 
 
 def test_a_misspelt_folder_of_two_parts_suggests_its_neighbour(tmp_path: Path, hub: Hub) -> None:

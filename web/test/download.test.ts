@@ -1,6 +1,6 @@
 import { createHash, randomBytes } from 'node:crypto';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
-import { BundleFiles, runsOf } from '../src/bundle/download.js';
+import { BundleFiles, isWebPage, openBundle, runsOf } from '../src/bundle/download.js';
 import { CHUNK_BYTES, type Manifest } from '../src/bundle/manifest.js';
 import { sha256, sha256Plain } from '../src/bundle/sha256.js';
 import type { Store } from '../src/bundle/store.js';
@@ -18,7 +18,7 @@ class MemoryStore implements Store {
   putChunk = async (hash: string, bytes: Uint8Array<ArrayBuffer>) =>
     void this.kept.set(hash, bytes.slice());
   deleteChunk = async (hash: string) => void this.kept.delete(hash);
-  getManifest = async () => null;
+  getManifest = async (): Promise<string | null> => null;
   putManifest = async () => {};
 }
 
@@ -142,6 +142,54 @@ test('a file that is shorter on the server is no matter of trying again', async 
     message: 'http://host/big: shorter than the manifest says',
   });
   expect(asked).toHaveLength(2);
+});
+
+const PAGE = '<!-- app -->\n<!DOCTYPE html><html><body>an app of one page</body></html>';
+const html = { 'content-type': 'text/html; charset=utf-8' };
+const webPage = { kind: 'BundleError', code: 'source.web-page' };
+
+test('a web page in the place of a file, of the manifest, of a range', async () => {
+  answers = [() => new Response(PAGE, { headers: html })];
+  await expect(open().read('big')).rejects.toMatchObject(webPage);
+  expect(asked).toHaveLength(1); // not again
+  await store.putChunk(hashes[0]!, chunks[0]!);
+  answers = [
+    () => new Response(PAGE), // without ranges and without a type
+    () =>
+      new Response(PAGE.slice(0, 20), {
+        status: 206,
+        headers: { ...html, 'content-range': `bytes ${CHUNK_BYTES}-${CHUNK_BYTES + 19}/99999999` },
+      }),
+    () => new Response(PAGE, { headers: html }),
+  ];
+  await expect(open().read('big')).rejects.toMatchObject(webPage);
+  await expect(open().read('big')).rejects.toMatchObject(webPage);
+  const { signal } = new AbortController();
+  await expect(openBundle(new URL('http://host/'), store, signal)).rejects.toMatchObject(webPage);
+  expect(answers).toEqual([]);
+});
+
+test('a login that answers everything is no network: the kept manifest counts', async () => {
+  store.getManifest = async () => '{"version": 99}';
+  answers = [() => new Response(PAGE, { headers: html })];
+  const { signal } = new AbortController();
+  const opened = openBundle(new URL('http://host/'), store, signal);
+  await expect(opened).rejects.toThrow(/manifest version 99/);
+});
+
+test('a file of another size on the server', async () => {
+  await store.putChunk(hashes[0]!, chunks[0]!);
+  const headers = {
+    'content-range': `bytes ${CHUNK_BYTES}-${CHUNK_BYTES + 9}/${CHUNK_BYTES + 10}`,
+  };
+  answers = [() => new Response(new Uint8Array(10), { status: 206, headers })];
+  await expect(open().read('big')).rejects.toMatchObject({ code: 'bundle.other-size' });
+});
+
+test('data is no web page', () => {
+  const data = ['', '{}', '<svg>', '<image>', '<heading>', '{"a": "<html>"}', '\x08\n<html>'];
+  expect(data.filter(isWebPage)).toEqual([]);
+  expect(isWebPage(new TextEncoder().encode('\uFEFF <HTML lang=en>'))).toBe(true);
 });
 
 test('an abort while it waits to try again', async () => {

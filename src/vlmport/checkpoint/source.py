@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vlmport.checkpoint.folders import check_adapter, check_checkpoint, files_of
 from vlmport.errors import SourceError, did_you_mean
+from vlmport.foreign_files import WEB_PAGE_HINT, is_web_page
 
 __all__ = ["fetch_files", "find_folder", "locate", "locate_adapter"]
 
@@ -156,6 +158,12 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
             f"{repo}: {problem}: {constants.HF_HUB_CACHE}",
             hint="make room there, or set HF_HUB_CACHE to a folder on another disk; run it again",
         )
+    if page := _no_hub(error):
+        return SourceError(
+            f"{repo}: {endpoint} answers with {page}",
+            hint=f"{WEB_PAGE_HINT}; HF_ENDPOINT has to name a Hub",
+            code="hub.web-page",
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         hint = f"see the branches and tags at {endpoint}/{repo}"
         return SourceError(f"{repo}: no revision {revision!r}", hint=hint)
@@ -215,6 +223,18 @@ def _disk_problem(error: BaseException) -> str | None:
             return "the disk is full"
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             return "the cache can't be written"
+    return None
+
+
+def _no_hub(error: BaseException) -> str | None:
+    """What answered in the Hub's place with status 200, if that is what went wrong."""
+    from huggingface_hub.errors import FileMetadataError
+
+    for cause in _chain(error):
+        if isinstance(cause, json.JSONDecodeError):
+            return "a web page" if is_web_page(cause.doc[:1000].encode()) else "no JSON"
+        if isinstance(cause, FileMetadataError):  # no ETag or no commit, which every Hub sends
+            return "something else than a Hub's file, perhaps a web page"
     return None
 
 

@@ -18,13 +18,13 @@ from vlmport.checkpoint.names import canonical_names, is_buffer
 from vlmport.checkpoint.quantized import dequantized
 from vlmport.checkpoint.stored import DOWNLOAD_AGAIN, StoredTensor
 from vlmport.errors import WeightError, some_names
+from vlmport.foreign_files import check_file
 from vlmport.json_files import load_json
 
 __all__ = ["LazyTensor", "StoredTensor", "Weights", "open_safetensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONVERT = "convert it: save_pretrained(folder, safe_serialization=True) in transformers"
-LFS_POINTER = b"version https://git-lfs"
 
 
 class LazyTensor(Protocol):
@@ -99,16 +99,18 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
     Raises WeightError when the file is missing, no safetensors, or cut short.
     """
+    check_file(file, WeightError, hint=DOWNLOAD_AGAIN, what="the weights themselves")
     try:
         with safe_open(file, framework="np"):
             pass  # the library checks the header: offsets, sizes, overlaps, the file's length
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
-    except FileNotFoundError:
-        raise WeightError(f"{file}: no such file", hint=DOWNLOAD_AGAIN) from None
     except (SafetensorError, OSError, ValueError) as cause:
-        raise _unreadable(file, cause) from cause
+        if not file.stat().st_size:
+            raise WeightError(f"{file}: empty (0 bytes)", hint=DOWNLOAD_AGAIN) from cause
+        what = f"not readable as safetensors: {str(cause)[:300]}"
+        raise WeightError(f"{file}: {what}", hint=DOWNLOAD_AGAIN) from cause
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
@@ -116,24 +118,6 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
         tensors[name] = StoredTensor(name, shape, dtype, file, 8 + length + start, end - start)
     return tensors
-
-
-def _unreadable(file: Path, cause: Exception) -> WeightError:
-    """Say what is there instead of a safetensors file."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(len(LFS_POINTER))
-        size = file.stat().st_size
-    except OSError as error:
-        return WeightError(f"{file}: {error.strerror or error}", hint=DOWNLOAD_AGAIN)
-    if start == LFS_POINTER:
-        return WeightError(
-            f"{file}: a Git LFS pointer ({size} bytes), not the weights themselves",
-            hint="run `git lfs pull` in the folder, or download the file again",
-        )
-    if not size:
-        return WeightError(f"{file}: empty (0 bytes)", hint=DOWNLOAD_AGAIN)
-    return WeightError(f"{file}: not readable as safetensors: {cause}", hint=DOWNLOAD_AGAIN)
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:

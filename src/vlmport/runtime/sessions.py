@@ -25,6 +25,7 @@ from onnxruntime.capi import (
 
 from vlmport import REPORTS_BY_CHOICE
 from vlmport.errors import BundleError, DeviceError, did_you_mean, quoted
+from vlmport.foreign_files import check_file
 from vlmport.runtime.options import whole_number
 
 if not REPORTS_BY_CHOICE:  # for a program that imported ONNX Runtime before vlmport
@@ -143,6 +144,7 @@ def open_session(
         threads = whole_number("threads", threads, 1)
     if not path.is_file():
         raise BundleError(f"{path}: missing", hint="download or export the bundle again")
+    check_file(path, BundleError, hint="download or export the bundle again", what="the graph")
     try:
         session = ort.InferenceSession(
             path,

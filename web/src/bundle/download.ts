@@ -21,6 +21,7 @@ const ATTEMPTS = 5; // without a single new byte
 const FIRST_PAUSE_MS = 300;
 const PART_BYTES = 256 * 1024; // what is asked for of a body at once
 const WHOLE = 'upload the bundle again, all files together';
+const HEAD_BYTES = 1024; // of a body, by which a web page is known
 const STALL_MS = 30_000; // no byte for so long counts as broken
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -38,6 +39,7 @@ export async function openBundle(
     const response = await fetch(url, { signal, cache: 'no-cache' });
     if (!response.ok) throw badStatus(url, response.status);
     text = await response.text();
+    if (isWebPage(text.slice(0, HEAD_BYTES))) throw webPage(url);
   } catch (error) {
     signal.throwIfAborted();
     if (kept !== null) text = kept;
@@ -147,9 +149,12 @@ class Transfer {
     try {
       const response = await fetch(this.url, { signal, cache, ...(headers && { headers }) });
       let skip = this.leadingBytes(response); // bytes of the body that we have already
+      let start = response.status === 200 || this.position === 0;
       for await (const part of partsOf(response)) {
         clearTimeout(timer);
         timer = setTimeout(() => stall.abort(), STALL_MS);
+        if (start && isWebPage(part.subarray(0, HEAD_BYTES))) throw webPage(this.url);
+        start = false;
         const fresh = part.subarray(Math.min(skip, part.length));
         skip -= part.length - fresh.length;
         await this.take(fresh.subarray(0, end - this.position));
@@ -166,7 +171,13 @@ class Transfer {
     if (response.status === 200) return this.position; // a server without byte ranges
     if (response.status !== 206) throw badStatus(this.url, response.status);
     const range = response.headers.get('content-range');
-    const start = /^bytes (\d+)-/.exec(range ?? '')?.[1];
+    const [, start, total] = /^bytes (\d+)-\d+(?:\/(\d+))?/.exec(range ?? '') ?? [];
+    if (total !== undefined && Number(total) !== this.entry.size) {
+      const { headers } = response;
+      if (headers.get('content-type')?.startsWith('text/html')) throw webPage(this.url);
+      const message = `${this.url}: ${total} bytes on the server, ${this.entry.size} in the manifest`;
+      throw new VlmportError('BundleError', message, WHOLE, { code: 'bundle.other-size' });
+    }
     if (start === undefined || Number(start) === this.position) return 0;
     const message = `${this.url}: asked for byte ${this.position}, got '${range}'`;
     throw new VlmportError('DownloadError', message, 'does a proxy alter byte ranges?');
@@ -289,6 +300,20 @@ function badStatus(url: URL, status: number): VlmportError {
     return new VlmportError('BundleError', message, 'is the bundle public?');
   }
   return new VlmportError('DownloadError', message, 'try again later: it goes on where it stopped');
+}
+
+/** Whether a body begins as an HTML document; a bundle holds none. */
+export function isWebPage(head: Uint8Array | string): boolean {
+  const text = typeof head === 'string' ? head : new TextDecoder().decode(head);
+  return /^\s*(?:<!--[^]{0,500}?-->\s*){0,3}<(?:!doctype\s+html|html|head)\b/i.test(text);
+}
+
+/** A server for an app of one page answers so with status 200 where there is no file; logins too. */
+function webPage(url: URL): VlmportError {
+  const message = `${url}: a web page, not the file of a bundle`;
+  const hint =
+    'does the address name a vlmport bundle? A server for an app of one page sends that page where there is no file, and a proxy its login';
+  return new VlmportError('BundleError', message, hint, { code: 'source.web-page' });
 }
 
 function unreachable(url: URL, error: unknown): VlmportError {
