@@ -109,8 +109,11 @@ export function isAbort(error: unknown): boolean {
   return error instanceof DOMException && error.name === 'AbortError';
 }
 
+const LONGEST_NAME = 100;
+
 /** " (did you mean 'x'?)" for the nearest known name, else an empty string. */
 export function didYouMean(name: string, known: Iterable<string>): string {
+  if (name.length > LONGEST_NAME) return ''; // every comparison takes its length once more
   let best = '';
   let least = Math.floor(name.length * 0.4) + 1;
   for (const candidate of known) {
