@@ -9,11 +9,12 @@ Nothing but headers is read until `numpy()`.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vlmport.checkpoint.adapter import Adapter, merge_adapter
 from vlmport.checkpoint.config import Layers, Signed, Size, read_config, subsection
@@ -52,11 +53,15 @@ class Checkpoint:
         config: config.json as it stands, but for what it says of quantization: the weights are
             floats when they are read.
         weights: by plain name; LoRA pairs stored inside are apart, in `weights.pairs`.
+        files: name of a file → where it is instead of in the folder; None: there is none.
+        chat_template: counts before the template of any file.
     """
 
     folder: Path
     config: dict[str, Any]
     weights: Weights
+    files: Mapping[str, Path | None] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -78,10 +83,25 @@ class Checkpoint:
             )
         return model_type
 
+    def with_files(self, files: Mapping[str, Path | None], chat_template: str | None) -> Self:
+        """The same with other files beside config.json and the weights, see `files`."""
+        return dataclasses.replace(self, files={**self.files, **files}, chat_template=chat_template)
+
+    def path(self, name: str) -> Path | None:
+        """Where a side file is; None when there is none."""
+        path = self.files.get(name, self.folder / name)
+        return path if path is not None and path.exists() else None
+
     def json(self, name: str) -> dict[str, Any] | None:
         """A side file such as generation_config.json; None when there is none."""
-        file = self.folder / name
-        return load_json(file) if file.exists() else None
+        path = self.path(name)
+        return None if path is None else load_json(path)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer.json is."""
+        path = self.path("tokenizer.json")
+        return self.folder if path is None else path.parent
 
 
 def _warn_of_unread(folder: Path) -> None:

@@ -30,6 +30,7 @@ from vlmport.export.soundness import check_float16, check_prompt
 from vlmport.export.token_ids import check_token_ids
 from vlmport.export.writing import Job, data_files, parse_size, write_model
 from vlmport.families import family_of
+from vlmport.families.adapter_files import with_adapter_files
 from vlmport.families.base import Family, Layout, SizedLayout
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
@@ -99,9 +100,11 @@ def export(
     check_target(out, force=force)
     checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
     family = family_of(checkpoint)
+    adapter_folder = None if adapter is None else locate_adapter(adapter)
+    if adapter_folder is not None:
+        checkpoint, family = with_adapter_files(checkpoint, family, adapter_folder)
     size = None if image_size is None else ImageSize.parse(image_size)
     _layout(family, layout, size)  # an unknown one is said before any weight is looked at
-    adapter_folder = None if adapter is None else locate_adapter(adapter)
     tensors = family.weights(checkpoint, adapter_folder)
     family = family.with_weights(tensors)
     form = _layout(family, layout, size)

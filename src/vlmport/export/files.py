@@ -43,7 +43,7 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
 
     transformers.js reads the template only there.
     """
-    tokenizer = read_tokenizer(checkpoint.folder)
+    tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
     # Those that have an id too: an ordinary entry of the vocabulary is not found in a text as one.
     tokenizer.add_special_tokens(list(hub.new_tokens))
     config = checkpoint.json("tokenizer_config.json") or {}

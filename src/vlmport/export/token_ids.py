@@ -22,7 +22,7 @@ def check_token_ids(checkpoint: Checkpoint, family: Family, hub: HubFiles) -> No
 
     Raises TokenizerError. Warns with CheckpointWarning.
     """
-    tokenizer, rows = read_tokenizer(checkpoint.folder), family.dims.vocab_size
+    tokenizer, rows = read_tokenizer(checkpoint.tokenizer_folder), family.dims.vocab_size
     past = {
         token: number
         for token, number in tokenizer.get_vocab(with_added_tokens=True).items()

@@ -31,6 +31,8 @@ def read_chat_template(checkpoint: Checkpoint) -> str:
 
     Raises TokenizerError where there is none, and where transformers refuses what there is.
     """
+    if checkpoint.chat_template is not None:
+        return checkpoint.chat_template
     where, template = _processors(checkpoint)
     if template is None:
         where, template = _tokenizers(checkpoint)

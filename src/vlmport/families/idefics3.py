@@ -139,7 +139,10 @@ class Idefics3(AnsweringFamily):
         )
         text = {**text, "tie_word_embeddings": config.tie_word_embeddings}
         pixels = read_config(PixelConfig, *read_image_processor(checkpoint))
-        tokenizer, template = read_tokenizer(checkpoint.folder), read_chat_template(checkpoint)
+        tokenizer, template = (
+            read_tokenizer(checkpoint.tokenizer_folder),
+            read_chat_template(checkpoint),
+        )
         family = cls(
             config=config,
             vision=vision,

@@ -134,7 +134,7 @@ class PrefixCaptioner(Family):
         # A whole SigLIP config holds both towers'.
         vision = subsection(vision, "vision_config", f"{CONFIG}: vision_config") or vision
         _check_types(vision, text)
-        tokenizer = read_tokenizer(checkpoint.folder)
+        tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
         return cls(
             config=read_config(PrefixConfig, raw, CONFIG),
             vision=SiglipVisionConfig.read(vision, f"{CONFIG}: vision_config"),

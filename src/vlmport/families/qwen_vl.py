@@ -127,7 +127,10 @@ class QwenVL(AnsweringFamily):
         vision = cls.read_vision(
             subsection(raw, "vision_config", CONFIG), f"{CONFIG}: vision_config"
         )
-        tokenizer, template = read_tokenizer(checkpoint.folder), read_chat_template(checkpoint)
+        tokenizer, template = (
+            read_tokenizer(checkpoint.tokenizer_folder),
+            read_chat_template(checkpoint),
+        )
         decoder = cls.read_text({**text, **tied}, vision, f"{CONFIG}: text_config")
         settings = answer_settings(checkpoint, text, template, tokenizer, EOS_TOKEN)
         family = cls(
