@@ -137,7 +137,7 @@ def test_a_bomb_is_refused_before_it_costs_memory(tiny_bundle: Path, tmp_path: P
     (tmp_path / "bomb.png").write_bytes(bomb)
     arguments = ["caption", "--model", tiny_bundle, tmp_path / "bomb.png"]
     error, hint = refused_in_subprocess(arguments, PEAK)
-    assert "30000x30000 is 900 million pixels, the limit is 100 million" in error
+    assert "30000x30000 is 900,000,000 pixels, the limit is 100,000,000" in error
     assert "scale it down" in hint
     assert int((tmp_path / "bomb.png.peak").read_text()) < 500_000  # kilobytes
 

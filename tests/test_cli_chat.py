@@ -231,7 +231,7 @@ def test_what_is_wrong_is_a_line_and_loses_nothing(
     ]
     assert done.stdout == "".join(f"{one.text.strip()}\n" for one in want)
     assert done.exit_code == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(said) == 5
     for one, words in zip(
         said,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from vlmport.runtime.model import VLM, Caption
 SIDE = 3000
 MEASURE = """
 import sys
+import warnings
+import zlib
 from vlmport.runtime.images import open_image
 
 def peak():
@@ -235,3 +240,39 @@ def test_the_memory_there_is(tmp_path: Path, files: dict[str, str], want: int | 
     assert available_memory(write(tmp_path, files)) == want
     found = available_memory()
     assert found is None or found > 0
+
+
+def planar_tiff(rgb: np.ndarray) -> bytes:
+    """A TIFF that holds one colour after the other, packed."""
+    height, width, _ = rgb.shape
+    planes = [zlib.compress(rgb[..., color].tobytes()) for color in range(3)]
+    tags = [(256, width), (257, height), (258, None), (259, 8), (262, 2), (273, None)]
+    tags += [(277, 3), (278, height), (279, None), (284, 2)]
+    extra = 8 + 2 + 12 * len(tags) + 4
+    places = {258: extra, 273: extra + 6, 279: extra + 18}
+    starts = [extra + 30 + sum(map(len, planes[:n])) for n in range(3)]
+    entries = b""
+    for tag, value in tags:
+        kind, count = (4, 3) if tag in (273, 279) else (3, 3 if value is None else 1)
+        entries += struct.pack("<HHII", tag, kind, count, places[tag] if value is None else value)
+    lists = struct.pack("<3H", 8, 8, 8) + struct.pack("<6I", *starts, *map(len, planes))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return head + entries + bytes(4) + lists + b"".join(planes)
+
+
+def test_planes_of_a_tiff_come_together():
+    """Its decoder looks at the mode of the memory that it is given."""
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    np.testing.assert_array_equal(open_image(planar_tiff(rgb)), rgb)
+
+
+def test_memory_that_no_decoder_wrote_to_is_no_picture():
+    """An animation that says it has no frame: Pillow finds no pixels in it."""
+    data = png(9, 7)
+    none = b"acTL" + bytes(8)
+    chunk = struct.pack(">I", 8) + none + struct.pack(">I", zlib.crc32(none))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's: an invalid APNG
+        with pytest.raises(ImageError) as caught:
+            open_image(data[:33] + chunk + data[33:])
+    assert caught.value.code == "image.damaged"

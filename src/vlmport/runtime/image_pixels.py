@@ -1,4 +1,4 @@
-"""Pixels of a Pillow image as RGB, in few copies: a large picture takes 6 bytes a pixel at most.
+"""Pixels of a Pillow image as RGB, in few copies: 6 bytes a pixel where the decoder allows it.
 
 Pillow keeps colours in 4 bytes a pixel, and what the graphs take has 3. A file of such a mode is
 decoded into memory of ours, in which the pixels then move together; all else is converted band by
@@ -6,8 +6,8 @@ band. What a format's decoder takes itself comes on top (`BYTES_A_PIXEL`).
 
 Traps:
 - Pillow's `convert("RGB")` clips 16-bit gray and drops transparency: both are dealt with here.
-- A plugin may put other memory into the place of ours (TIFF turns pictures itself): whether it is
-  still ours is looked at after decoding.
+- A plugin may put other memory into the place of ours: whether it is still ours is looked at after
+  decoding.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BAND = 1 << 18  # pixels that are converted at a time
 # Modes that Pillow keeps in 4 bytes a pixel → how a band of such bytes becomes an image again.
 PACKED = {"RGB": "RGBX", "RGBA": "RGBA", "CMYK": "CMYK", "LA": "LA"}
 # Memory at the peak by format, the decoder's own included. Measured with Pillow 13: libwebp holds
-# three copies of its canvas, libavif the planes beside the colours.
-BYTES_A_PIXEL = {"WEBP": 17, "AVIF": 12}
+# three copies of its canvas, libavif the planes beside the colours; TIFF is not decoded into ours.
+BYTES_A_PIXEL = {"WEBP": 17, "AVIF": 12, "TIFF": 8}
 PLAIN = 7
 PROGRESSIVE = 12  # libjpeg holds the coefficients of the whole picture
 NOTHING = Image.new("L", (1, 1))
@@ -51,9 +51,10 @@ def decode(image: Image.Image) -> Decoded:
     if not isinstance(image, ImageFile.ImageFile) or not _fits(image):
         image.load()
         return Decoded(image, None, _orientation(image), is_ours=True)
-    memory = np.empty(width * height * 4, np.uint8)
+    memory = np.zeros(width * height * 4, np.uint8)  # as Pillow's own
     lent: Any = memoryview(memory.data)
-    mapped = Image.frombuffer("RGBX", image.size, lent, "raw", "RGBX", 0, 1).im
+    mode = "RGBX" if image.mode == "RGB" else "RGBA" if image.mode == "LA" else image.mode
+    mapped = Image.frombuffer(mode, image.size, lent, "raw", mode, 0, 1).im
     image.im = mapped
     image.load()
     orientation = _orientation(image)
@@ -74,10 +75,14 @@ def loaded(image: Image.Image) -> Decoded:
     return Decoded(image, None, _orientation(image))
 
 
-def _fits(image: Image.Image) -> bool:
-    """Whether the image can be decoded into memory of ours."""
-    turned_by_pillow = image.format == "TIFF" and _orientation(image) != 1
-    return image.mode in PACKED and image._im is None and not turned_by_pillow
+def _fits(image: ImageFile.ImageFile) -> bool:
+    """Whether the image can be decoded into memory of ours.
+
+    TIFF can't: its decoder asks for the memory's mode, and Pillow turns the image itself. Nor can
+    a file in which Pillow found no pixels, but for formats that find them when they are loaded.
+    """
+    has_pixels = bool(image.tile) or image.format in ("WEBP", "AVIF")
+    return image.mode in PACKED and image._im is None and image.format != "TIFF" and has_pixels
 
 
 def _orientation(image: Image.Image) -> int:
