@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import write_json
+from vlmport import bundle as bundle_module
 from vlmport.bundle import (
     CHUNK_BYTES,
     MANIFEST,
@@ -31,7 +33,9 @@ from vlmport.bundle import (
     read_manifest,
     write_manifest,
 )
+from vlmport.bundle_hashes import check_once
 from vlmport.errors import BundleError
+from vlmport.source import resolve
 
 ROOT = Path(__file__).parents[1]
 DECODER = "onnx/decoder_model_merged.onnx"
@@ -398,3 +402,85 @@ def test_the_card_may_be_edited(own_bundle_folder: Path) -> None:
     Bundle.open(own_bundle_folder, check_hashes=True)
     (own_bundle_folder / "README.md").unlink()
     Bundle.open(own_bundle_folder, check_hashes=True)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "/etc/passwd"},
+        {"type": "image", "path": "secret.png"},
+        {"type": "image", "url": "https://example.org/a.png"},
+        {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
+        {"type": "text", "text": "a", "image": "x.png"},
+        {"type": "text", "text": 1},
+        "text",
+    ],
+)
+def test_what_asks_for_a_caption_names_no_file(
+    part: Any, document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["prompt"]["caption"] = [{"role": "user", "content": [part]}]
+    (tmp_path / MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(BundleError) as caught:
+        read_manifest(tmp_path / MANIFEST)
+    assert caught.value.code == "bundle.malformed"
+    assert "caption" in str(caught.value)
+
+
+@pytest.fixture
+def record(own_bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where it is remembered that the own bundle is right."""
+    monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path / "cache"))
+    check_once(Bundle.open(own_bundle_folder), ["tokenizer.json"])
+    (found,) = (tmp_path / "cache/verified").iterdir()
+    return found
+
+
+def test_hashes_are_compared_once(
+    own_bundle_folder: Path, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, read = Bundle.open(own_bundle_folder), []
+    hash_file = bundle_module.hash_file
+    monkeypatch.setattr(
+        bundle_module, "hash_file", lambda path: (read.append(path.name), hash_file(path))[1]
+    )
+    check_once(bundle, ["tokenizer.json"])
+    assert read == []
+    check_once(bundle, ["tokenizer.json", "config.json"])
+    assert read == ["config.json"]
+    os.utime(own_bundle_folder / "config.json")
+    check_once(bundle, ["tokenizer.json", "config.json"])
+    assert read == ["config.json"] * 2
+    for text in ("", "[", "[1]", '{"tokenizer.json": 1}'):
+        record.write_text(text)
+        check_once(bundle, ["tokenizer.json"])
+    assert read == ["config.json"] * 2 + ["tokenizer.json"] * 4
+
+
+def test_a_changed_file_is_found_and_not_remembered(own_bundle_folder: Path, record: Path) -> None:
+    file, bundle = own_bundle_folder / "tokenizer.json", Bundle.open(own_bundle_folder)
+    before = record.read_bytes()
+    file.write_bytes(file.read_bytes().replace(b"a", b"b", 1))
+    for _ in range(2):
+        with pytest.raises(BundleError) as caught:
+            check_once(bundle, ["tokenizer.json"])
+        assert caught.value.code == "bundle.not-as-listed"
+    assert record.read_bytes() == before
+
+
+def test_a_cache_that_can_not_be_written_does_no_harm(
+    own_bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path / "file"))
+    check_once(Bundle.open(own_bundle_folder), ["tokenizer.json"])
+
+
+def test_hashes_of_a_local_bundle_by_request(own_bundle_folder: Path) -> None:
+    file = own_bundle_folder / "tokenizer_config.json"
+    file.write_bytes(file.read_bytes().replace(b"a", b"b", 1))
+    resolve(own_bundle_folder)
+    resolve(own_bundle_folder, verify_hashes=False)
+    with pytest.raises(BundleError) as caught:
+        resolve(own_bundle_folder, verify_hashes=True)
+    assert caught.value.code == "bundle.not-as-listed"

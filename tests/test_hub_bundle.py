@@ -63,6 +63,18 @@ def test_a_bundle_on_the_hub_runs_and_then_runs_offline(
     assert online == offline == caption(str(tiny_bundle), picture, environment)
 
 
+def test_a_bundle_on_the_hub_that_is_not_as_its_manifest_says(
+    tiny_bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    files = files_of(tiny_bundle)
+    graph = "onnx/embed_tokens.onnx"
+    files[graph] = files[graph][:-1] + bytes([files[graph][-1] ^ 1])
+    with Hub.serving(files) as hub:
+        done = run("org/name", picture, hub_environment(tmp_path / "hub", hub.url), "fp32")
+    assert done.returncode != 0
+    assert f"{graph}: its SHA-256 is not the manifest's" in done.stderr
+
+
 def test_only_the_graphs_that_run_are_fetched(
     tiny_bundle: Path, picture: Path, tmp_path: Path
 ) -> None:

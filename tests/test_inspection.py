@@ -51,6 +51,22 @@ def shown(bundle: Bundle) -> list[str]:
     return text.getvalue().splitlines()
 
 
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        ([], "no checks"),
+        ([{"precision": "fp32", "passed": False}], "FAILED"),
+        ([{"precision": "fp32", "passed": True}, {"precision": "q4"}], "FAILED"),
+        ([{"precision": "fp32", "passed": "yes"}], "FAILED"),
+        ([{"precision": "fp32", "passed": True}], "passed"),
+    ],
+)
+def test_parity_is_passed_only_by_its_rows(own_bundle_folder: Path, rows: Any, word: str) -> None:
+    parity = {"reference": "torch 2", "passed": True, "rows": rows}
+    lines = shown(edit(own_bundle_folder, lambda raw: raw.update(parity=parity)))
+    assert f"parity           {word} against torch 2" in lines
+
+
 def test_parity_is_shown_by_precision(own_bundle_folder: Path) -> None:
     rows = [
         {"precision": precision, "rung": rung, "passed": (precision, rung) != ("q4", "pixels")}

@@ -219,6 +219,7 @@ class Bundle:
                 f"{self.folder}: {len(problems)} of {len(self.manifest.files)} files are not as "
                 f"{MANIFEST} says: {some_problems(problems)}",
                 hint="download or export the bundle again",
+                code="bundle.not-as-listed",
             )
 
     def needs_layout(self, layout: str) -> None:
@@ -293,6 +294,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path}: {some_problems([error.message.replace('data', 'manifest', 1)])}",
             hint="the schema is docs/vlmport.schema.json; download or export again",
+            code="bundle.malformed",
         ) from error
     return _check_references(_from_json(raw), path)
 

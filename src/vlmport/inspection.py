@@ -152,14 +152,17 @@ def _parity(parity: Mapping[str, Any] | None) -> Iterator[str]:
     if parity is None:
         yield "parity           not verified yet"
         return
-    passed = "passed" if parity["passed"] else "FAILED"
+    good = [row.get("passed") is True for row in parity["rows"]]
+    passed = "passed" if parity["passed"] and good and all(good) else "FAILED"
+    if not good:
+        passed = "no checks"
     yield f"parity           {passed} against {parity['reference']}"
     checks = Counter(str(row.get("precision", "?")) for row in parity["rows"])
     for precision, count in checks.items():
         broken = [
             str(row.get("rung", "?"))
             for row in parity["rows"]
-            if str(row.get("precision", "?")) == precision and not row.get("passed", False)
+            if str(row.get("precision", "?")) == precision and row.get("passed") is not True
         ]
         note = f"; broken: {', '.join(dict.fromkeys(broken))}" if broken else ""
         yield f"  {precision:<14} {count - len(broken)} of {count} checks passed{note}"
@@ -175,8 +178,10 @@ def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     from vlmport.evaluation.report import counted, losses, title_of
 
     for entry in entries:
-        passed = "within its limits" if entry["passed"] else "a limit is BROKEN"
-        if not losses(entry["figures"], entry["limits"]):
+        compared = losses(entry["figures"], entry["limits"])
+        kept = entry["passed"] and all(one.passed for one in compared)
+        passed = "within its limits" if kept else "a limit is BROKEN"
+        if not compared:
             passed = "nothing compared with fp32"
         yield f"accuracy         {entry['data']}, {counted(entry)}, {entry['device']}: {passed}"
         for precision, figures in entry["figures"].items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vlmport.builtin import CAPTIONER, builtin_folder, builtin_models
 from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
 from vlmport.bundle_cache import cache_folder, entry_name, open_entry, prune
+from vlmport.bundle_hashes import check_once
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import OptionError
@@ -38,6 +39,7 @@ def load(
     revision: str | None = None,
     progress: Progress | None = None,
     image_cache_bytes: int = MAX_BYTES,
+    verify_hashes: bool | None = None,
 ) -> VLM:
     """A model ready to caption, from a built-in name, a bundle, a checkpoint folder or a Hub id.
 
@@ -50,6 +52,8 @@ def load(
         progress: called during a first export with (done bytes, total bytes, file).
         image_cache_bytes: maximum size of the cache of encoded pictures (default 256 MB, 0 =
             none).
+        verify_hashes: whether a bundle's files are compared with the SHA-256 in its manifest. None
+            compares a bundle from the Hub, and each file once; True compares any bundle now.
 
     Threads may share the model, see VLM.
 
@@ -62,6 +66,7 @@ def load(
         adapter=adapter,
         revision=revision,
         progress=progress,
+        verify_hashes=verify_hashes,
     )
     return VLM.open(
         bundle,
@@ -80,6 +85,7 @@ def resolve(
     adapter: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    verify_hashes: bool | None = None,
 ) -> Bundle:
     """The bundle of a source; a checkpoint is exported into the cache unless it is there.
 
@@ -87,6 +93,7 @@ def resolve(
         precisions: what to export of a checkpoint.
         runs: what will run of a bundle, (precision, device): of one on the Hub no other graphs
             are fetched. None fetches all.
+        verify_hashes: as for `load`.
 
     Raises as `export` and `Bundle.open` do.
     """
@@ -98,7 +105,9 @@ def resolve(
                 f"{source}: an adapter can't be merged into a bundle",
                 hint="export the checkpoint again with --adapter",
             )
-        return Bundle.open(folder) if local else _open_remote(str(source), folder, runs)
+        if not local:
+            return _open_remote(str(source), folder, runs, verify_hashes)
+        return Bundle.open(folder, check_hashes=bool(verify_hashes))
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     out = cache_folder() / entry_name(folder, adapter_folder, precisions)
     if (cached := open_entry(out)) is not None:
@@ -126,7 +135,9 @@ def resolve(
     return bundle
 
 
-def _open_remote(repo: str, folder: Path, runs: tuple[str, str] | None) -> Bundle:
+def _open_remote(
+    repo: str, folder: Path, runs: tuple[str, str] | None, verify_hashes: bool | None
+) -> Bundle:
     """A bundle on the Hub, of which only the small files at its root are here so far.
 
     The rest is fetched at the same commit, which the snapshot's folder is named after. Raises
@@ -136,7 +147,11 @@ def _open_remote(repo: str, folder: Path, runs: tuple[str, str] | None) -> Bundl
     needed = tuple(manifest.files)
     if runs is not None:
         needed = manifest.files_of(manifest.choose(*runs))
-    return Bundle.open(fetch_files(repo, folder.name, needed), needed=needed)
+    fetched = fetch_files(repo, folder.name, needed)
+    bundle = Bundle.open(fetched, check_hashes=bool(verify_hashes), needed=needed)
+    if verify_hashes is None:
+        check_once(bundle, needed)
+    return bundle
 
 
 def _needed(precision: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from tests.checkpoints import write_prefix_checkpoint
@@ -53,6 +54,24 @@ def test_a_folder_names_what_its_own_card_does(tmp_path: Path) -> None:
     assert card.data.base_model == "org/tower"
     assert "| made from | the checkpoint `captioner` |" in card.text
     assert "| base model | `org/tower` |" in card.text
+
+
+def test_names_from_elsewhere_are_text_in_the_card(tmp_path: Path) -> None:
+    evil = "`|\n# A title\n<script>alert(1)</script><!-- parity -->\n---\nx: y"
+    folder = write_prefix_checkpoint(tmp_path / "captioner")
+    front = yaml.safe_dump({"license": "other", "license_name": evil, "base_model": [evil, "a/b"]})
+    (folder / "README.md").write_text(f"---\n{front}---\n# Hi\n", encoding="utf-8")
+    bundle = export(folder, tmp_path / "out", precisions="fp32", name=f"a[b](c)_{evil}")
+    card = ModelCard.load(bundle.folder / CARD)
+    assert card.data.license_name == evil  # YAML's own quoting
+    titles = [line for line in card.text.splitlines() if line.startswith("#")]
+    assert [line for line in titles if "A title" in line] == titles[:1]
+    assert r"# a\[b\](c)_\`\|" in titles[0]
+    assert not re.search(r"(?<!\\)<script", re.sub(r"`[^`\n]*`", "", card.text))
+    assert card.text.count("<!-- parity -->") == 1
+    rows = [line for line in card.text.splitlines() if line.startswith(("| licence", "| base"))]
+    for row in rows:
+        assert len(re.findall(r"(?<!\\)\|", row)) == 3, row
 
 
 def test_twice_gives_the_same_bytes(shapes: Bundle, tmp_path: Path) -> None:

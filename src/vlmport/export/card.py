@@ -7,6 +7,7 @@ What is measured later goes between marks: `<!-- parity -->` (`vlmport verify`) 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vlmport.checkpoint import Checkpoint
 from vlmport.checkpoint.model_card import read_card
 from vlmport.families.base import HubFiles
 
+MOST_NAMES, LONGEST_NAME = 10, 200
 CAPTION = ({"role": "user", "content": [{"type": "image"}]},)
 
 
@@ -55,16 +57,18 @@ def write_card(
         pipeline_tag=hub.pipeline_tag,
         tags=["onnx", "vlmport"],
     )
-    made_from = f"`{hub_id}`, commit `{commit}`" if hub_id else f"the checkpoint `{name}`"
+    made_from = f"the checkpoint {_code(name)}"
+    if hub_id:
+        made_from = f"{_code(hub_id)}, commit {_code(str(commit))}"
     body = CARD.format(
-        name=name,
+        name=_plain(name),
         what=hub.description,
         made_from=made_from,
         base=_listed(base) or "not named by its source",
         licence=_listed(source.get("license_name") or source.get("license"))
         or "not named by its source: ask there before you use it",
         ignored="".join(
-            f"| left out | {len(names)} tensors of the checkpoint that match `{pattern}` |\n"
+            f"| left out | {len(names)} tensors of the checkpoint that match {_code(pattern)} |\n"
             for pattern, names in (ignored or {}).items()
         ),
         rows="\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items()),
@@ -88,7 +92,24 @@ def _on_the_hub(folder: Path) -> tuple[str, str] | tuple[None, None]:
 def _listed(names: Any) -> str:
     """One name or several, as code; empty for none."""
     given = [names] if isinstance(names, str) else names
-    return ", ".join(f"`{name}`" for name in given if isinstance(name, str)) if given else ""
+    given = given if isinstance(given, list) else []
+    return ", ".join(_code(name) for name in given[:MOST_NAMES] if isinstance(name, str))
+
+
+def _code(text: str) -> str:
+    """A name from elsewhere, as code in a table: nothing in it is Markdown, HTML or a mark."""
+    return f"`{_one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _plain(text: str) -> str:
+    """A name from elsewhere, in a title."""
+    return re.sub(r"([\\`*\[\]<>|&!])", r"\\\1", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    """Without control characters and marks of comments, and not longer than a line can be."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(shown.replace("<!--", "<! --").split())[:LONGEST_NAME]
 
 
 CARD = """\
