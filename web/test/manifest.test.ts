@@ -53,7 +53,7 @@ function whole() {
       image_placeholder: '<image>',
       placeholder_token_id: 8,
       image_token_id: 8,
-      caption: [{ role: 'user' }],
+      caption: [{ role: 'user', content: [{ type: 'image' }] }],
     },
     generation: {
       stop_token_ids: [0],
@@ -113,6 +113,11 @@ test.each<[string, (raw: ReturnType<typeof whole>) => void, RegExp]>([
     'chunks',
     raw => (raw.files['onnx/embed_tokens.onnx']!.size = 9e6),
     /1 chunk hashes, expected 2/,
+  ],
+  [
+    'a file of the reader',
+    raw => Object.assign(raw.prompt.caption[0]!.content[0]!, { image: '/etc/passwd' }),
+    /caption\[0\]\.content\[0\]\.image is not known/,
   ],
   ['auto', raw => (raw.auto.cpu!.embed_tokens = 'q8'), /auto\.cpu: no embed_tokens in q8/],
 ])('%s: a spoiled manifest is refused', (_, change, message) => {
