@@ -6,7 +6,6 @@ import io
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from vlmport.runtime.model import VLM, Caption
 SIDE = 3000
 MEASURE = """
 import sys
-import warnings
 import zlib
 from vlmport.runtime.images import open_image
 
@@ -267,12 +265,8 @@ def test_planes_of_a_tiff_come_together():
 
 
 def test_memory_that_no_decoder_wrote_to_is_no_picture():
-    """An animation that says it has no frame: Pillow finds no pixels in it."""
+    """A PNG without pixels, in which Pillow finds nothing to decode."""
     data = png(9, 7)
-    none = b"acTL" + bytes(8)
-    chunk = struct.pack(">I", 8) + none + struct.pack(">I", zlib.crc32(none))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's: an invalid APNG
-        with pytest.raises(ImageError) as caught:
-            open_image(data[:33] + chunk + data[33:])
+    with pytest.raises(ImageError) as caught:
+        open_image(data[:33] + data[-12:])
     assert caught.value.code == "image.damaged"
