@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
@@ -120,6 +121,49 @@ def test_names_that_transformers_does_not_know_are_its_refusal(tmp_path: Path) -
     with pytest.raises(WeightError) as caught:
         load(folder)
     assert caught.value.code == "weights.unset"
+
+
+# Quantized
+
+LEFT_OVER = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def with_config(folder: Path, settings: Mapping[str, Any]) -> Path:
+    raw = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**raw, **settings})
+    return folder
+
+
+def test_plain_weights_are_plain_whatever_is_left_over_in_the_config(tmp_path: Path) -> None:
+    """transformers would quantize them anew."""
+    folder = write_qwen3(tmp_path / "model")
+    expected = said(load(folder))
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    both = {"quantization_config": LEFT_OVER}
+    with_config(folder, {**both, "text_config": {**text, **both}})
+    np.testing.assert_array_equal(said(load(folder)), expected)
+
+
+def test_8_bit_floats_are_read_by_transformers(tmp_path: Path) -> None:
+    folder = write_qwen3(tmp_path / "model")
+    packed: dict[str, np.ndarray] = {}
+
+    def to_8_bits(tensors: dict[str, np.ndarray]) -> None:
+        """The decoder's matrices, in blocks of 16; what stays in `tensors` is what they are."""
+        for name in [one for one in tensors if "language_model" in one and "proj" in one]:
+            scale = np.float32(np.abs(tensors[name]).max() / 400)
+            packed[name] = (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)
+            blocks = [-(-side // 16) for side in tensors[name].shape]
+            packed[f"{name}_scale_inv"] = np.full(blocks, scale, "f4")
+            tensors[name] = packed[name].astype("f4") * scale
+
+    expected = said(load(change(folder, to_8_bits)))
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **packed}, file, metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    settings |= {"activation_scheme": "dynamic", "modules_to_not_convert": ["visual", "lm_head"]}
+    with_config(folder, {"quantization_config": settings})
+    np.testing.assert_array_equal(said(load(folder)), expected)
 
 
 # What transformers can't load

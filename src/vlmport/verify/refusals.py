@@ -40,9 +40,12 @@ def reference_runs(what: str) -> Iterator[None]:
     except (VlmportError, RefusedError):
         raise
     except Exception as error:
+        hint = "does the checkpoint run in transformers itself?"
+        if isinstance(error, ImportError):
+            hint = "install what the message names"
         raise VerificationError(
             f"transformers fails in {what}: {one_line(error)}",
-            hint="nothing is said of the bundle; does the checkpoint run in transformers itself?",
+            hint=f"nothing is said of the bundle; {hint}",
             code="verify.reference-fails",
         ) from error
 

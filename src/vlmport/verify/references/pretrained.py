@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from jinja2 import TemplateError
+from safetensors import safe_open
 from transformers.utils import logging
 
 from vlmport.chat_template import render_template
@@ -30,6 +31,8 @@ from vlmport.errors import some_names as some
 PILLOW: Mapping[str, Any] = (
     {"backend": "pil"} if hasattr(transformers, "Qwen2VLImageProcessorPil") else {"use_fast": False}
 )
+QUANTIZATION = ("quantization_config", "compression_config")
+PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 
 
 @contextlib.contextmanager
@@ -59,6 +62,7 @@ def load_model(folder: Path, ignored: Collection[str] = ()) -> Any:
     with hushed():
         loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
             str(folder),
+            config=_config(folder),
             dtype=torch.float32,
             # The plain formula; the fused kernels reorder its sums.
             attn_implementation="eager",
@@ -71,6 +75,27 @@ def load_model(folder: Path, ignored: Collection[str] = ()) -> Any:
     names = model.state_dict().keys()
     _check_loaded(names, found, ignored, folder)
     return model.eval().requires_grad_(False)
+
+
+def _config(folder: Path) -> Any:
+    """The folder's, without what it says of quantization where no tensor is quantized: left over
+    from another save, it would have transformers quantize the weights anew."""
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    if not _is_quantized(folder):
+        for section in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            for key in QUANTIZATION:
+                if hasattr(section, key):
+                    delattr(section, key)
+    return config
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether a stored tensor is of a type that no plain weight has."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if any(file.get_slice(name).get_dtype() not in PLAIN for name in file.keys()):  # noqa: SIM118
+                return True
+    return False
 
 
 def _check_loaded(
