@@ -186,7 +186,7 @@ def test_options_reach_the_manifest(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_hub_files(folder: Path) -> None:
-    """What transformers.js 4.3.1 reads of them."""
+    """What transformers.js 4.3.2 reads of them."""
     files = read(folder).hub_files()
     assert files.config["model_type"] == "idefics3"
     assert files.config["image_token_id"] == files.config["eos_token_id"][0] - 1

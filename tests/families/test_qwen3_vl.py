@@ -154,7 +154,7 @@ def test_absent_keys_mean_what_hugging_face_means_by_them(tmp_path: Path) -> Non
 
 
 def test_the_hub_files(tmp_path: Path) -> None:
-    """What transformers.js 4.3.1 reads of them."""
+    """What transformers.js 4.3.2 reads of them."""
     files = read(tmp_path / "model").hub_files()
     assert files.config["model_type"] == "qwen3_vl"
     assert files.config["vision_config"]["spatial_merge_size"] == 2

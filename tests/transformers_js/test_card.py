@@ -1,15 +1,32 @@
-"""The JavaScript in a model card runs as it is written there."""
+"""Every block of code in a model card runs as it is written there, for every family and layout.
+
+That for the browser is run by web/browser/api.test.ts.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
-from tests.transformers_js.test_transformers_js import HERE, Client, client
-from vlmport.bundle import CARD
+import pytest
+from typer.testing import CliRunner
+
+from tests.checkpoints import write_json, write_prefix_checkpoint
+from tests.idefics3_checkpoints import write_idefics3_checkpoint
+from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
+from tests.transformers_js.test_transformers_js import HERE, client
+from vlmport import cli
+from vlmport.builtin import builtin_models
+from vlmport.bundle import CARD, Bundle
 from vlmport.export import export
+from vlmport.layouts import COMPONENTS, FUSED, GENAI
 
 ROOT = HERE.parents[1]
 LOCAL = """\
@@ -17,26 +34,103 @@ import {{ env }} from '@huggingface/transformers';
 env.allowRemoteModels = false;
 env.localModelPath = '{parent}/';
 """
+# What the trained ones say of this picture, in their words.
+PICTURE = ROOT / "examples/red_square.png"
+SAID = re.compile(r"a red square on a white background\.?", re.IGNORECASE)
+RANDOM = "idefics3"
+LAYOUTS = {
+    COMPONENTS: write_prefix_checkpoint,
+    FUSED: write_qwen3,
+    GENAI: write_qwen2_5,
+}
 
 __all__ = ["client"]  # the fixture, which installs the package
 
 
-def test_the_code_for_transformers_js_captions(client: Client, tmp_path: Path) -> None:
-    bundle = export("shapes", tmp_path / "shapes", precisions="q4")
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """One of each family, all in one folder under their names: trained but for `idefics3`."""
+    folder = tmp_path_factory.mktemp("cards")
+    random = write_idefics3_checkpoint(folder / "source")
+    settings = json.loads((random / "generation_config.json").read_text())
+    write_json(random / "generation_config.json", {**settings, "max_new_tokens": 4})
+    found = {RANDOM: export(random, folder / RANDOM, precisions="q8")}
+    for name, source in builtin_models().items():
+        found[name] = export(source, folder / name, precisions="q4")
+    return found
+
+
+def blocks(bundle: Bundle) -> list[tuple[str, str]]:
+    """Language and code of each block."""
     card = (bundle.folder / CARD).read_text(encoding="utf-8")
-    (code,) = [
-        block
-        for block in re.findall(r"```js\n(.*?)```", card, flags=re.DOTALL)
-        if "@huggingface/transformers" in block
-    ]
-    code = code.replace("MODEL", "shapes")
-    code = code.replace("photo.jpg", str(ROOT / "examples/red_square.png"))
+    return re.findall(r"^```(\w*)\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def code(bundle: Bundle, language: str, package: str = "") -> str:
+    """The one block in this language that names the package, its model and picture filled in."""
+    (found,) = [text for kind, text in blocks(bundle) if kind == language and package in text]
+    return found.replace("MODEL", str(bundle.folder)).replace("photo.jpg", str(PICTURE))
+
+
+def assert_said(name: str, text: str) -> None:
+    assert name == RANDOM or SAID.fullmatch(text.strip()), (name, text)
+
+
+def test_the_blocks_are_those_that_are_run(bundles: dict[str, Bundle]) -> None:
+    for bundle in bundles.values():
+        assert [kind for kind, _ in blocks(bundle)] == ["sh", "python", "js", "js"]
+
+
+def test_the_code_for_python_captions(bundles: dict[str, Bundle]) -> None:
+    for name, bundle in bundles.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code(bundle, "python"), {})
+        assert_said(name, out.getvalue())
+
+
+def test_the_commands_caption(bundles: dict[str, Bundle]) -> None:
+    for name, bundle in bundles.items():
+        for line in code(bundle, "sh").splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "vlmport"
+            done = CliRunner().invoke(cli.app, arguments)
+            assert done.exit_code == 0, done.output
+            assert_said(name, done.stdout)
+
+
+@pytest.mark.usefixtures("client")
+def test_the_code_for_transformers_js_captions(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """The pictures came first in all cards, which one of its processors takes so: it threw."""
     (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
-    (tmp_path / "card.mjs").write_text(LOCAL.format(parent=tmp_path) + code, encoding="utf-8")
+    for name, bundle in bundles.items():
+        text = code(bundle, "js", "@huggingface/transformers").replace(str(bundle.folder), name)
+        local = LOCAL.format(parent=bundle.folder.parent)
+        (tmp_path / f"{name}.mjs").write_text(local + text, encoding="utf-8")
+    imports = "".join(f"await import('./{name}.mjs');\n" for name in bundles)
+    (tmp_path / "all.mjs").write_text(imports, encoding="utf-8")
     node = shutil.which("node")
     assert node is not None
     done = subprocess.run(
-        [node, "card.mjs"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [node, "all.mjs"], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "a red square on a white background\n"
+    lines = done.stdout.splitlines()
+    assert len(lines) >= len(bundles)
+    for name, text in zip(reversed(bundles), reversed(lines), strict=False):
+        assert_said(name, text)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_of_other_programs_shows_its_graphs(tmp_path: Path, layout: str) -> None:
+    source = LAYOUTS[layout](tmp_path / "source")
+    size = {"image_size": "80x64"} if layout == FUSED else {}
+    bundle = export(source, tmp_path / "bundle", precisions="fp32", layout=layout, **size)
+    assert blocks(bundle) == []
+    assert "`vlmport inspect .`" in (bundle.folder / CARD).read_text(encoding="utf-8")
+    before = Path.cwd()
+    os.chdir(bundle.folder)
+    try:
+        done = CliRunner().invoke(cli.app, ["inspect", "."])
+    finally:
+        os.chdir(before)
+    assert done.exit_code == 0, done.output

@@ -73,7 +73,9 @@ def write_card(
         ),
         rows="\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items()),
         use=USE.format(
-            precision=next(iter(forms)), messages=json.dumps(list(messages), ensure_ascii=False)
+            precision=next(iter(forms)),
+            messages=json.dumps(list(messages), ensure_ascii=False),
+            inputs="image, prompt" if hub.image_before_text else "prompt, image",
         )
         if runs
         else OTHER_USE,
@@ -183,7 +185,8 @@ const processor = await AutoProcessor.from_pretrained('MODEL');
 
 const messages = {messages};
 const prompt = processor.apply_chat_template(messages, {{ add_generation_prompt: true }});
-const inputs = await processor(await RawImage.read('photo.jpg'), prompt);
+const image = await RawImage.read('photo.jpg');
+const inputs = await processor({inputs});
 const output = await model.generate(inputs);
 const ids = output.slice(null, [inputs.input_ids.dims.at(-1), null]);
 console.log(processor.batch_decode(ids, {{ skip_special_tokens: true }})[0]);

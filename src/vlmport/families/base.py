@@ -81,6 +81,8 @@ class HubFiles:
         new_tokens: special tokens to add to the tokenizer, in the order of their ids.
         pipeline_tag: the Hub's name of the task.
         description: what the model is, such as 'an image captioner'.
+        image_before_text: whether transformers.js's processor of the class takes pictures as its
+            first argument, and text as its second.
     """
 
     config: Mapping[str, Any]
@@ -91,6 +93,7 @@ class HubFiles:
     new_tokens: tuple[str, ...]
     pipeline_tag: str
     description: str
+    image_before_text: bool = False
 
 
 Graphs = dict[str, GraphBuilder]

@@ -2,7 +2,7 @@
 
 generation_config.json counts before config.json; null there says nothing. All that it holds goes
 into the manifest. Of it, transformers.js gets in its own generation_config.json what it applies to
-greedy decoding as transformers does (read in its 4.3.1): no sampling, because `do_sample: false`
+greedy decoding as transformers does (read in its 4.3.2): no sampling, because `do_sample: false`
 is what our captions are verified with, and no beams, because it returns one beam without a word.
 """
 

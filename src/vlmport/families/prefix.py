@@ -304,6 +304,7 @@ class PrefixCaptioner(Family):
             new_tokens=(IMAGE_TOKEN,),
             pipeline_tag="image-to-text",  # it takes no text, as image-text-to-text would promise
             description="an image captioner",
+            image_before_text=True,
         )
 
 
