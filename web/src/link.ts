@@ -2,9 +2,12 @@
 
 import { VlmportError, firstLine } from './errors.js';
 import type { Reply, Request, Started } from './protocol.js';
+import type { Watched } from './runtime/watched.js';
 
 type Unnumbered<T> = T extends { readonly id: number } ? Omit<T, 'id'> : never;
-type Event = Exclude<Reply, { type: 'failed' | 'aborted' }>;
+type Event = Exclude<Reply, { type: 'failed' | 'aborted' | 'watched' }>;
+
+const SECONDS = 10; // of a template or a tokenizer; those of real models take milliseconds
 
 interface Pending {
   readonly onReply: (reply: Event) => void;
@@ -16,6 +19,7 @@ export class Link {
   private readonly pending = new Map<number, Pending>();
   private next = 1;
   private ended: VlmportError | null = null;
+  private watch: ReturnType<typeof setTimeout> | undefined;
 
   /** Throws WorkerError where the page may not have one. */
   constructor() {
@@ -74,13 +78,27 @@ export class Link {
   }
 
   private receive(reply: Reply): void {
+    if (reply.type === 'watched') {
+      clearTimeout(this.watch);
+      const { doing } = reply;
+      if (doing !== null) this.watch = setTimeout(() => this.endLate(doing), SECONDS * 1000);
+      return;
+    }
     const pending = this.pending.get(reply.id);
     if (reply.type === 'failed') pending?.fail(VlmportError.from(reply.error));
     else if (reply.type === 'aborted') pending?.fail(new DOMException('aborted', 'AbortError'));
     else pending?.onReply(reply);
   }
 
+  /** A worker in a loop hears no message: it can only be ended. */
+  private endLate(doing: Watched): void {
+    const message = `the ${doing === 'template' ? 'chat template' : 'tokenizer'} of this model was stopped: it has not ended after ${SECONDS} seconds`;
+    const hint = 'is it as its publisher wrote it? the model has to be loaded again';
+    this.end(new VlmportError('PromptError', message, hint, { code: `${doing}.too-slow` }));
+  }
+
   private end(error: VlmportError): void {
+    clearTimeout(this.watch);
     this.ended ??= error;
     this.worker.terminate();
     for (const { fail } of [...this.pending.values()]) fail(error);

@@ -2,6 +2,7 @@
 
 import type { ImageOptions, Message } from './bundle/manifest.js';
 import type { PlainError } from './errors.js';
+import type { Watched } from './runtime/watched.js';
 
 export type Device = 'webgpu' | 'wasm';
 
@@ -119,6 +120,8 @@ export type Request =
 export type Started = Exclude<Request, { readonly type: 'forget' | 'abort' }>;
 
 export type Reply =
+  // A template or a tokenizer runs, or no longer does; of no request.
+  | { readonly type: 'watched'; readonly id: 0; readonly doing: Watched | null }
   | { readonly type: 'progress'; readonly id: number; readonly progress: Progress }
   | { readonly type: 'loaded'; readonly id: number; readonly info: Info }
   | { readonly type: 'changed'; readonly id: number; readonly info: Info } // another device now

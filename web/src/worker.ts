@@ -3,6 +3,7 @@
 import { VlmportError, asVlmportError, isAbort } from './errors.js';
 import type { Reply, Request, Started } from './protocol.js';
 import { Engine } from './runtime/engine.js';
+import { onWatched } from './runtime/watched.js';
 
 /** What of a worker's global scope is used here. */
 interface Scope {
@@ -14,6 +15,8 @@ const scope = globalThis as unknown as Scope;
 const running = new Map<number, AbortController>();
 let engine: Engine | null = null;
 let last: Promise<void> = Promise.resolve();
+
+onWatched(doing => scope.postMessage({ type: 'watched', id: 0, doing }));
 
 scope.onmessage = ({ data: request }) => {
   if (request.type === 'abort') {

@@ -9,6 +9,7 @@ import type { BundleFiles } from '../bundle/download.js';
 import type { Manifest, Message } from '../bundle/manifest.js';
 import { VlmportError, didYouMean, firstLine, quoted } from '../errors.js';
 import { freeMark, renamed } from './placeholders.js';
+import { watched } from './watched.js';
 
 const TOKENIZER = 'tokenizer.json';
 const CONFIG = 'tokenizer_config.json';
@@ -57,7 +58,8 @@ export class Prompter {
     try {
       const config = JSON.parse(texts[CONFIG] ?? '{}') as TokenizerConfig;
       const file = texts[TOKENIZER] ?? '';
-      const tokenizer = new Tokenizer(JSON.parse(file) as object, AS_WRITTEN);
+      const raw = JSON.parse(file) as object;
+      const tokenizer = watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN));
       const template = templateOf(config) ?? texts[TEMPLATE];
       return new Prompter(files.manifest.prompt, file, tokenizer, specialTokens(config), template);
     } catch (error) {
@@ -84,11 +86,12 @@ export class Prompter {
       const special = Object.entries(this.special).map(([name, text]) => [name, marked(text)]);
       const named = Object.fromEntries(special) as Record<string, string>;
       const given = { messages: parts, add_generation_prompt: true, ...none, ...named };
-      return new Template(marked(this.template)).render(given);
+      const source = marked(this.template);
+      return watched('template', () => new Template(source).render(given));
     } catch (error) {
-      const message = `the chat template refuses these messages: ${firstLine(error)}`;
+      const message = `the chat template refuses these messages: ${firstLine(error).slice(0, 200)}`;
       const hint = 'roles and content must be as this model expects them';
-      throw new VlmportError('PromptError', message, hint);
+      throw new VlmportError('PromptError', message, hint, { code: 'template.refuses' });
     }
   }
 
@@ -104,7 +107,7 @@ export class Prompter {
 
   /** Token ids of a rendered prompt: nothing is added to it. */
   encode(text: string): number[] {
-    return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
+    return encoded(this.tokenizer, text);
   }
 
   /**
@@ -157,9 +160,10 @@ export class Prompter {
     ]);
     const key = [...names].flat().join('\n');
     if (this.other?.key !== key) {
-      this.other = { key, tokenizer: new Tokenizer(renamed(this.file, names), AS_WRITTEN) };
+      const raw = renamed(this.file, names);
+      this.other = { key, tokenizer: watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN)) };
     }
-    return this.other.tokenizer.encode(text, { add_special_tokens: false }).ids;
+    return encoded(this.other.tokenizer, text);
   }
 
   /**
@@ -189,6 +193,16 @@ export class Prompter {
 function isEmpty(value: unknown): boolean {
   if (value === null || value === undefined || value === '') return true;
   return typeof value === 'object' && Object.keys(value).length === 0;
+}
+
+function encoded(tokenizer: Tokenizer, text: string): number[] {
+  try {
+    return watched('tokenizer', () => tokenizer.encode(text, { add_special_tokens: false }).ids);
+  } catch (error) {
+    const message = `the tokenizer can't encode this text: ${firstLine(error).slice(0, 200)}`;
+    const hint = 'does it have a token for each character, or one for unknown ones?';
+    throw new VlmportError('PromptError', message, hint, { code: 'tokenizer.can-not-encode' });
+  }
 }
 
 /** A message's content as a list of parts, as templates of vision models expect it. */

@@ -1,0 +1,79 @@
+/** A worker that does not come back from a template or a tokenizer is ended by the page. */
+
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import { Link } from '../src/link.js';
+import { onWatched, watched } from '../src/runtime/watched.js';
+import type { Reply } from '../src/protocol.js';
+
+/** A worker that says what a test makes it say. */
+class Silent {
+  static last: Silent;
+  onmessage: ((event: { data: Reply }) => void) | null = null;
+  terminated = 0;
+
+  constructor() {
+    Silent.last = this;
+  }
+
+  postMessage(): void {}
+
+  terminate(): void {
+    this.terminated++;
+  }
+
+  say(data: Reply): void {
+    this.onmessage?.({ data });
+  }
+}
+
+beforeEach(() => {
+  vi.useFakeTimers();
+  vi.stubGlobal('Worker', Silent);
+});
+
+afterEach(() => {
+  vi.useRealTimers();
+  vi.unstubAllGlobals();
+});
+
+const options = { url: 'x', device: 'auto', precision: 'auto', threads: null, wasmPaths: null };
+
+function ask(link: Link): Promise<unknown> {
+  const load = { type: 'load', options } as Parameters<Link['request']>[0];
+  return link.request(load, reply => reply.type === 'loaded').catch((error: unknown) => error);
+}
+
+test.each(['template', 'tokenizer'] as const)('a %s that never ends', async doing => {
+  const link = new Link();
+  const answer = ask(link);
+  Silent.last.say({ type: 'watched', id: 0, doing });
+  vi.advanceTimersByTime(9_000);
+  expect(Silent.last.terminated).toBe(0);
+  vi.advanceTimersByTime(2_000);
+  expect(Silent.last.terminated).toBe(1);
+  expect(await answer).toMatchObject({ kind: 'PromptError', code: `${doing}.too-slow` });
+  expect(await ask(link)).toMatchObject({ code: `${doing}.too-slow` });
+});
+
+test('one that ends in time, before a long answer', async () => {
+  const link = new Link();
+  const answer = ask(link);
+  Silent.last.say({ type: 'watched', id: 0, doing: 'template' });
+  Silent.last.say({ type: 'watched', id: 0, doing: null });
+  vi.advanceTimersByTime(600_000);
+  expect(Silent.last.terminated).toBe(0);
+  Silent.last.say({ type: 'loaded', id: 1, info: {} } as unknown as Reply);
+  await answer;
+});
+
+test('what is watched is told, also where it fails', () => {
+  const told: unknown[] = [];
+  onWatched(doing => told.push(doing));
+  expect(watched('template', () => 7)).toBe(7);
+  const fail = () => {
+    throw new Error('no');
+  };
+  expect(() => watched('tokenizer', fail)).toThrow('no');
+  expect(told).toEqual(['template', null, 'tokenizer', null]);
+  onWatched(() => {});
+});
