@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from vlmport import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SOURCE = "\n".join(path.read_text("utf-8") for path in (ROOT / "src/vlmport").rglob("*.py"))
 # String literals that are joined over lines, and what is filled in, are no obstacle.
 TEXT = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
