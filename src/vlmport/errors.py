@@ -55,7 +55,7 @@ class CheckpointWarning(VlmportWarning):
 
 
 class ExportWarning(VlmportWarning):
-    """What an export that was killed left behind, and what was done with it."""
+    """What an export leaves out, or what one that was killed left behind."""
 
 
 class SourceError(VlmportError):

@@ -121,7 +121,7 @@ def resolve(
         bundle = export(
             folder,
             out,
-            precisions=precisions,
+            precisions=None if tuple(precisions) == DEFAULT_PRECISIONS else precisions,
             adapter=adapter_folder,
             name=name,
             progress=progress,

@@ -282,7 +282,7 @@ def test_bundles_that_are_not_whole(own_bundle, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A real export of a tiny prefix captioner; q4 needs widths that 32 divides."""
+    """A real export of a tiny prefix captioner."""
     folder = tmp_path_factory.mktemp("prefix")
     source = write_prefix_checkpoint(folder / "checkpoint", text={"hidden_size": 32})
     return export(source, folder / "bundle", precisions=("fp32", "q8", "q4"))

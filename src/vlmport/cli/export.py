@@ -20,8 +20,14 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="OUT")],
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="Of fp32, fp16, q8, q4, q4f16, with commas.")
-    ] = "fp32,q8,q4",
+        str | None,
+        typer.Option(
+            "--precision",
+            "-p",
+            help="Of fp32, fp16, q8, q4, q4f16, with commas; by default fp32,q8,q4, as far as this "
+            "model can have them.",
+        ),
+    ] = None,
     layout: Annotated[
         str,
         typer.Option(

@@ -14,6 +14,7 @@ from vlmport.checkpoint import LazyTensor
 from vlmport.errors import OptionError, WeightError, did_you_mean, some_names
 from vlmport.graph.weights import Source, Weight
 
+PAST_FLOAT16 = "weights.past-float16"
 OnBytes = Callable[[int], None]
 
 
@@ -185,5 +186,6 @@ def _rounded(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
         raise WeightError(
             f"{name!r} holds {float(np.abs(array).max()):.3g}, more than float16 can",
             hint="export this model as fp32, q8 or q4",
+            code=PAST_FLOAT16,
         )
     return rounded

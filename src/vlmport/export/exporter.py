@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from vlmport.bundle import (
     write_manifest,
 )
 from vlmport.checkpoint import Checkpoint, locate_adapter
-from vlmport.errors import ExportError, did_you_mean
-from vlmport.export.assign import Assignment
+from vlmport.errors import ExportError, ExportWarning, WeightError, did_you_mean
+from vlmport.export.assign import PAST_FLOAT16, Assignment
 from vlmport.export.card import write_card
 from vlmport.export.files import write_hub_files, write_json
 from vlmport.export.folder import atomic_folder, check_space, check_target, recover
@@ -58,7 +60,7 @@ def export(
     source: str | Path,
     out: str | Path,
     *,
-    precisions: str | Sequence[str] = DEFAULT_PRECISIONS,
+    precisions: str | Sequence[str] | None = None,
     layout: str = HUB,
     image_size: str | ImageSize | None = None,
     max_shard_size: str | int | None = None,
@@ -72,7 +74,9 @@ def export(
     """Export a checkpoint folder, Hub id or built-in model to a bundle in `out`.
 
     Args:
-        precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16.
+        precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16. None
+            for fp32, q8 and q4, as far as this model can have them: one that it can't have is left
+            out with an ExportWarning. A precision that is named is an error then.
         layout: the form of folder, of those that the model's family has (vlmport.layouts).
         image_size: such as '672x672', width first; of layouts for pictures of one size.
         max_shard_size: of a file of weights beside its graph, such as '500MB'; None for 2 GB,
@@ -93,7 +97,7 @@ def export(
         OptionError: `ignore_weights` match nothing, or a tensor that the model needs.
         In each case `out` is left as it was.
     """
-    chosen = parse_precisions(precisions)
+    chosen = parse_precisions(DEFAULT_PRECISIONS if precisions is None else precisions)
     room = None if max_shard_size is None else parse_size(max_shard_size)
     out = Path(out).expanduser().resolve()  # through links, and '.' is a folder with a name
     recover(out)
@@ -118,9 +122,7 @@ def export(
         assignment.finish(family.is_unused)
         meter.total = sum(job.weight_bytes for job in jobs)
         check_space(out, meter.total)
-        for job in jobs:
-            meter.what = job.file
-            write_model(job, folder, room)
+        jobs = _write(jobs, folder, room, meter, may_lack=precisions is None)
         label = name or _default_name(source, checkpoint)
         manifest = _write_manifest(family, form, layout, checkpoint, jobs, folder, label, ignored)
         _try_out(Bundle(folder, manifest))
@@ -186,6 +188,40 @@ def _plan(
         for name, graph in layout.graphs(precision).items():
             add(name, precision.name, precision.suffix, graph)
     return list(jobs.values())
+
+
+def _write(
+    jobs: list[Job], folder: Path, room: int | None, meter: Meter, *, may_lack: bool
+) -> list[Job]:
+    """Write all graphs; those that were written.
+
+    Args:
+        may_lack: leave out precisions that can't hold this model's weights, with an ExportWarning.
+
+    Raises WeightError for such a one, and where no precision is left.
+    """
+    lacking: dict[str, WeightError] = {}
+    for job in jobs:
+        if job.precision in lacking:
+            continue
+        meter.what = job.file
+        try:
+            write_model(job, folder, room)
+        except WeightError as error:
+            others = {one.precision for one in jobs} - {ANY, job.precision, *lacking}
+            if not may_lack or error.code != PAST_FLOAT16 or job.precision == ANY or not others:
+                raise
+            lacking[job.precision] = error
+    for precision, error in lacking.items():
+        warnings.warn(
+            ExportWarning(f"{precision} is left out: {error}", code="export.precision-left-out"),
+            stacklevel=3,
+        )
+    for job in jobs:
+        if job.precision in lacking:
+            for path in folder.glob(f"{glob.escape(job.file)}*"):
+                path.unlink()  # it, and its weights beside it
+    return [job for job in jobs if job.precision not in lacking]
 
 
 def _write_manifest(

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlmport.errors import ExportError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
 from vlmport.graph.weights import (
     FLOAT32,
@@ -118,18 +117,14 @@ class Embedding(nn.Module):
                 dtype=form.dtype,
             )
             return
-        if width % form.block_size:
-            raise ExportError(
-                f"a {form.bits}-bit embedding of width {width}: the width must be a multiple of "
-                f"{form.block_size}",
-                hint="export this model as fp32",
-            )
 
         def quantize(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             quantized, scales = quantize_blocks(append_rows(table, extra_rows), form)
             return quantized.reshape(total, -1), scales
 
-        shapes = (total, width * form.bits // 8), (total, width // form.block_size)
+        blocks = -(-width // form.block_size)  # the last one may be filled up with zeros
+        self.padded = blocks * form.block_size
+        shapes = (total, self.padded * form.bits // 8), (total, blocks)
         self.weight_quantized, self.weight_scales = quantized_weights(
             {None: source}, shapes, quantize, form
         )
@@ -142,8 +137,11 @@ class Embedding(nn.Module):
     def _gather(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         if self.form.bits is None:
             return op.Gather(self.weight, ids)
-        if self.form.bits == 8:
-            return self._gather_bytes(op, ids)
+        gather = self._gather_bytes if self.form.bits == 8 else self._gather_nibbles
+        rows = gather(op, ids)
+        return rows if self.padded == self.width else op.Slice(rows, [0], [self.width], [2])
+
+    def _gather_nibbles(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         return op.GatherBlockQuantized(
             self.weight_quantized,
             ids,
@@ -164,10 +162,10 @@ class Embedding(nn.Module):
         size = self.form.block_size
         levels = op.Cast(op.Gather(self.weight_quantized, ids), to=self.form.dtype)  # [B, S, D]
         # No -1: of no ids at all, no size follows from the others.
-        blocks = op.Reshape(levels, [0, 0, self.width // size, size])  # [B, S, blocks, block]
+        blocks = op.Reshape(levels, [0, 0, self.padded // size, size])  # [B, S, blocks, block]
         scales = op.Unsqueeze(op.Gather(self.weight_scales, ids), [-1])  # [B, S, blocks, 1]
         zero = op.CastLike(128.0, blocks)
-        return op.Reshape(op.Mul(op.Sub(blocks, zero), scales), [0, 0, self.width])  # [B, S, D]
+        return op.Reshape(op.Mul(op.Sub(blocks, zero), scales), [0, 0, self.padded])
 
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
