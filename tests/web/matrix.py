@@ -153,6 +153,16 @@ def depths() -> Iterator[tuple[str, bytes]]:
     yield "bmp gray", saved(RGB.convert("L"), "BMP")
     yield "bmp rgb", saved(RGB, "BMP")
     yield "gif gray", saved(RGB.convert("L"), "GIF")
+    yield "bmp 16 bits", bmp16(9, 7)
+
+
+def bmp16(width: int, height: int) -> bytes:
+    """A BMP of 5 bits a colour."""
+    stride = (2 * width + 3) // 4 * 4
+    pixels = np.random.default_rng(0).integers(0, 1 << 15, (height, stride // 2), np.uint16)
+    size = 54 + stride * height
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, stride * height, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", size, 0, 0, 54) + header + pixels.tobytes()
 
 
 def profiles() -> Iterator[tuple[str, bytes]]:
@@ -226,6 +236,8 @@ def variants() -> Iterator[tuple[str, bytes]]:
             kind = f"{name}{' progressive' * progressive}"
             options = {"quality": 90, "subsampling": subsampling, "progressive": progressive}
             yield f"jpeg {kind}", saved(large, "JPEG", **options)
+    plain = saved(large, "JPEG", quality=90)
+    yield "jpeg with junk between segments", plain[:20] + b"\0junk\0" + plain[20:]
     yield "jpeg gray", saved(large.convert("L"), "JPEG", quality=90)
     yield "jpeg cmyk", saved(large.convert("CMYK"), "JPEG", quality=90)
     yield "webp lossy", saved(large, "WEBP", quality=80)

@@ -47,8 +47,11 @@ test.each(Object.keys(pixels))('%s', async name => {
   expect(got).toEqual(pixels[name]);
 });
 
-/** Chromium reads the alpha of AVIF otherwise than all else does: it is refused there. */
-const REFUSED_HERE = { 'avif alpha': 'image.no-exact-alpha' };
+/** What browsers read otherwise than Python, and the package refuses. */
+const REFUSED_HERE = {
+  'avif alpha': 'image.no-exact-alpha',
+  'bmp 16 bits': 'image.unsupported-format',
+};
 
 test('every format and feature gives the pixels of Python, or its error', async () => {
   const numbers = Object.values(matrix).map(({ number }) => number);
@@ -185,7 +188,8 @@ test("transformers.js's own RawImage, of each number of channels", async () => {
 test('what is no picture is refused in plain words', async () => {
   const errors = await page.evaluate(async () => {
     const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
-    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32', threads: 1 });
+    const options = { device: 'wasm', precision: 'fp32', threads: 1, imageCacheBytes: 0 } as const;
+    const vlm = await VLM.load('/bundle/', options);
     const wrong: unknown[] = [
       new Blob(['<svg xmlns="http://www.w3.org/2000/svg"/>'], { type: 'image/svg+xml' }),
       new Blob([]),
@@ -198,6 +202,8 @@ test('what is no picture is refused in plain words', async () => {
       Object.create(null),
     ];
     const messages = [];
+    const sized = VLM.load('/bundle/', { imageCacheBytes: -1 });
+    messages.push(await sized.then(String, error => `imageCacheBytes: ${error.kind}`));
     for (const source of wrong) {
       try {
         await vlm.caption(source as string);
@@ -211,6 +217,7 @@ test('what is no picture is refused in plain words', async () => {
     return messages;
   });
   expect(errors).toEqual([
+    'imageCacheBytes: OptionError',
     'ImageError: image.unsupported-format',
     'ImageError: image.empty',
     'ImageError: image.not-fetched',

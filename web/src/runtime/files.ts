@@ -150,10 +150,9 @@ function readJpeg(bytes: Bytes): PictureFile {
   const parts = [bytes.subarray(0, 2)];
   let [exif, xmp, width, height] = [null as Bytes | null, '', 0, 0];
   for (let at = 2; ;) {
-    if (bytes[at] !== 0xff) throw damaged();
     const marker = view.getUint8(at + 1);
-    if (marker === 0xff) {
-      at += 1; // a byte that fills
+    if (bytes[at] !== 0xff || marker === 0xff || marker === 0) {
+      at += 1; // a byte that fills, or that nobody knows
       continue;
     }
     if (marker === 0xda) {
@@ -259,12 +258,26 @@ function readGif(bytes: Bytes): PictureFile {
   return isClear ? file : { ...file, frame: { ...place, outside: [r!, g!, b!] } };
 }
 
+/** Of the many kinds of BMP those that browsers read as Pillow does, all others are refused. */
 function readBmp(bytes: Bytes): PictureFile {
   const view = viewOf(bytes);
   const old = view.getUint32(14, true) === 12;
   const width = old ? view.getUint16(18, true) : view.getInt32(18, true);
   const height = old ? view.getUint16(20, true) : Math.abs(view.getInt32(22, true));
-  return { format: 'BMP', width, height, depth: 8, orientation: 1, parts: [bytes] };
+  const bits = view.getUint16(old ? 24 : 28, true);
+  const packing = old ? 0 : view.getUint32(30, true);
+  if (![1, 4, 8, 24, 32].includes(bits) || !(packing === 0 || (packing === 3 && bits === 32))) {
+    const message = `a BMP of ${bits} bits a pixel, packed by method ${packing}, which is not read`;
+    throw new VlmportError('ImageError', message, 'save it as PNG', {
+      code: 'image.unsupported-format',
+    });
+  }
+  const begins = view.getUint32(10, true);
+  const colours = bits > 8 || old ? 0 : view.getUint32(46, true) || 2 ** bits;
+  if (14 + view.getUint32(14, true) + 4 * colours > begins) throw damaged();
+  const ends = begins + 4 * Math.ceil((width * bits) / 32) * height;
+  const parts = ends > bytes.length ? [] : [bytes]; // too short: nothing to decode
+  return { format: 'BMP', width, height, depth: 8, orientation: 1, parts };
 }
 
 function heifFormat(bytes: Bytes): Format | null {
