@@ -3,21 +3,32 @@
 Traps:
 - WebAssembly threads need a cross-origin isolated page: every answer carries COOP and COEP.
 - A broken download is resumed by byte range, which `http.server` does not know.
+- The page may load nothing from elsewhere, and a worker gets its rules with its own file, not from
+  the page: every answer has the Content-Security-Policy. WebAssembly needs its own word there.
+- A connection that sends half a request, or none, would keep its thread for ever: each has a time
+  for its request, and there are only so many.
+- In the Hub's cache a bundle's files are links to its folder of blobs. A link that leads anywhere
+  else is not followed: a bundle from anywhere could name the user's own files.
 - Another site could reach a server on 127.0.0.1 under a name of its own that points here: a
   request that names another host is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mimetypes
 import re
+import socket
 import socketserver
+import threading
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from vlmport.bundle import MANIFEST, Bundle
@@ -26,7 +37,25 @@ from vlmport.layouts import HUB
 
 HOST = "127.0.0.1"
 BLOCK_BYTES = 1024 * 1024
+CONNECTIONS = 64
+REQUEST_SECONDS = 15.0  # for the head of a request, and idle between two
+STALLED_SECONDS = 60.0  # without a byte that the browser takes
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self' 'wasm-unsafe-eval'",
+        "worker-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self' blob: data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
 HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -68,17 +97,52 @@ class DemoServer(ThreadingHTTPServer):
     """The page at /, the bundle's files at /bundle/."""
 
     daemon_threads = True
+    request_queue_size = 16
 
     def __init__(self, page: Path, bundle: Bundle, port: int = 0):
         super().__init__((HOST, port), _Handler)
         self.page = page
         self.bundle = bundle
         self._listed = {MANIFEST, *bundle.manifest.files}
+        self._homes = _homes(bundle.folder)
+        self._taken, self._lock = 0, threading.Lock()
+        self.waiting: dict[socket.socket, float] = {}  # connection → until when it has to ask
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own; past CONNECTIONS of them not at all."""
+        with self._lock:
+            free = self._taken < CONNECTIONS
+            self._taken += free
+        if free:
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.waiting.pop(request, None)
+            with self._lock:
+                self._taken -= 1
+
+    def service_actions(self) -> None:
+        """Close what has not asked for anything in its time, twice a second."""
+        now = time.monotonic()
+        for connection, until in list(self.waiting.items()):
+            if until < now:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
 
     def server_bind(self) -> None:
         """Bind; http.server would also ask the network for the name of this address."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, int(self.server_address[1])
+
+    @property
+    def places_taken(self) -> int:
+        """How many connections have a thread now."""
+        return self._taken
 
     def close(self) -> None:
         self.server_close()
@@ -91,22 +155,45 @@ class DemoServer(ThreadingHTTPServer):
         """The file behind a path; None where there is none, or none that is to be seen."""
         if path.startswith("/bundle/"):
             name = path.removeprefix("/bundle/")
-            file = self.bundle.path(name)
-            return file if name in self._listed and file.is_file() else None
-        try:
-            file = (self.page / (path.lstrip("/") or "index.html")).resolve()
-            inside = file.is_relative_to(self.page.resolve())
-            return file if inside and file.is_file() else None
-        except (OSError, ValueError):  # a name that no file can have
-            return None
+            if name not in self._listed:
+                return None
+            return _inside(self.bundle.path(name), self._homes)
+        return _inside(self.page / (path.lstrip("/") or "index.html"), [self.page.resolve()])
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A browser that closes a connection is no error."""
 
 
+def _homes(folder: Path) -> list[Path]:
+    """Where a bundle's files may lie: in its folder, or among the blobs of the Hub's cache."""
+    real = folder.resolve()
+    blobs = real.parent.parent / "blobs"
+    return [real, blobs] if real.parent.name == "snapshots" else [real]
+
+
+def _inside(path: Path, homes: list[Path]) -> Path | None:
+    """The path; None where no file is, or where its links lead elsewhere."""
+    try:
+        file = path.resolve()
+        inside = any(file.is_relative_to(home) for home in homes)
+        return path if inside and file.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have; a loop of links
+        return None
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = STALLED_SECONDS
     server: DemoServer  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def handle_one_request(self) -> None:
+        self.server.waiting[self.connection] = time.monotonic() + REQUEST_SECONDS
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        self.server.waiting.pop(self.connection, None)
+        return parsed
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -131,14 +218,25 @@ class _Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", HOST)
         return host.partition(":")[0] in (HOST, "localhost")
 
-    def _send(self, file: Path, start: int, stop: int, *, with_body: bool) -> None:
-        size = file.stat().st_size
+    def _send(self, path: Path, start: int, stop: int, *, with_body: bool) -> None:
+        try:
+            file = path.open("rb")
+        except OSError:  # not to be read
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        with file:
+            self._send_open(path, file, start, stop, with_body=with_body)
+
+    def _send_open(
+        self, path: Path, file: BinaryIO, start: int, stop: int, *, with_body: bool
+    ) -> None:
+        size = path.stat().st_size
         partial = (start, stop) != (0, size)
         self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
         if partial:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.send_header("Content-Length", str(stop - start))
-        self.send_header("Content-Type", content_type(file))
+        self.send_header("Content-Type", content_type(path))
         self.send_header(
             "Cache-Control", FOREVER if self.path.startswith("/assets/") else "no-cache"
         )
@@ -161,10 +259,11 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
 
     Several ranges at once, and what is no range at all, are ignored, as RFC 9110 allows.
     """
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", (header or "").strip())
+    match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", (header or "").strip())
     if match is None or match.group(0) == "bytes=-":
         return 0, size
-    first, last = match.groups()
+    # More digits than any size has; Python refuses to read thousands of them.
+    first, last = (digits.lstrip("0")[:20] or digits[:1] for digits in match.groups())
     if not first:
         count = min(int(last), size)
         return (size - count, size) if count else None
@@ -183,9 +282,8 @@ def content_type(file: Path) -> str:
     return f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
 
 
-def _blocks(file: Path, start: int, stop: int) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        opened.seek(start)
-        while start < stop and (block := opened.read(min(BLOCK_BYTES, stop - start))):
-            start += len(block)
-            yield block
+def _blocks(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    file.seek(start)
+    while start < stop and (block := file.read(min(BLOCK_BYTES, stop - start))):
+        start += len(block)
+        yield block

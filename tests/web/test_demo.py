@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -120,11 +122,66 @@ def test_byte_ranges(server: demo.DemoServer) -> None:
         ("bytes=5-3", (0, 10)),
         ("bytes=1-2,4-5", (0, 10)),
         ("bytes=-", (0, 10)),
+        (f"bytes=0-{'9' * 5000}", (0, 10)),
+        (f"bytes={'9' * 5000}-", None),
+        (f"bytes=-{'9' * 5000}", (0, 10)),
+        (f"bytes={'0' * 5000}3-{'0' * 5000}5", (3, 6)),
+        ("bytes=00-", (0, 10)),
+        ("bytes=" + ",".join(f"{i}-" for i in range(9)), (0, 10)),
         ("lines=1-2", (0, 10)),
     ],
 )
 def test_parse_range(header: str | None, span: tuple[int, int] | None) -> None:
     assert demo.parse_range(header, 10) == span
+
+
+def test_every_answer_has_its_policy(server: demo.DemoServer) -> None:
+    """The worker's rules come with its own file, errors are pages too."""
+    for path in ("/", "/assets/ort.wasm", "/bundle/vlmport.json", "/none"):
+        headers = ask(server, path)[1]
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_links_out_of_the_bundle_are_not_followed(page: Path, own_bundle_folder: Path) -> None:
+    """One into the blobs of the Hub's cache is, as the cache has them."""
+    bundle = Bundle.open(own_bundle_folder)
+    cache = page.parent / "models--org--name"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True), (cache / "blobs").mkdir()
+    own_bundle_folder.rename(snapshot)
+    names = ("config.json", "tokenizer.json", "generation_config.json")
+    (snapshot / names[0]).rename(cache / "blobs" / "0")
+    (snapshot / names[0]).symlink_to("../../blobs/0")
+    (snapshot / names[1]).unlink()
+    (snapshot / names[1]).symlink_to(page.parent / "secret.txt")
+    (snapshot / names[2]).unlink()
+    (snapshot / names[2]).symlink_to(names[2])
+    with demo.DemoServer(page, Bundle(snapshot, bundle.manifest)) as server:
+        found = [server.find(f"/bundle/{name}") for name in names]
+        assert found == [snapshot / names[0], None, None]
+        (page / "link").symlink_to(page.parent / "secret.txt")
+        assert server.find("/link") is None
+
+
+def test_half_a_request_keeps_no_place(
+    server: demo.DemoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What asks for nothing, or byte by byte, is closed; past a number nothing is taken."""
+    monkeypatch.setattr(demo, "REQUEST_SECONDS", 0.5)
+    address = server.server_address[:2]
+    silent = [socket.create_connection(address, timeout=30) for _ in range(demo.CONNECTIONS)]
+    for one in silent[:5]:
+        one.sendall(b"GET / HTTP/1.1\r\nX")
+    with socket.create_connection(address, timeout=30) as late:
+        assert late.recv(1) == b""  # no place: closed at once
+    assert [one.recv(1) for one in silent] == [b""] * len(silent)
+    for one in silent:
+        one.close()
+    deadline = time.monotonic() + 30
+    while server.places_taken and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ask(server, "/")[0] == 200
 
 
 def test_head_has_no_body(server: demo.DemoServer) -> None:

@@ -52,10 +52,19 @@ test.runIf(process.env.VLMPORT_WEB_DEMO)('`vlmport demo` serves it', async () =>
   const errors: string[] = [];
   page.on('pageerror', error => errors.push(error.message));
   page.on('console', message => message.type() === 'error' && errors.push(message.text()));
-  await page.goto(process.env.VLMPORT_WEB_DEMO!);
+  await page.addInitScript(() => {
+    addEventListener('securitypolicyviolation', event => console.error(event.violatedDirective));
+  });
+  const answer = await page.goto(process.env.VLMPORT_WEB_DEMO!);
+  expect(answer?.headers()['content-security-policy']).toContain("default-src 'none'");
   expect(await captionSample(page)).toBe(captions[SAMPLE]!.q8!.text);
   expect(await page.evaluate(() => crossOriginIsolated)).toBe(true);
   expect(await page.textContent('#fact-device')).toMatch(/^WebAssembly/);
+  await page.setInputFiles('#file', `${folders.pictures()}/${SAMPLE}`); // shown by a blob's address
+  await page.waitForFunction(() => {
+    const preview = document.querySelector<HTMLImageElement>('#preview');
+    return preview?.src.startsWith('blob:') && preview.naturalWidth > 0;
+  });
   expect(errors).toEqual([]);
   await page.context().close();
 });
