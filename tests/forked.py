@@ -138,7 +138,7 @@ def _child(case: Case, out: IO[bytes], err: IO[bytes], terminals: list[_Terminal
     try:
         kept = os.dup(err.fileno())
         _settle(case, out, err, terminals)
-        from vlmport.cli import main
+        from vlmport.__main__ import main
 
         sys.argv = ["vlmport", *case.arguments]
         try:
@@ -157,7 +157,6 @@ def _settle(case: Case, out: IO[bytes], err: IO[bytes], terminals: list[_Termina
     """The streams, signals, limits and variables of the child."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(case.environment)
     if case.stdin is None:
         os.close(0)

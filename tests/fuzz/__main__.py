@@ -20,12 +20,13 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import COMMAND_LINE, TARGETS, Target
 from tests.fuzz.workshop import Workshop
 
 ROOT = Path(__file__).parents[2]
 ROUND = 1200  # seconds after which a round hangs, on a machine that others use too
 EXAMPLES = {
+    "command line": 100,
     "picture": 400,
     "decoding options": 1500,
     "model.safetensors": 200,
@@ -38,6 +39,7 @@ EXAMPLES = {
     "bundle's chat_template.jinja": 100,
 }
 FEW = 40
+ALL = (COMMAND_LINE, *TARGETS)
 
 
 def fuzz(target: Target, number: int, examples: int) -> None:
@@ -82,11 +84,11 @@ def round_in_a_process(target: Target, number: int) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5, help="how long to go on (5)")
-    parser.add_argument("--target", help="one target alone: " + ", ".join(t.name for t in TARGETS))
+    parser.add_argument("--target", help="one target alone: " + ", ".join(t.name for t in ALL))
     parser.add_argument("--seed", type=int, help="repeat one round in this process")
     parser.add_argument("--examples", type=int, default=FEW)
     args = parser.parse_args()
-    chosen = [target for target in TARGETS if args.target in (None, target.name)]
+    chosen = [target for target in ALL if args.target in (None, target.name)]
     if not chosen:
         parser.error(f"no target {args.target!r}")
     if args.seed is not None:

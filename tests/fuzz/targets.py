@@ -25,6 +25,7 @@ from rich.console import Console
 
 import vlmport
 from tests.decoding.test_against_transformers import compare_if_any, requests, tables
+from tests.fuzz import commands
 from tests.fuzz.bounds import bounded
 from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
@@ -319,3 +320,5 @@ TARGETS = (
         lambda shop, drawn: compare_if_any(*drawn),
     ),
 )
+# In a process of its own only: it forks.
+COMMAND_LINE = Target("command line", commands.cases, commands.run_command)

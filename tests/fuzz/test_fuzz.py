@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import COMMAND_LINE, TARGETS, Target
 from tests.fuzz.workshop import Workshop
 
 # An example that is exported takes a second, one that is refused next to nothing.
@@ -55,3 +57,11 @@ def test_bad_input_gives_an_error_of_ours_or_a_right_result(target: Target, shop
             target.run(shop, data.draw(target.inputs(shop)))
 
     fuzz()
+
+
+def test_whatever_is_typed_ends_with_a_line() -> None:
+    """In a process of its own, which forks for each command."""
+    options = ["--target", COMMAND_LINE.name, "--seed", "1", "--examples", "12"]
+    command = [sys.executable, "-m", "tests.fuzz", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]

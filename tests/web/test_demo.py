@@ -148,7 +148,8 @@ def test_links_out_of_the_bundle_are_not_followed(page: Path, own_bundle_folder:
     bundle = Bundle.open(own_bundle_folder)
     cache = page.parent / "models--org--name"
     snapshot = cache / "snapshots" / "0123"
-    snapshot.parent.mkdir(parents=True), (cache / "blobs").mkdir()
+    snapshot.parent.mkdir(parents=True)
+    (cache / "blobs").mkdir()
     own_bundle_folder.rename(snapshot)
     names = ("config.json", "tokenizer.json", "generation_config.json")
     (snapshot / names[0]).rename(cache / "blobs" / "0")
@@ -169,7 +170,7 @@ def test_half_a_request_keeps_no_place(
 ) -> None:
     """What asks for nothing, or byte by byte, is closed; past a number nothing is taken."""
     monkeypatch.setattr(demo, "REQUEST_SECONDS", 0.5)
-    address = server.server_address[:2]
+    address = demo.HOST, server.server_address[1]
     silent = [socket.create_connection(address, timeout=30) for _ in range(demo.CONNECTIONS)]
     for one in silent[:5]:
         one.sendall(b"GET / HTTP/1.1\r\nX")
