@@ -51,7 +51,6 @@ class Case:
     signal: int | None = None
     after: float = 0.0
     lean: int | None = None
-    user: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,9 +171,6 @@ def _settle(case: Case, out: IO[bytes], err: IO[bytes], terminals: list[_Termina
     if case.lean is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (case.lean, case.lean))
-    if case.user is not None:
-        os.setgid(case.user)
-        os.setuid(case.user)
 
 
 def _stream(number: int, kind: str, file: IO[bytes], terminal: int, code: str, errors: str) -> Any:

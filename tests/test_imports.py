@@ -99,7 +99,8 @@ ALLOWED = {
     "killable.py": set(),
     "killable_services.py": {"killable", "chat_template"},
     "onnx_bytes.py": {"errors"},
-    "checkpoint": {"checkpoint", "errors", "foreign_files", "json_files", "killable"},
+    "checkpoint": {"checkpoint", "errors", "foreign_files", "json_files", "killable",
+        "killable_services"},
     "graph": {"graph", "checkpoint", "errors", "bundle"},
     "families": {
         "families", "graph", "checkpoint", "errors", "bundle", "layouts", "tokenizer",

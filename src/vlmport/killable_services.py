@@ -1,4 +1,4 @@
-"""What runs in a process of `vlmport.killable`: render a chat template, or tokenize a text.
+"""What runs in a process of `vlmport.killable`: render a template, tokenize a text, or match names.
 
 Requests come as lines of JSON, [seconds, request]; each gets one line back, [kind, value].
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -120,4 +121,20 @@ def tokenizers() -> Service:
     return encode
 
 
-SERVICES: dict[str, Callable[[], Service]] = {"template": templates, "tokenizer": tokenizers}
+def patterns() -> Service:
+    def first_match(request: Mapping[str, Any]) -> list[int | None]:
+        """For each name, the number of the first pattern that matches it; None where none does."""
+        compiled = [re.compile(pattern) for pattern in request["patterns"]]
+        return [
+            next((number for number, one in enumerate(compiled) if one.match(name)), None)
+            for name in request["names"]
+        ]
+
+    return first_match
+
+
+SERVICES: dict[str, Callable[[], Service]] = {
+    "template": templates,
+    "tokenizer": tokenizers,
+    "pattern": patterns,
+}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from tests.checkpoints import write_json, write_weights
 from vlmport.checkpoint import LoraScale, Weights, lora, merged
-from vlmport.checkpoint.adapter import Adapter
+from vlmport.checkpoint.adapter import PATTERNS, Adapter
 from vlmport.errors import AdapterError, VlmportError
 
 SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
@@ -190,6 +190,25 @@ def test_a_layer_may_be_left_out_on_purpose(tmp_path: Path, settings: dict[str, 
     tensors = merged(base(tmp_path), adapter=tmp_path / "adapter")
     assert tensors[f"{LAYERS[0]}.weight"].numpy().max() > 1
     assert tensors[f"{LAYERS[1]}.weight"].numpy().max() == 1
+
+
+def test_a_pattern_that_never_matches_in_time_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PATTERNS, "seconds", 0.5)
+    write_adapter(tmp_path / "adapter", LAYERS, rank_pattern={"((([a-z_.0-9])*)*)*!": 4})
+    assert failure(tmp_path).code == "adapter.slow-pattern"
+
+
+@pytest.mark.parametrize("pattern", ["(" * 9000 + ")" * 9000, "a{" + "9" * 30 + "}", "[z-a]"])
+def test_a_pattern_that_can_not_be_compiled(tmp_path: Path, pattern: str) -> None:
+    write_adapter(tmp_path / "adapter", LAYERS, rank_pattern={pattern: 4})
+    assert len(str(failure(tmp_path))) < 1000
+
+
+def test_a_long_plain_pattern_takes_no_time(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", LAYERS, alpha_pattern={"a." * 100_000 + "!": 4.0})
+    Adapter.open(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

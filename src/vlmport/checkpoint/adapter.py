@@ -27,11 +27,17 @@ from vlmport.errors import (
     ConfigError,
     WeightError,
     did_you_mean,
+    quoted,
     some_names,
 )
 from vlmport.json_files import load_json
+from vlmport.killable import RefusedError, StoppedError, Worker
+from vlmport.killable_services import patterns as patterns_service
 
 __all__ = ["Adapter", "AdapterConfig", "merge_adapter"]
+
+PATTERNS = Worker("pattern")
+PLAIN_PATTERN = re.compile(r"(?:[\w.-]|\\[.d])*")  # nothing is repeated
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Initialisations that change the base weights too; without that change the adapter is wrong.
@@ -64,11 +70,17 @@ class AdapterConfig:
     rank_pattern: Mapping[str, Any] | None = None
     alpha_pattern: Mapping[str, Any] | None = None
 
-    def scale(self, module: str) -> LoraScale:
-        """The scale of a module, by its name in the model that was trained."""
-        r = _by_pattern(self.rank_pattern or {}, module, self.r)
-        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
-        return LoraScale(r, float(alpha), self.use_rslora, self.fan_in_fan_out)
+    def scales(self, modules: Sequence[str], where: str) -> list[LoraScale]:
+        """The scale of each module, by its name in the model that was trained.
+
+        Raises AdapterError for patterns that take too long.
+        """
+        ranks = _by_pattern(self.rank_pattern or {}, modules, self.r, where)
+        alphas = _by_pattern(self.alpha_pattern or {}, modules, self.lora_alpha, where)
+        return [
+            LoraScale(r, float(alpha), self.use_rslora, self.fan_in_fan_out)
+            for r, alpha in zip(ranks, alphas, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,8 @@ class Adapter:
         if not names.pairs:
             raise AdapterError(f"{folder / WEIGHTS}: no LoRA pairs", hint="save the adapter again")
         pairs = {name: (stored[a], stored[b]) for name, (a, b) in names.pairs.items()}
-        scales = {name: config.scale(name.removesuffix(".weight")) for name in pairs}
+        modules = [name.removesuffix(".weight") for name in pairs]
+        scales = dict(zip(pairs, config.scales(modules, str(folder / CONFIG)), strict=True))
         whole = {name: stored[file] for name, file in names.plain.items()}
         return cls(folder, pairs, scales, whole, _holds_everywhere(raw))
 
@@ -287,21 +300,37 @@ def _check_patterns(patterns: Mapping[str, Any], key: str, file: Path) -> None:
             number = number and isinstance(value, int) and value >= 1
         try:
             re.compile(pattern)
-        except re.error as cause:
-            problem = f"{pattern!r} is not a regular expression: {cause}"
+        except (re.error, RecursionError, OverflowError) as cause:
+            problem = f"{quoted(pattern)} is not a regular expression: {quoted(str(cause))}"
         else:
-            problem = f"{pattern!r}: expected a number, got {value!r}"
+            problem = f"{quoted(pattern)}: expected a number, got {quoted(value)}"
             if number:
                 continue
         raise AdapterError(f"{file}: {key}: {problem}", hint="repair adapter_config.json")
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module's name from a dot to its end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _by_pattern(
+    patterns: Mapping[str, Any], modules: Sequence[str], default: Any, where: str
+) -> list[Any]:
+    """For each module the value of the first pattern that matches its name from a dot to its end.
+
+    Names of layers are matched here, which takes no time. Any other regular expression could take
+    for ever, and is matched where it can be stopped.
+    """
+    whole = [rf"(.*\.)?({pattern})$" for pattern in patterns]
+    values = list(patterns.values())
+    if all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
+        found = patterns_service()({"patterns": whole, "names": modules})
+    else:
+        try:
+            found = PATTERNS.ask({"patterns": whole, "names": list(modules)})
+        except (StoppedError, RefusedError) as error:
+            raise AdapterError(
+                f"{where}: matching {len(modules)} names by a pattern was stopped: {error}",
+                hint="name the layers of rank_pattern and alpha_pattern in plain words",
+                code="adapter.slow-pattern",
+            ) from error
+    return [default if number is None else values[number] for number in found]
 
 
 def _open_weights(folder: Path) -> dict[str, LazyTensor]:
