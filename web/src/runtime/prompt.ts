@@ -9,6 +9,7 @@ import type { BundleFiles } from '../bundle/download.js';
 import type { Manifest, Message } from '../bundle/manifest.js';
 import { VlmportError, didYouMean, firstLine, quoted } from '../errors.js';
 import { freeMark, renamed } from './placeholders.js';
+import { problemsOf } from './tokenizer.js';
 import { watched } from './watched.js';
 
 const TOKENIZER = 'tokenizer.json';
@@ -59,12 +60,20 @@ export class Prompter {
       const config = JSON.parse(texts[CONFIG] ?? '{}') as TokenizerConfig;
       const file = texts[TOKENIZER] ?? '';
       const raw = JSON.parse(file) as object;
+      const problems = problemsOf(file, raw);
+      if (problems.length) {
+        const message = `the tokenizer is not read: ${problems.slice(0, 6).join('; ')}`;
+        const hint = 'is it as its publisher wrote it?';
+        throw new VlmportError('TokenizerError', message, hint, { code: 'tokenizer.refused' });
+      }
       const tokenizer = watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN));
       const template = templateOf(config) ?? texts[TEMPLATE];
       return new Prompter(files.manifest.prompt, file, tokenizer, specialTokens(config), template);
     } catch (error) {
-      const message = `the tokenizer can't be read: ${firstLine(error)}`;
-      throw new VlmportError('TokenizerError', message, 'export the bundle again');
+      if (error instanceof VlmportError) throw error;
+      const message = `the tokenizer can't be read: ${firstLine(error).slice(0, 200)}`;
+      const hint = 'export the bundle again';
+      throw new VlmportError('TokenizerError', message, hint, { code: 'tokenizer.unreadable' });
     }
   }
 
