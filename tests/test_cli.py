@@ -107,7 +107,7 @@ def test_json_lines(tiny_bundle: Path, pictures: list[str]) -> None:
     for row, text in zip(rows, texts, strict=True):
         assert row["caption"] == text
         assert set(row) == {
-            "image", "caption", "token_ids", "stop_reason", "timings", "counts",
+            "image", "caption", "token_ids", "stop_reason", "complete", "timings", "counts",
         }  # fmt: skip
         assert row["stop_reason"] in ("stop", "length")
         assert len(row["token_ids"]) == row["counts"]["new_tokens"] <= 4

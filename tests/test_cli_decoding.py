@@ -91,11 +91,11 @@ def test_json_holds_what_was_asked_for(tiny_bundle: Path, picture: str, tmp_path
     common = ["caption", picture, "-m", tiny_bundle, "-p", "fp32", "--json", "--max-new-tokens", 5]
     beams = json.loads(run(*common, "--num-beams", 3, "--num-return-sequences", 2).stdout)
     assert set(beams) == {
-        "image", "caption", "token_ids", "stop_reason", "score", "timings", "counts",
+        "image", "caption", "token_ids", "stop_reason", "complete", "score", "timings", "counts",
         "alternatives",
     }  # fmt: skip
     (other,) = beams["alternatives"]
-    assert set(other) == {"text", "token_ids", "stop_reason", "score"}
+    assert set(other) == {"text", "token_ids", "stop_reason", "complete", "score"}
     assert other["score"] <= beams["score"]
     drawn = json.loads(run(*common, "--do-sample", "--logprobs", 2).stdout)
     assert set(drawn) >= {"seed", "logprobs"}

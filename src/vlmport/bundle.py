@@ -20,7 +20,7 @@ from typing import Any
 import fastjsonschema
 
 from vlmport.bundle_checks import contradictions
-from vlmport.errors import BundleError, some_problems
+from vlmport.errors import BundleError, cut, some_problems
 from vlmport.hashing import CHUNK_BYTES as CHUNK_BYTES
 from vlmport.hashing import FileEntry, hash_file
 from vlmport.json_files import load_json
@@ -270,7 +270,13 @@ def hash_folder(folder: Path) -> dict[str, FileEntry]:
 
 def read_manifest(path: Path) -> Manifest:
     """Read and validate vlmport.json. Raises BundleError."""
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a name too long, a folder that nobody may read
+        raise BundleError(
+            f"{cut(str(path.parent))}: {error.strerror or error}", hint="is it readable?"
+        ) from None
+    if not is_there:
         raise BundleError(
             f"{path.parent}: no {MANIFEST}, so this is not a vlmport bundle",
             hint="`vlmport export SRC OUT` writes one",

@@ -50,6 +50,10 @@ class OptionWarning(VlmportWarning):
     """A default of generation_config.json that can't be served, and is left out."""
 
 
+class AnswerWarning(VlmportWarning):
+    """An answer that is not whole."""
+
+
 class CheckpointWarning(VlmportWarning):
     """Files of a checkpoint that disagree; the message says which of them counts."""
 
@@ -122,6 +126,8 @@ class VerificationError(VlmportError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'x'?)" for the nearest known name, else an empty string."""
+    if len(name) > LONGEST:  # no name of ours is near it, and to compare takes seconds
+        return ""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

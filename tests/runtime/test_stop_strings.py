@@ -85,17 +85,18 @@ def test_no_part_of_a_stop_string_is_ever_given_out(data: st.DataObject):
     tokenizer = tokenizer_of(data.draw(st.sampled_from(NAMES)))
     ids = ids_of(data, tokenizer)
     strings = stops_of(data, tokenizer.decode(ids, skip_special_tokens=False))
-    stops = StopStrings(tokenizer, strings)
+    skip = data.draw(st.booleans())
+    stops = StopStrings(tokenizer, strings, skip_special_tokens=skip)
     made, ended = stopped(stops, ids)
     reason = "stop_string" if ended else "length"
-    answer = AnswerText(tokenizer, stops).whole(Hypothesis(tuple(made), reason))
-    text = AnswerText(tokenizer, stops)
+    text = AnswerText(tokenizer, stops, skip_special_tokens=skip)
+    answer = text.whole(Hypothesis(tuple(made), reason))
     for count in range(1, len(made)):
         text.push(tuple(made[:count]), None)
         assert answer.text.startswith(text.given)
     text.push(tuple(made), reason)
     assert text.given == answer.text
-    whole = tokenizer.decode(made, skip_special_tokens=True)
+    whole = tokenizer.decode(made, skip_special_tokens=skip)
     assert whole.startswith(answer.text)
     if not ended:
         assert answer.text == whole

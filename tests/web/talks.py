@@ -63,7 +63,8 @@ def talk(
 def messages(
     vlm: VLM, folder: Path, names: Sequence[str], tokens: int | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One prompt of several turns and pictures, under options of the image processor."""
+    """One prompt of several turns and pictures, under options of the image processor; a turn spells
+    the placeholder of an image, and special tokens are kept."""
     content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     asked = [
         {"role": "system", "content": SYSTEM},
@@ -72,7 +73,8 @@ def messages(
         {"role": "user", "content": [{"type": "text", "text": "Larger?"}, {"type": "image"}]},
     ]
     images = [folder / name for name in names]
-    limit = {"max_new_tokens": tokens} if tokens else {}
+    limit: dict[str, Any] = {"max_new_tokens": tokens} if tokens else {}
+    limit["skip_special_tokens"] = False
     answer = vlm.generate(asked, images, image_options=options, **limit)
     return {"messages": asked, "pictures": names, "imageOptions": dict(options), **told(answer)}
 

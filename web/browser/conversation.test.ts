@@ -88,7 +88,7 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
       await outcome(() => vlm.generate(user([{ type: 'video', video: 'x.mp4' }]))),
       await outcome(() => vlm.generate(user([{ type: 'image' }]))),
       await outcome(() => vlm.generate(user([text]), { images: ['/kinds/rgb.png'] })),
-      await outcome(() => vlm.generate(user('an <image> by hand'))),
+      await outcome(() => vlm.generate(user('an <image> by hand'), { maxNewTokens: 1 })),
     ];
     return { outcomes, kept: JSON.stringify(chat.messages) === before };
   });
@@ -109,7 +109,7 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
     'PromptError: messages[0].content[0]: expected a text or an image part, got {"type":"video","video":"x.mp4"}',
     'PromptError: 0 pictures given, 1 image part without a picture in the messages',
     'PromptError: 1 picture given, 0 image parts without a picture in the messages',
-    "PromptError: 0 pictures for 1 placeholders '<image>' in the prompt",
+    'fine',
   ]);
 });
 
@@ -127,6 +127,35 @@ test('too long a conversation is refused before anything runs', async () => {
   });
   expect(found.error).toMatch(/the model's context is 2048/);
   expect(found.fed).toEqual([['do_image_splitting', 'image']]); // what says how many tokens it takes
+});
+
+test('a full conversation says so, and goes on without its oldest turns where asked to', async () => {
+  const found = await inPage(async (vlm, outcome) => {
+    const long = 'word '.repeat(140);
+    const images = ['/kinds/rgb.png'];
+    const talk = async (chat: Vlmport.Conversation) => {
+      const outcomes = [await outcome(() => chat.ask(long, { images, maxNewTokens: 1 }))];
+      for (let turn = 0; turn < 3; turn++) {
+        outcomes.push(await outcome(() => chat.ask(long, { maxNewTokens: 2 })));
+      }
+      return outcomes;
+    };
+    const strict = vlm.conversation();
+    const refused = await talk(strict);
+    const dropping = vlm.conversation({ system: 'Be brief.', dropOldest: true });
+    const fine = await talk(dropping);
+    const last = await dropping.ask('And?', { images, maxNewTokens: 4 });
+    const fresh = await vlm.generate(dropping.messages.slice(0, -1), { maxNewTokens: 4 });
+    const same = last.tokenIds.join() === fresh.tokenIds.join();
+    const alone = await outcome(() => dropping.ask('word '.repeat(2000)));
+    const { role } = dropping.messages[0]!;
+    return { refused, fine, same, role, kept: dropping.messages.length, alone };
+  });
+  expect(found.refused.at(-1)).toMatch(/^PromptError: the conversation is full/);
+  expect(found.fine).toEqual(['fine', 'fine', 'fine', 'fine']);
+  expect(found).toMatchObject({ same: true, role: 'system' });
+  expect(found.kept).toBeLessThan(11);
+  expect(found.alone).toMatch(/^PromptError: the prompt has/);
 });
 
 test('attached pictures come first, and wait until a question succeeds', async () => {

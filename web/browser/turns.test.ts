@@ -128,6 +128,7 @@ test.each(FORMS)('$model, $precision on $device', async ({ model, device, precis
         messages: messages.messages,
         images: urls(messages.pictures),
         imageOptions: messages.imageOptions,
+        skipSpecialTokens: false,
         ...(maxNewTokens !== null && { maxNewTokens }),
       },
     }),

@@ -5,6 +5,7 @@ export class Caption implements CaptionData {
   readonly text: string;
   readonly tokenIds: readonly number[];
   readonly stopReason: 'stop' | 'length';
+  readonly complete: boolean;
   readonly timings: CaptionData['timings'];
   readonly counts: CaptionData['counts'];
 
@@ -12,6 +13,7 @@ export class Caption implements CaptionData {
     this.text = data.text;
     this.tokenIds = data.tokenIds;
     this.stopReason = data.stopReason;
+    this.complete = data.complete;
     this.timings = data.timings;
     this.counts = data.counts;
   }

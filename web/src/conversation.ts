@@ -14,6 +14,7 @@ import {
   type AnswerOptions,
   type ImageOptions,
   checkAnswerOptions,
+  checkFlag,
   checkNames,
 } from './options.js';
 import { type PictureSource, toPicture } from './picture.js';
@@ -24,6 +25,9 @@ export interface ConversationOptions {
   system?: string;
   /** Of the image processor, over the bundle's own: `{ do_image_splitting: false }`. */
   imageOptions?: ImageOptions;
+  /** Forget the oldest questions and answers, their pictures included, where a question would not
+   * fit into the context; else that is an error. */
+  dropOldest?: boolean;
 }
 
 export interface QuestionOptions extends AnswerOptions {
@@ -57,6 +61,7 @@ interface State {
 export class Conversation {
   private readonly number: number;
   private readonly imageOptions: ImageOptions;
+  private readonly dropOldest: boolean;
   private readonly start: readonly Message[];
   private state: State;
   private turn: { readonly signal: AbortSignal | undefined } | null = null; // under way
@@ -68,8 +73,10 @@ export class Conversation {
     private readonly model: Model,
     options: ConversationOptions = {},
   ) {
-    checkNames(options, ['system', 'imageOptions']);
-    const { system, imageOptions } = options;
+    checkNames(options, ['system', 'imageOptions', 'dropOldest']);
+    const { system, imageOptions, dropOldest = false } = options;
+    checkFlag('dropOldest', dropOldest);
+    this.dropOldest = dropOldest;
     this.number = model.newConversation();
     this.imageOptions = { ...imageOptions };
     const said = system === undefined ? [] : filled([{ role: 'system', content: system }]);
@@ -143,7 +150,7 @@ export class Conversation {
   private async *pieces(
     question: string | undefined,
     images: readonly PictureSource[],
-    { maxNewTokens, signal }: AnswerOptions,
+    { maxNewTokens, skipSpecialTokens = true, signal }: AnswerOptions,
   ): AsyncGenerator<string, Caption> {
     signal?.throwIfAborted();
     const turn = this.begin(signal);
@@ -155,25 +162,39 @@ export class Conversation {
         ...before.attached.map(one => one.source),
         ...images,
       ]);
-      const { messages, pictures: sources } = checkMessages([...before.messages, message]);
+      const { pictures: sources } = checkMessages([...before.messages, message]);
       const known = [...before.pictures, ...before.attached.map(one => one.number)];
-      const pictures: NumberedPicture[] = known.map(number => ({ number, picture: null }));
+      const all: NumberedPicture[] = known.map(number => ({ number, picture: null }));
       for (const source of sources.slice(known.length)) {
         fresh.push(++this.pictures);
-        pictures.push({ number: this.pictures, picture: await toPicture(source) });
+        all.push({ number: this.pictures, picture: await toPicture(source) });
       }
       const { imageOptions, number: conversation } = this;
-      const asked = {
-        messages,
-        pictures,
-        imageOptions,
-        maxNewTokens: maxNewTokens ?? null,
-        conversation,
-      };
-      return yield* this.model.answer(asked, signal, caption => {
-        this.end(before, message, pictures, caption);
-        ended = true;
-      });
+      const most = maxNewTokens ?? null;
+      const how = { imageOptions, conversation, maxNewTokens: most, skipSpecialTokens };
+      let kept = before.messages;
+      let pictures = all;
+      for (;;) {
+        const rest = kept.slice(this.start.length); // questions and answers, one after the other
+        const leavesRoom = this.dropOldest && rest.length > 0;
+        const { messages } = checkMessages([...kept, message]);
+        const alone = rest.length ? checkMessages([...this.start, message]).messages : null;
+        try {
+          const asked = { messages, alone, pictures, leavesRoom, ...how };
+          return yield* this.model.answer(asked, signal, said => {
+            this.end(before, [...kept, message], pictures, said);
+            this.forget(known.filter(number => !pictures.some(one => one.number === number)));
+            ended = true;
+          });
+        } catch (error) {
+          const isFull = error instanceof VlmportError && error.code === 'conversation.full';
+          if (!isFull || !this.dropOldest) throw error;
+        }
+        kept = [...this.start, ...rest.slice(2)];
+        // The worker has read all of them by now.
+        pictures = pictures.slice(countImages(rest.slice(0, 2)));
+        pictures = pictures.map(({ number }) => ({ number, picture: null }));
+      }
     } finally {
       if (!ended) this.forget(fresh);
       if (this.turn === turn) this.turn = null;
@@ -208,18 +229,18 @@ export class Conversation {
   /** The question and its answer are part of the conversation from here on. */
   private end(
     before: State,
-    question: Message,
+    messages: readonly Message[],
     pictures: readonly NumberedPicture[],
-    caption: Caption,
+    said: string,
   ): void {
     if (this.state.messages !== before.messages) {
       const message = 'the conversation was reset while this answer was made';
       throw new VlmportError('PromptError', message, 'abort the answer before a reset');
     }
-    const text = stripped(caption.text);
+    const text = stripped(said);
     const answer: Message = { role: 'assistant', content: [{ type: 'text', text }] };
     this.state = {
-      messages: [...before.messages, question, answer],
+      messages: [...messages, answer],
       pictures: pictures.map(one => one.number),
       attached: this.state.attached.filter(one => !before.attached.includes(one)),
     };
@@ -231,6 +252,9 @@ export class Conversation {
     this.model.link.post({ type: 'forget', conversation: this.number, numbers });
   }
 }
+
+const countImages = (messages: readonly Message[]): number =>
+  checkMessages(messages).pictures.length;
 
 const copied = (messages: readonly Message[]): Message[] =>
   messages.map(({ content, ...rest }) => ({

@@ -24,23 +24,27 @@ export class Model {
 
   /**
    * The answer, piece by piece as it is made; the generator returns the whole. `onDone` is called
-   * before the last piece is given out. Leaving the loop earlier ends the generation.
+   * with the text without its stop token, before the last piece is given out. Leaving the loop earlier ends the generation.
    */
   async *answer(
     asked: Asked,
     signal: AbortSignal | undefined,
-    onDone: (caption: Caption) => void = () => {},
+    onDone: (said: string) => void = () => {},
   ): AsyncGenerator<string, Caption> {
     const left = new AbortController(); // the caller left the loop
     const waiting: string[] = [];
     let caption: Caption | null = null;
+    let said = '';
     let wake = () => {};
     const finished = this.link.request(
       { type: 'answer', asked },
       reply => {
         if (reply.type === 'piece') waiting.push(reply.text);
         if (reply.type === 'changed') this.known = reply.info;
-        if (reply.type === 'answered') caption = new Caption(reply.caption);
+        if (reply.type === 'answered') {
+          caption = new Caption(reply.caption);
+          said = reply.said;
+        }
         wake();
         return caption !== null;
       },
@@ -61,7 +65,7 @@ export class Model {
           const whole = done();
           if (whole && !waiting.length && !told) {
             told = true;
-            onDone(whole);
+            onDone(said);
           }
           if (next === undefined) break;
           yield next;

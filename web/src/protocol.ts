@@ -76,6 +76,11 @@ export interface Asked {
   readonly pictures: readonly NumberedPicture[];
   readonly imageOptions: ImageOptions;
   readonly maxNewTokens: number | null;
+  readonly skipSpecialTokens: boolean;
+  /** Refuse a prompt that leaves no room for an answer. */
+  readonly leavesRoom: boolean;
+  /** The same question without what was said before it; null where nothing was. */
+  readonly alone: readonly Message[] | null;
   /** Whose pictures and cache these are; null for none. */
   readonly conversation: number | null;
 }
@@ -86,6 +91,8 @@ export interface CaptionData {
   /** As generated, the stop token included. */
   readonly tokenIds: readonly number[];
   readonly stopReason: 'stop' | 'length';
+  /** False where the answer was cut: by maxNewTokens or a full context. */
+  readonly complete: boolean;
   /** Seconds. `image` is reading and encoding. */
   readonly timings: { readonly image: number; readonly prefill: number; readonly decode: number };
   readonly counts: {
@@ -126,7 +133,12 @@ export type Reply =
   | { readonly type: 'loaded'; readonly id: number; readonly info: Info }
   | { readonly type: 'changed'; readonly id: number; readonly info: Info } // another device now
   | { readonly type: 'piece'; readonly id: number; readonly text: string }
-  | { readonly type: 'answered'; readonly id: number; readonly caption: CaptionData }
+  | {
+      readonly type: 'answered';
+      readonly id: number;
+      readonly caption: CaptionData;
+      readonly said: string;
+    } // without the stop token
   | { readonly type: 'attached'; readonly id: number }
   | { readonly type: 'failed'; readonly id: number; readonly error: PlainError }
   | { readonly type: 'aborted'; readonly id: number };

@@ -167,7 +167,7 @@ export class VLM {
 
   private pieces(
     asked: readonly Message[],
-    { images, imageOptions = {}, maxNewTokens, signal }: GenerateOptions,
+    { images, imageOptions = {}, maxNewTokens, skipSpecialTokens = true, signal }: GenerateOptions,
   ): AsyncGenerator<string, Caption> {
     const { model } = this;
     const chat = checkMessages(asked, images, model.info.imageOptions);
@@ -178,8 +178,15 @@ export class VLM {
       const pictures = read.map((picture, number) => {
         return { number, picture, options: options[number]! };
       });
-      const asked = { messages, pictures, imageOptions, conversation: null };
-      return yield* model.answer({ ...asked, maxNewTokens: maxNewTokens ?? null }, signal);
+      const most = maxNewTokens ?? null;
+      const how = {
+        imageOptions,
+        maxNewTokens: most,
+        skipSpecialTokens,
+        leavesRoom: false,
+        alone: null,
+      };
+      return yield* model.answer({ messages, pictures, ...how, conversation: null }, signal);
     })();
   }
 }

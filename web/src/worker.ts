@@ -67,7 +67,7 @@ async function perform(request: Started, signal: AbortSignal): Promise<Reply> {
     await engine.attach(conversation, picture, imageOptions, hear, signal);
     return { type: 'attached', id };
   }
-  return { type: 'answered', id, caption: await engine.answer(request.asked, hear, signal) };
+  return { type: 'answered', id, ...(await engine.answer(request.asked, hear, signal)) };
 }
 
 type Tell = Parameters<typeof Engine.open>[1];

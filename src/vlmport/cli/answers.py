@@ -20,7 +20,7 @@ def json_row(asked: Mapping[str, Any], name: str, caption: Caption) -> str:
 
     def given(fields: dict[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in fields.items() if value not in (None, ())}
-        return kept | {"stop_reason": fields["stop_reason"]}
+        return kept | {name: fields[name] for name in ("stop_reason", "complete")}
 
     fields = dataclasses.asdict(caption)
     others = tuple(given(one) for one in fields["alternatives"])

@@ -27,6 +27,7 @@ from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
 from vlmport.errors import ImageError, OptionError, PromptError, quoted
+from vlmport.runtime.picture_uris import is_address
 
 # What ends so and holds no space is meant as a file.
 SUFFIXES = re.compile(r"\S+\.(png|jpe?g|webp|avif|gif|bmp|tiff?|heic|svg|pdf|mp4)", re.I)
@@ -109,7 +110,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
                 hint="all but the last argument are pictures; put the question in quotes",
             )
     if asked is None and len(images) > 1:
-        kind = "folder" if Path(question).is_dir() else "file"
+        kind = "address" if is_address(question) else "file"
+        kind = "folder" if kind == "file" and Path(question).is_dir() else kind
         raise PromptError(
             f"no question: the last argument {quoted(question)} is a {kind}",
             hint="put the question last; `vlmport caption` captions several pictures",
@@ -118,7 +120,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _exists(name: str) -> bool:
-    """Whether something is there under this name; a question may be too long for one."""
+    """Whether something is there under this name, or it is an address, which is said later; a
+    question may be too long for a name."""
+    if is_address(name):
+        return True
     try:
         return Path(name).exists()
     except (OSError, ValueError):

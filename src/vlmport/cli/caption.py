@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +24,7 @@ from vlmport.cli.console import report
 from vlmport.cli.generation import with_decoding
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
-from vlmport.errors import ImageError, OptionError, PromptError, VlmportError
+from vlmport.errors import ImageError, OptionError, PromptError, VlmportError, cut
 
 if TYPE_CHECKING:
     from vlmport.runtime.model import VLM
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 @with_decoding
 def caption(
     *,
-    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Pictures.", metavar="IMAGE...")],
     model: Model = CAPTIONER,
     precision: Precision = "auto",
     device: Device = "cpu",
@@ -71,7 +70,7 @@ def caption(
 
 
 def _print_captions(
-    vlm: VLM, paths: list[Path], options: dict[str, Any], *, as_json: bool
+    vlm: VLM, paths: list[str], options: dict[str, Any], *, as_json: bool
 ) -> VlmportError | None:
     """A bad picture is reported and the others are captioned all the same."""
     failure: VlmportError | None = None
@@ -80,15 +79,15 @@ def _print_captions(
             report(result)
             failure = result
         elif as_json:
-            show(json_row({"image": str(path)}, "caption", result))
+            show(json_row({"image": path}, "caption", result))
         else:
             for answer in (result, *result.alternatives):
                 text = answer.text.strip()
-                show(f"{path}: {text}" if len(paths) > 1 else text)
+                show(f"{cut(path)}: {text}" if len(paths) > 1 else text)
     return failure
 
 
-def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> VlmportError | None:
+def _stream_captions(vlm: VLM, paths: list[str], options: dict[str, Any]) -> VlmportError | None:
     """Caption one by one, each piece of text as it comes."""
     failure: VlmportError | None = None
     for path in paths:
@@ -98,7 +97,7 @@ def _stream_captions(vlm: VLM, paths: list[Path], options: dict[str, Any]) -> Vl
             report(error)
             failure = error
             continue
-        show(f"{path}: " if len(paths) > 1 else "", end="")
+        show(f"{cut(path)}: " if len(paths) > 1 else "", end="")
         for piece in stripped(pieces):
             show(piece, end="")
         show()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,7 +49,7 @@ COMMANDS = {
 def chat(
     *,
     image: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="A picture for the first question; can be repeated.", metavar="PATH"),
     ] = None,
     model: Model = ANSWERER,
@@ -63,6 +63,13 @@ def chat(
     revision: Revision = None,
     image_option: ImageOptions = None,
     no_split: NoSplit = False,
+    drop_oldest: Annotated[
+        bool,
+        typer.Option(
+            "--drop-oldest",
+            help="Forget the oldest questions and answers where the context is full.",
+        ),
+    ] = False,
     decoding: dict[str, Any],
 ) -> None:
     """Talk about pictures: a line a question, from a terminal or a pipe. /help lists commands."""
@@ -79,7 +86,7 @@ def chat(
     with vlm:
         wanted = vlm.asker.decoding(decoding).options
         talk = Talk(
-            vlm.conversation(system, image_options=options),
+            vlm.conversation(system, image_options=options, drop_oldest=drop_oldest),
             decoding,
             streams=wanted.num_beams == wanted.num_return_sequences == 1,
         )
@@ -151,12 +158,27 @@ class Talk:
         else:
             if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
                 path = path[1:-1]  # as terminals paste a path with spaces
-            self.conversation.attach(Path(path).expanduser())
+            self.conversation.attach(os.path.expanduser(path))
         count = self.conversation.attached
         say(f"{count} picture{'' if count == 1 else 's'} for the next question")
 
     def answer(self, question: str) -> None:
         """Ask, and print the answer as it comes."""
+        before = len(self.conversation.messages)
+        try:
+            self._print_answer(question)
+        except VlmportError as error:
+            if error.code != "conversation.full":
+                raise
+            hint = "/reset begins a new one; `vlmport chat --drop-oldest` forgets the oldest turns"
+            raise PromptError(str(error), hint=hint, code=error.code) from error
+        dropped = (before + 2 - len(self.conversation.messages)) // 2
+        if dropped:
+            say(f"the context was full: questions forgotten, the oldest first: {dropped}")
+        if self.conversation.fills_context:
+            say("the answer ends where the context is full; /reset begins a new conversation")
+
+    def _print_answer(self, question: str) -> None:
         if not self.streams:
             show(self.conversation.ask(question, **self.options).text.strip())
             return

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from vlmport.cli.output import visible
-from vlmport.errors import VlmportError, VlmportWarning
+from vlmport.errors import AnswerWarning, VlmportError, VlmportWarning
 
 if TYPE_CHECKING:
     from vlmport.export import Progress
@@ -68,6 +68,7 @@ def warnings_of_ours() -> Iterator[None]:
     """Each is one line, without the place in the code that it comes from."""
     with warnings.catch_warnings():
         show = warnings.showwarning
+        warnings.simplefilter("always", AnswerWarning)  # each answer has its own
 
         def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
             if isinstance(message, VlmportWarning):

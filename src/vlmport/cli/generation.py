@@ -50,6 +50,7 @@ DECODING: Mapping[str, Any] = {
         Path | None, _option("Answer in JSON of this schema.", metavar="FILE")
     ],
     "regex": Annotated[str | None, _option("Answer with what matches this.", metavar="REGEX")],
+    "skip_special_tokens": Annotated[Flag, _option("Leave special tokens out of the text.")],
     "prompt_lookup_num_tokens": Annotated[
         Count, _option("Guess so many tokens at a time from the text so far.")
     ],

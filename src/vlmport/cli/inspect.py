@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from vlmport.builtin import builtin_folder
 from vlmport.cli.app import EXIT_FAILED, app
 from vlmport.cli.arguments import Device
-from vlmport.cli.console import report, say, stdout
+from vlmport.cli.console import export_progress, report, say, stdout
 from vlmport.errors import BundleError, OptionError
 
 
@@ -18,7 +19,9 @@ from vlmport.errors import BundleError, OptionError
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A bundle, an ONNX file, or a folder with some.", metavar="PATH"),
+        typer.Argument(
+            help="A bundle, an ONNX file, a folder with some, or a built-in name.", metavar="PATH"
+        ),
     ],
     probe: Annotated[
         bool,
@@ -30,8 +33,16 @@ def inspect(
     from vlmport.bundle import Bundle, is_bundle
     from vlmport.inspection import describe, describe_onnx, probe_bundle
 
-    if not path.exists():
-        raise BundleError(f"{path}: no such file or folder", hint="check the path")
+    if builtin_folder(path) is not None:
+        from vlmport.source import resolve  # a built-in model is exported once, into the cache
+
+        with export_progress() as progress:
+            path = resolve(str(path), progress=progress).folder
+    if not _exists(path):
+        raise BundleError(
+            f"{path}: no such file or folder",
+            hint="check the path; `vlmport models` lists the built-in names",
+        )
     if is_bundle(path):
         opened = Bundle.open(path, check_hashes=probe)
         describe(opened, stdout)
@@ -47,6 +58,13 @@ def inspect(
         describe_onnx(path, stdout)
     else:
         _list_files(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long
+        return False
 
 
 def _list_files(folder: Path) -> None:

@@ -16,10 +16,12 @@ class Answer:
     """One generated text; `str()` gives it.
 
     Attributes:
-        text: without special tokens, and before a stop string.
+        text: what precedes a stop string, without special tokens unless they were asked for.
         token_ids: as generated, the stop token and the tokens of a stop string included.
         stop_reason: 'stop' for a stop token, 'stop_string', or 'length' for max_new_tokens or a
             full context; None for a beam that had not ended when the search did.
+        complete: False where the answer was cut: by max_new_tokens or a full context. An answer
+            under a grammar that could end where it was cut is complete.
         score: of beam search; None without.
         logprobs: one for each token, where they were asked for.
     """
@@ -29,6 +31,7 @@ class Answer:
     stop_reason: StopReason | None
     score: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    complete: bool = False
 
     def __str__(self) -> str:
         return self.text
@@ -60,11 +63,17 @@ class AnswerText:
         given: what the pieces amount to so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: StopStrings | None = None):
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: StopStrings | None = None,
+        *,
+        skip_special_tokens: bool = True,
+    ):
+        self.tokenizer, self.stops, self.skip = tokenizer, stops, skip_special_tokens
         self.given = ""
         self._certain = ""
-        self._stream = TextStream(tokenizer)
+        self._stream = TextStream(tokenizer, skip_special_tokens=skip_special_tokens)
 
     def push(self, tokens: Sequence[int], stop_reason: StopReason | None) -> str:
         """The piece that is certain by now, '' for none; all of the rest once it has stopped.
@@ -72,7 +81,7 @@ class AnswerText:
         Args:
             tokens: all so far, the stop token included.
         """
-        said = tokens[:-1] if stop_reason == "stop" else tokens
+        said = self._said(tokens, stop_reason)
         for token in said[len(self._stream.tokens) :]:
             self._certain += self._stream.push(token)
         if stop_reason:
@@ -88,8 +97,21 @@ class AnswerText:
     def whole(self, hypothesis: Hypothesis) -> Answer:
         """All of an answer at once."""
         tokens, reason = hypothesis.tokens, hypothesis.stop_reason
-        said = tokens[:-1] if reason == "stop" else tokens
-        text = self.tokenizer.decode(list(said), skip_special_tokens=True)
+        text = self._text(self._said(tokens, reason), reason)
+        complete = reason in ("stop", "stop_string")
+        return Answer(text, tokens, reason, hypothesis.score, hypothesis.logprobs, complete)
+
+    def without_stop_token(self, hypothesis: Hypothesis) -> str:
+        """The text that a conversation goes on with: its template writes the end of a turn."""
+        tokens, reason = hypothesis.tokens, hypothesis.stop_reason
+        return self._text(tokens[:-1] if reason == "stop" else tokens, reason)
+
+    def _said(self, tokens: Sequence[int], reason: StopReason | None) -> Sequence[int]:
+        """The tokens of the text. The stop token is one where special tokens are kept."""
+        return tokens[:-1] if reason == "stop" and self.skip else tokens
+
+    def _text(self, said: Sequence[int], reason: StopReason | None) -> str:
+        text = self.tokenizer.decode(list(said), skip_special_tokens=self.skip)
         if self.stops is not None and reason == "stop_string":
             text = text[: len(text) - self.stops.held(said, ended=True)]
-        return Answer(text, tokens, reason, hypothesis.score, hypothesis.logprobs)
+        return text

@@ -3,16 +3,18 @@ request to its caption."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmport.errors import OptionError
-from vlmport.runtime.answer import AnswerText, Caption
+from vlmport.errors import AnswerWarning, OptionError
+from vlmport.runtime.answer import Answer, AnswerText, Caption
 from vlmport.runtime.cache import KeptRow
 from vlmport.runtime.components import Components, merge_image_features
 from vlmport.runtime.features import MAX_BYTES, FeatureCache, Picture
@@ -23,6 +25,7 @@ from vlmport.runtime.messages import Message, check_messages
 from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.prompt import Prompter
 from vlmport.runtime.request import Request, check_default, most_new_tokens, new_request
+from vlmport.runtime.search import Hypothesis
 from vlmport.runtime.text import StopStrings
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ class Prompt:
     """One prompt, ready to run.
 
     Attributes:
+        decoding: how it is answered.
         pictures: those in it, encoded.
         image_rows: of each image row, the content hash of its picture.
     """
@@ -81,8 +85,7 @@ class Prompt:
     ids: Int64[np.ndarray, " S"]
     pictures: tuple[Picture, ...]
     image_rows: tuple[bytes, ...]
-    stops: StopStrings | None
-    has_grammar: bool
+    decoding: Decoding
     image_seconds: float
 
 
@@ -110,12 +113,17 @@ class Asker:
             given,
             functools.partial(check_default, self.components),
         )
-        stops = options.stop_strings
         return Decoding(
             options,
             self._grammars.of(options),
-            StopStrings(self.prompter.tokenizer, stops) if stops else None,
+            self._stop_strings(options),
         )
+
+    def _stop_strings(self, options: GenerationOptions) -> StopStrings | None:
+        if not options.stop_strings:
+            return None
+        skip = options.skip_special_tokens
+        return StopStrings(self.prompter.tokenizer, options.stop_strings, skip_special_tokens=skip)
 
     def prompt(
         self,
@@ -152,15 +160,20 @@ class Asker:
         decoding: Decoding,
         start: float,
         held: Held | None = None,
+        *,
+        leaves_room: bool = False,
     ) -> Prompt:
         """A prompt that can run. What does not fit is refused before anything is encoded.
 
         Args:
             start: when the work on the pictures began.
+            leaves_room: refuse a prompt that leaves no room for an answer: for max_new_tokens, or a
+                quarter of the context where that is less.
             held: what is not to be encoded and prefilled again, as far as the prompt begins alike.
         """
         ids = self.prompter.splice(text, [picture.prompt_ids for picture in pictures])
-        most_new_tokens(self.components, len(ids), decoding.options)  # it has cost little so far
+        # It has cost little so far.
+        most_new_tokens(self.components, len(ids), decoding.options, leaves_room=leaves_room)
         self.components.check_ids(ids)
         token = self.components.manifest.prompt.image_token_id
         counts = [int((picture.prompt_ids == token).sum()) for picture in pictures]
@@ -190,7 +203,7 @@ class Asker:
             is_stopped=stops.ends if stops else None,
             mask=grammar.fresh().mask if grammar else None,
         )
-        return Prompt(request, ids, encoded, rows, stops, grammar is not None, seconds)
+        return Prompt(request, ids, encoded, rows, decoding, seconds)
 
     def _embed(
         self, ids: Int64[np.ndarray, " S"], features: Sequence[Float[np.ndarray, "T D"]]
@@ -202,25 +215,30 @@ class Asker:
 
     def pieces(self, prompt: Prompt, generation: Generation) -> Iterator[str]:
         """The answer piece by piece as it is made. The last comes when the search is done."""
-        text = AnswerText(self.prompter.tokenizer, prompt.stops)
+        text = self._text(prompt)
         for _ in generation:
             (answer,) = prompt.request.search.results()
             if piece := text.push(answer.tokens, answer.stop_reason):
+                if answer.stop_reason:
+                    self.warn_of_a_cut(prompt)
                 yield piece
 
     def caption(self, prompt: Prompt, seconds: Mapping[str, float]) -> Caption:
         """What a request came to, finished or not."""
-        request, text = prompt.request, AnswerText(self.prompter.tokenizer, prompt.stops)
-        found = request.search.results()
-        if prompt.has_grammar:  # a beam that never ended may say anything
-            found = [one for one in found if one.stop_reason] or found
-        best, *others = (text.whole(one) for one in found)
+        request, text = prompt.request, self._text(prompt)
+
+        def answer(found: Hypothesis) -> Answer:
+            complete = _is_complete(prompt, found)
+            return dataclasses.replace(text.whole(found), complete=complete)
+
+        best, *others = map(answer, _found(prompt))
         return Caption(
             best.text,
             best.token_ids,
             best.stop_reason,
             best.score,
             best.logprobs,
+            best.complete,
             timings={"image": prompt.image_seconds, **seconds},
             counts={
                 "prompt_tokens": len(prompt.ids),
@@ -231,6 +249,42 @@ class Asker:
             seed=request.search.seed,
             alternatives=tuple(others),
         )
+
+    def history(self, prompt: Prompt) -> str:
+        """The best answer, as a conversation goes on with it."""
+        return self._text(prompt).without_stop_token(_found(prompt)[0]).strip()
+
+    def warn_of_a_cut(self, prompt: Prompt) -> None:
+        """Warn where an answer under a grammar is only the beginning of one."""
+        best = _found(prompt)[0]
+        if prompt.decoding.grammar is None or _is_complete(prompt, best):
+            return
+        warnings.warn(
+            AnswerWarning(
+                f"the answer was cut after {len(best.tokens)} tokens: it is only the beginning of "
+                "what the grammar asks for; give a larger max_new_tokens",
+                code="output.cut",
+            ),
+            stacklevel=2,
+        )
+
+    def _text(self, prompt: Prompt) -> AnswerText:
+        skip = prompt.decoding.options.skip_special_tokens
+        return AnswerText(self.prompter.tokenizer, prompt.decoding.stops, skip_special_tokens=skip)
+
+
+def _found(prompt: Prompt) -> list[Hypothesis]:
+    found = prompt.request.search.results()
+    if prompt.decoding.grammar:  # a beam that never ended may say anything
+        found = [one for one in found if one.stop_reason] or found
+    return found
+
+
+def _is_complete(prompt: Prompt, found: Hypothesis) -> bool:
+    if found.stop_reason in ("stop", "stop_string"):
+        return True
+    grammar = prompt.decoding.grammar
+    return grammar is not None and grammar.fresh().accepts(found.tokens)
 
 
 def refuse_several(options: GenerationOptions) -> None:

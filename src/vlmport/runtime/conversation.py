@@ -28,6 +28,8 @@ from vlmport.runtime.generate import Generation
 from vlmport.runtime.messages import Message, check_images, check_messages
 
 if TYPE_CHECKING:
+    from jaxtyping import Int64
+
     from vlmport.runtime.images import ImageSource
 
 
@@ -51,6 +53,7 @@ class _Turn:
     """A question that is being answered."""
 
     before: _State
+    kept: tuple[Message, ...]  # of what was said before
     message: Message
     prompt: Prompt
 
@@ -65,6 +68,9 @@ class Conversation:
     A question belongs to the conversation once its answer is complete. One that fails, that is
     interrupted, or whose stream is closed early, leaves the conversation as it was; what was
     encoded and prefilled for it is not lost, and serves when it is asked again.
+
+    Attributes:
+        last: the last whole answer, None before the first; for a stream, which gives text alone.
     """
 
     def __init__(
@@ -73,16 +79,19 @@ class Conversation:
         system: str | None = None,
         *,
         image_options: Mapping[str, Any] | None = None,
+        drop_oldest: bool = False,
     ):
         """Raises OptionError for image options that the image processor does not have."""
         if image_options:
             asker.components.check_image_options(image_options)
         self._asker, self._image_options = asker, dict(image_options or {})
+        self._drop_oldest = drop_oldest
         self._start: tuple[Message, ...] = ()
         if system is not None:
             self._start = tuple(_checked([{"role": "system", "content": system}]))
         self._state = _State(self._start)
         self._held: Held | None = None
+        self.last: Caption | None = None
 
     @property
     def messages(self) -> list[Message]:
@@ -100,6 +109,13 @@ class Conversation:
         """How many tokens the cache holds."""
         return 0 if self._held is None else len(self._held.ids)
 
+    @property
+    def fills_context(self) -> bool:
+        """Whether the last answer was cut where the model's context ends."""
+        counts = {} if self.last is None or self.last.complete else self.last.counts
+        used = sum(counts.get(name, 0) for name in ("prompt_tokens", "new_tokens"))
+        return used > self._asker.components.manifest.dims.context_length
+
     def attach(self, image: ImageSource) -> None:
         """Give a picture along with the next question. Raises ImageError at once."""
         picture = self._asker.picture(image, self._image_options)
@@ -112,7 +128,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget all but the system message, attached pictures and the cache too."""
-        self._state, self._held = _State(self._start), None
+        self._state, self._held, self.last = _State(self._start), None, None
 
     def ask(
         self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
@@ -135,8 +151,8 @@ class Conversation:
         except KeyboardInterrupt:
             self._hold(turn, generation)
             raise
-        self._end(turn, generation)
-        return self._asker.caption(turn.prompt, generation.seconds)
+        self._asker.warn_of_a_cut(turn.prompt)
+        return self._end(turn, generation)
 
     def stream(
         self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
@@ -177,13 +193,45 @@ class Conversation:
         before, decoding = self._state, self._asker.decoding(options)
         given = [image for image, _ in before.attached]
         message = self._message(question, given, images)
-        chat = check_messages([*before.messages, message])
-        text = self._asker.text_ids(chat.messages)
+        kept, pictures = before.messages, before.pictures
+        text = self._text_ids(kept, message)
         start = time.perf_counter()
-        there = [*before.pictures, *(picture for _, picture in before.attached)]
-        new = [self._asker.picture(one, self._image_options) for one in chat.images[len(there) :]]
-        prompt = self._asker.ready(text, [*there, *new], decoding, start, self._held)
-        return _Turn(before, message, prompt)
+        new = [self._asker.picture(one, self._image_options) for one in images]
+        own = [*(picture for _, picture in before.attached), *new]
+        while True:
+            rest = kept[len(self._start) :]  # questions and answers, one after the other
+            drops = self._drop_oldest and bool(rest)
+            try:
+                prompt = self._asker.ready(
+                    text, [*pictures, *own], decoding, start, self._held, leaves_room=drops
+                )
+                return _Turn(before, kept, message, prompt)
+            except PromptError as error:
+                too_long = error.code == "prompt.too-long"
+                if not (too_long and rest and self._fits(message, own)):
+                    raise
+                if not drops:
+                    raise self._full(error) from error
+            kept = (*self._start, *rest[2:])
+            pictures = pictures[_count_images(rest[:2]) :]
+            text = self._text_ids(kept, message)
+
+    def _fits(self, message: Message, pictures: Sequence[Picture]) -> bool:
+        """Whether a question would fit into the context of a new conversation."""
+        text = self._text_ids(self._start, message)
+        ids = self._asker.prompter.splice(text, [picture.prompt_ids for picture in pictures])
+        return len(ids) <= self._asker.components.manifest.dims.context_length
+
+    def _text_ids(self, before: Sequence[Message], message: Message) -> Int64[np.ndarray, " S"]:
+        return self._asker.text_ids(check_messages([*before, message]).messages)
+
+    @staticmethod
+    def _full(error: PromptError) -> PromptError:
+        return PromptError(
+            f"the conversation is full: with this question {error}",
+            hint="reset() begins a new one; with drop_oldest=True the oldest turns are forgotten",
+            code="conversation.full",
+        )
 
     def _message(
         self, question: str | None, attached: Sequence[Any], images: Sequence[Any]
@@ -210,7 +258,7 @@ class Conversation:
         (message,) = _checked(asked, [*attached, *images])
         return message
 
-    def _end(self, turn: _Turn, generation: Generation) -> None:
+    def _end(self, turn: _Turn, generation: Generation) -> Caption:
         """The question and its answer are part of the conversation from here on.
 
         Raises PromptError where the conversation is not what it was when the question was asked.
@@ -220,11 +268,13 @@ class Conversation:
                 "the conversation went on while this answer was made",
                 hint="read a stream to its end, or close it, before the next question",
             )
-        answer = self._asker.caption(turn.prompt, generation.seconds).text.strip()
+        answer = self._asker.history(turn.prompt)
         said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        messages = (*turn.before.messages, turn.message, said)
+        messages = (*turn.kept, turn.message, said)
         self._hold(turn, generation)
         self._state = _State(messages, turn.prompt.pictures)
+        self.last = self._asker.caption(turn.prompt, generation.seconds)
+        return self.last
 
     def _hold(self, turn: _Turn, generation: Generation) -> None:
         """Keep what the cache holds, if it is the whole prompt."""
@@ -248,6 +298,10 @@ def _checked(messages: Sequence[Message], images: Sequence[Any] = ()) -> list[Me
         }
         for message in chat.messages
     ]
+
+
+def _count_images(messages: Sequence[Message]) -> int:
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def _copied(message: Message) -> Message:

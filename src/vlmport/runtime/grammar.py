@@ -95,6 +95,11 @@ class Grammar:
             raise OptionError(f"{self._said}: {_reason(matcher)}", hint="make it simpler")
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
 
+    def accepts(self, tokens: Sequence[int]) -> bool:
+        """Whether a text may end after these tokens."""
+        matcher = self._matcher(tuple(tokens))
+        return matcher is not None and matcher.is_accepting()
+
     def _matcher(self, tokens: tuple[int, ...]) -> llguidance.LLMatcher | None:
         """The matcher after these tokens, from that after all but the last (a copy is cheap)."""
         known = self._matchers

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from vlmport.errors import ImageError
+from vlmport.errors import ImageError, cut
 from vlmport.runtime.image_kinds import AVIF, HEAD, HEIF, RAW, Kind, kind_of
 from vlmport.runtime.image_pixels import bytes_needed, decode, loaded
 from vlmport.runtime.memory import available_memory
@@ -130,8 +130,7 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
                 code="image.wrong-type",
             )
         return source, str(getattr(source, "name", "the file"))
-    name = os.fspath(source)
-    path = Path(name)
+    path, name = Path(source), cut(os.fspath(source))
     try:
         if path.is_dir():
             raise ImageError(
@@ -146,7 +145,7 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(
             f"{name}: {reason}", hint="is it readable?", code="image.unreadable"
-        ) from error
+        ) from None
 
 
 def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, bytes]:
@@ -322,5 +321,5 @@ def _damaged(name: str, error: Exception) -> ImageError:
 
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist either"
+        return f"the folder {cut(str(path.parent))} does not exist either"
     return "check the path; relative paths start at the current folder"

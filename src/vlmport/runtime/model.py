@@ -223,13 +223,23 @@ class VLM:
         return self._run([self.asker.prompt(messages, images, decoding, image_options)])[0]
 
     def conversation(
-        self, system: str | None = None, *, image_options: Mapping[str, Any] | None = None
+        self,
+        system: str | None = None,
+        *,
+        image_options: Mapping[str, Any] | None = None,
+        drop_oldest: bool = False,
     ) -> Conversation:
         """A conversation that begins with nothing but, perhaps, a system message.
 
+        Args:
+            drop_oldest: forget the oldest questions and answers, their images included, where a
+                question would not fit into the context; else that is an error.
+
         Raises OptionError for image options that the image processor does not have.
         """
-        return Conversation(self.asker, system, image_options=image_options)
+        return Conversation(
+            self.asker, system, image_options=image_options, drop_oldest=drop_oldest
+        )
 
     def stream(
         self,
@@ -267,4 +277,6 @@ class VLM:
     def _run(self, prompts: Sequence[Prompt]) -> list[Caption]:
         generation = Generation(self.components, [prompt.request for prompt in prompts])
         generation.run()
+        for prompt in prompts:
+            self.asker.warn_of_a_cut(prompt)
         return [self.asker.caption(prompt, generation.seconds) for prompt in prompts]

@@ -51,6 +51,18 @@ def number_in(
     return check
 
 
+def temperature(name: str, value: Any) -> float:
+    """A number above 0. For 0 the option that is meant is named."""
+    if not isinstance(value, bool) and isinstance(value, Real) and value == 0:
+        raise OptionError(
+            f"{name}={quoted(value)}: scores can't be divided by it",
+            hint="do_sample=False takes the most likely token each time",
+            code="option.temperature-zero",
+        )
+    check = number_in("a number above 0", 1.2, lambda number: 1e-30 < number < 1e30)
+    return check(name, value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False, numpy's too."""
     if type(value).__name__ not in ("bool", "bool_"):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from vlmport.errors import OptionError, OptionWarning, did_you_mean, quoted
 from vlmport.runtime import option_values as values
+from vlmport.runtime.foreign_options import instead, name_here
 from vlmport.runtime.option_values import TokenIds, whole_number
 from vlmport.runtime.random import new_seed
 
@@ -101,6 +102,8 @@ class GenerationOptions:
         max_matching_ngram_size: the longest n-gram that the guess looks up.
         json_schema: the answer is JSON that fits this schema (an object, kept as its text).
         regex: the answer matches this.
+        skip_special_tokens: leave special tokens out of the text (default True). With False it is
+            what `processor.decode(ids, skip_special_tokens=False)` gives, the stop token included.
 
     Raises OptionError for a value out of its range, and for two that contradict each other.
     """
@@ -141,6 +144,7 @@ class GenerationOptions:
     max_matching_ngram_size: int = 2
     json_schema: str | None = None
     regex: str | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name in CHECKS:
@@ -234,7 +238,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "exponential_decay_length_penalty": values.decay,
     "suppress_tokens": values.token_ids,
     "begin_suppress_tokens": values.token_ids,
-    "temperature": _POSITIVE,
+    "temperature": values.temperature,
     "top_h": _PART,
     "top_k": values.at_least(0),
     "top_p": _PART,
@@ -248,6 +252,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_matching_ngram_size": values.at_least(1),
     "json_schema": values.schema,
     "regex": values.pattern,
+    "skip_special_tokens": values.flag,
 }
 
 DEFAULTS: Mapping[str, Any] = {
@@ -260,12 +265,25 @@ def _without_refused(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options among `given`. Raises OptionError for unknown names, and for what is refused."""
     unknown = [name for name in given if name not in CHECKS and name not in REFUSED]
     if unknown:
-        named = ", ".join(f"{quoted(name)}{did_you_mean(name, CHECKS)}" for name in unknown)
-        raise OptionError(f"unknown option {named}", hint=f"known: {', '.join(CHECKS)}")
+        named = ", ".join(f"{quoted(name)}{_near(name)}" for name in unknown[:8])
+        hints = [hint for name in unknown if (hint := instead(name)) is not None]
+        raise OptionError(
+            f"unknown option {named}",
+            hint=hints[0] if hints else f"known: {', '.join(CHECKS)}",
+            code="option.unknown",
+        )
     for name, (neutral, hint) in REFUSED.items():
         if name in given and not any(given[name] is one or given[name] == one for one in neutral):
             raise OptionError(f"option {name}={quoted(given[name])} is not supported", hint=hint)
     return {name: value for name, value in given.items() if name in CHECKS}
+
+
+def _near(name: str) -> str:
+    """The name that another program's option has here, else the nearest name."""
+    here = name_here(name)
+    if here in CHECKS:
+        return f" (did you mean {here!r}?)"
+    return "" if instead(name) else did_you_mean(name, CHECKS)
 
 
 def _tidy(name: str, value: Any) -> Any:

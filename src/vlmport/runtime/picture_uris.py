@@ -16,7 +16,7 @@ from pathlib import PurePath
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from vlmport.errors import ImageError, quoted
+from vlmport.errors import ImageError, cut, quoted
 
 SCHEME = re.compile(r"\s*(data|blob|file|[a-z][a-z0-9+.-]+(?=:/))(?=:)", re.IGNORECASE)
 BASE64 = re.compile(r";[ \t]*base64[ \t]*$", re.IGNORECASE)
@@ -46,7 +46,7 @@ def local_source(source: str | os.PathLike[str]) -> str | bytes:
         return bytes_of(name)
     if scheme is not None:
         raise ImageError(
-            f"{name}: a URL is not fetched",
+            f"{cut(name)}: a URL is not fetched",
             hint="download it and give its path",
             code="image.url",
         )
@@ -59,12 +59,17 @@ def local_source(source: str | os.PathLike[str]) -> str | bytes:
     return name
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an address and not a path, of whatever scheme."""
+    return SCHEME.match(text) is not None and len(text.split()) == 1
+
+
 def path_of(address: str) -> str:
     """The path of a `file:` address. Raises ImageError for one of another machine."""
     parts = urlsplit(address)
     if parts.netloc.lower() not in ("", "localhost"):
         raise ImageError(
-            f"{address}: a file of another machine, {quoted(parts.netloc)}",
+            f"{cut(address)}: a file of another machine",
             hint="three slashes begin a path of this one: file:///home/…",
             code="image.file-elsewhere",
         )

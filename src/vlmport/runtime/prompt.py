@@ -119,18 +119,14 @@ class Prompter:
         return self._encode_marked(marked, mark)
 
     def _check_keys(self, messages: Sequence[Message]) -> None:
+        words = {"role", "content", *re.findall(r"\w+", self._template or "")}
         for number, message in enumerate(messages):
-            given = {name for name, value in message.items() if value not in (None, "", [], {})}
-            unread = {
-                name
-                for name in given - {"role", "content"}
-                if not re.search(rf"\b{re.escape(str(name))}\b", self._template or "")
-            }
-            if unread:
-                near = did_you_mean(str(min(unread, key=str)), ("role", "content", *KEYS))
+            given = {str(name) for name, one in message.items() if not _is_empty(one)}
+            if unread := given - words:
+                near = did_you_mean(min(unread), ("role", "content", *KEYS))
                 raise PromptError(
-                    f"messages[{number}]: {some_names(map(str, unread))}{near}: this model's chat "
-                    "template does not read it",
+                    f"messages[{number}]: {some_names(unread)}{near}: this model's chat template "
+                    "does not read it",
                     hint="leave it out: it would have no effect",
                     code="prompt.unread-key",
                 )
@@ -168,6 +164,11 @@ class Prompter:
             parts += [ids[start:position], np.asarray(image, np.int64)]
             start = position + 1
         return np.concatenate([*parts, ids[start:]])
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing, as tables of messages fill every row's keys."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -186,20 +186,30 @@ def room_for_tokens(components: Components, tokens: int) -> int:
         raise PromptError(
             f"the prompt has {tokens} tokens, the model's context is {limit}",
             hint="fewer or smaller pictures, or a shorter prompt",
+            code="prompt.too-long",
         )
     return limit - tokens + 1  # the last token is never fed back
 
 
-def most_new_tokens(components: Components, tokens: int, options: GenerationOptions) -> int:
+def most_new_tokens(
+    components: Components, tokens: int, options: GenerationOptions, *, leaves_room: bool = False
+) -> int:
     """How many tokens a prompt of so many may be answered with: what is asked for, else the
     bundle's default, and no more than the context allows.
 
-    Raises PromptError as `room_for_tokens` does, OptionError where that is below min_new_tokens
-    or nothing at all.
+    Raises PromptError as `room_for_tokens` does, and with `leaves_room` where the context allows
+    less than is wanted and less than a quarter of itself; OptionError where that is below
+    min_new_tokens or nothing at all.
     """
     room, asked = room_for_tokens(components, tokens), options.most_new_tokens(tokens)
     default = components.manifest.generation.max_new_tokens
     least, wanted = options.least_new_tokens(tokens), default if asked is None else asked
+    if leaves_room and room < min(wanted, components.manifest.dims.context_length // 4):
+        raise PromptError(
+            f"a prompt of {tokens} tokens leaves room for {room} in the context",
+            hint="a shorter prompt",
+            code="prompt.too-long",
+        )
     if not wanted:
         raise OptionError(
             f"max_length={options.max_length}, the prompt alone has {tokens} tokens",

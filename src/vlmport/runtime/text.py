@@ -80,8 +80,10 @@ class StopStrings:
     generated, not in the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, strings: Sequence[str], *, skip_special_tokens: bool = True
+    ):
+        self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.strings = tuple(strings)
         # A token may be one byte of a character; more in front, for decoders that strip a space.
         self._reach = max((len(one.encode()) for one in strings), default=0) + 4
@@ -129,4 +131,4 @@ class StopStrings:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def _visible(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=self.skip)

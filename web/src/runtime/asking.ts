@@ -42,6 +42,18 @@ export interface Question {
   readonly messages: readonly Message[];
   readonly pictures: readonly Picture[];
   readonly maxNewTokens: number | null;
+  readonly skipSpecialTokens: boolean;
+  /** Refuse a prompt that leaves no room for an answer: for maxNewTokens, or a quarter of the
+   * context where that is less. */
+  readonly leavesRoom: boolean;
+  /** The same question without what was said before it; null where nothing was. */
+  readonly alone: readonly Message[] | null;
+}
+
+/** An answer, and its text without the stop token, with which a conversation goes on. */
+export interface Answered {
+  readonly caption: CaptionData;
+  readonly said: string;
 }
 
 export interface Hearing {
@@ -89,17 +101,42 @@ function plan({ components, prompter }: Model, question: Question): Plan {
   if (!ids.length) {
     throw new VlmportError('PromptError', 'the prompt is empty', 'give it a text or a picture');
   }
-  if (ids.length > dims.context_length) {
-    const message = `the prompt has ${ids.length} tokens, the model's context is ${dims.context_length}`;
-    const hint = 'fewer or smaller pictures, or a shorter prompt';
-    throw new VlmportError('PromptError', message, hint);
+  const context = dims.context_length;
+  if (ids.length > context) {
+    const message = `the prompt has ${ids.length} tokens, the model's context is ${context}`;
+    throw tooLong(prompter, question, context, message);
   }
   components.checkIds(ids);
-  const room = dims.context_length - ids.length + 1; // the last token is never fed back
-  const maxNewTokens = Math.min(question.maxNewTokens ?? generation.max_new_tokens, room);
+  const room = context - ids.length + 1; // the last token is never fed back
+  const wanted = question.maxNewTokens ?? generation.max_new_tokens;
+  if (question.leavesRoom && room < Math.min(wanted, Math.floor(context / 4))) {
+    const message = `a prompt of ${ids.length} tokens leaves room for ${room} in the context`;
+    throw tooLong(prompter, question, context, message);
+  }
+  const maxNewTokens = Math.min(wanted, room);
   const isImage = (id: number) => id === prompt.image_token_id;
   const rowsOf = ({ key, promptIds }: Picture) => promptIds.filter(isImage).map(() => key);
   return { ids, imageRows: question.pictures.flatMap(rowsOf), maxNewTokens };
+}
+
+/** The error of a prompt that does not fit: where it would alone, the conversation is full. */
+function tooLong(prompter: Prompter, question: Question, context: number, message: string) {
+  const { alone, pictures } = question;
+  if (alone) {
+    const ids = prompter.ids(alone);
+    const own = pictures.slice(pictures.length - prompter.countPlaceholders(ids));
+    const spliced = prompter.splice(
+      ids,
+      own.map(one => one.promptIds),
+    );
+    if (spliced.length <= context) {
+      const text = `the conversation is full: with this question ${message}`;
+      const hint = 'reset() begins a new one; with dropOldest: true the oldest turns are forgotten';
+      return new VlmportError('PromptError', text, hint, { code: 'conversation.full' });
+    }
+  }
+  const hint = 'fewer or smaller pictures, or a shorter prompt';
+  return new VlmportError('PromptError', message, hint, { code: 'prompt.too-long' });
 }
 
 /**
@@ -117,7 +154,7 @@ export async function answer(
   kept: Kept,
   hear: Hearing,
   signal: AbortSignal,
-): Promise<CaptionData> {
+): Promise<Answered> {
   const { components, features, prompter } = model;
   const { ids, imageRows, maxNewTokens } = plan(model, question);
   const { prompt, generation } = components.manifest;
@@ -134,7 +171,8 @@ export async function answer(
   const cache = before?.cache ?? openCache(components, capacity);
   const stopTokenIds = new Set(generation.stop_token_ids);
   const tokenIds: number[] = [];
-  const text = new TextStream(prompter.tokenizer);
+  const { skipSpecialTokens: skips } = question;
+  const text = new TextStream(prompter.tokenizer, skips);
   const say = (piece: string) => piece && hear.onPiece(piece);
   let first = encoded;
   try {
@@ -142,7 +180,8 @@ export async function answer(
     cache.reserve(capacity);
     for await (const { token } of generate(cache, fresh, { maxNewTokens, stopTokenIds, signal })) {
       if (tokenIds.push(token) === 1) first = performance.now();
-      if (!stopTokenIds.has(token)) say(text.push(token));
+      // The stop token is a special token.
+      if (!skips || !stopTokenIds.has(token)) say(text.push(token));
     }
   } catch (error) {
     if (!signal.aborted) cache.truncate(0); // what it holds is not known
@@ -152,10 +191,12 @@ export async function answer(
   }
   say(text.finish());
   const seconds = (from: number, to: number) => (to - from) / 1000;
-  return {
+  const stopped = stopTokenIds.has(tokenIds.at(-1) ?? -1);
+  const caption: CaptionData = {
     text: text.whole(),
     tokenIds,
-    stopReason: stopTokenIds.has(tokenIds.at(-1) ?? -1) ? 'stop' : 'length',
+    stopReason: stopped ? 'stop' : 'length',
+    complete: stopped,
     timings: {
       image: seconds(hear.start, encoded),
       prefill: seconds(encoded, first),
@@ -168,4 +209,5 @@ export async function answer(
       newTokens: tokenIds.length,
     },
   };
+  return { caption, said: text.decode(stopped ? tokenIds.slice(0, -1) : tokenIds) };
 }

@@ -10,16 +10,8 @@ import { choose, precisionName } from '../bundle/precisions.js';
 import { bundleAddress, openStore } from '../bundle/store.js';
 import { VlmportError, asVlmportError } from '../errors.js';
 import type { ImageOptions } from '../bundle/manifest.js';
-import type {
-  Asked,
-  CaptionData,
-  Device,
-  Info,
-  LoadOptions,
-  NumberedPicture,
-  Progress,
-} from '../protocol.js';
-import { type Question, answer } from './asking.js';
+import type { Asked, Device, Info, LoadOptions, NumberedPicture, Progress } from '../protocol.js';
+import { type Answered, type Question, answer } from './asking.js';
 import { Components, graphFiles } from './components.js';
 import { Conversation, Conversations } from './conversations.js';
 import { FeatureCache, MAX_BYTES, type Picture } from './features.js';
@@ -121,9 +113,9 @@ export class Engine {
     asked: Asked,
     hear: { onPiece: (text: string) => void; onChange: OnChange },
     signal: AbortSignal,
-  ): Promise<CaptionData> {
+  ): Promise<Answered> {
     const start = performance.now();
-    const { conversation: number, maxNewTokens, messages } = asked;
+    const { conversation: number, messages, maxNewTokens, skipSpecialTokens } = asked;
     const own = number === null ? new Conversation() : this.conversations.of(number);
     try {
       if (this.next) await this.takeOver(this.next, hear.onChange, signal);
@@ -133,7 +125,9 @@ export class Engine {
         const options = { ...asked.imageOptions, ...one.options };
         pictures.push(await this.picture(own, one, options, signal));
       }
-      const question = { messages, pictures, maxNewTokens };
+      const { leavesRoom, alone } = asked;
+      const how = { maxNewTokens, skipSpecialTokens, leavesRoom, alone };
+      const question = { messages, pictures, ...how };
       const onEncoded = (encoded: readonly Picture[]) =>
         encoded.forEach((picture, i) => own.pictures.set(asked.pictures[i]!.number, picture));
       return await this.withFallback(question, own, { ...hear, onEncoded, start }, signal);
@@ -183,7 +177,7 @@ export class Engine {
     own: Conversation,
     hear: Parameters<typeof answer>[3] & { onChange: OnChange },
     signal: AbortSignal,
-  ): Promise<CaptionData> {
+  ): Promise<Answered> {
     let said = false;
     const onPiece = (text: string) => ((said = true), hear.onPiece(text));
     const attempt = () => {

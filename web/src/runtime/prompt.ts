@@ -175,6 +175,11 @@ export class Prompter {
     return encoded(this.other.tokenizer, text);
   }
 
+  /** How many pictures a prompt has a place for. */
+  countPlaceholders(ids: readonly number[]): number {
+    return ids.filter(id => id === this.spec.placeholder_token_id).length;
+  }
+
   /**
    * Replace the n-th placeholder by the n-th picture's ids.
    *
@@ -182,7 +187,7 @@ export class Prompter {
    */
   splice(ids: readonly number[], images: readonly (readonly number[])[]): number[] {
     const placeholder = this.spec.placeholder_token_id;
-    const places = ids.filter(id => id === placeholder).length;
+    const places = this.countPlaceholders(ids);
     if (places !== images.length) {
       const { image_placeholder } = this.spec;
       const message = `${images.length} pictures for ${places} placeholders '${image_placeholder}' in the prompt`;

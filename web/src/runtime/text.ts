@@ -20,7 +20,10 @@ export class TextStream {
   private read = 0; // tokens before this have been given out
   private inBytes = false; // the last tokens are bytes, perhaps of one run
 
-  constructor(private readonly tokenizer: Decoder) {}
+  constructor(
+    private readonly tokenizer: Decoder,
+    private readonly skipsSpecial = true,
+  ) {}
 
   /** The text that is certain with this token; '' while a character is incomplete. */
   push(token: number): string {
@@ -52,8 +55,10 @@ export class TextStream {
   }
 
   /** Ids past the vocabulary say nothing: some embeddings have more rows than there are tokens. */
-  private decode(tokens: number[]): string {
+  decode(tokens: readonly number[]): string {
     const known = tokens.filter(token => this.tokenizer.id_to_token(token) !== undefined);
-    return known.length ? this.tokenizer.decode(known, { skip_special_tokens: true }) : '';
+    return known.length
+      ? this.tokenizer.decode(known, { skip_special_tokens: this.skipsSpecial })
+      : '';
   }
 }

@@ -1,0 +1,89 @@
+"""Names of options in other programs, and what they are called here.
+
+OpenAI's API, vLLM, llama.cpp, Ollama and transformers.js.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Name there → name here.
+SAME = {
+    "stop": "stop_strings",
+    "stop_sequences": "stop_strings",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens",
+    "max_gen_len": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "n": "num_return_sequences",
+    "best_of": "num_return_sequences",
+    "beam_width": "num_beams",
+    "beam_size": "num_beams",
+    "logit_bias": "sequence_bias",
+    "top_logprobs": "logprobs",
+    "n_probs": "logprobs",
+    "repeat_penalty": "repetition_penalty",
+    "typical": "typical_p",
+    "random_seed": "seed",
+    "bad_words": "bad_words_ids",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "sampling": "do_sample",
+}
+# Name there → what to do here.
+OTHERWISE = {
+    "presence_penalty": "repetition_penalty makes what was said less likely",
+    "frequency_penalty": "repetition_penalty makes what was said less likely",
+    "repeat_last_n": "repetition_penalty looks at the whole text",
+    "penalize_nl": "leave it out",
+    "response_format": "give json_schema",
+    "format": "give json_schema",
+    "structured_outputs": "give json_schema or regex",
+    "grammar": "give json_schema or regex",
+    "guided_choice": "give regex='(yes|no)'",
+    "guided_grammar": "give json_schema or regex",
+    "use_beam_search": "give num_beams=2 or more",
+    "stream": "call .stream(...)",
+    "echo": "the prompt is not repeated",
+    "stop_token_ids": "the bundle names its stop tokens; stop_strings adds to them",
+    "include_stop_str_in_output": "a text ends before its stop string; token_ids have it",
+    "ignore_eos": "give min_new_tokens",
+    "prompt_logprobs": "logprobs are those of the answer",
+    "allowed_token_ids": "give regex, or suppress_tokens for all others",
+    "logits_processor": "give one of the options that there are",
+    "logits_processors": "give one of the options that there are",
+    "stopping_criteria": "give stop_strings, or leave the loop of .stream(...)",
+    "prefix_allowed_tokens_fn": "give regex or json_schema",
+    "generation_config": "give its options by name: **generation_config.to_diff_dict()",
+    "return_dict_in_generate": "an answer has token_ids, score and logprobs as they are asked for",
+    "num_ctx": "the context is the model's own",
+    "n_ctx": "the context is the model's own",
+    "keep_alive": "a model stays open until close()",
+    "mirostat": "give top_p, min_p or typical_p",
+    "mirostat_tau": "give top_p, min_p or typical_p",
+    "mirostat_eta": "give top_p, min_p or typical_p",
+    "tfs_z": "give typical_p or min_p",
+    "min_keep": "leave it out: one token is always kept",
+    "tools": "tools are not offered to a template; describe them in the system message",
+    "callback_function": "read .stream(...)",
+}
+CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+def snake_case(name: str) -> str:
+    """A name of JavaScript as Python writes it: maxNewTokens, max_new_tokens."""
+    return CAMEL.sub("_", name).lower()
+
+
+def name_here(name: str) -> str | None:
+    """What an option of another program is called here; None where nothing is the same."""
+    plain = snake_case(name)
+    return SAME.get(plain, plain if plain != name else None)
+
+
+def instead(name: str) -> str | None:
+    """What to do where an option of another program has nothing like it here."""
+    return OTHERWISE.get(snake_case(name))
