@@ -3,6 +3,7 @@
 # make check       formatters, linter, type checkers, of Python and of web/
 # make verify-all  every model, layout and precision against PyTorch, then fuzzing: 10 to 25 minutes
 #                  (FUZZ_MINUTES=4 of them; 0 leaves it out)
+# make test-onnxruntime  the tests of graphs and models under the next ONNX Runtime
 # make wheel       builds the wheel, the demo page inside
 # make clean       removes what the others made
 #
@@ -22,7 +23,7 @@ FUZZ_MINUTES ?= 4
 # What npm itself writes when it has installed what web/ needs.
 NODE_MODULES := web/node_modules/.package-lock.json
 
-.PHONY: demo test check verify-all wheel clean
+.PHONY: demo test test-onnxruntime check verify-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -36,6 +37,23 @@ check: $(VENV)/installed-dev $(NODE_MODULES)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd web && npm run --silent check
+
+# The same environment with another ONNX Runtime before it: the tests that run graphs, and the
+# built-in models from export to answers.
+NEXT_ONNXRUNTIME := 1.32.0
+NEXT := .venv-onnxruntime-$(NEXT_ONNXRUNTIME)
+NEXT_TESTS := tests/graph tests/test_shapes.py tests/test_shapes_qwen.py tests/test_shapes_smolvlm.py \
+  tests/runtime/test_components.py tests/runtime/test_generate.py tests/runtime/test_probe.py
+
+$(NEXT)/installed: | $(VENV)/installed-dev
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(NEXT) \
+	  onnxruntime==$(NEXT_ONNXRUNTIME)
+	@touch $@
+
+test-onnxruntime: $(NEXT)/installed
+	PYTHONPATH=$(CURDIR)/$(NEXT) $(BIN)/python -c \
+	  'import onnxruntime as o; print("ONNX Runtime", o.__version__); assert o.__version__ == "$(NEXT_ONNXRUNTIME)"'
+	PYTHONPATH=$(CURDIR)/$(NEXT) $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(NEXT_TESTS)
 
 verify-all: $(VENV)/installed-dev
 	$(BIN)/python -m tests.verify_all --fuzz-minutes $(FUZZ_MINUTES)
@@ -71,5 +89,5 @@ wheel: $(VENV)/installed-dev $(NODE_MODULES)
 	  { echo 'The wheel is larger than 60 MB: is there more than one wasm variant in it?'; exit 1; }
 
 clean:
-	rm -rf $(VENV) dist tests/transformers_js/node_modules
+	rm -rf $(VENV) .venv-onnxruntime-* dist tests/transformers_js/node_modules
 	rm -rf web/node_modules web/dist web/browser/built src/vlmport/web_page

@@ -170,7 +170,8 @@ def refused(work: Any) -> None:
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{type(value).__name__}{len(value)}")
-def test_no_message_repeats_a_long_value(vlm: VLM, value: Any) -> None:
+def test_no_message_repeats_a_long_value(long_bundle: Bundle, value: Any) -> None:
+    vlm: Any = VLM.open(long_bundle, threads=1)
     pixels = np.zeros((8, 8, 3), np.uint8)
     text = value if isinstance(value, str) else "x"
     for name in CHECKS:
@@ -207,5 +208,6 @@ def test_no_message_repeats_a_long_value(vlm: VLM, value: Any) -> None:
 
 
 def test_a_long_pattern_or_schema_is_cut_in_its_error(vlm: VLM) -> None:
+    options: Any
     for options in ({"regex": "(" + LONG[0]}, {"json_schema": {"type": LONG[0]}}):
         refused(lambda options=options: vlm.generate(ASKED, **options))
