@@ -150,7 +150,6 @@ def test_pictures_that_are_not_cut(
         (["{0}", "What?", "--stream", "--json"], "contradict each other", "choose one"),
         (["{0}", "What?", "--image-option", "do_image_splitting=no"], "not JSON", "for example"),
         (["{0}", "What?", "--image-option", "split=false"], "option 'split' is unknown", "has:"),
-        (["{0}", "an <image>?"], "1 picture for 2 placeholders", "does a text part contain"),
         (["{0}", "What?", "--top-p", "2"], "top_p=2.0", "hint"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
@@ -246,21 +245,15 @@ def test_what_is_wrong_is_a_line_and_loses_nothing(
 
 def test_a_full_conversation_says_what_helps(bundle: Path, pictures: list[str]) -> None:
     """The oldest questions are forgotten where that is asked for."""
-    lines = [f"/image {pictures[0]}", "first " + "x" * 300, "second " + "x" * 300, "third"]
-    lines[2:2] = [f"/image {pictures[1]}"]
-    done = run("chat", *few(bundle), input="\n".join([*lines, "x" * 300, "/reset", "z"]) + "\n")
+    lines = [f"/image {pictures[0]}", *["what " + "x" * 300] * 5, ""]
+    done = run("chat", *few(bundle), input="\n".join(lines))
     assert done.exit_code == 2
     assert "error[conversation.full]" in done.stderr
     assert "/reset" in done.stderr
     assert "--drop-oldest" in done.stderr
-    answers = len(done.stdout.splitlines())
-    dropping = run(
-        "chat", "--drop-oldest", *few(bundle), input="\n".join([*lines, "x" * 300]) + "\n"
-    )
+    dropping = run("chat", "--drop-oldest", *few(bundle), input="\n".join(lines))
     assert dropping.exit_code == 0, dropping.stderr
     assert "forgotten" in dropping.stderr
-    assert len(dropping.stdout.splitlines()) == 4
-    assert answers < 5
 
 
 def test_a_picture_waits_until_a_question_is_answered(
