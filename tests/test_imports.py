@@ -125,7 +125,7 @@ ALLOWED = {
     },
     "verify": {
         "verify", "recording", "runtime", "checkpoint", "errors", "bundle", "builtin", "layouts",
-        "chat_template",
+        "chat_template", "tokenizer",
     },
 }  # fmt: skip
 

@@ -17,9 +17,18 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoints import write_prefix_checkpoint
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen3
-from vlmport.errors import AdapterError, ConfigError, PromptError, SourceError, WeightError
+from vlmport.chat_template import WORKER, TemplateLimitError
+from vlmport.errors import (
+    AdapterError,
+    ConfigError,
+    PromptError,
+    SourceError,
+    TokenizerError,
+    WeightError,
+)
 from vlmport.verify.protocol import Reference
 from vlmport.verify.references import load_reference
+from vlmport.verify.references.pretrained import load_processor, render
 from vlmport.verify.requests import Request
 
 IMAGE_TOKEN = 113  # one past the tiny checkpoint's vocabulary
@@ -312,3 +321,28 @@ def test_what_the_template_refuses_is_said(tmp_path: Path, write: Callable[[Path
     assert len(reference.prompt_ids(Request("one", (), (first,))))
     with pytest.raises(PromptError, match=r"^'two': the chat template refuses .*: one turn$"):
         reference.prompt_ids(Request("two", (), (first, second)))
+
+
+def test_a_hostile_tokenizer_is_refused_before_transformers_reads_it(tmp_path: Path) -> None:
+    """It would take all memory there."""
+    folder = write_idefics3_checkpoint(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [double] * 30}
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(TokenizerError) as caught:
+        load_processor(folder, transformers.Idefics3Processor)
+    assert caught.value.code == "tokenizer.refused"
+
+
+def test_a_template_that_never_ends_is_stopped_before_transformers_renders_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_idefics3_checkpoint(tmp_path / "model")
+    processor = load_processor(folder, transformers.Idefics3Processor)
+    loop = "{% for a in range(99999) %}"
+    processor.chat_template = loop * 3 + "{% endfor %}" * 3
+    monkeypatch.setattr(WORKER, "seconds", 0.1)
+    with pytest.raises(TemplateLimitError):
+        render(processor, [{"role": "user", "content": []}])

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from vlmport.chat_template import render_template
 from vlmport.errors import WeightError, some_problems
 from vlmport.errors import some_names as some
+from vlmport.tokenizer import read_tokenizer
 
 # transformers 5.3 or so gave the choice another name.
 PILLOW: Mapping[str, Any] = (
@@ -143,8 +144,11 @@ def load_processor(folder: Path, kind: Any) -> Any:
     """The folder's processor by a class's own `from_pretrained`.
 
     Its image processor is the one on Pillow, and it has none for videos, which would need
-    torchvision.
+    torchvision. A tokenizer that could end this process is refused before transformers reads it:
+    TokenizerError.
     """
+    if (folder / "tokenizer.json").is_file():
+        read_tokenizer(folder)
 
     class OnPillow(kind):
         """The class, with these two parts of its own."""
