@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.checkpoints import write_json
@@ -19,7 +21,7 @@ from vlmport.errors import ImageError, VerificationError
 from vlmport.runtime.components import Components
 from vlmport.verify.ladder import run_ladder
 from vlmport.verify.pictures import Picture, drawn_pictures
-from vlmport.verify.report import Report
+from vlmport.verify.report import Report, parity_markdown
 from vlmport.verify.requests import Request
 
 STRIP = Picture("strip", Image.new("RGB", (900, 3)))  # 300 times as wide as high
@@ -47,10 +49,20 @@ def test_both_refuse_a_strip(qwen: Family) -> None:
     assert row.detail.startswith("both refuse it; transformers: ValueError: ")
     assert "the bundle: ImageError" in row.detail
     assert "\n" not in row.detail
+    out = io.StringIO()
+    report.print(Console(file=out, width=200))
+    assert f"passed: all {len(report.rows)} checks" in out.getvalue()
+    assert "| end_to_end | 0 wrong tokens" in parity_markdown(report.to_json())
 
 
 def test_where_nothing_else_was_asked_nothing_passed(qwen: Family) -> None:
-    assert not climb(qwen, STRIP).passed
+    report = climb(qwen, STRIP)
+    assert not report.passed
+    assert "| end_to_end | both refuse |" in parity_markdown(report.to_json())
+    out = io.StringIO()
+    report.print(Console(file=out, width=200))
+    assert report.summary in out.getvalue()
+    assert "passed" not in out.getvalue() + report.summary
 
 
 def test_transformers_alone_refuses(qwen: Family, monkeypatch: pytest.MonkeyPatch) -> None:

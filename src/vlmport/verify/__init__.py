@@ -74,6 +74,8 @@ def verify(
         SourceError: the checkpoint is not found, or is that of another model.
         UnrecordedError: all is done and printed, but the bundle can't be written; it has the
             report.
+        VerificationError: transformers can't load or run the checkpoint; nothing is said of the
+            bundle.
         BundleError, ConfigError, WeightError, AdapterError, ImageError: as their names say.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from vlmport.verify.limits import LIKELY_CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG, Limit
 
+NOTHING = "nothing was compared, both sides refuse every request"
 RUNG_WIDTH, CELL_WIDTH = 19, 28  # of the printed table's columns, at least; lines among them
 
 
@@ -111,8 +112,10 @@ class Report:
     @property
     def summary(self) -> str:
         """One line."""
-        if self.first_broken is None:
+        if self.passed:
             return f"all {len(self.rows)} checks passed against {self.reference}"
+        if self.first_broken is None:
+            return NOTHING
         return (
             f"{len(self.failures)} of {len(self.rows)} checks failed; first broken: "
             f"{self.first_broken.describe()}"
@@ -147,6 +150,8 @@ class Report:
         count, failed = len(self.rows), len(self.failures)
         if self.passed:
             console.print(f"passed: all {count} checks", style="green", highlight=False)
+        elif not failed:
+            console.print(f"failed: {NOTHING}", style="red", highlight=False)
         else:
             console.print(f"failed: {failed} of {count} checks", style="red", highlight=False)
         for row in self.failures:
@@ -206,6 +211,9 @@ def _worst(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
         return "-"
     if any("error" in row for row in rows):
         return "error"
+    rows = [row for row in rows if row["measures"]]  # the others are what both sides refuse
+    if not rows:
+        return "both refuse"
     texts = []
     for name, limit in limits.items():
         values = [row["measures"][name] for row in rows]

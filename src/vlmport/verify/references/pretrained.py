@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers.utils import logging
 
@@ -92,7 +91,8 @@ def _config(folder: Path) -> Any:
 
 def _is_quantized(folder: Path) -> bool:
     """Whether a stored tensor is of a type that no plain weight has."""
-    for path in sorted(folder.glob("*.safetensors")):
+    single = folder / "model.safetensors"
+    for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             if any(file.get_slice(name).get_dtype() not in PLAIN for name in file.keys()):  # noqa: SIM118
                 return True
@@ -218,7 +218,7 @@ def _end_of_turn(processor: Any) -> int | None:
     ]
     try:
         _, *after = render(processor, said).split("Ja")
-    except TemplateError:
+    except Exception:  # what is wrong with it is said when it is asked
         return None
     kinds = processor.tokenizer.added_tokens_decoder
     text = after[-1].strip() if after else ""
