@@ -7,6 +7,8 @@ import gc
 import itertools
 import sys
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -398,3 +400,28 @@ def test_cache_tensors_without_a_partner(components: Components, layout: CacheLa
     session = components.decoder.session
     with pytest.raises(BundleError, match=said):
         Decoder.of(session, layout, "decoder")
+
+
+ODD_SHAPES: list[list[Any]] = [[], ["B", 2, "T"], ["B", "H", "P", 0], ["B", 2, "P", 2**40]]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("which", ["old.1.v", "logits"])
+def test_shapes_that_no_cache_can_have(components: Components, which: str, shape: list[Any]):
+    """A hostile graph may leave them out, or claim terabytes."""
+    real = components.decoder.session
+
+    def changed(ports: Any) -> list[Any]:
+        return [
+            SimpleNamespace(name=p.name, type=p.type, shape=shape if p.name == which else p.shape)
+            for p in ports
+        ]
+
+    session = SimpleNamespace(
+        get_inputs=lambda: changed(real.get_inputs()),
+        get_outputs=lambda: changed(real.get_outputs()),
+    )
+    layout = CacheLayout("old.", "new.")
+    with pytest.raises(BundleError) as caught:
+        Decoder.of(session, layout, "decoder")  # pyright: ignore[reportArgumentType]
+    assert caught.value.code == "bundle.wrong-shape"

@@ -6,14 +6,17 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnxruntime as ort
 
 from vlmport.bundle import CacheLayout
-from vlmport.errors import BundleError
+from vlmport.errors import BundleError, quoted
 from vlmport.runtime.sessions import DTYPES
+
+# More than any model has: what a graph says of sizes is claimed before it runs.
+MAX_HEADS, MAX_VOCABULARY = 1 << 14, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,13 @@ class Decoder:
                 hint="export the bundle again",
             )
         logits = outputs["logits"]
-        if not isinstance(logits.shape[-1], int):
+        shape = logits.shape or [None]
+        if not _is_size(shape[-1], MAX_VOCABULARY):
             raise BundleError(
-                f"{where}: logits have shape {logits.shape}, expected a fixed size at the end",
+                f"{where}: logits have shape {quoted(logits.shape)}, expected a fixed size of at "
+                f"most {MAX_VOCABULARY} at the end",
                 hint="export the bundle again",
+                code="bundle.wrong-shape",
             )
         positions = inputs.get("position_ids")
         return cls(
@@ -104,15 +110,22 @@ def _pair_cache(
         )
     ports = []
     for name in pasts:
-        _, heads, _, head_dim = inputs[name].shape
-        if not isinstance(heads, int) or not isinstance(head_dim, int):
+        shape = inputs[name].shape or []
+        heads, head_dim = (shape[1], shape[3]) if len(shape) == 4 else (None, None)
+        if not (_is_size(heads, MAX_HEADS) and _is_size(head_dim, MAX_HEADS)):
             raise BundleError(
-                f"{where}: {name} has shape {inputs[name].shape}, expected fixed sizes at 1 and 3",
+                f"{where}: {name} has shape {quoted(shape)}, expected four sizes, of which 1 and 3 "
+                f"are fixed and at most {MAX_HEADS}",
                 hint="export the bundle again",
+                code="bundle.wrong-shape",
             )
         dtype = _dtype(inputs[name], where)
         ports.append(CachePort(name, partner[name], heads, head_dim, dtype))
     return tuple(ports)
+
+
+def _is_size(value: Any, most: int) -> TypeGuard[int]:
+    return isinstance(value, int) and 1 <= value <= most
 
 
 def _dtype(value: Any, where: str) -> np.dtype:
