@@ -18,6 +18,10 @@ from PIL import Image
 from vlmport.errors import PromptError
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
+from vlmport.verify.references.adapter_files import (
+    with_adapter_generation,
+    with_adapter_processor,
+)
 from vlmport.verify.references.adapters import add_adapter
 from vlmport.verify.references.loading import (
     DECODER_DIMS,
@@ -64,7 +68,12 @@ class Idefics3Reference:
         self.model = model.eval().requires_grad_(False)
         self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
         self.image_token_id = model.config.image_token_id
-        self.processor = load_processor(folder, transformers.Idefics3Processor)
+        files = None if adapter is None else Path(adapter)
+        with_adapter_generation(model, files)
+        kind = transformers.Idefics3Processor
+        self.processor = with_adapter_processor(
+            lambda path: load_processor(path, kind), folder, files
+        )
         image = self.processor.image_processor
         self.grey_level = image.rescale_factor / min(image.image_std)
         text: Any = model.config.text_config

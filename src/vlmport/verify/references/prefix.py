@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 VISION, DECODER = "vision_encoder.", "language_model."
 # Where the decoder was saved without its head.
 BASE_CLASS = tuple(DECODER + part for part in ("embed_tokens.", "layers.", "norm."))
+PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # distilvit2's choice for llama
 
 
@@ -84,9 +85,12 @@ class PrefixReference:
         self.image_token_id = image_token_id
         size, patch = config_int(vision, "image_size"), config_int(vision, "patch_size")
         self.image_tokens = (size // patch) ** 2
-        self.processor = _siglip_processor(folder, size)
+        own = folder if adapter is None else Path(adapter)  # what was saved with it counts first
+        images = own if (own / PREPROCESSOR).is_file() else folder
+        self.processor = _siglip_processor(images, size)
         self.grey_level = self.processor.rescale_factor / min(self.processor.image_std)
-        self.stop_token_ids = stop_token_ids(folder, text.eos_token_id)
+        generation = own if (own / GENERATION).is_file() else folder
+        self.stop_token_ids = stop_token_ids(generation, text.eos_token_id)
         self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
         self.versions = versions()
 
@@ -271,7 +275,7 @@ def _siglip_processor(folder: Path, size: int) -> Any:
     # Before transformers 5.3 or so, the plain name was the one on Pillow.
     kind = getattr(transformers, "SiglipImageProcessorPil", None)
     kind = kind or transformers.SiglipImageProcessor
-    if (folder / "preprocessor_config.json").is_file():
+    if (folder / PREPROCESSOR).is_file():
         return kind.from_pretrained(str(folder))
     half = [0.5, 0.5, 0.5]
     return kind(

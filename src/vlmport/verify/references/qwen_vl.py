@@ -24,6 +24,10 @@ from PIL import Image
 from vlmport.errors import PromptError
 from vlmport.verify.pictures import Picture, drawn_pictures
 from vlmport.verify.protocol import Generated
+from vlmport.verify.references.adapter_files import (
+    with_adapter_generation,
+    with_adapter_processor,
+)
 from vlmport.verify.references.adapters import add_adapter
 from vlmport.verify.references.loading import (
     DECODER_DIMS,
@@ -78,7 +82,12 @@ class QwenVLReference:
         settings = model.config
         self.image_token_id = settings.image_token_id
         self.lanes = len(getattr(settings.vision_config, "deepstack_visual_indexes", ()))
-        self.processor = load_processor(folder, PROCESSORS[config["model_type"]])
+        files = None if adapter is None else Path(adapter)
+        with_adapter_generation(model, files)
+        kind = PROCESSORS[config["model_type"]]
+        self.processor = with_adapter_processor(
+            lambda path: load_processor(path, kind), folder, files
+        )
         self.image_processor = self.processor.image_processor
         self.grey_level = self.image_processor.rescale_factor / min(self.image_processor.image_std)
         text: Any = settings.text_config
