@@ -74,7 +74,10 @@ def load_model(folder: Path, ignored: Collection[str] = ()) -> Any:
     model, found = loaded
     names = model.state_dict().keys()
     _check_loaded(names, found, ignored, folder)
-    return model.eval().requires_grad_(False)
+    if getattr(model, "is_quantized", False) and not _dequantizes(model.config):
+        with hushed():
+            model = model.dequantize(dtype=torch.float32)  # by the library that quantized it
+    return model.float().eval().requires_grad_(False)
 
 
 def _config(folder: Path) -> Any:
@@ -86,7 +89,20 @@ def _config(folder: Path) -> Any:
             for key in QUANTIZATION:
                 if hasattr(section, key):
                     delattr(section, key)
+    elif _is_float8(config):
+        config.quantization_config["dequantize"] = True  # its kernels are a GPU's
     return config
+
+
+def _is_float8(config: Any) -> bool:
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, dict) and settings.get("quant_method") == "fp8"
+
+
+def _dequantizes(config: Any) -> bool:
+    """Whether the weights became floats while they were loaded."""
+    settings = getattr(config, "quantization_config", None)
+    return bool(getattr(settings, "dequantize", False))
 
 
 def _is_quantized(folder: Path) -> bool:
