@@ -140,6 +140,16 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", load_or_fail)
 
 
+def test_an_array_that_there_is_no_memory_for(monkeypatch: pytest.MonkeyPatch):
+    def repeat(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "repeat", repeat)
+    with pytest.raises(ImageError) as caught:
+        open_image(np.zeros((3, 4), np.uint8))
+    assert caught.value.code == "image.out-of-memory"
+
+
 @pytest.mark.usefixtures("scarce")
 def test_the_rest_of_a_batch_goes_on(vlm: VLM):
     results = list(vlm.caption_each([png(12, 12), png(40, 8), png(8, 12)], batch_size=2))

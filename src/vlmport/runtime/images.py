@@ -80,6 +80,13 @@ def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
     Raises ImageError for whatever is no whole picture, for more than MAX_PIXELS pixels, and for
     more than MAX_SIDE in a row or a column.
     """
+    try:
+        return _rgb(source)
+    except MemoryError as error:
+        raise _no_memory("the image") from error
+
+
+def _rgb(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
