@@ -55,7 +55,7 @@ def temperature(name: str, value: Any) -> float:
     """A number above 0. For 0 the option that is meant is named."""
     if not isinstance(value, bool) and isinstance(value, Real) and value == 0:
         raise OptionError(
-            f"{name}={quoted(value)}: scores can't be divided by it",
+            f"{name}={quoted(value)}, expected a number above 0",
             hint="do_sample=False takes the most likely token each time",
             code="option.temperature-zero",
         )
