@@ -61,7 +61,7 @@ def test_bad_input_gives_an_error_of_ours_or_a_right_result(target: Target, shop
 
 def test_whatever_is_typed_ends_with_a_line() -> None:
     """In a process of its own, which forks for each command."""
-    options = ["--target", COMMAND_LINE.name, "--seed", "1", "--examples", "12"]
+    options = ["--target", COMMAND_LINE.name, "--seed", "1", "--examples", "5"]
     command = [sys.executable, "-m", "tests.fuzz", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
