@@ -145,7 +145,7 @@ def test_the_good_pictures_are_captioned_all_the_same(
         done = run("caption", *paths, "-m", tiny_bundle, *how)
         assert done.exit_code == 2
         assert done.stdout == expected
-        assert done.stderr.count("error: ") == done.stderr.count("hint: ") == 2
+        assert done.stderr.count("error[image.") == done.stderr.count("hint: ") == 2
         assert "bad.png: not a picture" in done.stderr
         assert "none.png: no such file" in done.stderr
     done = run("caption", *paths, "-m", tiny_bundle, "--json")
@@ -319,7 +319,7 @@ def test_python_m_runs_the_same(tiny_bundle: Path, pictures: list[str]) -> None:
     failed = in_subprocess("caption", "nowhere.png", "-m", tiny_bundle)
     assert failed.returncode == 2
     assert failed.stdout == ""
-    assert failed.stderr.splitlines()[0] == "error: nowhere.png: no such file"
+    assert failed.stderr.splitlines()[0] == "error[image.not-found]: nowhere.png: no such file"
 
 
 def test_help_and_version_import_nothing_large() -> None:
