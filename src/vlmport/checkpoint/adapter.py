@@ -51,6 +51,7 @@ HARMLESS = frozenset(
         *("inference_mode", "runtime_config", "lora_dropout", "init_lora_weights"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+        "fan_in_fan_out",  # of GPT-2's Conv1D: peft passes over it for what we merge into
         *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora: nothing
     )
 )
@@ -66,7 +67,6 @@ class AdapterConfig:
     r: Size = 8
     lora_alpha: float = 8.0
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, Any] | None = None
     alpha_pattern: Mapping[str, Any] | None = None
 
@@ -78,7 +78,7 @@ class AdapterConfig:
         ranks = _by_pattern(self.rank_pattern or {}, modules, self.r, where)
         alphas = _by_pattern(self.alpha_pattern or {}, modules, self.lora_alpha, where)
         return [
-            LoraScale(r, float(alpha), self.use_rslora, self.fan_in_fan_out)
+            LoraScale(r, float(alpha), self.use_rslora)
             for r, alpha in zip(ranks, alphas, strict=True)
         ]
 

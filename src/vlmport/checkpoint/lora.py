@@ -31,13 +31,11 @@ class LoraScale:
     Attributes:
         r, alpha: the update is (alpha / r)·B·A.
         rslora: divide by √r instead of r.
-        fan_in_fan_out: the base weight is stored [in, out], as GPT-2's Conv1D does.
     """
 
     r: int
     alpha: float
     rslora: bool = False
-    fan_in_fan_out: bool = False
 
     @property
     def factor(self) -> float:
@@ -81,10 +79,7 @@ class MergedTensor:
         step = max(1, BLOCK // max(1, merged.shape[1]))
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
-            if self.scale.fan_in_fan_out and len(self.shape) == 2:
-                merged[rows] += (b @ a[:, rows]).T * factor
-            else:
-                merged[rows] += (b[rows] @ a) * factor
+            merged[rows] += (b[rows] @ a) * factor
         return merged.reshape(self.shape)
 
 
@@ -134,8 +129,7 @@ def _misfit(name: str, base: LazyTensor, pair: Pair, scale: LoraScale) -> str | 
     a, b = pair
     if len(base.shape) not in (2, 4, 5):  # Linear, Conv2d, Conv3d
         return f"{name!r} is {list(base.shape)}, expected a matrix or a convolution's kernel"
-    transposed = scale.fan_in_fan_out and len(base.shape) == 2
-    out, *features = base.shape[::-1] if transposed else base.shape
+    out, *features = base.shape
     shapes = [scale.r, *features], [out, scale.r, *[1] * (len(base.shape) - 2)]
     if (list(a.shape), list(b.shape)) == shapes:
         return None
