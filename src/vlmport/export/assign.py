@@ -99,7 +99,7 @@ class Assignment:
         if surplus and not self.missing and not self.misshapen:
             return (
                 "does config.json belong to these weights? nothing is dropped silently; "
-                "--ignore-weights GLOB leaves out what the model does not need"
+                "`vlmport export --ignore-weights GLOB` leaves out what the model does not need"
             )
         return "does config.json belong to these weights?"
 
