@@ -21,7 +21,13 @@ from tests.checkpoints import write_json, write_prefix_checkpoint, write_weights
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from vlmport.checkpoint import Checkpoint
-from vlmport.errors import AdapterError, VerificationError, WeightError
+from vlmport.errors import (
+    AdapterError,
+    TokenizerError,
+    VerificationError,
+    VlmportError,
+    WeightError,
+)
 from vlmport.families import family_of
 from vlmport.verify.references import load_reference
 
@@ -115,6 +121,23 @@ def test_tensors_that_an_export_left_out_need_no_place(tmp_path: Path, write: Wr
     np.testing.assert_array_equal(said(load(folder, ignored=surplus)), expected)
 
 
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_idefics3_checkpoint, "model.vision_model.embeddings.position_ids"),
+        (write_qwen2_5, "visual.rotary_pos_emb.inv_freq"),
+        (write_qwen3, "model.language_model.layers.0.self_attn.rotary_emb.cos_cached"),
+        (write_prefix_checkpoint, "language_model.base_model.model.model.rotary_emb.sin_cached"),
+    ],
+)
+def test_buffers_that_older_versions_stored(tmp_path: Path, write: Write, name: str) -> None:
+    """The export passes over them: a right bundle could not be verified."""
+    folder = write(tmp_path / "model")
+    expected = said(load(folder))
+    change(folder, lambda tensors: tensors.update({name: np.ones(4, "f4")}))
+    np.testing.assert_array_equal(said(load(folder)), expected)
+
+
 def test_names_that_transformers_does_not_know_are_its_refusal(tmp_path: Path) -> None:
     """Qwen3-VL has never had Qwen2-VL's names."""
     folder = write_qwen3(tmp_path / "model", names="visual")
@@ -191,13 +214,21 @@ def test_a_config_that_transformers_refuses(tmp_path: Path, write: Write, settin
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("damage", ["tokenizer.json", "preprocessor_config.json"])
-def test_a_file_that_transformers_can_not_read(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "kind", "code"),
+    [
+        ("tokenizer.json", TokenizerError, "tokenizer.unreadable"),  # vlmport reads it first
+        ("preprocessor_config.json", VerificationError, "verify.reference-fails"),
+    ],
+)
+def test_a_file_that_transformers_can_not_read(
+    tmp_path: Path, damage: str, kind: type[VlmportError], code: str
+) -> None:
     folder = write_qwen3(tmp_path / "model")
     (folder / damage).write_text("{")
-    with pytest.raises(VerificationError) as caught:
+    with pytest.raises(kind) as caught:
         load(folder)
-    assert caught.value.code == "verify.reference-fails"
+    assert caught.value.code == code
 
 
 # Adapters

@@ -12,6 +12,7 @@ Traps:
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,11 @@ PILLOW: Mapping[str, Any] = (
 )
 QUANTIZATION = ("quantization_config", "compression_config")
 PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+# Older versions stored what follows from the config. transformers passes over such tensors only
+# where its model still has a buffer of that name.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary(_pos)?_emb\.((original_)?inv_freq|(cos|sin)_cached)|position_ids)$"
+)
 
 
 @contextlib.contextmanager
@@ -125,7 +131,9 @@ def _check_loaded(
     # transformers may have put another beginning before the file's name.
     ends = tuple(f".{name.partition('.')[2] or name}" for name in ignored)
     surplus = [
-        name for name in found["unexpected_keys"] if not (name in ignored or name.endswith(ends))
+        name
+        for name in found["unexpected_keys"]
+        if not (name in ignored or name.endswith(ends) or BUFFERS.search(name))
     ]
     raise_unfit(found["missing_keys"], surplus, misshapen, len(names), folder)
     if found["error_msgs"]:

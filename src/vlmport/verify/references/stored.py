@@ -10,7 +10,6 @@ spelling leaves the vision tower random and nobody is told.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from torch import nn
 
 from vlmport.errors import SourceError
 from vlmport.errors import some_names as some
-from vlmport.verify.references.pretrained import raise_unfit
-
-BUFFERS = re.compile(r"rotary_emb\.(original_)?inv_freq$|(^|\.)position_ids$")
+from vlmport.verify.references.pretrained import BUFFERS, raise_unfit
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
