@@ -38,8 +38,8 @@ def sequence(name: str, parts: list[Any]) -> dict[str, Any]:
     return {"type": "Sequence", name: parts}
 
 
-def strip(start: int) -> dict[str, Any]:
-    return {"type": "Strip", "content": "a", "start": start, "stop": 0}
+def strip(start: int, stop: int = 0) -> dict[str, Any]:
+    return {"type": "Strip", "content": "a", "start": start, "stop": stop}
 
 
 # What is wrong, and the code of the error that reading it gives.
@@ -55,6 +55,7 @@ REFUSED = {
     "a long head": {"normalizer": {"type": "Prepend", "prepend": "a" * 1_000_000}},
     "chunks of nothing": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "more than there is": {"decoder": strip(999_999_999_999)},
+    "the end of a token that has none": {"decoder": strip(0, 1)},
     "an unknown pattern while decoding": {"decoder": replace({"Regex": "(a+)+$"}, "")},
     "a long pattern": {"pre_tokenizer": split("a?" * 2000)},
     "deep": {"normalizer": nested(20, {"type": "NFC"})},

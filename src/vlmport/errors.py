@@ -150,7 +150,10 @@ def some_problems(problems: Sequence[str], limit: int = 6, width: int = 200) -> 
 
 def quoted(value: object, width: int = LONGEST) -> str:
     """A value as Python writes it, cut at `width` characters: for a message that repeats it."""
-    return cut(repr(value), width)
+    try:
+        return cut(repr(value), width)
+    except Exception:  # a number of more than 4300 digits, or an object that can't be written
+        return f"a value of type {type(value).__name__}"
 
 
 def cut(text: str, width: int = LONGEST) -> str:

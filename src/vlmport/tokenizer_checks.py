@@ -77,6 +77,8 @@ def _problems(step: Mapping[str, Any], where: str) -> Iterator[str]:
         sizes = [step.get("start", 0), step.get("stop", 0)]
         if any(isinstance(one, int) and one > MAX_STRIP for one in sizes):
             yield f"Strip of {max(sizes)} characters, at most {MAX_STRIP}"
+        if sizes[1]:  # the library panics where a token has fewer
+            yield f"Strip of {str(sizes[1])[:20]} characters from the end, expected 0"
     if pattern is not None and len(pattern) > MAX_PATTERN:
         yield f"a pattern of {len(pattern)} characters, at most {MAX_PATTERN}"
     if pattern is not None and where == "decoder" and pattern not in KNOWN_PATTERNS:

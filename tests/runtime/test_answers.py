@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -149,6 +150,31 @@ def test_a_temperature_of_zero_names_what_is_meant() -> None:
             GenerationOptions.of({"temperature": value, "do_sample": True})
         assert caught.value.code == "option.temperature-zero"
         assert "do_sample=False" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["stop_strings", "regex", "json_schema"])
+def test_a_text_that_is_no_unicode_is_refused(name: str) -> None:
+    """As Python passes on bytes of the command line that are no UTF-8."""
+    texts: list[Any] = ["a\udcff"] if name != "json_schema" else ['{"const": "\ud800"}']
+    if name == "json_schema":
+        texts.append({"const": "\ud800"})
+    for text in texts:
+        with pytest.raises(OptionError) as caught:
+            GenerationOptions.of({name: text})
+        assert caught.value.code == "option.not-unicode"
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("number", [10**400, 10**5000], ids=["long", "longer than Python writes"])
+def test_a_number_of_hundreds_of_digits_is_refused(number: int) -> None:
+    with_bias = {"sequence_bias": [[[5], number]]}
+    for options in (with_bias, *({name: number} for name in CHECKS)):
+        with contextlib.suppress(OptionError):  # others are not caught: none comes through
+            GenerationOptions.of(options)
+    with pytest.raises(OptionError):
+        GenerationOptions.of({"temperature": number, "do_sample": True})
+    with pytest.raises(OptionError):
+        GenerationOptions.of(with_bias)
 
 
 LONG = ("x" * 1_000_000, "x " * 500_000, "x " * 400, "x" * 800)

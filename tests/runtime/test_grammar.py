@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -197,6 +198,16 @@ def test_a_tokenizer_that_llguidance_cannot_read():
     with pytest.raises(OptionError, match="can't read this model's tokenizer") as caught:
         Grammars(metaspace(), 6, (0,)).of(GenerationOptions(regex="a"))
     assert caught.value.hint == "this model can't be held to a grammar"
+
+
+def test_a_tokenizer_whose_ids_have_gaps():
+    """One that is read, and can't be written and read again: its words are no longer in order."""
+    tokenizer, stop = tokenizer_of("shapes")
+    raw = json.loads(tokenizer.to_str())
+    raw["model"]["vocab"][next(iter(raw["model"]["vocab"]))] = 2**32 - 1
+    odd = Tokenizer.from_str(json.dumps(raw))
+    with contextlib.suppress(OptionError):  # others are not caught: none comes through
+        Grammars(odd, 349, (stop,)).of(GenerationOptions(regex="a"))
 
 
 def test_a_model_without_a_stop_token():

@@ -145,7 +145,8 @@ function partsOf(
   // An assistant that only calls tools.
   const content = given === null && message.tool_calls?.length ? [] : given;
   if (!ROLES.includes(role)) {
-    const text = `${where}: role '${String(role)}' is unknown${didYouMean(String(role), ROLES)}`;
+    const near = typeof role === 'string' ? didYouMean(role, ROLES) : '';
+    const text = `${where}: role ${quoted(role)} is unknown${near}`;
     throw new VlmportError('PromptError', text, `one of ${ROLES.join(', ')}`);
   }
   const parts = typeof content === 'string' ? [{ type: 'text' as const, text: content }] : content;
@@ -251,7 +252,7 @@ function checkUnicode(text: string, where: string): void {
   const at = text.search(/\p{Surrogate}/u);
   if (at < 0) return;
   const message = `${where}: not Unicode at character ${at}: ${JSON.stringify(text[at])}`;
-  throw new VlmportError('PromptError', message, 'half a surrogate pair: was a text cut there?');
+  throw refusal('not-unicode', message, 'half a surrogate pair: was a text cut there?');
 }
 
 const kindOf = (value: unknown) => quoted(value, 80);

@@ -7,7 +7,7 @@ import type { PictureSource } from './picture.js';
 export type { ImageOptions };
 
 export interface AnswerOptions {
-  /** At most so many tokens; the bundle's default without it. */
+  /** Maximum number of new tokens; the bundle's default without it. */
   maxNewTokens?: number;
   /**
    * Leave special tokens out of the text (default true). With false it is what transformers'

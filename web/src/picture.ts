@@ -1,7 +1,7 @@
 /** Whatever a page has of a picture, made ready for the worker. */
 
 import { wholeAddress } from './address.js';
-import { VlmportError, firstLine } from './errors.js';
+import { VlmportError, cut, firstLine } from './errors.js';
 import type { Picture } from './protocol.js';
 
 /** The image class of transformers.js: channels come last. */
@@ -65,7 +65,9 @@ function fromUrl(source: string | URL): Picture {
   try {
     return { kind: 'url', url: wholeAddress(source).href };
   } catch {
-    throw new VlmportError('ImageError', `'${source}' is not a URL`, "for example './photo.jpg'");
+    const message = `'${cut(String(source))}' is not a URL`;
+    const hint = "for example './photo.jpg'";
+    throw new VlmportError('ImageError', message, hint, { code: 'image.not-fetched' });
   }
 }
 

@@ -115,7 +115,7 @@ export type Request =
       readonly picture: NumberedPicture;
       readonly imageOptions: ImageOptions;
     }
-  // Pictures of a conversation, all of it (null), or the features of what was seen of late.
+  // Pictures of a conversation, all of it (null), or the cache of recently encoded ones.
   | {
       readonly type: 'forget';
       readonly conversation: number | null;

@@ -155,7 +155,7 @@ export class VLM {
     return new Conversation(this.model, options);
   }
 
-  /** Forget the features of the pictures that were seen of late; conversations keep theirs. */
+  /** Empty the cache of recently encoded pictures; conversations keep theirs. */
   forgetPictures(): void {
     this.model.link.post({ type: 'forget', conversation: null, numbers: null });
   }

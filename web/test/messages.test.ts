@@ -45,7 +45,7 @@ test.each([
   [
     'a role nearly right',
     [{ role: 'asistant', content: 'x' }],
-    "messages[0]: role 'asistant' is unknown (did you mean 'assistant'?)",
+    'messages[0]: role "asistant" is unknown (did you mean \'assistant\'?)',
   ],
   ['content of no kind', [{ role: 'user', content: 5 }], 'messages[0]: content is 5'],
   [
@@ -79,7 +79,10 @@ test('a video has its own hint', () => {
 test('half a character is named, a whole one is fine', () => {
   expect(checkMessages([{ role: 'user', content: 'fine \ud83d\ude00' }]).pictures).toEqual([]);
   expect(() => checkMessages([{ role: 'user', content: 'cut \ud83d' }])).toThrow(
-    'messages[0].content[0]: not Unicode at character 4: "\\ud83d"',
+    expect.objectContaining({
+      code: 'prompt.not-unicode',
+      message: 'messages[0].content[0]: not Unicode at character 4: "\\ud83d"',
+    }),
   );
 });
 
@@ -146,6 +149,8 @@ test('no message repeats a long value', () => {
     long,
     [{ role: long, content: 'x' }],
     [{ role: words, content: 'x' }],
+    [{ role: words.slice(0, 1500), content: 'x' }],
+    [{ role: Object.create(null), content: 'x' }],
     [{ role: 'user', content: [{ type: long }] }],
     asked({ type: 'image', [long]: 1 }),
     asked({ type: 'image', [words]: 1 }),

@@ -18,6 +18,7 @@ test.each<[string, object]>([
   ['a long head', { normalizer: { type: 'Prepend', prepend: 'a'.repeat(1e6) } }],
   ['chunks of nothing', { pre_tokenizer: { type: 'FixedLength', length: 0 } }],
   ['more than there is', { decoder: { type: 'Strip', content: 'a', start: 999_999, stop: 0 } }],
+  ['more than a token may have', { decoder: { type: 'Strip', content: 'a', start: 0, stop: 1 } }],
   ['an unknown pattern while decoding', { decoder: replace({ Regex: '(a+)+$' }, '') }],
   ['a long pattern', { pre_tokenizer: { type: 'Split', pattern: { Regex: 'a?'.repeat(2000) } } }],
   ['deep', { normalizer: deep }],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,10 +111,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
                 hint="all but the last argument are pictures; put the question in quotes",
             )
     if asked is None and len(images) > 1:
-        kind = "address" if is_address(question) else "file"
-        kind = "folder" if kind == "file" and Path(question).is_dir() else kind
+        kind = "a folder" if os.path.isdir(question) else "a file"
+        kind = "an address" if is_address(question) else kind
         raise PromptError(
-            f"no question: the last argument {quoted(question)} is a {kind}",
+            f"no question: the last argument {quoted(question)} is {kind}",
             hint="put the question last; `vlmport caption` captions several pictures",
         )
     return images, asked

@@ -409,6 +409,7 @@ def _option_feeds(
             raise OptionError(
                 f"image option {quoted(name)} is unknown{did_you_mean(name, known)}",
                 hint=f"this bundle has: {', '.join(known) or 'none'}",
+                code="option.unknown",
             )
         dtype = DTYPES[known[name].type]
         try:

@@ -31,10 +31,7 @@ class GrammarTokenizer:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
         """Raises DependencyError without llguidance, OptionError for a tokenizer it can't read."""
         library = _library()
-        plain = Tokenizer.from_str(tokenizer.to_str())
-        plain.no_padding()
-        plain.no_truncation()
-        size = max(vocab_size, max(plain.get_vocab().values(), default=0) + 1)
+        size = max(vocab_size, max(tokenizer.get_vocab().values(), default=0) + 1)
         stops = [token for token in stop_token_ids if token < vocab_size]
         if not stops:
             raise OptionError(
@@ -42,8 +39,11 @@ class GrammarTokenizer:
                 hint="leave json_schema and regex out",
             )
         try:
+            plain = Tokenizer.from_str(tokenizer.to_str())
+            plain.no_padding()
+            plain.no_truncation()
             self.native = library.LLTokenizer(plain.to_str(), n_vocab=size, eos_token=stops)
-        except Exception as error:  # the library raises ValueError, or whatever Rust panics with
+        except Exception as error:  # the libraries raise ValueError, or a plain Exception
             raise OptionError(
                 f"llguidance can't read this model's tokenizer: {cut(str(error))}",
                 hint="this model can't be held to a grammar",

@@ -139,6 +139,10 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
         return source, str(getattr(source, "name", "the file"))
     path, name = Path(source), cut(os.fspath(source))
     try:
+        if not name:
+            raise ImageError(
+                "the path of an image is empty", hint="name a file", code="image.not-found"
+            )
         if path.is_dir():
             raise ImageError(
                 f"{name}: a folder", hint="name a picture in it", code="image.is-a-folder"

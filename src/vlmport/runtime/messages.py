@@ -180,7 +180,7 @@ def _source(name: str, value: Any, where: str) -> Any:
             hint="pictures, arrays and open files go under 'image'",
             code="prompt.wrong-value",
         )
-    if name != "base64" or (isinstance(value, str) and value.lstrip().startswith("data:")):
+    if name != "base64" or (isinstance(value, str) and value.lstrip()[:5].lower() == "data:"):
         return value
     try:
         return from_base64(value)
@@ -216,6 +216,7 @@ def check_encodable(text: str, where: str) -> None:
         raise PromptError(
             f"{where}: not Unicode at character {error.start}: {text[error.start]!a}",
             hint="text is read as UTF-8",
+            code="prompt.not-unicode",
         ) from None
 
 

@@ -16,12 +16,16 @@ from vlmport.errors import OptionError, quoted
 
 TokenIds = tuple[int, ...]
 
+LARGEST = 2**63  # no count, and no token id, comes near it
+
 
 def whole_number(name: str, value: Any, least: int, below: int | None = None) -> int:
     """An int, numpy's too. Raises OptionError for anything else, and outside the range."""
     number = _index(value)
-    if number is None or number < least or (below is not None and number >= below):
-        range_ = f"of at least {least}" if below is None else f"from {least} to {below - 1}"
+    end = LARGEST if below is None else below
+    if number is None or not least <= number < end:
+        has_end = below is not None or (number or 0) >= end
+        range_ = f"from {least} to {end - 1}" if has_end else f"of at least {least}"
         raise OptionError(
             f"{name}={quoted(value)}, expected a whole number {range_}",
             hint=f"for example {name}={max(least, 8)}",
@@ -42,7 +46,7 @@ def number_in(
     def check(name: str, value: Any) -> float:
         try:
             number = math.nan if isinstance(value, bool | str) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not (math.isfinite(number) and holds(number)):
             _refuse(name, value, expected, f"for example {name}={example}")
@@ -116,7 +120,11 @@ def _biased(sequence: Any, bias: Any) -> tuple[TokenIds, float] | None:
     ids = _ids(sequence)
     if not ids or isinstance(bias, bool) or not isinstance(bias, Real):
         return None
-    return (ids, float(bias)) if float(bias) < math.inf else None
+    try:
+        number = float(bias)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return (ids, number) if number < math.inf else None
 
 
 def decay(name: str, value: Any) -> tuple[int, float]:
@@ -132,6 +140,8 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     several = [value] if isinstance(value, str) else value
     if not _is_list(several) or not all(isinstance(one, str) and one for one in several):
         _refuse(name, value, "a text or several, none empty", f"for example {name}=['\\n\\n']")
+    for one in several:
+        _check_unicode(name, one)
     return tuple(dict.fromkeys(several))
 
 
@@ -139,6 +149,7 @@ def pattern(name: str, value: Any) -> str:
     """A regular expression. Whether it can be one is for the grammar to say."""
     if not isinstance(value, str) or not value:
         _refuse(name, value, "a regular expression", f"for example {name}='(yes|no)'")
+    _check_unicode(name, value)
     return value
 
 
@@ -153,7 +164,20 @@ def schema(name: str, value: Any) -> str:
         text = None
     if text is None:
         _refuse(name, value, "a JSON schema", f"for example {name}={{'type': 'object'}}")
+    _check_unicode(name, json.dumps(json.loads(text), ensure_ascii=False))
     return text
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """Refuse surrogates: bytes of the command line that are no UTF-8, half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"{name}={quoted(text)}: not Unicode at character {error.start}",
+            hint="text is read as UTF-8",
+            code="option.not-unicode",
+        ) from None
 
 
 def _refuse(name: str, value: Any, expected: str, hint: str) -> NoReturn:
@@ -182,6 +206,6 @@ def _ids(value: Any) -> TokenIds | None:
     ids = [_index(one) for one in value] if isinstance(value, Sequence) else [None]
     return (
         None
-        if any(one is None or one < 0 for one in ids)
+        if any(one is None or not 0 <= one < LARGEST for one in ids)
         else tuple(one for one in ids if one is not None)
     )

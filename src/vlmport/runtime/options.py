@@ -66,8 +66,8 @@ class GenerationOptions:
     """Options of one generation. None, for any of them, is the value that does nothing.
 
     Attributes:
-        max_new_tokens: stop after so many; None takes the bundle's default.
-        min_new_tokens: before so many, the stop tokens can't be chosen.
+        max_new_tokens: maximum number of new tokens; None takes the bundle's default.
+        min_new_tokens: minimum number of new tokens before a stop token may be chosen.
         max_length: the same as max_new_tokens, the prompt counted too.
         min_length: the same as min_new_tokens, the prompt counted too.
         stop_strings: texts that end an answer.
@@ -80,7 +80,7 @@ class GenerationOptions:
         sequence_bias: added to the score of each sequence's last token after its others.
         encoder_repetition_penalty: above 1, tokens of the prompt get likelier.
         repetition_penalty: above 1, tokens that were there get less likely.
-        no_repeat_ngram_size: no n-gram of so many tokens comes twice; 0 is none.
+        no_repeat_ngram_size: size of n-grams that may not occur twice; 0 allows all.
         encoder_no_repeat_ngram_size: no n-gram of the prompt comes again; 0 is none.
         bad_words_ids: sequences that are never completed.
         forced_eos_token_id: chosen at the last place that max_new_tokens leaves.
@@ -90,15 +90,16 @@ class GenerationOptions:
         begin_suppress_tokens: never chosen first.
         temperature: scores are divided by it.
         top_h: keep the best tokens up to this part of the entropy.
-        top_k: keep so many; 0 keeps all. 50 unless said otherwise, as in HF.
+        top_k: sample from the k most likely tokens; 0 is all. 50 by default, as in HF.
         top_p: keep the best tokens that make up this probability.
         min_p: keep what has at least this part of the best token's probability.
         typical_p: keep the most typical tokens that make up this probability.
         epsilon_cutoff: keep what is at least so probable.
         eta_cutoff: the same, lower where the entropy is high.
         renormalize_logits: make log-probabilities of the scores at the end.
-        logprobs: report each token's log-probability and so many alternatives; None reports none.
-        prompt_lookup_num_tokens: guess so many tokens at a time from the prompt.
+        logprobs: number of alternatives to report beside each token's log-probability; None
+            reports nothing.
+        prompt_lookup_num_tokens: number of tokens to guess at a time from the prompt.
         max_matching_ngram_size: the longest n-gram that the guess looks up.
         json_schema: the answer is JSON that fits this schema (an object, kept as its text).
         regex: the answer matches this.

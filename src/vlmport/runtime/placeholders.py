@@ -35,7 +35,7 @@ def renamed_tokenizer(folder: Path, names: Mapping[str, str]) -> Tokenizer:
     """
     raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
     ids = {}
-    for token in raw["added_tokens"]:
+    for token in raw.get("added_tokens") or ():
         if (name := names.get(token["content"])) is not None:
             ids[name] = token["id"]
             token.update(content=name, normalized=False)

@@ -123,7 +123,8 @@ class Prompter:
         for number, message in enumerate(messages):
             given = {str(name) for name, one in message.items() if not _is_empty(one)}
             if unread := given - words:
-                near = did_you_mean(min(unread), ("role", "content", *KEYS))
+                known = {"role", "content", *KEYS} - unread
+                near = did_you_mean(min(unread), sorted(known))
                 raise PromptError(
                     f"messages[{number}]: {some_names(unread)}{near}: this model's chat template "
                     "does not read it",

@@ -2,7 +2,7 @@
  * What is asked, made ready to run, and what came of it (the twin of vlmport/runtime/asking.py and
  * conversation.py): messages and pictures to a prompt, a prompt to its caption.
  *
- * A prompt is always the whole conversation, rendered anew. As far as its ids (and, under image
+ * A prompt is always the whole conversation, rendered again. As far as its ids (and, under image
  * tokens, its pictures) are those that the cache was made of, nothing is encoded or prefilled again.
  */
 
@@ -16,7 +16,7 @@ import { generate } from './generate.js';
 import type { Prompter } from './prompt.js';
 import { TextStream } from './text.js';
 
-/** A bundle that is loaded, and the pictures seen of late. */
+/** A bundle that is loaded, and the cache of recently encoded pictures. */
 export interface Model {
   readonly components: Components;
   readonly prompter: Prompter;

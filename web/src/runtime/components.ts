@@ -7,7 +7,7 @@
 import { type BundleFiles, letGo } from '../bundle/download.js';
 import type { Golden, ImageOptions, Manifest } from '../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
-import { VlmportError, didYouMean, firstLine, whyAndHint } from '../errors.js';
+import { VlmportError, cut, didYouMean, firstLine, quoted, whyAndHint } from '../errors.js';
 import { type Decoder, decoderOf } from './decoder.js';
 import { checkIds, tableRows } from './embedding.js';
 import type { Rgb } from './images.js';
@@ -167,12 +167,12 @@ export class Components {
       Object.entries(options).map(([name, value]) => {
         const input = known.find(one => one.name === name);
         if (!input?.isTensor) {
-          const message = `image option '${name}' is unknown${didYouMean(name, names)}`;
+          const message = `image option '${cut(name)}' is unknown${didYouMean(name, names)}`;
           const hint = `this bundle has: ${names.join(', ') || 'none'}`;
-          throw new VlmportError('OptionError', message, hint);
+          throw new VlmportError('OptionError', message, hint, { code: 'option.unknown' });
         }
         if (!fitsType(value, input.type)) {
-          const message = `image option ${name}=${value}: expected ${input.type}`;
+          const message = `image option ${name}=${quoted(value)}: expected ${input.type}`;
           throw new VlmportError('OptionError', message, 'true, false, 5 or 0.5');
         }
         return [name, scalar(this.runtime.ort, input.type, value)];

@@ -149,7 +149,7 @@ export class Prompter {
       const says = ([name, value]: [string, unknown]) => !words.has(name) && !isEmpty(value);
       const unread = Object.entries(others).find(says)?.[0];
       if (unread === undefined) continue;
-      const near = didYouMean(unread, ['role', 'content', ...KEYS]);
+      const near = KEYS.includes(unread) ? '' : didYouMean(unread, ['role', 'content', ...KEYS]);
       const message = `messages[${number}]: ${quoted(unread)}${near}: this model's chat template does not read it`;
       throw new VlmportError('PromptError', message, 'leave it out: it would have no effect', {
         code: 'prompt.unread-key',

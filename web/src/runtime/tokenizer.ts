@@ -3,6 +3,8 @@
  * without end (the twin of vlmport/tokenizer_checks.py).
  */
 
+import { quoted } from '../errors.js';
+
 const MAX_CHARACTERS = 256 * 1024 * 1024; // of a file; the largest published ones have 35 MB
 const MAX_PARTS = 64;
 const MAX_DEPTH = 8;
@@ -47,6 +49,8 @@ function problemsOfStep(step: Part, where: (typeof PARTS)[number]): string[] {
   if (step.type === 'Strip' && where === 'decoder') {
     const most = Math.max(Number(step.start ?? 0), Number(step.stop ?? 0));
     if (most > MAX_STRIP) problems.push(`Strip of ${most} characters, at most ${MAX_STRIP}`);
+    if (step.stop)
+      problems.push(`Strip of ${quoted(step.stop)} characters from the end, expected 0`);
   }
   const pattern = isPart(step.pattern) ? step.pattern.Regex : undefined;
   if (typeof pattern === 'string') {
