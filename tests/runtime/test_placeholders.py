@@ -14,7 +14,7 @@ from tests.runtime import toy
 from vlmport.builtin import builtin_models
 from vlmport.bundle import Bundle, PromptSpec
 from vlmport.checkpoint import Checkpoint
-from vlmport.errors import TokenizerError
+from vlmport.errors import PromptError, TokenizerError
 from vlmport.families import family_of
 from vlmport.runtime.messages import check_messages
 from vlmport.runtime.model import VLM
@@ -119,6 +119,28 @@ def test_whatever_a_template_does_with_texts(
     assert (ids == toy.IMAGE).sum() == 1
     decoded = prompter.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert decoded == prompter.render(messages)
+
+
+# As the published template of Qwen3-VL does with an image of the system's or the assistant's.
+LEAVES_OUT = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    "{% elif m.role == 'user' %}<image>{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [LEAVES_OUT, LEAVES_OUT.replace("<image>", "")])
+@pytest.mark.parametrize("spelled", ["<image>", "<ima"])
+def test_a_text_takes_no_image_that_the_template_leaves_out(
+    bundle: Bundle, template: str, spelled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompter = Prompter(bundle.folder, bundle.manifest.prompt)
+    monkeypatch.setattr(prompter, "_template", template)
+    said = [{"role": "system", "content": [IMAGE]}, user(text(spelled), text("ge>"))]
+    ids = prompter.ids(check_messages(said, [0]).messages)
+    assert toy.IMAGE not in ids
+    with pytest.raises(PromptError) as caught:
+        prompter.splice(ids, [np.array([toy.IMAGE])])
+    assert caught.value.code == "prompt.placeholder-count"
 
 
 def test_the_token_of_an_images_rows_is_never_a_text_either(bundle: Bundle) -> None:

@@ -161,6 +161,21 @@ test('where the placeholder is no added token, that is said', async () => {
   expect(() => bare.ids([{ role: 'user', content }])).toThrow(expect.objectContaining({ code }));
 });
 
+test.each([['<image>'], ['<ima']])(
+  'a text (%s) takes no image that the template leaves out',
+  async spelled => {
+    const template = `{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}
+{%- elif m.role == 'user' %}<image>{% endif %}{% endfor %}{% endfor %}`;
+    const prompter = await open(template);
+    const parts = [spelled, 'ge>'].map(text => ({ type: 'text', text }));
+    const ids = prompter.ids([
+      { role: 'system', content: [{ type: 'image' }] },
+      { role: 'user', content: parts },
+    ]);
+    expect(ids).not.toContain(5);
+  },
+);
+
 test('a key of a message that the template does not read is refused', async () => {
   const message = { role: 'user', content: 'a', name: 'Ann', tool_calls: [], refusal: null };
   const silent = await open('{{ messages[0].content[0].text }}');

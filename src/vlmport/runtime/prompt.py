@@ -113,9 +113,11 @@ class Prompter:
         as_usual = marked.replace(mark, spec.image_placeholder) == text
         if as_usual and of_images.sum() == count:
             return ids
-        parts = [part for one in messages for part in one["content"] if part["type"] == "image"]
-        if count != len(parts):  # a template that builds the placeholder of pieces
-            return ids
+        parts = [part for one in messages for part in one["content"]]
+        texts = "".join(part.get("text", "") for part in parts)
+        missing = count != sum(part["type"] == "image" for part in parts)
+        if missing and spec.image_placeholder not in texts:
+            return ids  # a template that builds the placeholder of pieces
         return self._encode_marked(marked, mark)
 
     def _check_keys(self, messages: Sequence[Message]) -> None:

@@ -6,7 +6,7 @@
 import { VlmportError } from '../errors.js';
 
 interface TokenizerFile {
-  added_tokens?: { id: number; content: string; normalized: boolean }[];
+  added_tokens: { id: number; content: string; normalized: boolean }[];
   model: {
     vocab?: Record<string, number> | [string, number][];
     merges?: (string | [string, string])[];
@@ -29,7 +29,7 @@ export function freeMark(text: string): string {
 export function renamed(text: string, names: ReadonlyMap<string, string>): object {
   const file = JSON.parse(text) as TokenizerFile;
   const found = new Set<string>();
-  for (const token of file.added_tokens ?? []) {
+  for (const token of file.added_tokens) {
     const name = names.get(token.content);
     if (name === undefined) continue;
     found.add(token.content);

@@ -138,8 +138,10 @@ export class Prompter {
     const asUsual = marked.replaceAll(mark, () => image_placeholder) === text;
     if (asUsual && ofImages === count) return ids;
     const parts = messages.flatMap(one => asParts(one.content));
-    // Else the template builds the placeholder of pieces.
-    if (count !== parts.filter(part => part.type === 'image').length) return ids;
+    const texts = parts.map(part => part.text ?? '').join('');
+    const missing = count !== parts.filter(part => part.type === 'image').length;
+    // A template that builds the placeholder of pieces.
+    if (missing && !texts.includes(image_placeholder)) return ids;
     return this.encodeMarked(marked, mark);
   }
 
