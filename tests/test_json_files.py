@@ -49,6 +49,7 @@ def test_load_json_says_what_is_wrong(tmp_path: Path, data: bytes, expected: str
     assert str(caught.value).startswith(f"{path}: ")
     assert expected in str(caught.value)
     assert caught.value.hint
+    assert caught.value.code == "source.not-json"
 
 
 def test_load_json_missing_or_a_folder(tmp_path: Path) -> None:

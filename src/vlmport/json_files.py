@@ -9,6 +9,8 @@ from typing import Any
 from vlmport.errors import ConfigError, VlmportError
 from vlmport.foreign_files import check_file
 
+NOT_JSON = "source.not-json"
+
 
 def load_json(
     path: Path, *, error: type[VlmportError] = ConfigError, hint: str | None = None
@@ -27,16 +29,22 @@ def load_json(
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no file can hold
             json.dumps(value, ensure_ascii=False).encode()
     except OSError as cause:
-        raise error(f"{path}: {cause.strerror or cause}", hint=hint) from cause
+        raise error(
+            f"{path}: {cause.strerror or cause}", hint=hint, code="source.unreadable"
+        ) from cause
     except json.JSONDecodeError as cause:
         place = f"line {cause.lineno} column {cause.colno}"
-        raise error(f"{path}: not JSON at {place}: {cause.msg}", hint=hint) from cause
+        raise error(
+            f"{path}: not JSON at {place}: {cause.msg}", hint=hint, code=NOT_JSON
+        ) from cause
     except RecursionError:
-        raise error(f"{path}: not JSON that can be read: nested too deep", hint=hint) from None
+        raise error(
+            f"{path}: not JSON that can be read: nested too deep", hint=hint, code=NOT_JSON
+        ) from None
     except ValueError as cause:  # not text, NaN, or a number of thousands of digits
-        raise error(f"{path}: not JSON: {cause}", hint=hint) from cause
+        raise error(f"{path}: not JSON: {cause}", hint=hint, code=NOT_JSON) from cause
     if not isinstance(value, dict):
-        raise error(f"{path}: expected a JSON object, got {_kind(value)}", hint=hint)
+        raise error(f"{path}: expected a JSON object, got {_kind(value)}", hint=hint, code=NOT_JSON)
     return value
 
 

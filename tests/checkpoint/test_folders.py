@@ -60,6 +60,8 @@ def test_an_adapter_with_what_is_usual_beside_it(tmp_path: Path, names: set[str]
         "merger.safetensors",
         "merger/model.safetensors",
         "connector.pt",
+        "CONNECTOR.BIN",
+        "projector.npy",
         "model.safetensors",
         "pytorch_model.bin",
     ],

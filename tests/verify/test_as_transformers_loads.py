@@ -217,7 +217,7 @@ def test_a_config_that_transformers_refuses(tmp_path: Path, write: Write, settin
 @pytest.mark.parametrize(
     ("damage", "kind", "code"),
     [
-        ("tokenizer.json", TokenizerError, "tokenizer.unreadable"),  # vlmport reads it first
+        ("tokenizer.json", TokenizerError, "source.not-json"),  # vlmport reads it first
         ("preprocessor_config.json", VerificationError, "verify.reference-fails"),
     ],
 )

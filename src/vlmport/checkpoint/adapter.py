@@ -346,5 +346,10 @@ def _open_weights(folder: Path) -> dict[str, LazyTensor]:
         raise AdapterError(
             f"{folder}: only adapter_model.bin (pickled), expected {WEIGHTS}",
             hint="convert it: save_pretrained(folder, safe_serialization=True) in peft",
+            code="adapter.pickled",
         )
-    raise AdapterError(f"{folder}: expected {WEIGHTS}, found none", hint="is the copy complete?")
+    raise AdapterError(
+        f"{folder}: expected {WEIGHTS}, found none",
+        hint="is the copy complete?",
+        code="adapter.no-weights",
+    )

@@ -22,7 +22,7 @@ __all__ = ["check_adapter", "check_checkpoint", "files_of", "unread_weights"]
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_ADAPTER = "adapter_model.bin"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".npy")
 # What trainers keep to go on from: transformers, accelerate, DeepSpeed.
 TRAINING = (
     "optimizer*", "scheduler*", "scaler*", "training_args*", "rng_state*", "random_states_*",
@@ -172,7 +172,7 @@ def _has_weights(names: Iterable[str]) -> bool:
 def _is_weights(name: str, names: Iterable[str]) -> bool:
     """Whether a file may hold weights that matter: not what training left, not another model's."""
     path = PurePosixPath(name)
-    if path.suffix not in WEIGHTS or _matches(path.name, TRAINING):
+    if path.suffix.lower() not in WEIGHTS or _matches(path.name, TRAINING):
         return False
     inner = path.parent.as_posix()
     if inner == ".":
@@ -188,7 +188,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _inner(names: Iterable[str]) -> bool:
     """Whether a subfolder holds an adapter or a model, and the folder itself no weights at all."""
     root = [name for name in names if "/" not in name]
-    return not any(PurePosixPath(name).suffix in WEIGHTS for name in root) and bool(
+    return not any(PurePosixPath(name).suffix.lower() in WEIGHTS for name in root) and bool(
         _folders_with(ADAPTER, names) or _folders_with(CONFIG, names)
     )
 

@@ -175,9 +175,11 @@ def _no_weights(folder: Path) -> WeightError:
         return WeightError(
             f"{folder}: only pickled weights ({some_names(pickled)}), expected {SINGLE}",
             hint=CONVERT,
+            code="weights.pickled",
         )
     found = f"found {some_names(other)}" if other else "found no weights"
     return WeightError(
         f"{folder}: expected {SINGLE} or {INDEX}, {found}",
         hint="is the download complete? a checkpoint in another format: " + CONVERT,
+        code="weights.missing-file",
     )
