@@ -31,6 +31,7 @@ def heif(brand: bytes) -> bytes:
         (b"<!doctype html><html>", "a web page", NOTHING),
         (b'  <svg xmlns="x">', "SVG", FORMAT),
         (b'<?xml version="1.0"?>\n<!-- drawn --><svg width="1">', "SVG", FORMAT),
+        (b'<?xml version="1.0"?>\n<!-- ' + b"drawn " * 50 + b"--><svg>", "SVG", FORMAT),
         (b'<?xml version="1.0"?><rss>', "XML", NOTHING),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS", NOTHING),
         (heif(b"heic"), "HEIC", FORMAT),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HEAD = 132  # bytes that are looked at: DICOM's mark is the farthest
+HEAD = 512  # bytes that are looked at: an SVG drawing may begin with a comment
 HINT_FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP and TIFF are read"
 HINT_SAVE = f"save it as PNG or JPEG: {HINT_FORMATS}"
 HINT_RAW = "develop it: save it as JPEG, PNG or TIFF"

@@ -7,10 +7,10 @@
  */
 
 import { VlmportError } from '../errors.js';
+import { type Bytes, fromHex, latin, text, viewOf } from './bytes.js';
+import { SAVE, notRead } from './kinds.js';
 
 export type Format = 'PNG' | 'JPEG' | 'WebP' | 'GIF' | 'BMP' | 'AVIF' | 'HEIC';
-
-type Bytes = Uint8Array<ArrayBuffer>;
 
 export interface PictureFile {
   readonly format: Format;
@@ -36,7 +36,6 @@ export interface Frame {
   readonly outside: readonly [number, number, number];
 }
 
-const FORMATS = 'PNG, JPEG, WebP, AVIF, GIF and BMP are read';
 const KEPT_OF_PNG = ['IHDR', 'PLTE', 'tRNS', 'IDAT', 'IEND'];
 const LEFT_OUT_OF_WEBP = ['ICCP', 'EXIF', 'XMP '];
 const FLAGS_OF_THEM = 0x20 | 0x08 | 0x04; // in WebP's VP8X
@@ -45,7 +44,7 @@ const XMP_IN_JPEG = 'http://ns.adobe.com/xap/1.0/\0';
 /** Throws ImageError for what is no picture, one of a format that is not read, or damaged. */
 export async function readFile(bytes: Bytes): Promise<PictureFile> {
   const read = READERS.find(([begins]) => begins(bytes))?.[1];
-  if (read === undefined) throw unknown(bytes);
+  if (read === undefined) throw notRead(bytes);
   try {
     return await read(bytes);
   } catch (error) {
@@ -285,7 +284,7 @@ function heifFormat(bytes: Bytes): Format | null {
   const brand = text(bytes, 8, 4);
   const length = Math.min(256, viewOf(bytes).getUint32(0));
   if (['avif', 'avis'].includes(brand)) return 'AVIF';
-  if (['heic', 'heix', 'heim', 'heis', 'hevc', 'hevx'].includes(brand)) return 'HEIC';
+  if (['heic', 'heix', 'heim', 'heis', 'hevc', 'hevx', 'hevm'].includes(brand)) return 'HEIC';
   if (!['mif1', 'msf1', 'mif2'].includes(brand)) return null;
   return text(bytes, 16, length - 16).includes('avi') ? 'AVIF' : 'HEIC';
 }
@@ -357,70 +356,9 @@ function exifOrientation(exif: Bytes): number | undefined {
   return undefined;
 }
 
-const HEIC = 'a HEIC (HEIF) picture';
-const SAVE = `save it as PNG or JPEG: ${FORMATS}`;
-// What a file begins with → what it is. Those with a hint are pictures of formats that are not read.
-const OTHERS: readonly [string, string, string?][] = [
-  ['II*\0', 'a TIFF picture', SAVE],
-  ['MM\0*', 'a TIFF picture', SAVE],
-  ['%PDF', 'a PDF', 'save a page of it as PNG'],
-  ['<svg', 'an SVG drawing', 'draw it at the size that you need: save it as PNG'],
-  ['8BPS', 'a Photoshop file (PSD)', SAVE],
-  ['\xff\x0a', 'a JPEG XL picture', SAVE],
-  ['\0\0\0\x0cJXL ', 'a JPEG XL picture', SAVE],
-  ['\0\0\0\x0cjP  ', 'a JPEG 2000 picture', SAVE],
-  ['\xff\x4f\xff\x51', 'a JPEG 2000 picture', SAVE],
-  ['%!PS', 'a PostScript file (EPS)', SAVE],
-  ['gimp xcf', 'a GIMP file (XCF)', SAVE],
-  ['v/1\x01', 'an OpenEXR picture', SAVE],
-  ['#?RADIANCE', 'a Radiance picture (HDR)', SAVE],
-  ['DDS ', 'a DirectDraw texture (DDS)', SAVE],
-  ['qoif', 'a QOI picture', SAVE],
-  ['\0\0\x01\0', 'an icon (ICO)', SAVE],
-  ['P5', 'a Netpbm picture', SAVE],
-  ['P6', 'a Netpbm picture', SAVE],
-  ['<!doctype html', 'a web page'],
-  ['<html', 'a web page'],
-  ['{', 'JSON'],
-  ['PK\x03\x04', 'a ZIP archive or an Office file'],
-  ['\x1aE\xdf\xa3', 'a video (Matroska or WebM)'],
-];
-
-function unknown(bytes: Bytes): VlmportError {
-  const start = text(bytes, 0, 256).replace(/^(\xef\xbb\xbf)?\s+/, '');
-  const lower = start.toLowerCase();
-  if (/^<(\?xml|!--)/.test(lower) && lower.includes('<svg')) return named(OTHERS[3]!);
-  const other = OTHERS.find(([begins]) => lower.startsWith(begins.toLowerCase()));
-  if (other) return named(other);
-  if (text(bytes, 4, 4) === 'ftyp') return named(['', 'a video (MP4 or MOV)']);
-  const message = 'not a picture';
-  return new VlmportError('ImageError', message, FORMATS, { code: 'image.not-a-picture' });
-}
-
-function named([, what, hint]: readonly [string, string, string?]): VlmportError {
-  const [code, message] = hint
-    ? ['image.unsupported-format', `${what}, which is not read`]
-    : ['image.not-a-picture', `not a picture but ${what}`];
-  return new VlmportError('ImageError', message, hint ?? FORMATS, { code });
-}
-
 /** The error for a file that the browser refuses. */
 export function undecoded({ format }: PictureFile): VlmportError {
   if (format !== 'HEIC') return damaged();
-  const message = `${HEIC}, which this browser can't read`;
+  const message = "a HEIC (HEIF) picture, which this browser can't read";
   return new VlmportError('ImageError', message, SAVE, { code: 'image.unsupported-format' });
-}
-
-const viewOf = (bytes: Bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-
-const latin = (bytes: Bytes) => new TextDecoder('latin1').decode(bytes);
-
-/** Bytes as characters of the same numbers; fewer where there are fewer. */
-function text(bytes: Bytes, at: number, length: number): string {
-  return String.fromCharCode(...bytes.subarray(at, at + Math.max(0, length)));
-}
-
-function fromHex(digits: string): Bytes {
-  const pairs = digits.match(/[0-9a-f]{2}/gi) ?? [];
-  return Uint8Array.from(pairs, pair => parseInt(pair, 16));
 }

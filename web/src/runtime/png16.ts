@@ -4,9 +4,8 @@
  */
 
 import { VlmportError } from '../errors.js';
+import type { Bytes } from './bytes.js';
 import { type PictureFile, inflate } from './files.js';
-
-type Bytes = Uint8Array<ArrayBuffer>;
 
 const CHANNELS: Readonly<Record<number, number>> = { 0: 1, 2: 3, 4: 2, 6: 4 };
 // Adam7: the first column and row of each pass, and the steps between.
