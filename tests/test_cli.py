@@ -76,6 +76,22 @@ def test_one_picture_prints_its_caption_alone(tiny_bundle: Path, pictures: list[
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("command", ["caption", "ask", "chat"])
+def test_hashes_are_compared_on_request(
+    command: str, own_bundle_folder: Path, pictures: list[str]
+) -> None:
+    """A weight that a bad disk has changed still runs."""
+    graph = own_bundle_folder / "onnx/decoder_model_merged.onnx"
+    data = graph.read_bytes()
+    at = len(data) * 3 // 4
+    graph.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    given = {"caption": pictures[:1], "ask": [*pictures[:1], "?"], "chat": []}[command]
+    done = run(command, *given, "-m", own_bundle_folder, "--verify-hashes")
+    assert done.exit_code == 2
+    assert "error[bundle.not-as-listed]" in done.stderr
+    assert "onnx/decoder_model_merged.onnx" in done.stderr
+
+
 def test_several_pictures_are_named(tiny_bundle: Path, pictures: list[str]) -> None:
     done = run("caption", *pictures, "-m", tiny_bundle, "--max-new-tokens", 5)
     texts = captions(tiny_bundle, pictures, max_new_tokens=5)

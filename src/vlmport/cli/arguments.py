@@ -26,6 +26,12 @@ Adapter = Annotated[
     typer.Option(help="PEFT folder or Hub id, whose LoRA is merged in.", metavar="SRC"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+VerifyHashes = Annotated[
+    bool,
+    typer.Option(
+        "--verify-hashes", help="Compare all files of a bundle with the SHA-256 in its manifest."
+    ),
+]
 ImageOptions = Annotated[
     list[str] | None,
     typer.Option(

@@ -22,6 +22,7 @@ from vlmport.cli.arguments import (
     Precision,
     Revision,
     Threads,
+    VerifyHashes,
     read_image_options,
 )
 from vlmport.cli.generation import with_decoding
@@ -53,6 +54,7 @@ def ask(
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
+    verify_hashes: VerifyHashes = False,
     image_option: ImageOptions = None,
     no_split: NoSplit = False,
     decoding: dict[str, Any],
@@ -72,6 +74,7 @@ def ask(
         threads=threads,
         adapter=adapter,
         revision=revision,
+        verify_hashes=verify_hashes or None,
     )
     with vlm:
         chat = vlm.conversation(system, image_options=options)

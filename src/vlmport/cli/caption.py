@@ -18,6 +18,7 @@ from vlmport.cli.arguments import (
     Precision,
     Revision,
     Threads,
+    VerifyHashes,
     read_image_options,
 )
 from vlmport.cli.console import report
@@ -43,6 +44,7 @@ def caption(
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
+    verify_hashes: VerifyHashes = False,
     image_option: ImageOptions = None,
     no_split: NoSplit = False,
     decoding: dict[str, Any],
@@ -58,6 +60,7 @@ def caption(
         threads=threads,
         adapter=adapter,
         revision=revision,
+        verify_hashes=verify_hashes or None,
     )
     with vlm:
         worst = (

@@ -23,6 +23,7 @@ from vlmport.cli.arguments import (
     Precision,
     Revision,
     Threads,
+    VerifyHashes,
     read_image_options,
 )
 from vlmport.cli.console import report, say
@@ -61,6 +62,7 @@ def chat(
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
+    verify_hashes: VerifyHashes = False,
     image_option: ImageOptions = None,
     no_split: NoSplit = False,
     drop_oldest: Annotated[
@@ -81,6 +83,7 @@ def chat(
         threads=threads,
         adapter=adapter,
         revision=revision,
+        verify_hashes=verify_hashes or None,
     )
     signals.be_patient(CHAT_PATIENCE)
     with vlm:
