@@ -61,6 +61,16 @@ def test_the_name_says_what_it_depends_on(
     assert changed[2] != depends
 
 
+def test_a_template_in_a_folder_of_its_own_counts(tmp_path: Path) -> None:
+    """transformers reads additional_chat_templates/*.jinja, and so does the export."""
+    template = tmp_path / "additional_chat_templates" / "default.jinja"
+    template.parent.mkdir()
+    template.write_text("one", encoding="utf-8")
+    before = entry_name(tmp_path, None, ("fp32",))
+    template.write_text("another", encoding="utf-8")
+    assert entry_name(tmp_path, None, ("fp32",)) != before
+
+
 def test_the_code_is_every_module_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

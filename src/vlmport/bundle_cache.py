@@ -31,7 +31,7 @@ from vlmport.errors import BundleError
 __all__ = ["cache_folder", "entry_name", "open_entry", "prune"]
 
 # What an export is made from; anything else in a folder does not change it.
-INGREDIENTS = ("*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*")
+INGREDIENTS = ("*.json", "*.safetensors", "*.jinja", "*/*.jinja", "README.md", "LICENSE*")
 
 HOUR, DAY = 3600, 24 * 3600
 SUPERSEDED_AFTER = HOUR  # another process may still run it

@@ -286,7 +286,9 @@ def _read_settings(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
         odd.append("init_lora_weights")
     if odd:
         shown = ", ".join(f"{key}={raw[key]!r}"[:80] for key in sorted(odd))
-        raise AdapterError(f"{file}: not plain LoRA: {shown}", hint=MERGE_FIRST)
+        raise AdapterError(
+            f"{file}: not plain LoRA: {shown}", hint=MERGE_FIRST, code="adapter.not-plain-lora"
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(raw.get(key) or {}, key, file)
     return config
