@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,22 +18,24 @@ import onnxruntime as ort
 from vlmport.bundle import Bundle, Manifest
 from vlmport.errors import (
     BundleError,
-    DeviceError,
-    ImageError,
-    OptionError,
     PromptError,
-    did_you_mean,
-    quoted,
 )
 from vlmport.layouts import HUB
 from vlmport.precisions import precision_name
 from vlmport.runtime.decoder import Decoder, scales_by_call
 from vlmport.runtime.embedding import check_ids, embedding_rows
+from vlmport.runtime.image_processor import (
+    IMAGE,
+    VISION,
+    ProcessedImage,
+    option_feeds,
+    out_of_memory,
+    process_image,
+)
 from vlmport.runtime.options import whole_number
 from vlmport.runtime.positions import AGAIN, Positions, computed, counted, picture_inputs
 from vlmport.runtime.refusals import refusal
 from vlmport.runtime.sessions import (
-    DTYPES,
     HOST,
     ORT_ERRORS,
     Device,
@@ -44,28 +45,12 @@ from vlmport.runtime.sessions import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Int64, UInt8
+    from jaxtyping import Float, Int, UInt8
 
-IMAGE = "image_processor"
-VISION = "vision_encoder"
 EMBED = "embed_tokens"
 POSITIONS = "position_ids"
 DECODER = "decoder_model_merged"
-KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # an input's kind → those of its values
 IMAGES = "num_images"  # the axis of the vision encoder's inputs whose indices are independent
-
-
-@dataclass(frozen=True)
-class ProcessedImage:
-    """What the image processor makes of one picture.
-
-    Attributes:
-        inputs: the vision encoder's inputs by name.
-        prompt_ids: the token ids that stand for the picture in a prompt.
-    """
-
-    inputs: dict[str, np.ndarray]
-    prompt_ids: Int64[np.ndarray, " T"]
 
 
 class Components:
@@ -184,7 +169,7 @@ class Components:
 
     def check_image_options(self, options: Mapping[str, Any]) -> None:
         """Raise OptionError for one that the image processor does not have, or of another kind."""
-        _option_feeds(self.session(IMAGE), options)
+        option_feeds(self.session(IMAGE), options)
 
     def encode_image(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
         """Image features of the processor's output; outputs that the encoder lacks are left out.
@@ -291,32 +276,6 @@ class Components:
         return logits.astype(np.float32, copy=False), grown
 
 
-def process_image(
-    session: ort.InferenceSession, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any]
-) -> ProcessedImage:
-    """What an image processor's graph makes of one picture. Raises as the method of Components."""
-    feeds = {"image": np.ascontiguousarray(rgb), **_option_feeds(session, options)}
-    try:
-        values = session.run(None, feeds)
-    except ORT_ERRORS as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(IMAGE, error) from error
-        reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
-        raise ImageError(
-            f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
-            hint=hint,
-            code="image.refused",
-        ) from error
-    outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
-    if "prompt_ids" not in outputs:
-        raise BundleError(
-            f"{IMAGE}: no output 'prompt_ids'; it has {', '.join(outputs)}",
-            hint="export the bundle again",
-        )
-    prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
-    return ProcessedImage({name: np.asarray(value) for name, value in outputs.items()}, prompt_ids)
-
-
 def merge_image_features(
     embeds: Float[np.ndarray, "S D"],
     ids: Int[np.ndarray, " S"],
@@ -365,22 +324,6 @@ def _run(
         ) from error
 
 
-def out_of_memory(component: str, error: Exception) -> ImageError | DeviceError:
-    """The error of a picture that there is no memory for, or of a prompt."""
-    detail = first_line(error) or type(error).__name__
-    if component in (IMAGE, VISION):
-        return ImageError(
-            f"not enough memory for this picture ({component}: {detail})",
-            hint="scale it down, give a smaller max_pixels where the model has it, or free memory",
-            code="image.out-of-memory",
-        )
-    return DeviceError(
-        f"not enough memory ({component}: {detail})",
-        hint="a smaller batch, fewer or smaller pictures, or a shorter prompt",
-        code="device.out-of-memory",
-    )
-
-
 def _one_by_one(
     session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]
 ) -> list[dict[str, np.ndarray]]:
@@ -395,31 +338,3 @@ def _one_by_one(
         {name: np.take(feeds[name], [at], axis) for name, axis in axes.items()}
         for at in range(counts.pop())
     ]
-
-
-def _option_feeds(
-    session: ort.InferenceSession, options: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """Options as arrays. A graph's options are its overridable initializers and further inputs."""
-    declared: Sequence[Any] = [*session.get_inputs(), *session.get_overridable_initializers()]
-    known = {one.name: one for one in declared if one.name != "image"}
-    feeds = {}
-    for name, value in options.items():
-        if name not in known:
-            raise OptionError(
-                f"image option {quoted(name)} is unknown{did_you_mean(name, known)}",
-                hint=f"this bundle has: {', '.join(known) or 'none'}",
-                code="option.unknown",
-            )
-        dtype = DTYPES[known[name].type]
-        try:
-            given = np.asarray(value)
-        except ValueError:  # lists of unequal lengths
-            given = np.asarray(None)
-        if given.dtype.kind not in KINDS[dtype.kind]:  # numpy would take "no" for true
-            raise OptionError(
-                f"image option {name}={quoted(value)}: expected {known[name].type}",
-                hint="in JSON: true, false, 5, 0.5 or [5, 7]",
-            )
-        feeds[name] = given.astype(dtype)
-    return feeds

@@ -14,7 +14,7 @@ import numpy as np
 from vlmport.errors import BundleError
 from vlmport.json_files import load_json
 from vlmport.layouts import GENAI
-from vlmport.runtime.components import ProcessedImage, process_image
+from vlmport.runtime.image_processor import ProcessedImage, process_image
 from vlmport.runtime.layout_graphs import IMAGE, POSITIONS, Cache, LayoutGraphs
 from vlmport.runtime.positions import Positions, computed
 from vlmport.runtime.sessions import DTYPES
@@ -54,7 +54,7 @@ class GenaiGraphs(LayoutGraphs):
     def process_image(
         self, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
     ) -> ProcessedImage:
-        """As vlmport's own processor does. Raises as runtime.components.process_image."""
+        """As vlmport's own processor does. Raises as runtime.image_processor.process_image."""
         options = {**self.manifest.image_options, **(options or {})}
         return process_image(self.session(IMAGE), rgb, options)
 

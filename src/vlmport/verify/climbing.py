@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 
 from vlmport.bundle import Manifest
-from vlmport.runtime.components import ProcessedImage
+from vlmport.runtime.image_processor import ProcessedImage
 from vlmport.runtime.messages import check_messages
 from vlmport.runtime.prompt import Prompter
 from vlmport.verify import metrics

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmport.bundle import Bundle, Manifest
-from vlmport.runtime.components import ProcessedImage
 from vlmport.runtime.genai import GenaiGraphs
+from vlmport.runtime.image_processor import ProcessedImage
 from vlmport.runtime.positions import Positions
 from vlmport.runtime.prompt import Prompter
 from vlmport.verify import metrics
