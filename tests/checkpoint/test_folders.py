@@ -138,6 +138,15 @@ def test_whole_models_in_subfolders(tmp_path: Path) -> None:
     assert caught.value.hint == f"give {tmp_path / 'checkpoint-100'}"
 
 
+def test_a_subfolder_that_was_not_fetched_is_not_given_as_a_path(tmp_path: Path) -> None:
+    """Of a repository on the Hub only the files at its root are here."""
+    with pytest.raises(SourceError) as caught:
+        check_adapter(tmp_path, ["README.md", *(f"checkpoint-20/{x}" for x in ADAPTER)])
+    assert caught.value.code == "adapter.in-subfolder"
+    assert str(tmp_path) not in (caught.value.hint or "")
+    assert (caught.value.hint or "").endswith("checkpoint-20")
+
+
 def test_an_adapter_in_a_subfolder_or_pickled(tmp_path: Path) -> None:
     make(tmp_path, "config.json", *(f"checkpoint-{n}/{x}" for n in (20, 100) for x in ADAPTER))
     with pytest.raises(SourceError) as caught:

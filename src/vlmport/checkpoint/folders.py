@@ -133,9 +133,12 @@ def check_adapter(folder: Path, names: Sequence[str]) -> None:
 def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
     """Say what there is instead of an adapter."""
     if adapters := _folders_with(ADAPTER, names):
+        last = folder / adapters[-1]
         raise SourceError(
             f"{folder}: no {ADAPTER} here, but in {some_names(adapters)}",
-            hint=f"give {folder / adapters[-1]}",
+            hint=f"give {last}"
+            if last.is_dir()  # of a Hub repository, subfolders are not fetched
+            else f"download the repository, and give its folder {adapters[-1]}",
             code="adapter.in-subfolder",
         )
     hint = "an adapter is the folder that PEFT's save_pretrained() writes"
