@@ -9,6 +9,7 @@ import pytest
 from tests.checkpoints import write_json, write_prefix_checkpoint
 from tests.export.test_same_model import write_adapter
 from vlmport.checkpoint import Checkpoint, locate, locate_adapter
+from vlmport.checkpoint.folders import check_adapter
 from vlmport.errors import CheckpointWarning, SourceError
 from vlmport.export import export
 
