@@ -237,7 +237,7 @@ def _spread(scales: np.ndarray, block: int, size: int) -> np.ndarray:
 
 
 def _state(tensor: StoredTensor) -> dict[str, Any]:
-    """What is JSON in a tensor of bytes. Raises WeightError."""
+    """Read the JSON in a tensor of bytes. Raises WeightError."""
     try:
         state = json.loads(tensor.raw().tobytes())
         sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]

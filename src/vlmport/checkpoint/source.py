@@ -227,7 +227,7 @@ def _disk_problem(error: BaseException) -> str | None:
 
 
 def _no_hub(error: BaseException) -> str | None:
-    """What answered in the Hub's place with status 200, if that is what went wrong."""
+    """Name what answered in the Hub's place with status 200, if that is what went wrong."""
     from huggingface_hub.errors import FileMetadataError
 
     for cause in _chain(error):

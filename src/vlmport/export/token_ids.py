@@ -60,7 +60,7 @@ def _listed(tokens: list[str], ids: dict[str, int]) -> str:
 
 
 def _padding(checkpoint: Checkpoint) -> set[str]:
-    """What fills up batches: it is masked, and no runtime looks it up."""
+    """Read the padding tokens: they are masked, and no runtime looks them up."""
     found = set()
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = (checkpoint.json(file) or {}).get("pad_token")

@@ -162,7 +162,7 @@ def _same_bytes(one: Path | None, other: Path | None) -> bool:
 
 
 def _said(family: Family) -> tuple[Any, ...]:
-    """What a bundle says of a family."""
+    """Collect what a bundle says of a family."""
     return family.hub_files(), family.prompt, family.generation, family.pixels, family.image_options
 
 
@@ -171,7 +171,7 @@ def _special(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a tokenizer does.
+    """Describe what a tokenizer does, to compare it.
 
     transformers 5 writes other values than 4 did for what changes no token.
     """

@@ -214,7 +214,7 @@ class Refused:
 def refused(
     request: Request, reason: str, rung: str, alone: Callable[[Ours, Request], object]
 ) -> Callable[[Ours], Refused]:
-    """What makes a Refused of the bundle's side."""
+    """Prepare a Refused of the bundle's side."""
     return lambda runtime: Refused(request.name, reason, rung, lambda: alone(runtime, request))
 
 

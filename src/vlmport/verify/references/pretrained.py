@@ -88,7 +88,7 @@ def load_model(folder: Path, ignored: Collection[str] = ()) -> Any:
 
 def _config(folder: Path) -> Any:
     """The folder's, without what it says of quantization where no tensor is quantized: left over
-    from another save, it would have transformers quantize the weights anew."""
+    from another save, it would have transformers quantize the weights again."""
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     if not _is_quantized(folder):
         for section in (config, *(getattr(config, name, None) for name in config.sub_configs)):
