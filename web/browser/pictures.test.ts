@@ -194,6 +194,7 @@ test('what is no picture is refused in plain words', async () => {
       new Blob(['<svg xmlns="http://www.w3.org/2000/svg"/>'], { type: 'image/svg+xml' }),
       new Blob([]),
       '/pictures/missing.png',
+      location.href, // a web page
       42,
       { data: new Uint8Array(5), width: 2, height: 1, channels: 3 },
       { data: new Uint8Array(4), width: 2, height: 1, channels: 2 },
@@ -221,6 +222,7 @@ test('what is no picture is refused in plain words', async () => {
     'ImageError: image.unsupported-format',
     'ImageError: image.empty',
     'ImageError: image.not-fetched',
+    'ImageError: source.web-page',
     'ImageError: image.wrong-type',
     'ImageError: image.wrong-array',
     'ImageError: image.wrong-array',

@@ -3,6 +3,7 @@
  * white, colour profiles ignored, never scaled.
  */
 
+import { isWebPage } from '../bundle/download.js';
 import { VlmportError, firstLine } from '../errors.js';
 import type { Picture as AnyPicture } from '../protocol.js';
 import { AS_STORED, type Rgba, readBitmap } from './canvas.js';
@@ -54,7 +55,7 @@ export async function openImage(picture: Picture, signal: AbortSignal): Promise<
 async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
   try {
     const response = await fetch(url, { signal });
-    if (response.ok) return await response.blob();
+    if (response.ok) return await pictureOf(response, url);
     const message = `${url}: the server says ${response.status}`;
     throw new VlmportError('ImageError', message, 'is it there?', { code: 'image.not-fetched' });
   } catch (error) {
@@ -65,6 +66,15 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
     const hint = HINTS[scheme] ?? 'on another origin the server has to allow this page (CORS)';
     throw new VlmportError('ImageError', message, hint, { code: 'image.not-fetched' });
   }
+}
+
+/** The body of a response. A server may answer with a web page, with status 200, for no file. */
+async function pictureOf(response: Response, url: string): Promise<Blob> {
+  const blob = await response.blob();
+  if (!isWebPage(await blob.slice(0, 1024).text())) return blob;
+  const message = `${url}: a web page, not a picture`;
+  const hint = 'is the picture at this address? Its server may send a page, or a login, instead';
+  throw new VlmportError('ImageError', message, hint, { code: 'source.web-page' });
 }
 
 /** Sizes are checked before anything is decoded. */
