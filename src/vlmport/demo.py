@@ -6,7 +6,7 @@ Traps:
 - The page may load nothing from elsewhere, and a worker gets its rules with its own file, not from
   the page: every answer has the Content-Security-Policy. WebAssembly needs its own word there.
 - A connection that sends half a request, or none, would keep its thread for ever: each has a time
-  for its request, and there are only so many.
+  limit for its request, and the number of connections is limited.
 - In the Hub's cache a bundle's files are links to its folder of blobs. A link that leads anywhere
   else is not followed: a bundle from anywhere could name the user's own files.
 - Another site could reach a server on 127.0.0.1 under a name of its own that points here: a

@@ -76,7 +76,7 @@ def theirs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_as_theirs(folder: Path, *, tied: bool) -> None:
-    """The two matrices, and what the family and the bundle's config.json say of them."""
+    """The two matrices, and whether the family and the bundle's config.json tie them."""
     checkpoint = Checkpoint.open(folder)
     family: Any = family_of(checkpoint)
     tensors = family.weights(checkpoint, None)

@@ -33,7 +33,7 @@ import {{ env }} from '@huggingface/transformers';
 env.allowRemoteModels = false;
 env.localModelPath = '{parent}/';
 """
-# What the trained ones say of this picture, in their words.
+# The answers of the trained models about this picture.
 PICTURE = ROOT / "examples/red_square.png"
 SAID = re.compile(r"a red square on a white background\.?", re.IGNORECASE)
 TRAINED = ("shapes", "shapes-smolvlm")

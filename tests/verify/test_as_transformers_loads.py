@@ -158,7 +158,7 @@ def with_config(folder: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def test_plain_weights_are_plain_whatever_is_left_over_in_the_config(tmp_path: Path) -> None:
-    """transformers would quantize them anew."""
+    """With the leftover config, transformers would quantize them again."""
     folder = write_qwen3(tmp_path / "model")
     expected = said(load(folder))
     text = json.loads((folder / "config.json").read_text())["text_config"]

@@ -87,8 +87,8 @@ def load_model(folder: Path, ignored: Collection[str] = ()) -> Any:
 
 
 def _config(folder: Path) -> Any:
-    """The folder's, without what it says of quantization where no tensor is quantized: left over
-    from another save, it would have transformers quantize the weights again."""
+    """Read the folder's config, without a quantization_config that is left over from another save:
+    where no tensor is quantized, transformers would quantize the weights again."""
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     if not _is_quantized(folder):
         for section in (config, *(getattr(config, name, None) for name in config.sub_configs)):
