@@ -46,7 +46,7 @@ FULL = {
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An embedding of 380 kB and more, and a tokenizer.json of more than a megabyte."""
     folder = tmp_path_factory.mktemp("wide") / "captioner"
-    write_prefix_checkpoint(folder, text={"vocab_size": 3000})
+    write_prefix_checkpoint(folder, text={"vocab_size": 3500})
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens([f"<{'x' * 300}{i}>" for i in range(3000)])
     tokenizer.save(str(folder / "tokenizer.json"))

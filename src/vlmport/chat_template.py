@@ -22,6 +22,7 @@ from jinja2.nodes import CallBlock
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from vlmport.errors import TokenizerError, quoted
 from vlmport.killable import MESSAGE, TIME, RefusedError, StoppedError, Worker
 
 if TYPE_CHECKING:
@@ -59,12 +60,23 @@ class TemplateLimitError(jinja2.TemplateError):
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Texts that a template may write by name, as tokenizer_config.json has them: plain, or in
-    objects."""
+    objects.
+
+    Raises TokenizerError for a special token that is no text.
+    """
     found = {name: config.get(name) for name in SPECIAL_TOKENS}
     texts = {
         name: one.get("content") if isinstance(one, Mapping) else one for name, one in found.items()
     }
-    return {name: text for name, text in texts.items() if text is not None}
+    texts = {name: text for name, text in texts.items() if text is not None}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TokenizerError(
+                f"tokenizer_config.json: {name} is {quoted(text, 80)}, expected a text",
+                hint="give the token as a text, such as '</s>'",
+                code="tokenizer.special-token-type",
+            )
+    return texts
 
 
 def render_template(

@@ -104,7 +104,6 @@ def test_a_malformed_template(folder: Path, tmp_path: Path, template: str) -> No
     [
         ([user(IMAGE, text("x"))], 0, "0 pictures given, 1 image part"),
         ([user(text("x"))], 1, "1 picture given, 0 image parts"),
-        ([user(IMAGE, text("an <image> more"))], 1, "1 picture for 2 placeholders '<image>'"),
         ([{"role": "bot", "content": "x"}], 0, "role 'bot' is unknown"),
         (
             [user({"type": "video"}, text("x"))],

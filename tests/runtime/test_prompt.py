@@ -251,6 +251,11 @@ def test_tokenizer_files_that_are_missing_or_broken(bundle, tmp_path: Path):
         (tmp_path / "tokenizer_config.json").write_text(value)
         with pytest.raises(TokenizerError, match=said):
             Prompter(tmp_path, bundle.manifest.prompt)
+    for bad in ("true", "3", '["</s>"]', '{"content": false}'):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {bad}}}')
+        with pytest.raises(TokenizerError) as caught:
+            Prompter(tmp_path, bundle.manifest.prompt)
+        assert caught.value.code == "tokenizer.special-token-type"
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match="no readable chat template"):

@@ -47,6 +47,15 @@ async function open(
 
 const hello: Message[] = [{ role: 'user', content: 'a red' }];
 
+test('a special token that is no text is refused', async () => {
+  for (const bad of [true, 3, ['</s>'], { content: false }]) {
+    const opened = open('{{ bos_token }}', { bos_token: bad });
+    await expect(opened).rejects.toMatchObject({ code: 'tokenizer.special-token-type' });
+  }
+  const object = await open('{{ bos_token }}', { bos_token: { content: '<s>' }, eos_token: null });
+  expect(object.render(hello)).toBe('<s>');
+});
+
 test('a template sees what Python shows it', async () => {
   const none = await open('{{ tools is none }} {{ documents is none }} {{ bos_token }}', {
     bos_token: '<s>',

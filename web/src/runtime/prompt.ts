@@ -232,15 +232,25 @@ function templateOf(config: TokenizerConfig): string | undefined {
   return template.find(one => one.name === 'default')?.template;
 }
 
-/** Special tokens' texts: tokenizer_config.json has them plain or as objects. */
+/**
+ * Special tokens' texts: tokenizer_config.json has them plain or as objects. Throws TokenizerError
+ * for one that is no text.
+ */
 function specialTokens(config: TokenizerConfig): Record<string, string> {
   const found: Record<string, string> = {};
   for (const name of SPECIAL_TOKENS) {
-    const token = config[name];
-    if (typeof token === 'string') found[name] = token;
-    else if (typeof token === 'object' && token !== null && 'content' in token) {
-      found[name] = String(token.content);
+    const token: unknown = config[name];
+    const isObject = typeof token === 'object' && token !== null && !Array.isArray(token);
+    const text: unknown = isObject ? Reflect.get(token, 'content') : token;
+    if (text === undefined || text === null) continue;
+    if (typeof text !== 'string') {
+      const message = `tokenizer_config.json: ${name} is ${JSON.stringify(text)}, expected a text`;
+      const hint = "give the token as a text, such as '</s>'";
+      throw new VlmportError('TokenizerError', message, hint, {
+        code: 'tokenizer.special-token-type',
+      });
     }
+    found[name] = text;
   }
   return found;
 }
