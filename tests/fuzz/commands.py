@@ -27,6 +27,7 @@ OPTIONS = (
     *("--option", "--image-option", "--no-split", "--adapter", "--revision", "--system"),
     *("--json-schema", "--regex", "--logprobs", "--probe", "--layout", "--image-size", "--force"),
     *("--max-shard-size", "--limit", "--metric", "--captions", "--tokens", "--rounds", "--help"),
+    *("--ignore-weights", "--verify-hashes", "--drop-oldest", "--image", "--port"),
 )
 VALUES = (
     *("", "0", "1", "2", "-1", "1e999", "nan", "9" * 5000, "0x10", "true", "null", "[", "{}"),
@@ -125,6 +126,8 @@ def cases(shop: Workshop) -> st.SearchStrategy[Case]:
         "models": lambda draw: [],
         "eval": lambda draw: [bundle, str(shop.folder), "--no-record"],
         "bench": lambda draw: [bundle, "--no-cold", "--rounds", "1", "--new-tokens", "2"],
+        "verify": lambda draw: [bundle, "--reference", str(shop.checkpoint()), "-p", "fp32"],
+        "demo": lambda draw: ["-m", bundle, "--port", "0"],  # a signal ends it
     }
 
     @st.composite
@@ -139,7 +142,7 @@ def cases(shop: Workshop) -> st.SearchStrategy[Case]:
                 more = [draw(st.sampled_from(OPTIONS)), draw(words)]
                 arguments[place:place] = more[: draw(st.integers(1, 2))]
         clean = [one.replace("\0", "") for one in (name, *arguments)]
-        interrupted = draw(st.integers(0, 5)) == 0
+        interrupted = name == "demo" or draw(st.integers(0, 5)) == 0
         unlucky = draw(st.integers(0, 2)) == 0
         return Case(
             clean,
