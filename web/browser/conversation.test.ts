@@ -105,7 +105,7 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
     expect.stringMatching(/^OptionError: image option 'do_split' is unknown/),
     'OptionError: image option do_image_splitting=1: expected bool',
     'PromptError: messages must be a list of at least one message, got []',
-    "PromptError: messages[0]: role 'bot' is unknown",
+    'PromptError: messages[0]: role "bot" is unknown',
     'PromptError: messages[0].content[0]: expected a text or an image part, got {"type":"video","video":"x.mp4"}',
     'PromptError: 0 pictures given, 1 image part without a picture in the messages',
     'PromptError: 1 picture given, 0 image parts without a picture in the messages',
