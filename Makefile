@@ -1,6 +1,7 @@
 # make demo        creates .venv, installs vlmport, captions the example picture
 # make test        installs everything that the tests need, then runs all of them
-# make check       formatters, linter, type checkers, of Python and of web/
+# make check       formatters, linter, type checkers, of Python and of web/; the documentation
+# make docs        builds the documentation as a site, into site/
 # make verify-all  every model, layout and precision against PyTorch, then fuzzing: 10 to 25 minutes
 #                  (FUZZ_MINUTES=4 of them; 0 leaves it out)
 # make test-onnxruntime  the tests of graphs and models under the next ONNX Runtime
@@ -23,7 +24,7 @@ FUZZ_MINUTES ?= 4
 # What npm itself writes when it has installed what web/ needs.
 NODE_MODULES := web/node_modules/.package-lock.json
 
-.PHONY: demo test test-onnxruntime check verify-all wheel clean
+.PHONY: demo test test-onnxruntime check docs verify-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -32,11 +33,15 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-check: $(VENV)/installed-dev $(NODE_MODULES)
+check: $(VENV)/installed-dev $(NODE_MODULES) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd web && npm run --silent check
+
+# Warnings are errors. The variable only hides a notice of the theme about MkDocs 2.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # The same environment with another ONNX Runtime before it: the tests that run graphs, and the
 # built-in models from export to answers.
@@ -76,6 +81,11 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@$(PIP) --quiet --editable '.[verify,eval,cider,grammar]' --requirement requirements-dev.txt
 	@touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
+	@echo 'Installing what the documentation needs: MkDocs …'
+	@$(PIP) --quiet --requirement requirements-docs.txt
+	@touch $@
+
 $(NODE_MODULES): web/package.json web/package-lock.json | $(VENV)/installed-dev
 	cd web && ONNXRUNTIME_NODE_INSTALL=skip npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
@@ -89,5 +99,5 @@ wheel: $(VENV)/installed-dev $(NODE_MODULES)
 	  { echo 'The wheel is larger than 60 MB: is there more than one wasm variant in it?'; exit 1; }
 
 clean:
-	rm -rf $(VENV) .venv-onnxruntime-* dist tests/transformers_js/node_modules
+	rm -rf $(VENV) .venv-onnxruntime-* dist site tests/transformers_js/node_modules
 	rm -rf web/node_modules web/dist web/browser/built src/vlmport/web_page

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ from vlmport import cli
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 SOURCE = "\n".join(path.read_text("utf-8") for path in (ROOT / "src/vlmport").rglob("*.py"))
 # String literals that are joined over lines, and what is filled in, are no obstacle.
@@ -47,3 +49,32 @@ def test_each_command_of_the_readme_exists_with_its_options() -> None:
         assert done.exit_code == 0, name
         for option in re.findall(r"--[\w-]+", rest):
             assert option in done.stdout, (name, option)
+
+
+def site_hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/theme/hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("html", "found"),
+    [
+        ('<script src="https://cdn.example/a.js"></script>', ["https://cdn.example/a.js"]),
+        ('<link rel="stylesheet" href="//fonts.example/a">', ["//fonts.example/a"]),
+        ('<p style="background: url(http://a.example/b.png)">', ["http://a.example/b.png"]),
+        ('<img src="https://a.example/badge.svg">', ["https://a.example/badge.svg"]),
+        ('<a href="https://a.example">a link</a><img src="flow.svg"><script src="/a.js">', []),
+    ],
+)
+def test_the_site_build_finds_what_a_page_loads_from_other_hosts(
+    html: str, found: list[str]
+) -> None:
+    assert site_hooks().foreign_loads(html) == found
+
+
+def test_a_diagram_that_the_theme_would_fetch_a_script_for_is_found() -> None:
+    assert len(site_hooks().foreign_loads('<pre class="mermaid">graph TD</pre>')) == 1
