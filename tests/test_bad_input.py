@@ -46,8 +46,8 @@ def one_line(code: int, out: str, err: str) -> tuple[str, str]:
     assert code == 2, err
     assert out == ""
     error, hint = err.splitlines()
-    error = re.sub(r"^error\[[a-z0-9.-]+\]: ", "error: ", error)
-    assert error.startswith("error: ")
+    error, codes = re.subn(r"^error\[[a-z]+\.[a-z0-9-]+\]: ", "error: ", error)
+    assert codes == 1
     assert hint.startswith("hint: ")
     assert len(hint) > len("hint: ")
     return error, hint

@@ -216,7 +216,10 @@ def test_values_out_of_range(option: str, tiny_bundle: Path, picture: Path, tmp_
     assert (done.exit_code, done.stdout) == (2, "")
     name = option.partition("=")[0]
     named = name.removeprefix("--").replace("-", "_")  # as the option's own error has it
-    assert f"Invalid value for '{name}'" in done.stderr or f"error: {named}=" in done.stderr
+    assert (
+        f"Invalid value for '{name}'" in done.stderr
+        or f"error[option.wrong-value]: {named}=" in done.stderr
+    )
 
 
 def test_verify_of_another_checkpoint(
@@ -231,13 +234,14 @@ def test_verify_of_another_checkpoint(
 
 
 def test_one_line_knows_what_it_looks_for() -> None:
-    one_line(2, "", "error: what\nhint: do\n")
+    one_line(2, "", "error[a.b]: what\nhint: do\n")
     for code, out, err in [
-        (1, "", "error: what\nhint: do\n"),
-        (2, "text", "error: what\nhint: do\n"),
-        (2, "", "error: what\n"),
-        (2, "", "Traceback\nerror: what\nhint: do\n"),
-        (2, "", "error: what\nhint: \n"),
+        (1, "", "error[a.b]: what\nhint: do\n"),
+        (2, "text", "error[a.b]: what\nhint: do\n"),
+        (2, "", "error: what\nhint: do\n"),
+        (2, "", "error[a.b]: what\n"),
+        (2, "", "Traceback\nerror[a.b]: what\nhint: do\n"),
+        (2, "", "error[a.b]: what\nhint: \n"),
     ]:
         with pytest.raises((AssertionError, ValueError)):
             one_line(code, out, err)

@@ -116,7 +116,8 @@ def test_a_schema_comes_from_a_file(tiny_bundle: Path, picture: str, tmp_path: P
     for wrong in (path, tmp_path / "absent.json"):
         done = run(*common, "--json-schema", wrong)
         assert (done.exit_code, done.stdout) == (2, "")
-        assert f"error: --json-schema {wrong}" in done.stderr
+        code = "option.not-json" if wrong.exists() else "option.unreadable-file"
+        assert f"error[{code}]: --json-schema {wrong}" in done.stderr
         assert "hint: " in done.stderr
 
 
@@ -163,5 +164,8 @@ def test_a_default_that_is_left_out_is_said_in_a_line(
         warnings.simplefilter("default")  # as outside of tests
         done = run("caption", picture, "-m", own_bundle_folder)
     assert done.exit_code == 0
-    said = "warning: generation_config.json: option guidance_scale=3.0 is not supported; left out"
+    said = (
+        "warning[option.default-left-out]: generation_config.json: "
+        "option guidance_scale=3.0 is not supported; left out"
+    )
     assert done.stderr.splitlines() == [said]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlmport.cli.console import report, warnings_of_ours
-from vlmport.errors import ImageError, OptionWarning, VlmportError
+from vlmport.errors import ImageError, OptionWarning, VlmportError, VlmportWarning
 
 ROOT = Path(__file__).parents[1]
 CODE = re.compile(r"[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*")
@@ -35,10 +36,8 @@ def test_codes_are_a_noun_and_what_is_wrong() -> None:
 
 def test_a_code_is_printed_with_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     report(ImageError("a.png: unreadable", hint="check it", code="image.unreadable"))
-    report(VlmportError("without a code"))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("error[image.unreadable]: ")
-    assert lines[2].startswith("error: ")
+    assert lines == ["error[image.unreadable]: a.png: unreadable", "hint: check it"]
 
 
 def test_a_code_is_printed_with_the_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +45,20 @@ def test_a_code_is_printed_with_the_warning(capsys: pytest.CaptureFixture[str]) 
 
     with warnings_of_ours():
         warnings.simplefilter("always")
-        warnings.warn(OptionWarning("left out", code="option.unsupported"), stacklevel=1)
-        warnings.warn("left out too", OptionWarning, stacklevel=1)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["warning[option.unsupported]", "warning"]
+        warnings.warn(OptionWarning("left out", code="option.default-left-out"), stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["warning[option.default-left-out]: left out"]
+
+
+@pytest.mark.parametrize("kind", [VlmportError, VlmportWarning])
+def test_no_error_or_warning_without_a_code(kind: type[VlmportError | VlmportWarning]) -> None:
+    with pytest.raises(TypeError, match="code"):
+        kind("without a code")  # type: ignore[call-arg]
+
+
+def test_an_error_keeps_its_code_and_hint_in_another_process() -> None:
+    error = ImageError("a.png: unreadable", hint="check it", code="image.unreadable")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is ImageError
+    assert again.to_json() == error.to_json()
+    warning = OptionWarning("left out", code="option.default-left-out")
+    assert pickle.loads(pickle.dumps(warning)).code == warning.code

@@ -274,7 +274,8 @@ def test_a_folder_that_is_no_bundle_lists_its_graphs(file: Path, external: Path)
     file.write_bytes(b"")
     done = run(file.parent)
     assert done.exit_code == 2
-    assert done.stderr.count("error: ") == 2
+    assert done.stderr.count("error[bundle.missing-data]: ") == 1
+    assert done.stderr.count("error[bundle.unreadable]: ") == 1
 
 
 def test_the_graphs_folder_of_a_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,7 @@ class Bundle:
                 f"{self.folder}: written in the layout {found!r}, expected {layout!r}",
                 hint=f"`vlmport export SRC OUT --layout {layout}` writes that one; what runs the "
                 "others stands in docs/bundle-format.md",
+                code="bundle.other-layout",
             )
 
     def path(self, name: str) -> Path:
@@ -256,7 +257,9 @@ def _is_as_listed(path: Path, entry: FileEntry) -> bool:
         return hash_file(path) == entry
     except OSError as error:
         raise BundleError(
-            f"{path}: {error.strerror or error}", hint="is it readable? is the disk whole?"
+            f"{path}: {error.strerror or error}",
+            hint="is it readable? is the disk whole?",
+            code="bundle.unreadable",
         ) from error
 
 
@@ -274,12 +277,15 @@ def read_manifest(path: Path) -> Manifest:
         is_there = path.is_file()
     except OSError as error:  # a name too long, a folder that nobody may read
         raise BundleError(
-            f"{cut(str(path.parent))}: {error.strerror or error}", hint="is it readable?"
+            f"{cut(str(path.parent))}: {error.strerror or error}",
+            hint="is it readable?",
+            code="bundle.unreadable",
         ) from None
     if not is_there:
         raise BundleError(
             f"{path.parent}: no {MANIFEST}, so this is not a vlmport bundle",
             hint="`vlmport export SRC OUT` writes one",
+            code="bundle.no-manifest",
         )
     raw = load_json(path, error=BundleError, hint="download or export again")
     version = raw.get("version")
@@ -287,12 +293,14 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path}: manifest version {version}; this vlmport reads up to {VERSION}",
             hint="pip install --upgrade vlmport",
+            code="bundle.newer-version",
         )
     layout = raw.get("layout", HUB)
     if isinstance(layout, str) and layout not in LAYOUTS:
         raise BundleError(
             f"{path}: layout {layout[:40]!r}; this vlmport knows {', '.join(LAYOUTS)}",
             hint="pip install --upgrade vlmport",
+            code="bundle.unknown-layout",
         )
     try:
         _validator()(raw)
@@ -328,6 +336,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raise BundleError(
             f"{folder / MANIFEST}: can't be written: {error}",
             hint="the file is as it was; JSON has no NaN and no infinity",
+            code="bundle.unwritable",
         ) from error
     _check_references(manifest, folder / MANIFEST)
     partial = folder / f".{MANIFEST}.partial"
@@ -406,5 +415,9 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
 def _check_references(manifest: Manifest, path: Path) -> Manifest:
     """What a schema can't say. Raises BundleError."""
     if problems := contradictions(manifest):
-        raise BundleError(f"{path}: {some_problems(problems)}", hint="export the bundle again")
+        raise BundleError(
+            f"{path}: {some_problems(problems)}",
+            hint="export the bundle again",
+            code="bundle.malformed",
+        )
     return manifest

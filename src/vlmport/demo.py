@@ -77,6 +77,7 @@ def make_server(bundle: Bundle, port: int) -> DemoServer:
         raise DependencyError(
             f"{page}: the page is not built",
             hint="in a checkout: cd web && npm ci --ignore-scripts && npm run build",
+            code="demo.page-not-built",
         )
     try:
         return DemoServer(page, bundle, port)
@@ -85,6 +86,7 @@ def make_server(bundle: Bundle, port: int) -> DemoServer:
         raise OptionError(
             f"port {port}: {'another program listens there' if taken else error}",
             hint="--port 0 takes any free one",
+            code="demo.port-unavailable",
         ) from error
 
 

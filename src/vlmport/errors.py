@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 LONGEST = 200  # characters of any one value in a message
 MESSAGE = 2000  # characters of a whole message: lists of names are the longest
@@ -21,29 +22,40 @@ class VlmportError(Exception):
 
     Attributes:
         hint: one sentence that says what to do next, or None.
-        code: a stable name of the problem, such as 'checkpoint.head-ignored', or None. The text
-            of a message may change; its code does not. The TypeScript package has the same codes.
+        code: a stable name of the problem, such as 'image.unreadable'. The text of a message may
+            change; its code does not. The TypeScript package has the same codes.
         exit_code: the exit status of the command line (2: bad input).
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None):
+    def __init__(self, message: str, *, code: str, hint: str | None = None):
         super().__init__(_bounded(message))
         self.hint = None if hint is None else _bounded(hint)
         self.code = code
+
+    def to_json(self) -> dict[str, str]:
+        """Code, message and, where there is one, hint."""
+        hint = {} if self.hint is None else {"hint": self.hint}
+        return {"code": self.code, "message": str(self), **hint}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args, self.__dict__)
 
 
 class VlmportWarning(UserWarning):
     """The base of all warnings: vlmport goes on, and the user should know how.
 
     Attributes:
-        code: a stable name of the problem, or None, as for an error.
+        code: a stable name of the problem, as for an error.
     """
 
-    def __init__(self, message: str, *, code: str | None = None):
+    def __init__(self, message: str, *, code: str):
         super().__init__(_bounded(message))
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args, self.__dict__)
 
 
 class OptionWarning(VlmportWarning):
@@ -166,3 +178,10 @@ def _bounded(text: str) -> str:
     are cut, and so is a message that is longer than any of ours."""
     text = _RUN.sub(lambda run: cut(run[0]), text)
     return text if len(text) <= MESSAGE else f"{text[:139]} … {text[-58:]}"
+
+
+def _unpickled(kind: type[Exception], args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
+    """An error from another process: pickle alone would call its class without the code."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error

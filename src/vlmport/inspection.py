@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vlmport.bundle import ANY, Bundle, Manifest, Variant
-from vlmport.errors import some_names
+from vlmport.errors import BundleError, some_names
 from vlmport.onnx_file import OnnxFile, Port, port, read_model, read_onnx
 
 
@@ -75,13 +75,11 @@ def describe_onnx(path: Path, console: Console) -> None:
     graph.check()
 
 
-def describe_folder(folder: Path, files: Iterable[Path], console: Console) -> list[str]:
+def describe_folder(folder: Path, files: Iterable[Path], console: Console) -> list[BundleError]:
     """Print a line for each ONNX file of a folder that is no bundle.
 
-    Returns what is wrong with those that can't be read.
+    Returns the errors of those that can't be read.
     """
-    from vlmport.errors import BundleError
-
     problems = []
     for path in files:
         name = path.relative_to(folder).as_posix()
@@ -91,7 +89,7 @@ def describe_folder(folder: Path, files: Iterable[Path], console: Console) -> li
             _print(console, f"{name:<40} {graph.total_size / 1e6:.2f} MB  {' → '.join(names)}")
             graph.check()
         except BundleError as error:
-            problems.append(str(error))
+            problems.append(error)
     return problems
 
 

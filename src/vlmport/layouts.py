@@ -50,6 +50,7 @@ class ImageSize:
             raise ExportError(
                 f"image size {str(text)[:40]!r}: expected WIDTHxHEIGHT in pixels",
                 hint="such as 672x672",
+                code="layout.wrong-image-size",
             )
         return cls(*map(int, found.groups()))
 

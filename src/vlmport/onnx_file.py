@@ -100,6 +100,7 @@ class OnnxFile:
             raise BundleError(
                 f"{self.path}: its weights are not all there: {'; '.join(problems)}",
                 hint="external data lies beside its graph; download it too, under that name",
+                code="bundle.missing-data",
             )
 
 
@@ -131,11 +132,13 @@ def read_model(path: Path) -> onnx.ModelProto:
     try:
         with path.open("rb") as file:
             if not path.stat().st_size:
-                raise BundleError(f"{path}: empty (0 bytes)", hint=HINT)
+                raise BundleError(f"{path}: empty (0 bytes)", hint=HINT, code="bundle.unreadable")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 skimmed = _skim(data, 0, len(data), MODEL)
     except OSError as error:
-        raise BundleError(f"{path}: {error.strerror or error}", hint="is it readable?") from error
+        raise BundleError(
+            f"{path}: {error.strerror or error}", hint="is it readable?", code="bundle.unreadable"
+        ) from error
     except NoProtobufError as error:
         raise _not_onnx(path, str(error)) from error
     try:
@@ -161,7 +164,9 @@ def port(value: onnx.ValueInfoProto) -> Port:
 
 
 def _not_onnx(path: Path, why: str) -> BundleError:
-    return BundleError(f"{path}: not a whole ONNX graph: {why}", hint=HINT)
+    return BundleError(
+        f"{path}: not a whole ONNX graph: {why}", hint=HINT, code="bundle.unreadable"
+    )
 
 
 def _skim(data: mmap.mmap, at: int, end: int, rules: Mapping[int, Any]) -> bytes:
@@ -307,5 +312,6 @@ def find_onnx(folder: Path) -> list[Path]:
             f"{folder}: neither a vlmport bundle (no vlmport.json) nor a folder with ONNX files; "
             f"it has {some_names(inside) or 'nothing'}",
             hint="`vlmport export SRC OUT` writes a bundle",
+            code="bundle.no-manifest",
         )
     return found

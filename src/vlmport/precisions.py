@@ -96,6 +96,7 @@ def _parse_mix(components: Mapping[str, Mapping[str, Any]], text: str) -> dict[s
                 f"precision {quoted(text)}: no component {quoted(name)}"
                 f"{did_you_mean(name, [*SHORT_NAMES, *components])}",
                 hint=f"components of this bundle: {', '.join(components)}",
+                code="precision.unknown-component",
             )
     return mix
 
@@ -113,4 +114,5 @@ def _check(components: Mapping[str, Mapping[str, Any]], component: str, precisio
         f"precision {quoted(precision)} is not in this bundle (component {component})"
         f"{did_you_mean(precision, forms)}",
         hint=f"it holds {', '.join(forms)}{again * (precision in SUFFIXES)}",
+        code="precision.not-in-bundle",
     )

@@ -259,7 +259,7 @@ def test_a_wrong_default_that_has_no_meaning_is_not_worth_a_word():
 def test_a_default_that_a_model_cannot_serve_is_left_out():
     def check(name: str, value: Any) -> None:
         if name == "bad_words_ids" and value == ((7,),):
-            raise OptionError("no 7")
+            raise OptionError("no 7", code="option.wrong-value")
 
     defaults = {"bad_words_ids": [[7]], "suppress_tokens": [7]}
     with pytest.warns(OptionWarning, match="no 7; left out"):

@@ -354,7 +354,7 @@ def test_json_on_a_full_disk(own: Path) -> None:
     """The work goes on, and the bundle has its figures."""
     done = run(own, "--limit", 3, "-p", "fp32,q8", "--json", "/dev/full")
     assert done.exit_code == 2
-    assert "error: --json /dev/full: No space left on device" in done.stderr
+    assert "error[output.unwritable]: --json /dev/full: No space left on device" in done.stderr
     assert "q8" in done.stdout
     assert set(manifest(own)["accuracy"][0]["figures"]) == {"fp32", "q8"}
 

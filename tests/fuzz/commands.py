@@ -167,7 +167,7 @@ def run_command(shop: Workshop, case: Case) -> None:
     killed = result.code < 0 and case.signal == -result.code  # before main() was there to hear it
     assert result.code in CODES or killed, told
     assert "Traceback" not in result.err, told
-    assert "error: unexpected " not in result.err, told
+    assert "error[program.defect]" not in result.err, told
     assert len(result.err.splitlines()) <= LINES, told
     assert len(result.err) < 5000, told
     left = [path.name for path in shop.folder.iterdir() if ".partial-" in path.name]

@@ -113,7 +113,9 @@ def test_a_card_is_written_once(broken: Bundle) -> None:
 
 
 def unwritable(bundle: Bundle, report: Report) -> None:
-    raise UnrecordedError("it can't be written", hint="is it read-only?", report=report)
+    raise UnrecordedError(
+        "it can't be written", hint="is it read-only?", code="verify.not-recorded", report=report
+    )
 
 
 def test_the_report_is_printed_before_it_is_recorded(
@@ -138,7 +140,10 @@ def test_nothing_is_lost_on_the_command_line(
     assert done.exit_code == 2
     assert "cached_decode" in done.stdout
     assert json.loads(file.read_text(encoding="utf-8"))["passed"] is True
-    assert done.stderr.splitlines() == ["error: it can't be written", "hint: is it read-only?"]
+    assert done.stderr.splitlines() == [
+        "error[verify.not-recorded]: it can't be written",
+        "hint: is it read-only?",
+    ]
 
 
 @pytest.mark.parametrize("place", ["a folder", "no/folder/x.json", "read-only"])
@@ -160,7 +165,7 @@ def test_json_that_cannot_be_written_is_said_before_the_work(
     done = run("verify", tiny.bundle.folder, "--reference", "x", "--json", tmp_path / place)
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 2
-    assert done.stderr.startswith("error: --json ")
+    assert done.stderr.startswith("error[output.unwritable]: --json ")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -168,7 +173,7 @@ def test_json_on_a_full_disk(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("vlmport.verify.verify", lambda *args, **options: REPORT)
     done = run("verify", tiny.bundle.folder, "--reference", "x", "--json", "/dev/full")
     assert done.exit_code == 2
-    assert "error: --json /dev/full: No space left on device" in done.stderr
+    assert "error[output.unwritable]: --json /dev/full: No space left on device" in done.stderr
 
 
 def test_revision_is_handed_on(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,7 @@ def _cold(bundle: Bundle, precision: str, threads: int | None) -> dict[str, floa
         raise BundleError(
             f"{precision}: a caption in a process of its own failed: {said}",
             hint="does `vlmport caption` work? is there memory for a second copy of the model?",
+            code="benchmark.process-failed",
         ) from error
     seconds = time.perf_counter() - start
     peak = json.loads(done.stdout)["peak_bytes"]

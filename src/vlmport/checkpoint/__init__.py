@@ -80,6 +80,7 @@ class Checkpoint:
             raise ConfigError(
                 f"{self.folder / 'config.json'}: model_type: expected a string, got {model_type!r}",
                 hint="is it the config.json of a transformers model?",
+                code="config.wrong-value",
             )
         return model_type
 
@@ -157,5 +158,6 @@ def _renamed(
         raise WeightError(
             f"{where}: {len(doubles)} names stand for two weights each: {shown}",
             hint="the folder mixes two saves of the model; save it again",
+            code="weights.ambiguous",
         )
     return {new: tensors[old[0]] for new, old in names.items()}

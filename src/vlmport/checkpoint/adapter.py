@@ -115,7 +115,11 @@ class Adapter:
                 f"{folder / WEIGHTS}: {what}", hint=MERGE_FIRST, code="adapter.other-weights"
             )
         if not names.pairs:
-            raise AdapterError(f"{folder / WEIGHTS}: no LoRA pairs", hint="save the adapter again")
+            raise AdapterError(
+                f"{folder / WEIGHTS}: no LoRA pairs",
+                hint="save the adapter again",
+                code="adapter.incomplete",
+            )
         pairs = {name: (stored[a], stored[b]) for name, (a, b) in names.pairs.items()}
         modules = [name.removesuffix(".weight") for name in pairs]
         scales = dict(zip(pairs, config.scales(modules, str(folder / CONFIG)), strict=True))
@@ -171,6 +175,7 @@ def _resolve(
         raise AdapterError(
             f"{adapter.folder}: fits {len(distinct)} parts of the model: {what}",
             hint="train or save the adapter on the whole model, so that its names are whole",
+            code="adapter.ambiguous",
         )
     if not distinct:
         # The prefix that comes nearest explains most.
@@ -179,7 +184,9 @@ def _resolve(
         near = did_you_mean(best[lost[0]], tensors)
         what = f"{len(lost)} of {len(best)} targets are not in the model: {some_names(lost)}{near}"
         raise AdapterError(
-            f"{adapter.folder}: {what}", hint="is this the base model that the adapter names?"
+            f"{adapter.folder}: {what}",
+            hint="is this the base model that the adapter names?",
+            code="adapter.not-of-this-model",
         )
     names = distinct[0]
     if len(set(names.values())) < len(names):
@@ -187,6 +194,7 @@ def _resolve(
         raise AdapterError(
             f"{adapter.folder}: several pairs for one weight: {some_names(doubles)}",
             hint="save the adapter again",
+            code="adapter.ambiguous",
         )
     return names
 
@@ -254,6 +262,7 @@ def _check_layers(
         raise AdapterError(
             f"{folder}: {what}: {some_names(bare)}",
             hint="the adapter's file is incomplete, or of a model with fewer layers",
+            code="adapter.incomplete",
         )
 
 
@@ -273,7 +282,7 @@ def _read_settings(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
     try:
         config = read_config(AdapterConfig, raw, str(file))
     except ConfigError as cause:
-        raise AdapterError(str(cause), hint=MERGE_FIRST) from cause
+        raise AdapterError(str(cause), hint=MERGE_FIRST, code="adapter.not-plain-lora") from cause
     known = HARMLESS | {field.name for field in dataclasses.fields(config)} | {"bias"}
     odd = [key for key, value in raw.items() if key not in known and value]
     init = raw.get("init_lora_weights", True)
@@ -281,6 +290,7 @@ def _read_settings(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
         raise AdapterError(
             f"{file}: init_lora_weights={init!r} changed the base weights in training",
             hint="save it with path_initial_model_for_weight_conversion, or merge it with peft",
+            code="adapter.not-plain-lora",
         )
     if init not in KEEPS_BASE:
         odd.append("init_lora_weights")
@@ -308,7 +318,11 @@ def _check_patterns(patterns: Mapping[str, Any], key: str, file: Path) -> None:
             problem = f"{quoted(pattern)}: expected a number, got {quoted(value)}"
             if number:
                 continue
-        raise AdapterError(f"{file}: {key}: {problem}", hint="repair adapter_config.json")
+        raise AdapterError(
+            f"{file}: {key}: {problem}",
+            hint="repair adapter_config.json",
+            code="adapter.wrong-setting",
+        )
 
 
 def _by_pattern(
@@ -343,7 +357,7 @@ def _open_weights(folder: Path) -> dict[str, LazyTensor]:
         except AdapterError:
             raise
         except WeightError as cause:
-            raise AdapterError(str(cause), hint=cause.hint) from cause
+            raise AdapterError(str(cause), hint=cause.hint, code=cause.code) from cause
     if (folder / "adapter_model.bin").exists():
         raise AdapterError(
             f"{folder}: only adapter_model.bin (pickled), expected {WEIGHTS}",

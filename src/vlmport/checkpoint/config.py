@@ -36,6 +36,14 @@ class Within:
         return f"an int{least}{f' and at most {self.most}' if self.most != MOST else ''}"
 
 
+@dataclasses.dataclass
+class _Problems:
+    """Keys that are missing or mistyped, and values that vlmport does not support."""
+
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    unsupported: list[str] = dataclasses.field(default_factory=list)
+
+
 Size = Annotated[int, Within(1)]
 Signed = Annotated[int, Within(-MOST)]
 Layers = Annotated[int, Within(1, 1000)]  # each is written, so a wrong number would take for ever
@@ -54,11 +62,12 @@ def read_config(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
 
     Raises ConfigError with all missing keys, all mistyped ones and all unsupported values.
     """
-    problems: list[str] = []
+    problems = _Problems()
     values = _read_fields(cls, raw, where, problems)
-    if problems:
+    if found := [*problems.wrong, *problems.unsupported]:
         hint = f"vlmport reads {cls.__name__} with these keys; is the file of another model?"
-        raise ConfigError(f"{where}: " + "; ".join(problems), hint=hint)
+        code = "config.wrong-value" if problems.wrong else "config.unsupported-value"
+        raise ConfigError(f"{where}: " + "; ".join(found), hint=hint, code=code)
     return cls(**values)
 
 
@@ -72,12 +81,13 @@ def subsection(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
         raise ConfigError(
             f"{where}: {key}: expected an object, got {_show(value)}",
             hint="is the file of another model?",
+            code="config.wrong-value",
         )
     return value or {}
 
 
 def _read_fields(
-    cls: type[Any], raw: Mapping[str, Any], where: str, problems: list[str]
+    cls: type[Any], raw: Mapping[str, Any], where: str, problems: _Problems
 ) -> dict[str, Any]:
     """The keyword arguments of `cls`; what is wrong with them is appended to `problems`."""
     hints = get_type_hints(cls, include_extras=True)
@@ -92,8 +102,8 @@ def _read_fields(
             missing.append(field.name)
     if missing:
         near = "".join(did_you_mean(name, raw) for name in missing[:1] if len(missing) == 1)
-        problems.insert(0, f"missing {some_names(missing, limit=99)}{near}")
-    problems.extend(_unsupported(getattr(cls, "must_be", {}), raw))
+        problems.wrong.insert(0, f"missing {some_names(missing, limit=99)}{near}")
+    problems.unsupported.extend(_unsupported(getattr(cls, "must_be", {}), raw))
     return values
 
 
@@ -111,16 +121,16 @@ def _same(left: Any, right: Any) -> bool:
     return isinstance(left, bool) == isinstance(right, bool) and left == right
 
 
-def _read(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
+def _read(hint: Any, value: Any, key: str, problems: _Problems) -> Any:
     """`value` as the type `hint`, or None and an entry in `problems`."""
     read, ok = _convert(hint, value, key, problems)
     if not ok:
         too_large = " (too large)" if isinstance(value, int) and abs(value) > MOST else ""
-        problems.append(f"{key}: expected {_describe(hint)}, got {_show(value)}{too_large}")
+        problems.wrong.append(f"{key}: expected {_describe(hint)}, got {_show(value)}{too_large}")
     return read
 
 
-def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any, bool]:
+def _convert(hint: Any, value: Any, key: str, problems: _Problems) -> tuple[Any, bool]:
     """(converted, whether it could be)."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -151,16 +161,17 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any,
     return value, isinstance(hint, type) and type(value) is hint
 
 
-def _nested(cls: type[Any], value: Any, key: str, problems: list[str]) -> tuple[Any, bool]:
+def _nested(cls: type[Any], value: Any, key: str, problems: _Problems) -> tuple[Any, bool]:
     if not isinstance(value, dict):
         return None, False
-    inner: list[str] = []
+    inner = _Problems()
     values = _read_fields(cls, value, key, inner)
-    problems.extend(f"{key}: {problem}" for problem in inner)
-    return (None if inner else cls(**values)), True
+    problems.wrong.extend(f"{key}: {problem}" for problem in inner.wrong)
+    problems.unsupported.extend(f"{key}: {problem}" for problem in inner.unsupported)
+    return (None if inner.wrong or inner.unsupported else cls(**values)), True
 
 
-def _sequence(hint: Any, value: Any, key: str, problems: list[str]) -> tuple[Any, bool]:
+def _sequence(hint: Any, value: Any, key: str, problems: _Problems) -> tuple[Any, bool]:
     origin, args = get_origin(hint), get_args(hint)
     if not isinstance(value, list):
         return None, False

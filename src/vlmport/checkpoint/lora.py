@@ -92,6 +92,7 @@ def merge_stored(weights: Weights, scale: LoraScale | None) -> dict[str, LazyTen
         raise AdapterError(
             f"{weights.where}: {len(weights.pairs)} LoRA pairs, and no r and alpha for them",
             hint="merge them first: peft's merge_and_unload(), then save_pretrained()",
+            code="adapter.unmerged",
         )
     if scale is None:
         return dict(weights)
@@ -119,6 +120,7 @@ def merge_pairs(
         raise AdapterError(
             f"{where}: {len(problems)} of {len(pairs)} LoRA pairs don't fit: {shown}",
             hint="was the adapter trained on another model, or with another r?",
+            code="adapter.not-of-this-model",
         )
     merged = {name: MergedTensor(tensors[name], *pairs[name], scales[name]) for name in pairs}
     return {**tensors, **merged}

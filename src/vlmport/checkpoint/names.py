@@ -131,10 +131,16 @@ def _refuse(seen: _Sorting, where: str) -> None:
     """Raise for what can't be read right whatever else is there."""
     if seen.refused:
         what = f"{len(seen.refused)} tensors of PEFT that are not plain LoRA pairs"
-        raise AdapterError(f"{where}: {what}: {some_names(seen.refused)}", hint=MERGE_FIRST)
+        raise AdapterError(
+            f"{where}: {what}: {some_names(seen.refused)}",
+            hint=MERGE_FIRST,
+            code="adapter.not-plain-lora",
+        )
     if len(seen.adapters) > 1:
         what = f"{len(seen.adapters)} adapters: {some_names(seen.adapters)}"
-        raise AdapterError(f"{where}: expected one adapter, got {what}", hint=MERGE_FIRST)
+        raise AdapterError(
+            f"{where}: expected one adapter, got {what}", hint=MERGE_FIRST, code="adapter.several"
+        )
     doubles = {n: files for n, files in seen.plain.items() if len(files) > 1}
     doubles |= {f"{m}.lora_{h}": files for (m, h), files in seen.halves.items() if len(files) > 1}
     if doubles:
@@ -144,6 +150,7 @@ def _refuse(seen: _Sorting, where: str) -> None:
         raise WeightError(
             f"{where}: {len(doubles)} names stand for two tensors each: {shown}",
             hint="save the model again without its wrapper",
+            code="weights.ambiguous",
         )
     halves = [
         f"{module}.lora_{half}"
@@ -154,6 +161,7 @@ def _refuse(seen: _Sorting, where: str) -> None:
         raise AdapterError(
             f"{where}: {len(halves)} LoRA tensors without their other half: {some_names(halves)}",
             hint="the file is incomplete; save the adapter again",
+            code="adapter.incomplete",
         )
 
 
@@ -166,6 +174,7 @@ def _check_bases(names: Names, seen: _Sorting, where: str) -> None:
         raise AdapterError(
             f"{where}: {what}: {some_names(orphans)}{near}",
             hint="the file is incomplete; save the model again",
+            code="adapter.incomplete",
         )
     modules = {name.rpartition(".")[0] for name in names.pairs}
     bare = [s for name, s in seen.wrapped.items() if name.rpartition(".")[0] not in modules]
@@ -173,4 +182,5 @@ def _check_bases(names: Names, seen: _Sorting, where: str) -> None:
         raise AdapterError(
             f"{where}: {len(bare)} weights that PEFT wrapped have no LoRA pair: {some_names(bare)}",
             hint="the adapter's tensors were dropped on saving; save the whole model again",
+            code="adapter.incomplete",
         )

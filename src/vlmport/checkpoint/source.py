@@ -63,27 +63,42 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as cause:  # a name too long, "~nobody", a NUL
         reason = getattr(cause, "strerror", None) or cause
-        raise SourceError(f"{text[:80]!r}: {reason}", hint="give a folder or a Hub id") from cause
+        raise SourceError(
+            f"{text[:80]!r}: {reason}", hint="give a folder or a Hub id", code="source.not-found"
+        ) from cause
     if is_folder and text:
         if revision is not None:
             hint = "leave --revision out; it chooses among the versions of a Hub repository"
-            raise SourceError(f"{path}: a local folder has no revision {revision!r}", hint=hint)
+            raise SourceError(
+                f"{path}: a local folder has no revision {revision!r}",
+                hint=hint,
+                code="source.no-revision",
+            )
         return path
     if exists and text:
-        raise SourceError(f"{path}: a file, expected a folder", hint=f"give {path.parent}")
+        raise SourceError(
+            f"{path}: a file, expected a folder",
+            hint=f"give {path.parent}",
+            code="source.not-a-folder",
+        )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and ".." not in source:
         return _fetch(source, revision)
     if isinstance(source, Path) or text.startswith((".", "~")) or len(path.parts) > 1:
-        raise SourceError(f"{path}: no such folder{_near(path)}", hint="check the path")
+        raise SourceError(
+            f"{path}: no such folder{_near(path)}", hint="check the path", code="source.not-found"
+        )
     raise SourceError(
         f"{text!r}: neither a folder nor a Hub id{_near(path)}",
         hint="give a folder, or a Hub id such as 'org/name'",
+        code="source.not-found",
     )
 
 
 def _unreadable(folder: Path, cause: OSError) -> SourceError:
     hint = "check the folder's permissions"
-    return SourceError(f"{folder}: can't be read: {cause.strerror or cause}", hint=hint)
+    return SourceError(
+        f"{folder}: can't be read: {cause.strerror or cause}", hint=hint, code="source.unreadable"
+    )
 
 
 def _near(path: Path) -> str:
@@ -157,6 +172,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
         return SourceError(
             f"{repo}: {problem}: {constants.HF_HUB_CACHE}",
             hint="make room there, or set HF_HUB_CACHE to a folder on another disk; run it again",
+            code="hub.cache-unwritable",
         )
     if page := _no_hub(error):
         return SourceError(
@@ -166,23 +182,30 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         hint = f"see the branches and tags at {endpoint}/{repo}"
-        return SourceError(f"{repo}: no revision {revision!r}", hint=hint)
+        return SourceError(
+            f"{repo}: no revision {revision!r}", hint=hint, code="source.no-revision"
+        )
     if isinstance(error, errors.GatedRepoError):
         hint = f"accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
-        return SourceError(f"{repo}: access is gated", hint=hint)
+        return SourceError(f"{repo}: access is gated", hint=hint, code="hub.no-access")
     if isinstance(error, errors.RepositoryNotFoundError):
         near = _near(Path(repo)) if Path(repo).parent.is_dir() else ""
         hint = "check the spelling; if it is private, set HF_TOKEN or run `hf auth login`"
         what = f"no such folder{near}, and no such model at {endpoint}"
-        return SourceError(f"{repo}: {what}", hint=hint)
+        return SourceError(f"{repo}: {what}", hint=hint, code="hub.not-found")
     if isinstance(error, errors.HFValidationError):
         hint = "give a folder, or a Hub id such as 'org/name'"
-        return SourceError(f"{repo}: no such folder, and no Hub id: {_line(error)}", hint=hint)
+        return SourceError(
+            f"{repo}: no such folder, and no Hub id: {_line(error)}",
+            hint=hint,
+            code="source.not-found",
+        )
     if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         at = f" at revision {revision!r}" if revision else ""
         return SourceError(
             f"{repo}: not (or not whole) in the cache{at}, and HF_HUB_OFFLINE is set",
             hint=f"unset HF_HUB_OFFLINE to fetch it; the cache is {constants.HF_HUB_CACHE}",
+            code="hub.offline",
         )
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_status(error, repo, endpoint)
@@ -193,6 +216,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
     return SourceError(
         f"{repo}: {what}",
         hint="check the network (and HF_ENDPOINT, proxies) and run it again; downloads resume",
+        code="hub.unreachable",
     )
 
 
@@ -203,9 +227,14 @@ def _explain_status(error: Exception, repo: str, endpoint: str) -> SourceError:
         return SourceError(
             f"{repo}: {endpoint} refuses access ({status})",
             hint="is HF_TOKEN right, and may it read this repository? `hf auth login` makes one",
+            code="hub.no-access",
         )
     hint = "wait a little and run it again; downloads resume"
-    return SourceError(f"{repo}: {endpoint} answers with an error: {_line(error)}", hint=hint)
+    return SourceError(
+        f"{repo}: {endpoint} answers with an error: {_line(error)}",
+        hint=hint,
+        code="hub.server-error",
+    )
 
 
 def _line(error: Exception) -> str:

@@ -72,13 +72,19 @@ class StoredTensor:
             values = np.fromfile(self.file, dtype, count, offset=self.offset)
         except OSError as cause:
             raise WeightError(
-                f"{self.file}: {self.name!r}: {cause}", hint=DOWNLOAD_AGAIN
+                f"{self.file}: {self.name!r}: {cause}",
+                hint=DOWNLOAD_AGAIN,
+                code="weights.unreadable",
             ) from cause
         if values.size != count:
             got = f"expected {self.nbytes} bytes, got {values.nbytes}"
-            raise WeightError(f"{self.file}: {self.name!r}: {got}", hint=DOWNLOAD_AGAIN)
+            raise WeightError(
+                f"{self.file}: {self.name!r}: {got}", hint=DOWNLOAD_AGAIN, code="weights.unreadable"
+            )
         try:
             return values.reshape(self.shape)
         except ValueError as cause:  # no elements, and too many of them in the other dimensions
             what = f"{self.name!r} of shape {list(self.shape)[:8]} can't be an array"
-            raise WeightError(f"{self.file}: {what}", hint=DOWNLOAD_AGAIN) from cause
+            raise WeightError(
+                f"{self.file}: {what}", hint=DOWNLOAD_AGAIN, code="weights.unreadable"
+            ) from cause

@@ -108,9 +108,13 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
             header: dict[str, Any] = json.loads(opened.read(length))
     except (SafetensorError, OSError, ValueError) as cause:
         if not file.stat().st_size:
-            raise WeightError(f"{file}: empty (0 bytes)", hint=DOWNLOAD_AGAIN) from cause
+            raise WeightError(
+                f"{file}: empty (0 bytes)", hint=DOWNLOAD_AGAIN, code="weights.unreadable"
+            ) from cause
         what = f"not readable as safetensors: {str(cause)[:300]}"
-        raise WeightError(f"{file}: {what}", hint=DOWNLOAD_AGAIN) from cause
+        raise WeightError(
+            f"{file}: {what}", hint=DOWNLOAD_AGAIN, code="weights.unreadable"
+        ) from cause
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
@@ -124,16 +128,22 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     """The tensors of all shards, after the index and the shards were found to agree."""
     weight_map = load_json(index, error=WeightError, hint=DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightError(f"{index}: no weight_map", hint=DOWNLOAD_AGAIN)
+        raise WeightError(f"{index}: no weight_map", hint=DOWNLOAD_AGAIN, code="weights.bad-index")
     odd = {str(file) for file in weight_map.values() if not _is_plain_file(file)}
     if odd:
         hint = "shards lie beside their index; don't use a checkpoint that says otherwise"
-        raise WeightError(f"{index}: not file names of shards: {some_names(odd)}", hint=hint)
+        raise WeightError(
+            f"{index}: not file names of shards: {some_names(odd)}",
+            hint=hint,
+            code="weights.bad-index",
+        )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (index.parent / file).exists()]
     if missing:
         what = f"{len(missing)} of {len(files)} shards missing: {some_names(missing)}"
-        raise WeightError(f"{index.parent}: {what}", hint="download them again")
+        raise WeightError(
+            f"{index.parent}: {what}", hint="download them again", code="weights.missing-file"
+        )
     shards = {file: open_safetensors(index.parent / file) for file in files}
     _check_index(index, weight_map, shards)
     return {name: shards[file][name] for name, file in weight_map.items()}
@@ -163,7 +173,9 @@ def _check_index(
     if problems:
         hint = "index and shards are of different saves; download all of them again"
         raise WeightError(
-            f"{index}: {len(lost) + len(extra)} tensors " + "; ".join(problems), hint=hint
+            f"{index}: {len(lost) + len(extra)} tensors " + "; ".join(problems),
+            hint=hint,
+            code="weights.bad-index",
         )
 
 

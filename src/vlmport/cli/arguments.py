@@ -57,5 +57,6 @@ def read_image_options(given: list[str] | None, no_split: bool) -> dict[str, Any
             raise OptionError(
                 f"--image-option {cut(text)}: not JSON: {error}",
                 hint="for example do_image_splitting=false",
+                code="option.not-json",
             ) from error
     return options

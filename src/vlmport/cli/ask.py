@@ -64,7 +64,11 @@ def ask(
     The last argument is the question, all before it are pictures. A picture alone is captioned.
     """
     if stream and as_json:
-        raise OptionError("--stream and --json contradict each other", hint="choose one")
+        raise OptionError(
+            "--stream and --json contradict each other",
+            hint="choose one",
+            code="option.contradiction",
+        )
     images, question = read_arguments(arguments)
     options = read_image_options(image_option, no_split)
     vlm = open_model(
@@ -102,16 +106,23 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     if _exists(question):
         images, asked = [*images, question], None
     elif not question.strip():
-        raise PromptError("the question is empty", hint='vlmport ask photo.jpg "What is this?"')
+        raise PromptError(
+            "the question is empty",
+            hint='vlmport ask photo.jpg "What is this?"',
+            code="prompt.no-question",
+        )
     elif SUFFIXES.fullmatch(question):
         raise ImageError(
-            f"{question}: no such file", hint="the question comes last, after the pictures"
+            f"{question}: no such file",
+            hint="the question comes last, after the pictures",
+            code="image.not-found",
         )
     for image in images:
         if not _exists(image):
             raise ImageError(
                 f"{image}: no such file",
                 hint="all but the last argument are pictures; put the question in quotes",
+                code="image.not-found",
             )
     if asked is None and len(images) > 1:
         kind = "a folder" if os.path.isdir(question) else "a file"
@@ -119,6 +130,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         raise PromptError(
             f"no question: the last argument {quoted(question)} is {kind}",
             hint="put the question last; `vlmport caption` captions several pictures",
+            code="prompt.no-question",
         )
     return images, asked
 

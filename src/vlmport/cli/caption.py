@@ -51,7 +51,11 @@ def caption(
 ) -> None:
     """Caption pictures."""
     if stream and as_json:
-        raise OptionError("--stream and --json contradict each other", hint="choose one")
+        raise OptionError(
+            "--stream and --json contradict each other",
+            hint="choose one",
+            code="option.contradiction",
+        )
     decoding["image_options"] = read_image_options(image_option, no_split)
     vlm = open_model(
         model,

@@ -143,7 +143,9 @@ class Talk:
             return True
         if name not in COMMANDS:
             raise PromptError(
-                f"unknown command {name}{did_you_mean(name, COMMANDS)}", hint="/help lists them"
+                f"unknown command {name}{did_you_mean(name, COMMANDS)}",
+                hint="/help lists them",
+                code="chat.unknown-command",
             )
         if name == "/image":
             self.picture(rest.strip())

@@ -48,14 +48,9 @@ stdout, stderr = SafeConsole(), SafeConsole(stderr=True)
 def report(error: VlmportError) -> None:
     """One line, and a hint under it, on stderr."""
     message = " ".join(str(error).splitlines())
-    say(f"{_label('error', error.code)}: {message}", style="red")
+    say(f"error[{error.code}]: {message}", style="red")
     if error.hint:
         say(f"hint: {error.hint}")
-
-
-def _label(word: str, code: str | None) -> str:
-    """'error[image.unreadable]', or the word alone for a problem without a code."""
-    return word if code is None else f"{word}[{code}]"
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -72,7 +67,7 @@ def warnings_of_ours() -> Iterator[None]:
 
         def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
             if isinstance(message, VlmportWarning):
-                say(f"{_label('warning', message.code)}: {message}")
+                say(f"warning[{message.code}]: {message}")
             else:
                 show(visible(str(message)), category, *rest)
 

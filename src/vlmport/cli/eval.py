@@ -119,7 +119,7 @@ def evaluate(
     if left_out := len(result.data.left_out):
         say(f"{left_out} pictures of the folder have no captions and were left out")
     for problem in result.unreadable.values():
-        report(ImageError(problem))
+        report(problem)
     if unrecorded is not None:
         raise unrecorded
     if record:

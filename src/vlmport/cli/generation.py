@@ -85,7 +85,9 @@ def with_decoding(command: Callable[..., None]) -> Callable[..., None]:
         given = {name: arguments.pop(name) for name in DECODING}
         if given["logprobs"] is not None and not arguments.get("as_json"):
             raise OptionError(
-                "--logprobs: nothing would show them", hint="caption and ask do, with --json"
+                "--logprobs: nothing would show them",
+                hint="caption and ask do, with --json",
+                code="option.no-effect",
             )
         command(**arguments, decoding=_read(given))
 
@@ -103,10 +105,14 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not (is_ and name):
             raise OptionError(
-                f"--option {cut(text)}: expected NAME=VALUE", hint="for example max_length=100"
+                f"--option {cut(text)}: expected NAME=VALUE",
+                hint="for example max_length=100",
+                code="option.wrong-value",
             )
         if name in given:
-            raise OptionError(f"{name} is given twice", hint="leave one of the two out")
+            raise OptionError(
+                f"{name} is given twice", hint="leave one of the two out", code="option.given-twice"
+            )
         given[name] = _json(f"--option {cut(text)}", value)
     if (early := given.get("early_stopping")) in ("true", "false"):
         given["early_stopping"] = early == "true"
@@ -115,7 +121,9 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(
-                f"--json-schema {path}: can't be read", hint="name a JSON file"
+                f"--json-schema {path}: can't be read",
+                hint="name a JSON file",
+                code="option.unreadable-file",
             ) from error
         given["json_schema"] = _json(f"--json-schema {path}", text)
     return given
@@ -126,5 +134,7 @@ def _json(where: str, text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise OptionError(
-            f"{where}: not JSON: {error}", hint="for example bad_words_ids=[[5],[17,4]]"
+            f"{where}: not JSON: {error}",
+            hint="for example bad_words_ids=[[5],[17,4]]",
+            code="option.not-json",
         ) from error

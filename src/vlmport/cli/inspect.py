@@ -42,6 +42,7 @@ def inspect(
         raise BundleError(
             f"{path}: no such file or folder",
             hint="check the path; `vlmport models` lists the built-in names",
+            code="bundle.not-found",
         )
     if is_bundle(path):
         opened = Bundle.open(path, check_hashes=probe)
@@ -53,6 +54,7 @@ def inspect(
         raise OptionError(
             f"{path}: no vlmport.json, so there is no input to probe it with",
             hint="leave out --probe, or export the bundle again",
+            code="bundle.no-manifest",
         )
     if path.is_file():
         describe_onnx(path, stdout)
@@ -80,6 +82,6 @@ def _list_files(folder: Path) -> None:
     say(f"{folder}: {what}; {len(files)} ONNX files")
     say(f"next: {shlex.join(['vlmport', 'inspect', str(files[0])])}")
     for problem in problems:
-        report(BundleError(problem, hint="download or export it again"))
+        report(problem)
     if problems:
         raise typer.Exit(BundleError.exit_code)

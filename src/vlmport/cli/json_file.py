@@ -20,11 +20,21 @@ def check_writable(path: Path) -> None:
     """Raise OptionError, before minutes of work, where --json can't be written."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise OptionError(f"--json {path}: no folder {folder}", hint="make the folder first")
+        raise OptionError(
+            f"--json {path}: no folder {folder}",
+            hint="make the folder first",
+            code="output.unwritable",
+        )
     if path.is_dir():
-        raise OptionError(f"--json {path}: a folder, expected a file", hint="name a file in it")
+        raise OptionError(
+            f"--json {path}: a folder, expected a file",
+            hint="name a file in it",
+            code="output.unwritable",
+        )
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise OptionError(f"--json {path}: not writable", hint="check its permissions")
+        raise OptionError(
+            f"--json {path}: not writable", hint="check its permissions", code="output.unwritable"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,5 +43,7 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OptionError(
-            f"--json {path}: {error.strerror or error}", hint="is the disk full?"
+            f"--json {path}: {error.strerror or error}",
+            hint="is the disk full?",
+            code="output.unwritable",
         ) from error

@@ -50,15 +50,24 @@ def _unexpected(error: BaseException) -> int:
 
 def _explain(error: BaseException) -> VlmportError:
     if isinstance(error, MemoryError):
-        return VlmportError("out of memory", hint="close other programs, or take a smaller model")
+        return VlmportError(
+            "out of memory",
+            hint="close other programs, or take a smaller model",
+            code="program.out-of-memory",
+        )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         what = f"{where}{error.strerror or error}"
-        return VlmportError(what[:500], hint="check the file, its permissions and the disk")
+        return VlmportError(
+            what[:500],
+            hint="check the file, its permissions and the disk",
+            code="program.file-error",
+        )
     text = next(iter(str(error).splitlines()), "")[:200]
     return VlmportError(
         f"unexpected {type(error).__name__}: {text}",
         hint=f"this is a defect of vlmport: report it with what {TRACEBACK}=1 shows",
+        code="program.defect",
     )
 
 

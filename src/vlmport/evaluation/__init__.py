@@ -51,8 +51,8 @@ class UnrecordedResultError(BundleError):
         report: the result.
     """
 
-    def __init__(self, message: str, *, report: Report, hint: str | None = None):
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, *, report: Report, code: str, hint: str | None = None):
+        super().__init__(message, hint=hint, code=code)
         self.report = report
 
 
@@ -100,12 +100,15 @@ def evaluate(
     """
     if pictures is None and captions is not None:
         raise EvaluationError(
-            f"captions {captions} without pictures", hint="give the folder of the pictures too"
+            f"captions {captions} without pictures",
+            hint="give the folder of the pictures too",
+            code="option.contradiction",
         )
     if pictures is not None and questions:
         raise EvaluationError(
             f"questions about {pictures}: they are about drawn scenes only",
             hint="leave out the pictures, or the questions",
+            code="option.contradiction",
         )
     # One that was opened before knows nothing of what was recorded since.
     bundle = Bundle.open(bundle.folder if isinstance(bundle, Bundle) else bundle)
@@ -171,7 +174,7 @@ def _measured(
         if progress is not None:
             progress(number * len(data) + len(texts), count * len(data), model.precision)
         if isinstance(result, VlmportError):
-            unreadable[example.name] = str(result)
+            unreadable[example.name] = result
             texts.append(None)
         else:
             texts.append(result.text.strip())  # many models begin with a space
@@ -181,6 +184,7 @@ def _measured(
         raise EvaluationError(
             f"none of the {len(data)} pictures can be captioned: {next(iter(unreadable.values()))}",
             hint="are these pictures?",
+            code="evaluation.no-captions-made",
         )
     answers = {**report.answers, model.precision: _scored(data, texts, report.metrics)}
     limit = limit_of(value for value in model.components.choice.values() if value != ANY)
@@ -213,6 +217,7 @@ def _check_it_knows_scenes(data: ExampleSet, texts: Sequence[str | None]) -> Non
             f"none of the first {len(texts)} {what} is right: without pictures of your own, eval "
             f"takes {data.name}, for models trained on such scenes",
             hint="vlmport eval BUNDLE FOLDER measures on pictures with captions of yours",
+            code="evaluation.not-trained-on-scenes",
         )
 
 
@@ -238,6 +243,7 @@ def _record(bundle: Bundle, report: Report) -> None:
             f"the figures are not of the whole set and are not written into {bundle.folder}",
             hint="mend these pictures, or take them out of the captions",
             report=report,
+            code="evaluation.incomplete",
         )
     entry = report.entry()
     key = (entry["sha256"], entry["device"])
@@ -252,4 +258,5 @@ def _record(bundle: Bundle, report: Report) -> None:
             f"{error.strerror or error}",
             hint="is the folder read-only, or the disk full? --json FILE writes them elsewhere",
             report=report,
+            code="evaluation.not-recorded",
         ) from error

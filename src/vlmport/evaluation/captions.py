@@ -38,10 +38,12 @@ def find_captions(folder: Path) -> Path:
         raise EvaluationError(
             f"{folder}: {len(found)} files of captions: {', '.join(found)}",
             hint="choose one with --captions",
+            code="captions.several-files",
         )
     raise EvaluationError(
         f"{folder}: no captions: none of {', '.join(KNOWN_FILES)} is there",
         hint=f"--captions FILE names another; these are read: {FORMS}",
+        code="captions.not-found",
     )
 
 
@@ -53,18 +55,27 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """
     readers = {".csv": _from_csv, ".jsonl": _from_json_lines, ".json": _from_json}
     if path.suffix.lower() not in readers:
-        raise EvaluationError(f"{path}: captions are read from .json, .jsonl and .csv", hint=FORMS)
+        raise EvaluationError(
+            f"{path}: captions are read from .json, .jsonl and .csv",
+            hint=FORMS,
+            code="captions.unknown-form",
+        )
     captions: dict[str, list[str]] = {}
     for where, name, given in readers[path.suffix.lower()](path):
         if not isinstance(name, str) or not name:
-            raise EvaluationError(f"{where}: a picture's name is {quoted(name)}", hint=FORMS)
+            raise EvaluationError(
+                f"{where}: a picture's name is {quoted(name)}",
+                hint=FORMS,
+                code="captions.malformed",
+            )
         captions.setdefault(name, []).extend(_texts(given, f"{where}: {name}"))
     if not captions:
-        raise EvaluationError(f"{path}: no captions in it", hint=FORMS)
+        raise EvaluationError(f"{path}: no captions in it", hint=FORMS, code="captions.missing")
     if bare := [name for name, texts in captions.items() if not texts]:
         raise EvaluationError(
             f"{path}: {len(bare)} of {len(captions)} pictures have no caption: {some_names(bare)}",
             hint="add captions, or take these pictures out",
+            code="captions.missing",
         )
     return {name: tuple(texts) for name, texts in captions.items()}
 
@@ -81,6 +92,7 @@ def _texts(given: Any, where: str) -> list[str]:
         raise EvaluationError(
             f"{where}: a caption is text or a list of texts, not {json.dumps(given)[:60]}",
             hint=FORMS,
+            code="captions.malformed",
         )
     return [text.strip() for text in texts if text.strip()]
 
@@ -102,22 +114,32 @@ def _from_coco(raw: Mapping[str, Any], path: Path) -> Iterator[Entry]:
         key, name = _fields(image, where, "id", FILE_COLUMN)
         if names.setdefault(key, name) != name:
             raise EvaluationError(
-                f"{where}: id {quoted(key)} is {quoted(names[key])} too", hint=FORMS
+                f"{where}: id {quoted(key)} is {quoted(names[key])} too",
+                hint=FORMS,
+                code="captions.malformed",
             )
         yield where, name, []  # one that no annotation names is then one without a caption
     for number, annotation in enumerate(raw["annotations"]):
         where = f"{path}: annotations[{number}]"
         key, given = _fields(annotation, where, "image_id", "caption")
         if key not in names:
-            raise EvaluationError(f"{where}: no image has the id {quoted(key)}", hint=FORMS)
+            raise EvaluationError(
+                f"{where}: no image has the id {quoted(key)}", hint=FORMS, code="captions.malformed"
+            )
         yield where, names[key], given
 
 
 def _fields(row: Any, where: str, key: str, value: str) -> tuple[Any, Any]:
     if not isinstance(row, Mapping) or key not in row or value not in row:
-        raise EvaluationError(f"{where}: expected an object with {key!r} and {value!r}", hint=FORMS)
+        raise EvaluationError(
+            f"{where}: expected an object with {key!r} and {value!r}",
+            hint=FORMS,
+            code="captions.malformed",
+        )
     if not isinstance(row[key], str | int):
-        raise EvaluationError(f"{where}: {key!r} is {quoted(row[key])}", hint=FORMS)
+        raise EvaluationError(
+            f"{where}: {key!r} is {quoted(row[key])}", hint=FORMS, code="captions.malformed"
+        )
     return row[key], row[value]
 
 
@@ -129,9 +151,13 @@ def _from_json_lines(path: Path) -> Iterator[Entry]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{where}: not JSON: {error}", hint=FORMS) from error
+            raise EvaluationError(
+                f"{where}: not JSON: {error}", hint=FORMS, code="captions.malformed"
+            ) from error
         if not isinstance(row, Mapping):
-            raise EvaluationError(f"{where}: not an object: {line[:60]}", hint=FORMS)
+            raise EvaluationError(
+                f"{where}: not an object: {line[:60]}", hint=FORMS, code="captions.malformed"
+            )
         column = _text_column(row, where)
         yield where, row[FILE_COLUMN], row[column]
 
@@ -150,11 +176,14 @@ def _from_csv(path: Path) -> Iterator[Entry]:
                 raise EvaluationError(
                     f"{where}: {len(row)} columns, the first line has {len(header)}",
                     hint='a caption with a comma stands in "quotes"',
+                    code="captions.malformed",
                 )
             yield where, row[name], row[column]
     except csv.Error as error:
         raise EvaluationError(
-            f"{path}, line {rows.line_num}: not CSV: {error}", hint="is a quote open?"
+            f"{path}, line {rows.line_num}: not CSV: {error}",
+            hint="is a quote open?",
+            code="captions.malformed",
         ) from error
 
 
@@ -163,7 +192,9 @@ def _text_column(columns: Iterable[str], where: str) -> str:
     names = list(columns)
     if FILE_COLUMN not in names:
         raise EvaluationError(
-            f"{where}: no {FILE_COLUMN!r} among {some_names(map(str, names))}", hint=FORMS
+            f"{where}: no {FILE_COLUMN!r} among {some_names(map(str, names))}",
+            hint=FORMS,
+            code="captions.malformed",
         )
     others = [name for name in names if name != FILE_COLUMN]
     known = [name for name in others if name in TEXT_COLUMNS]
@@ -173,6 +204,7 @@ def _text_column(columns: Iterable[str], where: str) -> str:
     raise EvaluationError(
         f"{where}: which column is the caption? It has {some_names(map(str, others))}",
         hint="name one of them text, and no other caption or captions",
+        code="captions.malformed",
     )
 
 
@@ -181,4 +213,6 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise EvaluationError(f"{path}: can't be read: {reason}", hint="is it UTF-8?") from error
+        raise EvaluationError(
+            f"{path}: can't be read: {reason}", hint="is it UTF-8?", code="captions.unreadable"
+        ) from error

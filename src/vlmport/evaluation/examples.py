@@ -136,7 +136,11 @@ def captioned_pictures(
     folder, limit = Path(folder).expanduser(), _checked(limit)
     if not folder.is_dir():
         what = "a file, expected a folder" if folder.exists() else "no such folder"
-        raise EvaluationError(f"{folder}: {what}", hint="give the folder that holds the pictures")
+        raise EvaluationError(
+            f"{folder}: {what}",
+            hint="give the folder that holds the pictures",
+            code="evaluation.no-folder",
+        )
     file = find_captions(folder) if captions is None else Path(captions).expanduser()
     listed = read_captions(file)
     if missing := [name for name in listed if not (folder / name).is_file()]:
@@ -144,12 +148,14 @@ def captioned_pictures(
             f"{file}: {len(missing)} of {len(listed)} pictures are not in {folder}: "
             f"{some_names(missing)}",
             hint="names are relative to the folder; add the files, or take out their captions",
+            code="captions.image-missing",
         )
     bare = _without_captions(folder, listed)
     if bare and captions is None:
         raise EvaluationError(
             f"{file}: {len(bare)} pictures of the folder have no caption: {some_names(bare)}",
             hint="caption them or move them away; --captions FILE leaves them out",
+            code="captions.missing",
         )
     examples = [Example(name, (folder / name,), texts) for name, texts in listed.items()]
     return ExampleSet(folder.resolve().name, tuple(examples[:limit]), tuple(bare))
@@ -167,5 +173,7 @@ def _without_captions(folder: Path, listed: dict[str, tuple[str, ...]]) -> list[
 
 def _checked(limit: int | None) -> int | None:
     if limit is not None and limit < 1:
-        raise OptionError(f"limit={limit}: expected at least 1", hint="None takes all")
+        raise OptionError(
+            f"limit={limit}: expected at least 1", hint="None takes all", code="option.wrong-value"
+        )
     return limit

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vlmport.errors import VlmportError
 from vlmport.evaluation.examples import ExampleSet
 from vlmport.evaluation.scores import METRICS, Metric
 from vlmport.precisions import SUFFIXES
@@ -47,7 +48,7 @@ class Report:
 
     Attributes:
         answers: precision (or mix) → what it said, in the order of the run.
-        unreadable: picture → why it was left out.
+        unreadable: picture → the error that left it out.
         limits: precision → points that it may lose to fp32.
         programs: those that measured, with versions.
         recorded: figures of an earlier run over the same pictures on the same device, for what
@@ -60,7 +61,7 @@ class Report:
     device: str
     programs: tuple[str, ...]
     answers: Mapping[str, Answers]
-    unreadable: Mapping[str, str]
+    unreadable: Mapping[str, VlmportError]
     limits: Mapping[str, float]
     recorded: Figures = field(default_factory=dict)
     recorded_by: str = ""
@@ -125,7 +126,7 @@ class Report:
             "figures": self.measured,
             "passed": self.passed,
             "losses": [loss.to_json() for loss in self.losses],
-            "unreadable": dict(self.unreadable),
+            "unreadable": {name: one.to_json() for name, one in self.unreadable.items()},
             "left_out": list(self.data.left_out),
             "examples": [self._example(number) for number in range(len(self.data))],
         }

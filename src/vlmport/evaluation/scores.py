@@ -64,6 +64,7 @@ def rouge_l(captions: Sequence[str], references: References) -> list[float]:
             f"ROUGE-L reads the letters a to z and digits only, and {len(blank)} reference "
             f"captions have none: {some_names(blank, limit=3)}",
             hint="measure another script with --metric cider-d",
+            code="metric.not-applicable",
         )
     scorer = RougeScorer(["rougeL"])
     return [
@@ -82,6 +83,7 @@ def cider_d(captions: Sequence[str], references: References) -> list[float]:
         raise EvaluationError(
             "CIDEr-D of one picture is 0 by definition: it counts how rare words are",
             hint="give more pictures, or take --metric rouge-l",
+            code="metric.not-applicable",
         )
     split = TreebankWordTokenizer().tokenize
 
@@ -113,6 +115,7 @@ def parse_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
             raise OptionError(
                 f"no metric {quoted(name)}{did_you_mean(name, METRICS)}",
                 hint=f"choose from {', '.join(METRICS).replace('_', '-')}",
+                code="metric.unknown",
             )
         metrics.append(METRICS[name])
     for metric in metrics:
@@ -120,5 +123,6 @@ def parse_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
             raise DependencyError(
                 f"{metric.title} needs {' and '.join(missing)}, not installed here",
                 hint=f'pip install "vlmport[{metric.extra}]"',
+                code="dependency.missing",
             )
     return tuple(metrics)

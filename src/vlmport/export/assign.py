@@ -172,6 +172,7 @@ def _load(tensor: LazyTensor) -> np.ndarray:
         raise WeightError(
             f"{tensor.name!r} holds infinite or undefined values",
             hint="the training diverged or the file is damaged; nothing was exported",
+            code="weights.not-finite",
         )
     return array
 

@@ -136,6 +136,7 @@ def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
         raise ExportError(
             f"unknown layout {name!r}{did_you_mean(name, layouts)}",
             hint=f"a model of the family {family.name!r} has: {', '.join(layouts)}",
+            code="layout.unknown",
         )
     layout = layouts[name]
     if isinstance(layout, SizedLayout):
@@ -144,6 +145,7 @@ def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
         raise ExportError(
             f"layout {name!r} has no one image size",
             hint="leave out the image size: its graphs process pictures by themselves",
+            code="layout.wrong-image-size",
         )
     return layout
 

@@ -151,10 +151,12 @@ def _explain(error: OSError, out: Path) -> ExportError:
         return ExportError(
             f"{out}: the disk is full; nothing was left there",
             hint="free some space or export to another disk",
+            code="export.disk-full",
         )
     return ExportError(
         f"{error.filename or out}: {error.strerror or error}; nothing was left at {out}",
         hint="check the permissions, or choose another folder",
+        code="export.unwritable",
     )
 
 
@@ -162,25 +164,39 @@ def check_target(out: Path, *, force: bool) -> None:
     """Refuse early what would fail late. Raises ExportError."""
     for parent in out.parents:
         if parent.exists() and not parent.is_dir():
-            raise ExportError(f"{parent}: is a file, expected a folder", hint="choose another name")
+            raise ExportError(
+                f"{parent}: is a file, expected a folder",
+                hint="choose another name",
+                code="export.not-a-folder",
+            )
     if not out.exists():
         return
     if not out.is_dir():
-        raise ExportError(f"{out}: is a file, expected a folder", hint="choose another name")
+        raise ExportError(
+            f"{out}: is a file, expected a folder",
+            hint="choose another name",
+            code="export.not-a-folder",
+        )
     if not any(out.iterdir()):
         return
     if not (out / MANIFEST).is_file():
         raise ExportError(
             f"{out}: not empty and not a bundle; nothing in it is touched",
             hint="choose a new folder",
+            code="export.folder-not-empty",
         )
     if not force:
-        raise ExportError(f"{out}: there is a bundle already", hint="--force overwrites it")
+        raise ExportError(
+            f"{out}: there is a bundle already",
+            hint="--force overwrites it",
+            code="export.bundle-exists",
+        )
     if foreign := _foreign(out):
         raise ExportError(
             f"{out}: holds {len(foreign)} files that are not the bundle's, so it is not "
             f"overwritten: {some_names(foreign, limit=4)}",
             hint="move them away, or export to a new folder",
+            code="export.folder-not-empty",
         )
 
 
@@ -198,6 +214,7 @@ def check_space(out: Path, needed: int) -> None:
         raise ExportError(
             f"{out}: the disk is full: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
             hint="free some space or export to another disk",
+            code="export.disk-full",
         )
 
 

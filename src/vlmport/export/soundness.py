@@ -48,6 +48,7 @@ def check_prompt(bundle: Bundle) -> None:
         raise ExportError(
             f"the prompt for a caption holds no picture: {error}",
             hint=f"does the checkpoint's tokenizer cut {spec.image_placeholder!r} into pieces?",
+            code="export.prompt-without-image",
         ) from error
 
 
@@ -68,6 +69,7 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
                 f"{precision}: {component}: {len(beyond)} of {len(magnitudes)} tensors come "
                 f"near what float16 holds (limit {LIMIT:.0f}): {named}",
                 hint="export this model as fp32, q8 or q4",
+                code="export.near-float16-limit",
             )
         largest[component] = max(magnitudes.values(), default=0.0)
     return largest

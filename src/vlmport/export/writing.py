@@ -77,12 +77,14 @@ def parse_size(text: str | int) -> int:
         raise ExportError(
             f"size {str(text)[:40]!r}: expected a number of bytes, such as 500MB",
             hint="units are KB, MB, GB, KiB, MiB and GiB",
+            code="export.wrong-file-size",
         )
     if size > DATA_FILE_BYTES:
         raise ExportError(
             f"size {str(text)[:40]!r}: a file of weights may hold {DATA_FILE_BYTES} bytes (2GB), "
             "more than which browsers don't hold in one piece",
             hint="leave the size out: that makes as few files as all clients can open",
+            code="export.wrong-file-size",
         )
     return size
 
@@ -111,7 +113,9 @@ def write_model(job: Job, folder: Path, room: int | None = None) -> None:
     except onnx.checker.ValidationError as error:
         line = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"{job.file}: not a valid ONNX graph: {line}", hint="please report this"
+            f"{job.file}: not a valid ONNX graph: {line}",
+            hint="please report this",
+            code="export.invalid-graph",
         ) from error
 
 
@@ -160,6 +164,7 @@ def _move_weights_out(graph: ir.Graph, path: Path, most: int) -> None:
             hint="allow larger ones"
             if most < DATA_FILE_BYTES
             else "choose a precision of fewer bits: larger files fit into no browser",
+            code="export.too-many-files",
         )
     for number, values in enumerate(part for part in parts if part):
         name = data_file(path.name, number)

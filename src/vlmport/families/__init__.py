@@ -31,11 +31,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
             f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is {other[0]}, which is "
             "not supported",
             hint=other[1],
+            code="model.unsupported",
         )
     if (family := by_type.get(checkpoint.model_type)) is None:
         raise ConfigError(
             f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is not supported"
             f"{did_you_mean(checkpoint.model_type, by_type)}",
             hint=f"supported: {', '.join(by_type)}",
+            code="model.unsupported",
         )
     return family.read(checkpoint)

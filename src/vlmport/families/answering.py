@@ -117,6 +117,7 @@ class AnsweringFamily(Family):
             raise ConfigError(
                 f"{CONFIG}: {'; '.join(wrong)}",
                 hint="config.json and the tokenizer must come from one model",
+                code="config.contradiction",
             )
 
     # Weights

@@ -136,6 +136,7 @@ def _stop_ids(
         raise ConfigError(
             f"{file}: eos_token_id is {eos!r}, expected an id or a list of ids",
             hint="without a stop token no caption would end",
+            code="config.wrong-value",
         )
     return tuple(dict.fromkeys(ids))
 

@@ -132,6 +132,7 @@ class Idefics3(AnsweringFamily):
             raise ConfigError(
                 f"{CONFIG}: text_config.model_type={text['model_type']!r} (supported: 'llama')",
                 hint="vlmport exports these models with a Llama-type decoder",
+                code="config.unsupported-value",
             )
         config = read_config(Idefics3Config, raw, CONFIG)
         vision = Idefics3VisionConfig.read(
@@ -167,6 +168,7 @@ class Idefics3(AnsweringFamily):
                 f"{PROCESSOR}: image_seq_len {said}, the tower gives {self.tokens.count} features "
                 "a tile",
                 hint=f"it is the patches of {PREPROCESSOR}'s max_image_size by scale_factor²",
+                code="config.contradiction",
             )
 
     # Weights
@@ -187,6 +189,7 @@ class Idefics3(AnsweringFamily):
             raise WeightError(
                 f"{POSITIONS!r}: {list(table.shape)}, expected {list(expected)}",
                 hint="config.json and the weights must come from one model",
+                code="weights.misshapen",
             )
         rows = bucketed_positions(self.tower.side, self.vision.side)
         return {**tensors, POSITIONS: PickedRows(table, rows)}
@@ -308,5 +311,6 @@ def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: i
             f"{PREPROCESSOR}: tiles of {side} pixels are {patches} patches of {vision.patch_size} "
             f"a side, not a multiple of {CONFIG}'s scale_factor {factor}",
             hint="is a file of another model?",
+            code="config.contradiction",
         )
     return (patches // factor) ** 2

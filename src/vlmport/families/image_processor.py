@@ -26,5 +26,6 @@ def read_image_processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str
         raise ConfigError(
             f"{checkpoint.folder}: no {PREPROCESSOR}, and no image_processor in {PROCESSOR}",
             hint="save the processor too: AutoProcessor.from_pretrained(…).save_pretrained(folder)",
+            code="checkpoint.no-image-processor",
         )
     return raw, where

@@ -331,6 +331,7 @@ def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{CONFIG}: {'; '.join(wrong)}",
             hint="vlmport exports prefix captioners of a SigLIP encoder and a Llama-type decoder",
+            code="config.unsupported-value",
         )
 
 
@@ -343,5 +344,6 @@ def _pixel_config(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> PixelCon
         raise ConfigError(
             f"{where}: size {size}, expected {expected} x {expected}, the encoder's image_size",
             hint="make the two files agree",
+            code="config.contradiction",
         )
     return read_config(PixelConfig, raw, where)

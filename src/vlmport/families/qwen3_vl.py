@@ -55,6 +55,7 @@ class Qwen3VL(QwenVL):
                 f"{where}: num_hidden_layers {text.num_hidden_layers} are fewer than the {lanes} "
                 "deepstack_visual_indexes of vision_config",
                 hint="each is added after a layer of its own; is the file of another model?",
+                code="config.contradiction",
             )
         return replace(text, deepstack_lanes=lanes)
 

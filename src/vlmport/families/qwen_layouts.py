@@ -60,6 +60,7 @@ def _fused_at(family: QwenVL, size: ImageSize) -> Layout:
             f"image size {size}: {tokens} tokens, the context has "
             f"{family.text.max_position_embeddings}, of which a question needs some",
             hint="choose a smaller size",
+            code="layout.wrong-image-size",
         )
     return Layout(
         fixed_graphs=lambda: {"image_processor": _image_processor(family, size)},
@@ -88,6 +89,7 @@ def _grid(family: QwenVL, size: ImageSize) -> tuple[int, int]:
         raise ExportError(
             f"image size {size}: both sides must be multiples of {factor}, what one token covers",
             hint=f"such as {ImageSize(width, height)}",
+            code="layout.wrong-image-size",
         )
     return size.height // patching.size, size.width // patching.size
 

@@ -56,6 +56,7 @@ class PixelConfig:
                 f"{where}: at least {config.min_pixels} pixels (min_pixels, size.shortest_edge), "
                 f"at most {config.max_pixels} (max_pixels, size.longest_edge)",
                 hint="no picture has both; the second must not be less",
+                code="config.contradiction",
             )
         return config
 

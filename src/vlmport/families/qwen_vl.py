@@ -164,12 +164,14 @@ class QwenVL(AnsweringFamily):
             raise ConfigError(
                 f"{CONFIG}'s vision_config and {PREPROCESSOR}: {', '.join(wrong)}",
                 hint="both files must come from one model",
+                code="config.contradiction",
             )
         if vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
                 f"{CONFIG}: out_hidden_size {vision.out_hidden_size} of the tower, hidden_size "
                 f"{self.text.hidden_size} of the decoder",
                 hint="is the file of another model?",
+                code="config.contradiction",
             )
 
     # Weights

@@ -24,6 +24,7 @@ def tile_tokens(tokenizer: Tokenizer, tiling: Tiling, count: int) -> TileTokens:
             f"rows and columns of tiles",
             hint="preprocessor_config.json's size and max_image_size say how many; are all files "
             "of one model?",
+            code="tokenizer.missing-tokens",
         )
     markers = np.array([single[name][0] for name in names], np.int64).reshape(most, most)
     return TileTokens(

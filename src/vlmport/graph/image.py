@@ -53,6 +53,7 @@ def _check_numbers(scale: float, mean: Sequence[float], std: Sequence[float]) ->
             f"preprocessor_config.json: rescale_factor {scale:.3g}, image_mean {list(mean)} and "
             f"image_std {list(std)} make no numbers of pixels",
             hint="rescale_factor and image_std must not be 0; 1/255 and 0.5 are common",
+            code="config.wrong-value",
         )
 
 

@@ -77,6 +77,7 @@ class LlamaConfig:
             raise ConfigError(
                 f"{where}: rope_theta {self.rope_theta:g}, expected more than 0",
                 hint="is the file of another model? 10000 is the usual base",
+                code="config.wrong-value",
             )
         if self.mrope_section and 2 * sum(self.mrope_section) != self.head_size:
             raise ConfigError(
@@ -84,11 +85,13 @@ class LlamaConfig:
                 f"{sum(self.mrope_section)} frequencies, head_dim {self.head_size} has "
                 f"{self.head_size // 2}",
                 hint="is the file of another model?",
+                code="config.contradiction",
             )
         if self.deepstack_lanes > self.num_hidden_layers:
             raise ConfigError(
                 f"{where}: {self.deepstack_lanes} DeepStack lanes, {self.num_hidden_layers} layers",
                 hint="each is added after a layer of its own",
+                code="config.contradiction",
             )
 
     def check_heads(self, where: str) -> None:
@@ -98,17 +101,20 @@ class LlamaConfig:
                 f"{where}: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.heads}",
                 hint="set head_dim",
+                code="config.contradiction",
             )
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"{where}: num_attention_heads {self.heads} is not a multiple of "
                 f"num_key_value_heads {self.kv_heads}",
                 hint="each key-value head serves the same number of heads",
+                code="config.contradiction",
             )
         if self.head_size % 8:
             raise ConfigError(
                 f"{where}: head_dim {self.head_size}, expected a multiple of 8",
                 hint="ONNX Runtime's GroupQueryAttention takes no other",
+                code="config.unsupported-value",
             )
 
     @property
@@ -142,6 +148,7 @@ class LlamaConfig:
                 f"{where}: rope_type={', '.join(sorted({*map(repr, kinds)}))}, expected "
                 f"{' or '.join(map(repr, cls.rope_types))}",
                 hint="scaled rotary embeddings are not supported yet",
+                code="config.unsupported-value",
             )
         return agreed("rope_theta", [*sections, raw], where)
 
@@ -153,5 +160,6 @@ def agreed(key: str, sections: list[Mapping[str, Any]], where: str) -> dict[str,
         raise ConfigError(
             f"{where}: {key} is given as {', '.join(map(repr, values))}",
             hint=f"rope_parameters, rope_scaling and {key} must agree",
+            code="config.contradiction",
         )
     return {key: values[0]} if values else {}

@@ -57,6 +57,7 @@ class Resample(enum.IntEnum):
         raise ConfigError(
             f"resample: expected {known}, got {value!r}",
             hint="the model was trained with a filter that vlmport does not write",
+            code="config.unsupported-value",
         )
 
 

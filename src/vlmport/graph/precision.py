@@ -82,5 +82,6 @@ def parse_precisions(names: str | Iterable[str]) -> tuple[Precision, ...]:
         raise ExportError(
             f"unknown precision {what}" if unknown else "no precision named",
             hint=f"choose from {', '.join(PRECISIONS)}",
+            code="precision.unknown",
         )
     return tuple(PRECISIONS[name] for name in wanted)

@@ -65,6 +65,7 @@ class Qwen2_5VisionConfig(QwenVisionConfig):  # noqa: N801, the version is part 
                 f"{where}: window_size {self.window_size} is less than spatial_merge_size "
                 f"{self.spatial_merge_size} patches of {self.patch_size}",
                 hint=HINT,
+                code="config.contradiction",
             )
 
     @property

@@ -70,6 +70,7 @@ class Qwen3VisionConfig(QwenVisionConfig):
                 f"{where}: deepstack_visual_indexes {list(layers)}, expected different layers "
                 f"below {self.depth}",
                 hint=HINT,
+                code="config.wrong-value",
             )
 
     @property

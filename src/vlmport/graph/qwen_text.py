@@ -31,6 +31,7 @@ class MropeConfig(LlamaConfig):
                 f"{where}: mrope_interleaved={said['mrope_interleaved']!r}, expected "
                 f"{cls.mrope_interleaved}",
                 hint="is the file of another model?",
+                code="config.unsupported-value",
             )
         return super()._rope(raw, where) | agreed("mrope_section", sections, where)
 

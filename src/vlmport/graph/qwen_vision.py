@@ -51,7 +51,9 @@ class QwenVisionConfig:
         kind = rope.get("rope_type", "axial")
         if kind not in ("axial", "default"):  # of which transformers makes the first
             raise ConfigError(
-                f"{where}: rope_parameters: rope_type={kind!r}, expected 'axial'", hint=HINT
+                f"{where}: rope_parameters: rope_type={kind!r}, expected 'axial'",
+                hint=HINT,
+                code="config.unsupported-value",
             )
         theta = {key: rope[key] for key in ("rope_theta",) if key in rope}
         config = read_config(cls, {**raw, **theta}, where)
@@ -65,9 +67,12 @@ class QwenVisionConfig:
                 f"{where}: hidden_size {self.hidden_size} by num_heads {self.num_heads} is "
                 f"{self.hidden_size / self.num_heads:g}, expected a multiple of 4",
                 hint=f"half of a head turns with the row, half with the column; {HINT}",
+                code="config.unsupported-value",
             )
         if self.rope_theta <= 0:
-            raise ConfigError(f"{where}: rope_theta {self.rope_theta:g}", hint=HINT)
+            raise ConfigError(
+                f"{where}: rope_theta {self.rope_theta:g}", hint=HINT, code="config.wrong-value"
+            )
 
     @property
     def head_size(self) -> int:

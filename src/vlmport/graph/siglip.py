@@ -52,18 +52,21 @@ class SiglipVisionConfig:
                 f"{where}: hidden_size {config.hidden_size} is not a multiple of "
                 f"num_attention_heads {config.num_attention_heads}",
                 hint="is the file of another model?",
+                code="config.contradiction",
             )
         if config.image_size < config.patch_size:
             raise ConfigError(
                 f"{where}: image_size {config.image_size} is less than patch_size "
                 f"{config.patch_size}",
                 hint="is the file of another model?",
+                code="config.contradiction",
             )
         if config.num_patches > MAX_PATCHES:
             raise ConfigError(
                 f"{where}: image_size {config.image_size} and patch_size {config.patch_size} make "
                 f"{config.num_patches} patches, at most {MAX_PATCHES} are meant",
                 hint="is the file of another model?",
+                code="config.unsupported-value",
             )
         return config
 

@@ -293,4 +293,5 @@ def refuse_several(options: GenerationOptions) -> None:
         raise OptionError(
             "several sequences can't be streamed: which is best is known at the end",
             hint="leave num_beams and num_return_sequences out, or call generate",
+            code="option.contradiction",
         )

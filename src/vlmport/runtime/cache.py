@@ -110,6 +110,7 @@ class KeyValueCache:
             raise PromptError(
                 f"{length} tokens, the model's context is {self.limit}",
                 hint="fewer or smaller pictures, or a shorter prompt",
+                code="prompt.too-long",
             )
         if length > self.capacity:
             self._grow(self.rows, min(self.limit, max(length, 2 * self.capacity)))
@@ -329,6 +330,7 @@ class KeyValueCache:
             raise BundleError(
                 f"the decoder can't run: {first_line(error)}",
                 hint="`vlmport inspect --probe` says whether this device runs this bundle",
+                code="bundle.run-failed",
             ) from error
 
     def _with_batch(

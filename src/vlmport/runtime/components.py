@@ -132,11 +132,13 @@ class Components:
                 raise BundleError(
                     f"{DECODER}: takes positions on three axes, which no component gives",
                     hint=AGAIN,
+                    code="bundle.wrong-graph",
                 )
             if decoder.vocab_size != (expected := self.manifest.dims.vocab_size):
                 raise BundleError(
                     f"{DECODER}: scores {decoder.vocab_size} tokens, vlmport.json says {expected}",
                     hint=AGAIN,
+                    code="bundle.wrong-graph",
                 )
             self._decoder = decoder
             return decoder
@@ -186,6 +188,7 @@ class Components:
                 f"{VISION}: input {missing[0]!r} is not made by the image processor, which gives "
                 f"{', '.join(inputs)}",
                 hint="export the bundle again",
+                code="bundle.wrong-graph",
             )
         feeds = {name: inputs[name] for name in names}
         parts = _one_by_one(session, feeds) if self.device == HOST else [feeds]
@@ -272,6 +275,7 @@ class Components:
                     f"{DECODER}: {name} grew from {past[name].shape[2]} to {present.shape[2]} "
                     f"after {S} tokens",
                     hint="export the bundle again",
+                    code="bundle.wrong-graph",
                 )
         return logits.astype(np.float32, copy=False), grown
 
@@ -292,6 +296,7 @@ def merge_image_features(
         raise PromptError(
             f"{len(at)} image tokens in the prompt, {len(features)} features",
             hint="is every picture's placeholder in the prompt, and no image token by hand?",
+            code="prompt.feature-count",
         )
     merged = embeds.copy()
     if not len(at):
@@ -300,6 +305,7 @@ def merge_image_features(
         raise PromptError(
             f"features are {features.shape[1]} wide, embeddings {embeds.shape[1]}",
             hint="do all files belong to one bundle?",
+            code="prompt.feature-width",
         )
     merged[at] = features
     return merged
@@ -315,12 +321,15 @@ def _run(
         return [np.asarray(value) for value in session.run(names, feeds)]
     except ORT_ERRORS as error:
         if (refused := refusal(error)) is not None:
-            raise PromptError(f"{component}: {refused[0]}", hint=refused[1]) from error
+            raise PromptError(
+                f"{component}: {refused[0]}", hint=refused[1], code="prompt.refused"
+            ) from error
         if is_out_of_memory(error):
             raise out_of_memory(component, error) from error
         raise BundleError(
             f"{component} can't run: {first_line(error)}",
             hint="`vlmport inspect --probe` says whether this device runs this bundle",
+            code="bundle.run-failed",
         ) from error
 
 

@@ -242,6 +242,7 @@ class Conversation:
             raise PromptError(
                 f"a question is a text, got {type(question).__name__}",
                 hint='ask("…", images=[…])',
+                code="prompt.wrong-value",
             )
         if question is not None:
             parts = [{"type": "image"} for _ in (*attached, *images)]
@@ -254,6 +255,7 @@ class Conversation:
             raise PromptError(
                 f"a caption is asked for by {len(asked)} messages, a question is one",
                 hint="give a question",
+                code="conversation.needs-question",
             )
         (message,) = _checked(asked, [*attached, *images])
         return message
@@ -267,6 +269,7 @@ class Conversation:
             raise PromptError(
                 "the conversation went on while this answer was made",
                 hint="read a stream to its end, or close it, before the next question",
+                code="conversation.went-on",
             )
         answer = self._asker.history(turn.prompt)
         said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}

@@ -64,6 +64,7 @@ class Decoder:
                 f"{where}: no {unknown[0] if unknown else 'logits'}; it has "
                 f"{', '.join(inputs)} → {', '.join(outputs)}",
                 hint="export the bundle again",
+                code="bundle.wrong-graph",
             )
         logits = outputs["logits"]
         shape = logits.shape or [None]
@@ -106,7 +107,9 @@ def _pair_cache(
     if lonely or not pasts:
         named = ", ".join(lonely[:4]) or f"nothing begins with {layout.past!r}"
         raise BundleError(
-            f"{where}: cache tensors without a partner: {named}", hint="export the bundle again"
+            f"{where}: cache tensors without a partner: {named}",
+            hint="export the bundle again",
+            code="bundle.wrong-graph",
         )
     ports = []
     for name in pasts:
@@ -134,5 +137,6 @@ def _dtype(value: Any, where: str) -> np.dtype:
         raise BundleError(
             f"{where}: {value.name} is {value.type}, which numpy can't hold",
             hint="export the bundle in another precision",
+            code="bundle.wrong-graph",
         )
     return DTYPES[value.type]

@@ -223,4 +223,5 @@ def check_room(components: Components, request: Request) -> None:
             f"{request.max_new_tokens} tokens after {request.length}, the model's context is "
             f"{components.manifest.dims.context_length}",
             hint=f"at most {room}",
+            code="prompt.too-long",
         )

@@ -67,6 +67,7 @@ def golden_image(golden: Golden) -> UInt8[np.ndarray, "H W 3"]:
         raise BundleError(
             f"golden.image: not {image.height}x{image.width}x3 bytes: {error}",
             hint="export the bundle again",
+            code="bundle.wrong-golden",
         ) from error
 
 
@@ -77,6 +78,7 @@ def check_fits(graphs: Graphs, tokens: int) -> None:
         raise BundleError(
             f"the golden input takes {tokens} tokens, the context is {limit}",
             hint="export the bundle again",
+            code="bundle.wrong-golden",
         )
 
 

@@ -37,6 +37,7 @@ class GrammarTokenizer:
             raise OptionError(
                 "this model has no stop token, with which a text under a grammar ends",
                 hint="leave json_schema and regex out",
+                code="option.not-for-this-model",
             )
         try:
             plain = Tokenizer.from_str(tokenizer.to_str())
@@ -47,6 +48,7 @@ class GrammarTokenizer:
             raise OptionError(
                 f"llguidance can't read this model's tokenizer: {cut(str(error))}",
                 hint="this model can't be held to a grammar",
+                code="option.not-for-this-model",
             ) from error
         self.vocab_size = vocab_size
 
@@ -66,11 +68,19 @@ class Grammar:
         self._said, self._vocab_size = said, tokenizer.vocab_size
         first = library.LLMatcher(tokenizer.native, source, log_level=0, limits=limits)
         if first.is_error():
-            raise OptionError(f"{said}: {_reason(first)}", hint="llguidance's documents say more")
+            raise OptionError(
+                f"{said}: {_reason(first)}",
+                hint="llguidance's documents say more",
+                code="grammar.invalid",
+            )
         self._matchers: dict[tuple[int, ...], llguidance.LLMatcher | None] = {(): first}
         first.compute_bitmask()
         if first.is_error():
-            raise OptionError(f"{said}: no text fits it", hint="do parts of it contradict?")
+            raise OptionError(
+                f"{said}: no text fits it",
+                hint="do parts of it contradict?",
+                code="grammar.unsatisfiable",
+            )
 
     def fresh(self) -> Grammar:
         """The same for another request; nothing is compiled again."""
@@ -92,7 +102,11 @@ class Grammar:
         if matcher.is_error():
             if "NoExtension" in matcher.get_error():
                 return np.zeros(self._vocab_size, np.bool_)
-            raise OptionError(f"{self._said}: {_reason(matcher)}", hint="make it simpler")
+            raise OptionError(
+                f"{self._said}: {_reason(matcher)}",
+                hint="make it simpler",
+                code="grammar.too-complex",
+            )
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
 
     def accepts(self, tokens: Sequence[int]) -> bool:
@@ -148,7 +162,9 @@ def _library() -> Any:
         import llguidance
     except ImportError as error:
         raise DependencyError(
-            "json_schema and regex need llguidance", hint="pip install 'vlmport[grammar]'"
+            "json_schema and regex need llguidance",
+            hint="pip install 'vlmport[grammar]'",
+            code="dependency.missing",
         ) from error
     return llguidance
 

@@ -115,6 +115,7 @@ def check_logits(logits: Float32[np.ndarray, "n V"], tops: Sequence[int], place:
         raise DeviceError(
             f"the decoder's scores are not finite at token {place}",
             hint="`vlmport inspect --probe` tries this device; another precision may work",
+            code="device.not-finite",
         )
 
 
@@ -124,4 +125,5 @@ def nothing_left(place: int) -> OptionError:
         f"the options leave no token to choose at token {place}",
         hint="of those that forbid tokens (bad words, suppress_tokens, no_repeat_ngram_size, "
         "min_new_tokens, a grammar) leave one out",
+        code="option.no-token-left",
     )

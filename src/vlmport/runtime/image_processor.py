@@ -55,6 +55,7 @@ def process_image(
         raise BundleError(
             f"{IMAGE}: no output 'prompt_ids'; it has {', '.join(outputs)}",
             hint="export the bundle again",
+            code="bundle.wrong-graph",
         )
     prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
     return ProcessedImage({name: np.asarray(value) for name, value in outputs.items()}, prompt_ids)
@@ -83,6 +84,7 @@ def option_feeds(
             raise OptionError(
                 f"image option {name}={quoted(value)}: expected {known[name].type}",
                 hint="in JSON: true, false, 5, 0.5 or [5, 7]",
+                code="option.wrong-value",
             )
         feeds[name] = given.astype(dtype)
     return feeds

@@ -105,16 +105,20 @@ class LayoutGraphs:
             values = session.run(None, dict(feeds))
         except ORT_ERRORS as error:
             if (refused := refusal(error)) is not None:
-                raise PromptError(f"{component}: {refused[0]}", hint=refused[1]) from error
+                raise PromptError(
+                    f"{component}: {refused[0]}", hint=refused[1], code="prompt.refused"
+                ) from error
             raise BundleError(
                 f"{component} can't run: {first_line(error)}",
                 hint="`vlmport inspect --probe` says whether this device runs this bundle",
+                code="bundle.run-failed",
             ) from error
         names = [one.name for one in session.get_outputs()]
         if (expected := self.outputs[component]) not in names:
             raise BundleError(
                 f"{component}: no output {expected!r}; it has {', '.join(names)}",
                 hint="export the bundle again",
+                code="bundle.wrong-graph",
             )
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
@@ -133,5 +137,6 @@ class LayoutGraphs:
             raise BundleError(
                 f"{component}: no output {names.present + '…'!r}; it has {', '.join(values)}",
                 hint="export the bundle again",
+                code="bundle.wrong-graph",
             )
         return cache

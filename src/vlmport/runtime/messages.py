@@ -64,6 +64,7 @@ def check_messages(
         raise PromptError(
             f"messages must be a list of at least one message, got {_kind(messages)}",
             hint='[{"role": "user", "content": [{"type": "image"}]}]',
+            code="prompt.wrong-value",
         )
     check_images(images)
     found: list[_Image] = []
@@ -94,6 +95,7 @@ def check_images(images: Any) -> None:
         raise PromptError(
             f"images must be a list of pictures, got {_one_picture(images)}",
             hint="put it into a list: images=[…]",
+            code="prompt.wrong-value",
         )
 
 
@@ -103,12 +105,14 @@ def _parts(message: Any, where: str, options: Collection[str]) -> list[dict[str,
         raise PromptError(
             f"{where}: expected role and content, got {_kind(message)}",
             hint='{"role": "user", "content": "…"}',
+            code="prompt.wrong-value",
         )
     if message["role"] not in ROLES:
         raise PromptError(
             f"{where}: role {quoted(message['role'])} is unknown"
             f"{did_you_mean(str(message['role']), ROLES)}",
             hint=f"one of {', '.join(ROLES)}",
+            code="prompt.unknown-role",
         )
     content = message["content"]
     if content is None and message.get("tool_calls"):  # an assistant that only calls tools
@@ -116,7 +120,11 @@ def _parts(message: Any, where: str, options: Collection[str]) -> list[dict[str,
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise PromptError(f"{where}: content is {_kind(content)}", hint="a text or a list of parts")
+        raise PromptError(
+            f"{where}: content is {_kind(content)}",
+            hint="a text or a list of parts",
+            code="prompt.wrong-value",
+        )
     return [_part(part, f"{where}.content[{index}]", options) for index, part in enumerate(content)]
 
 

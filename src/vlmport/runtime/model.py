@@ -260,6 +260,7 @@ class VLM:
             raise PromptError(
                 "stream takes a picture or messages, one of them",
                 hint="stream(picture) or stream(messages=[…], images=[…])",
+                code="option.contradiction",
             )
         if messages is None:
             messages, images = self.components.manifest.prompt.caption, [cast(Any, image)]

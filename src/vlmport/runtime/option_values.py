@@ -29,6 +29,7 @@ def whole_number(name: str, value: Any, least: int, below: int | None = None) ->
         raise OptionError(
             f"{name}={quoted(value)}, expected a whole number {range_}",
             hint=f"for example {name}={max(least, 8)}",
+            code="option.wrong-value",
         )
     return number
 
@@ -181,7 +182,9 @@ def _check_unicode(name: str, text: str) -> None:
 
 
 def _refuse(name: str, value: Any, expected: str, hint: str) -> NoReturn:
-    raise OptionError(f"{name}={quoted(value)}, expected {expected}", hint=hint)
+    raise OptionError(
+        f"{name}={quoted(value)}, expected {expected}", hint=hint, code="option.wrong-value"
+    )
 
 
 def _index(value: Any) -> int | None:

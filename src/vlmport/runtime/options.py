@@ -191,7 +191,10 @@ class GenerationOptions:
                 wrong[name] = error
         idle = {*given, *_idle(asked, wanted)}
         for name in sorted(wrong.keys() - idle):
-            warnings.warn(f"{WHERE} {wrong[name]}; left out", OptionWarning, stacklevel=2)
+            warning = OptionWarning(
+                f"{WHERE} {wrong[name]}; left out", code="option.default-left-out"
+            )
+            warnings.warn(warning, stacklevel=2)
         merged = {name: value for name, value in asked.items() if name not in idle} | wanted
         if not wanted.keys() >= {"do_sample", "num_beams"}:  # the call did not ask for both
             samples, beams = (merged.get(name) for name in ("do_sample", "num_beams"))
@@ -275,7 +278,11 @@ def _without_refused(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     for name, (neutral, hint) in REFUSED.items():
         if name in given and not any(given[name] is one or given[name] == one for one in neutral):
-            raise OptionError(f"option {name}={quoted(given[name])} is not supported", hint=hint)
+            raise OptionError(
+                f"option {name}={quoted(given[name])} is not supported",
+                hint=hint,
+                code="option.unsupported",
+            )
     return {name: value for name, value in given.items() if name in CHECKS}
 
 
@@ -323,7 +330,7 @@ def _refuse_contradictions(options: GenerationOptions) -> None:
     """Raise OptionError for the first options that contradict each other."""
     for holds, said, hint in _contradictions(options):
         if holds:
-            raise OptionError(said, hint=hint)
+            raise OptionError(said, hint=hint, code="option.contradiction")
 
 
 def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:

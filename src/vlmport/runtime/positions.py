@@ -70,7 +70,9 @@ def computed(
         feeds[name] = _joined(one, pictures, where)
     absent = [name for name in OUTPUTS if name not in {one.name for one in session.get_outputs()}]
     if absent:
-        raise BundleError(f"{where}: no output {absent[0]!r}", hint=AGAIN)
+        raise BundleError(
+            f"{where}: no output {absent[0]!r}", hint=AGAIN, code="bundle.wrong-graph"
+        )
     try:
         positions, delta = (np.asarray(value) for value in session.run(OUTPUTS, feeds))
     except ORT_ERRORS as error:
@@ -80,6 +82,7 @@ def computed(
             f"{where}: positions {list(positions.shape)} and rope_delta {list(delta.shape)} of "
             f"{len(ids)} tokens",
             hint=AGAIN,
+            code="bundle.wrong-graph",
         )
     return Positions(positions[..., 0, :].astype(np.int64, copy=False), int(delta.reshape(())))
 
@@ -88,7 +91,9 @@ def _joined(one: Any, pictures: Sequence[Mapping[str, np.ndarray]], where: str) 
     """What was made under a name for all pictures, along axis 0; of none, an axis of 0."""
     if any(one.name not in picture for picture in pictures):
         raise BundleError(
-            f"{where}: input {one.name!r} is not made by the image processor", hint=AGAIN
+            f"{where}: input {one.name!r} is not made by the image processor",
+            hint=AGAIN,
+            code="bundle.wrong-graph",
         )
     dtype, rest = DTYPES.get(one.type), one.shape[1:]
     none = np.zeros((0, *(size if isinstance(size, int) else 0 for size in rest)), dtype)
@@ -103,13 +108,16 @@ def _joined(one: Any, pictures: Sequence[Mapping[str, np.ndarray]], where: str) 
             f"{where}: input {one.name!r} is {one.type} {one.shape}, the image processor makes "
             f"{odd[0].dtype} {list(odd[0].shape)}",
             hint=AGAIN,
+            code="bundle.wrong-graph",
         )
     return np.concatenate(values) if values else none
 
 
 def _failed(error: Exception, where: str) -> VlmportError:
     if told := refusal(error):
-        return PromptError(f"{where}: {told[0]}", hint=told[1])
+        return PromptError(f"{where}: {told[0]}", hint=told[1], code="prompt.refused")
     return BundleError(
-        f"{where} can't run: {first_line(error)}", hint="download or export the bundle again"
+        f"{where} can't run: {first_line(error)}",
+        hint="download or export the bundle again",
+        code="bundle.run-failed",
     )

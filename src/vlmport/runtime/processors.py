@@ -301,6 +301,7 @@ def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: 
         raise OptionError(
             f"{name}={value}: this model has no prompt tokens to look at",
             hint="leave it out; repetition_penalty and no_repeat_ngram_size see new tokens",
+            code="option.not-for-this-model",
         )
     named: Iterable[int] = ()
     if name == "forced_eos_token_id":
@@ -314,4 +315,5 @@ def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: 
         raise OptionError(
             f"{name}: {cut(', '.join(map(str, wrong)))} not in a vocabulary of {vocab_size} tokens",
             hint=f"ids are below {vocab_size}; this model's tokenizer gives them",
+            code="option.wrong-value",
         )

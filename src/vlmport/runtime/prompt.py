@@ -59,7 +59,11 @@ class Prompter:
     ) -> str:
         """The prompt as text, with `mark` for each placeholder that the template itself writes."""
         if self._template is None:
-            raise PromptError("this bundle has no chat template", hint="export the bundle again")
+            raise PromptError(
+                "this bundle has no chat template",
+                hint="export the bundle again",
+                code="template.missing",
+            )
         placeholder = self.spec.image_placeholder
 
         def marked(text: str) -> str:
@@ -187,6 +191,8 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
             raise TypeError(f"chat_template is {quoted(template, 80)}")
     except (KeyError, TypeError, ValueError) as error:
         raise TokenizerError(
-            f"{folder}: no readable chat template: {cut(str(error))}", hint=AGAIN
+            f"{folder}: no readable chat template: {cut(str(error))}",
+            hint=AGAIN,
+            code="template.unreadable",
         ) from error
     return template

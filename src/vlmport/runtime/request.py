@@ -160,6 +160,7 @@ def _refuse_lookup(components: Components) -> None:
             f"prompt_lookup_num_tokens at {components.precision}: this decoder {reason}; a guess "
             "could change the text",
             hint="give the decoder another precision (fp32 or q4), or leave it out",
+            code="option.not-for-this-model",
         )
 
 
@@ -169,7 +170,9 @@ def check_default(components: Components, name: str, value: Any) -> None:
     check_served(name, value, vocab_size, generation.processors_see_prompt)
     most = generation.max_new_tokens
     if name in ("min_new_tokens", "min_length") and value > most:  # after a short prompt at least
-        raise OptionError(f"{name}={value} is more than max_new_tokens={most}")
+        raise OptionError(
+            f"{name}={value} is more than max_new_tokens={most}", code="option.contradiction"
+        )
     if name == "prompt_lookup_num_tokens" and value is not None:
         _refuse_lookup(components)
 
@@ -181,7 +184,9 @@ def room_for_tokens(components: Components, tokens: int) -> int:
     """
     limit = components.manifest.dims.context_length
     if not tokens:
-        raise PromptError("the prompt is empty", hint="give it a text or a picture")
+        raise PromptError(
+            "the prompt is empty", hint="give it a text or a picture", code="prompt.empty"
+        )
     if tokens > limit:
         raise PromptError(
             f"the prompt has {tokens} tokens, the model's context is {limit}",
@@ -214,16 +219,19 @@ def most_new_tokens(
         raise OptionError(
             f"max_length={options.max_length}, the prompt alone has {tokens} tokens",
             hint="give max_new_tokens, which does not count the prompt",
+            code="option.no-room",
         )
     if least > room:
         raise OptionError(
             f"min_new_tokens={least}, the context allows {room} after a prompt of {tokens} tokens",
             hint="lower it, or give fewer or smaller pictures or a shorter prompt",
+            code="option.no-room",
         )
     if least > wanted:
         whose = "this model's default max_new_tokens" if asked is None else "max_new_tokens"
         raise OptionError(
             f"min_new_tokens={least} is more than {whose}={wanted}",
             hint=f"give max_new_tokens too, at least {least}",
+            code="option.contradiction",
         )
     return min(wanted, room)

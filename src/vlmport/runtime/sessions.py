@@ -95,10 +95,13 @@ class Device:
             raise DeviceError(
                 f"device {quoted(text)} is unknown{did_you_mean(name, PROVIDERS)}",
                 hint=f"known: {', '.join(PROVIDERS)}; here: {', '.join(available_devices())}",
+                code="device.unknown",
             )
         if index and name not in INDEXED:
             raise DeviceError(
-                f"device {quoted(text)}: {name} has no index", hint=f"give {name!r} alone"
+                f"device {quoted(text)}: {name} has no index",
+                hint=f"give {name!r} alone",
+                code="device.unknown",
             )
         provider, package = PROVIDERS[name]
         if provider not in ort.get_available_providers():
@@ -106,6 +109,7 @@ class Device:
                 f"device {quoted(text)} needs {provider}; this ONNX Runtime {ort.__version__} has "
                 f"{', '.join(ort.get_available_providers())}",
                 hint=f"pip install {package}, instead of the ONNX Runtime that is installed",
+                code="device.not-installed",
             )
         return cls(name, int(index or 0))
 
@@ -143,7 +147,11 @@ def open_session(
     if threads is not None:
         threads = whole_number("threads", threads, 1)
     if not path.is_file():
-        raise BundleError(f"{path}: missing", hint="download or export the bundle again")
+        raise BundleError(
+            f"{path}: missing",
+            hint="download or export the bundle again",
+            code="bundle.missing-file",
+        )
     check_file(path, BundleError, hint="download or export the bundle again", what="the graph")
     try:
         session = ort.InferenceSession(
@@ -158,6 +166,7 @@ def open_session(
         raise DeviceError(
             f"{path.name}: asked for {device}, ONNX Runtime took {session.get_providers()[0]}",
             hint="its libraries did not load (CUDA and cuDNN versions?); --device cpu works",
+            code="device.failed",
         )
     return session
 
@@ -199,14 +208,19 @@ def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
 def _open_error(path: Path, device: Device, error: Exception) -> BundleError | DeviceError:
     detail = first_line(error)
     if device.provider != CPU and device.provider.removesuffix("ExecutionProvider") in detail:
-        return DeviceError(f"{path.name} on {device}: {detail}", hint="--device cpu works")
+        return DeviceError(
+            f"{path.name} on {device}: {detail}", hint="--device cpu works", code="device.failed"
+        )
     if "external data" in detail.lower() or "external initializer" in detail.lower():
         return BundleError(
             f"{path}: its external data is missing or does not fit: {detail}",
             hint="download or export the bundle again",
+            code="bundle.missing-data",
         )
     return BundleError(
-        f"{path}: ONNX Runtime can't open it: {detail}", hint="download or export the bundle again"
+        f"{path}: ONNX Runtime can't open it: {detail}",
+        hint="download or export the bundle again",
+        code="bundle.unreadable",
     )
 
 

@@ -109,6 +109,7 @@ def _check_pillow(equals: str) -> None:
             f"the bundle's pixels equal those of Pillow {version}, installed is {PIL.__version__}, "
             f"which may resize otherwise",
             hint=f'pip install "pillow=={major}.*"',
+            code="dependency.other-version",
         )
 
 
@@ -125,6 +126,7 @@ def _load_reference(bundle: Bundle, folder: Path, adapter: str | Path | None) ->
         raise DependencyError(
             f"verify needs PyTorch, transformers and peft: {error}",
             hint='pip install "vlmport[verify]"',
+            code="dependency.missing",
         ) from error
 
 
@@ -141,4 +143,5 @@ def _check_same_model(bundle: Bundle, reference: Reference, source: str | Path) 
             f"{source}: not the checkpoint that {bundle.folder} was exported from: "
             f"{'; '.join(wrong)}",
             hint="give the checkpoint that `vlmport export` was given",
+            code="verify.other-checkpoint",
         )

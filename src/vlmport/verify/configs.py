@@ -13,11 +13,15 @@ from vlmport.errors import ConfigError, SourceError
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise SourceError(f"{folder}: no config.json", hint="give the folder that was exported")
+        raise SourceError(
+            f"{folder}: no config.json",
+            hint="give the folder that was exported",
+            code="source.no-config",
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+        raise ConfigError(f"{path}: not JSON: {error}", code="source.not-json") from error
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,6 +29,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"config.json: text_config.model_type {config.get('model_type')!r}",
             hint="the reference knows 'llama'",
+            code="config.unsupported-value",
         )
     return dict(config)
 

@@ -188,6 +188,7 @@ def run_four_files_ladder(
             f"{bundle.folder}: its layout is that of a picture as prefix, the reference is another "
             "model's",
             hint="give the checkpoint that `vlmport export` was given",
+            code="verify.other-checkpoint",
         )
 
     def prepare(request: Request, share: Share) -> Callable[[FourFiles], FourFilesLadder]:

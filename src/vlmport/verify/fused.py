@@ -169,6 +169,7 @@ def run_fused_ladder(
             f"{bundle.folder}: its layout has pictures of one size, the reference's model has no "
             "such",
             hint="give the checkpoint that `vlmport export` was given",
+            code="verify.other-checkpoint",
         )
 
     def open_at(precision: str) -> Fused:

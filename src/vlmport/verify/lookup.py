@@ -47,6 +47,7 @@ def _cut(graph: onnx.GraphProto, path: Path) -> None:
         raise BundleError(
             f"{path}: no value {EMBEDS!r} that is made of {IDS!r} alone",
             hint="export the bundle again",
+            code="bundle.wrong-graph",
         )
     initializers = [one for one in graph.initializer if one.name in wanted]
     embeds = onnx.helper.make_tensor_value_info(EMBEDS, onnx.TensorProto.FLOAT, None)

@@ -17,8 +17,8 @@ class UnrecordedError(BundleError):
         report: the result.
     """
 
-    def __init__(self, message: str, *, report: Report, hint: str | None = None):
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, *, report: Report, code: str, hint: str | None = None):
+        super().__init__(message, hint=hint, code=code)
         self.report = report
 
 
@@ -37,4 +37,5 @@ def record(bundle: Bundle, report: Report) -> Bundle:
             f"{error.strerror or error}",
             hint="is the folder read-only, or the disk full? --json FILE writes it elsewhere",
             report=report,
+            code="verify.not-recorded",
         ) from error

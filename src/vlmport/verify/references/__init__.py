@@ -58,6 +58,7 @@ def load_reference(
         raise ConfigError(
             f"{folder / 'config.json'}: no reference for model_type {family!r}",
             hint=f"known: {', '.join(REFERENCES)}",
+            code="model.unsupported",
         )
     module, name = REFERENCES[family]
     found = getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -137,7 +137,10 @@ class Idefics3Reference:
         """Raises PromptError unless there are as many image tokens as features."""
         image = np.asarray(ids) == self.image_token_id
         if image.sum() != len(features):
-            raise PromptError(f"{image.sum()} image tokens in the prompt, {len(features)} features")
+            raise PromptError(
+                f"{image.sum()} image tokens in the prompt, {len(features)} features",
+                code="prompt.feature-count",
+            )
         embeds = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
         embeds[image] = features
         return embeds

@@ -62,7 +62,9 @@ def config_int(config: transformers.PreTrainedConfig, name: str) -> int:
     """A size that must be one whole number; some configs allow a pair."""
     value = getattr(config, name)
     if not isinstance(value, int):
-        raise ConfigError(f"config.json: {name} is {value!r}, expected a whole number")
+        raise ConfigError(
+            f"config.json: {name} is {value!r}, expected a whole number", code="config.wrong-value"
+        )
     return value
 
 

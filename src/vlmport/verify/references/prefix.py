@@ -138,7 +138,10 @@ class PrefixReference:
         """Raises PromptError unless there are as many image tokens as features."""
         image = np.asarray(ids) == self.image_token_id
         if image.sum() != len(features):
-            raise PromptError(f"{image.sum()} image tokens in the prompt, {len(features)} features")
+            raise PromptError(
+                f"{image.sum()} image tokens in the prompt, {len(features)} features",
+                code="prompt.feature-count",
+            )
         table = self.model.language_model.get_input_embeddings()
         embeds = table(torch.from_numpy(np.where(image, 0, ids))).numpy()
         embeds[image] = features
@@ -214,7 +217,9 @@ class Projection(nn.Module):
             )
         else:
             raise ConfigError(
-                f"config.json: projection_type {kind!r}", hint="known: 'linear', 'mlp'"
+                f"config.json: projection_type {kind!r}",
+                hint="known: 'linear', 'mlp'",
+                code="config.unsupported-value",
             )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

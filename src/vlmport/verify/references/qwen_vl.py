@@ -192,7 +192,10 @@ class QwenVLReference:
         features."""
         image = np.asarray(ids) == self.image_token_id
         if image.sum() != len(features):
-            raise PromptError(f"{image.sum()} image tokens in the prompt, {len(features)} features")
+            raise PromptError(
+                f"{image.sum()} image tokens in the prompt, {len(features)} features",
+                code="prompt.feature-count",
+            )
         plain = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
         embeds = np.concatenate([plain, np.zeros_like(np.tile(plain, self.lanes))], axis=1)
         if image.any():
