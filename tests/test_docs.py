@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "examples/README.md",
+    ROOT / "web/README.md",
 ]
 SOURCE = "\n".join(path.read_text("utf-8") for path in (ROOT / "src/vlmport").rglob("*.py"))
 # String literals that are joined over lines, and what is filled in, are no obstacle.
 TEXT = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text("utf-8"))
     missing = [

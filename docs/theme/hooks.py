@@ -20,7 +20,13 @@ if TYPE_CHECKING:  # imported where it is used: the tests read this file without
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = ["CHANGELOG.md", "SECURITY.md", "training/*/README.md", "testdata/golden/README.md"]
+OUTSIDE = [
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "examples/README.md",
+    "testdata/golden/README.md",
+    "training/*/README.md",
+]
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()#\s]+)(#[^()\s]*)?\)")
 

@@ -7,6 +7,8 @@ cache of its own type: float16 at fp16 and q4f16.
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.transformers_js.test_conversations import IMAGE, answer, ours, user
-from tests.transformers_js.test_transformers_js import MODELS, ROOT, client
+from tests.transformers_js.test_transformers_js import HERE, MODELS, ROOT, client
 from vlmport.bundle import ANY, Bundle
 from vlmport.export import export
 
@@ -84,3 +86,16 @@ def test_without_a_dtype(bundle: Bundle) -> None:
     mix = ",".join(f"{name}={one}" for name, one in given["dtypes"].items())
     assert given["ids"] == ours(bundle.folder, messages, shown, False, mix)
     assert said(bundle, given["ids"]) == ONE["answer"]
+
+
+@pytest.mark.usefixtures("client")
+def test_the_example_script(bundle: Bundle, tmp_path: Path) -> None:
+    node = shutil.which("node")
+    assert node is not None
+    script = shutil.copy(EXAMPLES / "transformers_js.mjs", tmp_path)
+    (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
+    picture = EXAMPLES / ONE["images"][0]
+    command = [node, script, str(bundle.folder), str(picture), ONE["question"], "q8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ONE["answer"]
