@@ -327,8 +327,9 @@ def test_wrong_options_exit_with_2(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.exit_code == 2
     assert done.stdout == ""
-    assert re.search(r"Error: |error\[[a-z.-]+\]: ", done.stderr)
-    assert "Traceback" not in done.stderr
+    error, hint = done.stderr.splitlines()
+    assert re.match(r"error\[(command.usage|option.[a-z-]+)\]: ", error)
+    assert hint.startswith("hint: ")
 
 
 def test_python_m_runs_the_same(tiny_bundle: Path, pictures: list[str]) -> None:

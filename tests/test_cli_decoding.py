@@ -116,7 +116,7 @@ def test_a_schema_comes_from_a_file(tiny_bundle: Path, picture: str, tmp_path: P
     for wrong in (path, tmp_path / "absent.json"):
         done = run(*common, "--json-schema", wrong)
         assert (done.exit_code, done.stdout) == (2, "")
-        code = "option.not-json" if wrong.exists() else "option.unreadable-file"
+        code = "option.not-json" if wrong.exists() else "source.unreadable"
         assert f"error[{code}]: --json-schema {wrong}" in done.stderr
         assert "hint: " in done.stderr
 

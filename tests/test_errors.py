@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import pickle
-import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.error_codes import CODE, raised
 from vlmport.cli.console import report, warnings_of_ours
 from vlmport.errors import ImageError, OptionWarning, VlmportError, VlmportWarning
 
-ROOT = Path(__file__).parents[1]
-CODE = re.compile(r"[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*")
-
-
-def python_codes() -> Iterator[tuple[str, str]]:
-    """(file, code) for each `code="…"` that a call in the package is given."""
-    for path in sorted((ROOT / "src/vlmport").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            for keyword in node.keywords:
-                value = keyword.value
-                if keyword.arg == "code" and isinstance(value, ast.Constant) and value.value:
-                    yield path.name, value.value
-
 
 def test_codes_are_a_noun_and_what_is_wrong() -> None:
-    wrong = [found for found in python_codes() if not CODE.fullmatch(found[1])]
-    assert not wrong
+    assert [code for code in raised() if not CODE.fullmatch(code)] == []
 
 
 def test_a_code_is_printed_with_the_error(capsys: pytest.CaptureFixture[str]) -> None:

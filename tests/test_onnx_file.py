@@ -274,7 +274,7 @@ def test_a_folder_that_is_no_bundle_lists_its_graphs(file: Path, external: Path)
     file.write_bytes(b"")
     done = run(file.parent)
     assert done.exit_code == 2
-    assert done.stderr.count("error[bundle.missing-data]: ") == 1
+    assert done.stderr.count("error[bundle.missing-file]: ") == 1
     assert done.stderr.count("error[bundle.unreadable]: ") == 1
 
 

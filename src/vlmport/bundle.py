@@ -300,7 +300,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path}: layout {layout[:40]!r}; this vlmport knows {', '.join(LAYOUTS)}",
             hint="pip install --upgrade vlmport",
-            code="bundle.unknown-layout",
+            code="bundle.newer-version",
         )
     try:
         _validator()(raw)

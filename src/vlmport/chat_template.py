@@ -53,7 +53,7 @@ class TemplateLimitError(jinja2.TemplateError):
         code: of the error that a user sees.
     """
 
-    def __init__(self, message: str, code: str):
+    def __init__(self, message: str, *, code: str):
         super().__init__(message)
         self.code = code
 
@@ -110,7 +110,7 @@ def render_template(
         raise jinja2.TemplateError(str(error)) from None
     except StoppedError as error:
         code = "template.too-slow" if error.reason == TIME else "template.stopped"
-        raise TemplateLimitError(str(error), code) from None
+        raise TemplateLimitError(str(error), code=code) from None
 
 
 def _inert(value: Any) -> str:

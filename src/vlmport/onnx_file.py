@@ -100,7 +100,7 @@ class OnnxFile:
             raise BundleError(
                 f"{self.path}: its weights are not all there: {'; '.join(problems)}",
                 hint="external data lies beside its graph; download it too, under that name",
-                code="bundle.missing-data",
+                code="bundle.missing-file",
             )
 
 

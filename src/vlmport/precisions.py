@@ -96,7 +96,7 @@ def _parse_mix(components: Mapping[str, Mapping[str, Any]], text: str) -> dict[s
                 f"precision {quoted(text)}: no component {quoted(name)}"
                 f"{did_you_mean(name, [*SHORT_NAMES, *components])}",
                 hint=f"components of this bundle: {', '.join(components)}",
-                code="precision.unknown-component",
+                code="precision.unknown",
             )
     return mix
 

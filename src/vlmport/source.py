@@ -104,7 +104,7 @@ def resolve(
             raise OptionError(
                 f"{source}: an adapter can't be merged into a bundle",
                 hint="export the checkpoint again with --adapter",
-                code="adapter.into-bundle",
+                code="source.is-bundle",
             )
         if not local:
             return _open_remote(str(source), folder, runs, verify_hashes)

@@ -114,7 +114,7 @@ def test_a_card_is_written_once(broken: Bundle) -> None:
 
 def unwritable(bundle: Bundle, report: Report) -> None:
     raise UnrecordedError(
-        "it can't be written", hint="is it read-only?", code="verify.not-recorded", report=report
+        "it can't be written", hint="is it read-only?", code="bundle.unwritable", report=report
     )
 
 
@@ -141,7 +141,7 @@ def test_nothing_is_lost_on_the_command_line(
     assert "cached_decode" in done.stdout
     assert json.loads(file.read_text(encoding="utf-8"))["passed"] is True
     assert done.stderr.splitlines() == [
-        "error[verify.not-recorded]: it can't be written",
+        "error[bundle.unwritable]: it can't be written",
         "hint: is it read-only?",
     ]
 

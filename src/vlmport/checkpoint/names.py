@@ -139,7 +139,9 @@ def _refuse(seen: _Sorting, where: str) -> None:
     if len(seen.adapters) > 1:
         what = f"{len(seen.adapters)} adapters: {some_names(seen.adapters)}"
         raise AdapterError(
-            f"{where}: expected one adapter, got {what}", hint=MERGE_FIRST, code="adapter.several"
+            f"{where}: expected one adapter, got {what}",
+            hint=MERGE_FIRST,
+            code="adapter.not-plain-lora",
         )
     doubles = {n: files for n, files in seen.plain.items() if len(files) > 1}
     doubles |= {f"{m}.lora_{h}": files for (m, h), files in seen.halves.items() if len(files) > 1}

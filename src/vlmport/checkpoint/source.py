@@ -233,7 +233,7 @@ def _explain_status(error: Exception, repo: str, endpoint: str) -> SourceError:
     return SourceError(
         f"{repo}: {endpoint} answers with an error: {_line(error)}",
         hint=hint,
-        code="hub.server-error",
+        code="hub.unreachable",
     )
 
 

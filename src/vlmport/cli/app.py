@@ -10,9 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from vlmport import __version__
-from vlmport.cli.console import report, say, stderr, warnings_of_ours
-from vlmport.cli.output import visible
-from vlmport.errors import OutputError, VlmportError
+from vlmport.cli.console import report, say, warnings_of_ours
+from vlmport.errors import OptionError, OutputError, VlmportError
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -40,14 +39,19 @@ class OneLineErrors(TyperGroup):
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Show what was typed as the console does: it may be the name of a stranger's file."""
+    """Print what is wrong with the arguments as one line and a hint, as every other error."""
     try:
         yield
     except Exception as error:
-        message = getattr(error, "message", None)  # click's, by whatever name typer has it
-        if isinstance(message, str) and stderr.is_terminal:
-            error.message = visible(message)  # pyright: ignore[reportAttributeAccessIssue]
-        raise
+        # click's, by whatever name typer has it; without arguments it prints the help instead.
+        is_usage = hasattr(error, "format_message") and hasattr(error, "ctx")
+        if not is_usage or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        usage: Any = error
+        command = "vlmport" if usage.ctx is None else usage.ctx.command_path
+        said = " ".join(usage.format_message().split()).removesuffix(".")
+        report(OptionError(said, hint=f"`{command} -h` shows its use", code="command.usage"))
+        raise typer.Exit(OptionError.exit_code) from error
 
 
 app = typer.Typer(

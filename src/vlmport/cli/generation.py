@@ -87,7 +87,7 @@ def with_decoding(command: Callable[..., None]) -> Callable[..., None]:
             raise OptionError(
                 "--logprobs: nothing would show them",
                 hint="caption and ask do, with --json",
-                code="option.no-effect",
+                code="option.contradiction",
             )
         command(**arguments, decoding=_read(given))
 
@@ -111,7 +111,9 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name in given:
             raise OptionError(
-                f"{name} is given twice", hint="leave one of the two out", code="option.given-twice"
+                f"{name} is given twice",
+                hint="leave one of the two out",
+                code="option.contradiction",
             )
         given[name] = _json(f"--option {cut(text)}", value)
     if (early := given.get("early_stopping")) in ("true", "false"):
@@ -123,7 +125,7 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionError(
                 f"--json-schema {path}: can't be read",
                 hint="name a JSON file",
-                code="option.unreadable-file",
+                code="source.unreadable",
             ) from error
         given["json_schema"] = _json(f"--json-schema {path}", text)
     return given

@@ -42,7 +42,7 @@ def inspect(
         raise BundleError(
             f"{path}: no such file or folder",
             hint="check the path; `vlmport models` lists the built-in names",
-            code="bundle.not-found",
+            code="source.not-found",
         )
     if is_bundle(path):
         opened = Bundle.open(path, check_hashes=probe)

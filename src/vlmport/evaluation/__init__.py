@@ -184,7 +184,7 @@ def _measured(
         raise EvaluationError(
             f"none of the {len(data)} pictures can be captioned: {next(iter(unreadable.values()))}",
             hint="are these pictures?",
-            code="evaluation.no-captions-made",
+            code="evaluation.incomplete",
         )
     answers = {**report.answers, model.precision: _scored(data, texts, report.metrics)}
     limit = limit_of(value for value in model.components.choice.values() if value != ANY)
@@ -258,5 +258,5 @@ def _record(bundle: Bundle, report: Report) -> None:
             f"{error.strerror or error}",
             hint="is the folder read-only, or the disk full? --json FILE writes them elsewhere",
             report=report,
-            code="evaluation.not-recorded",
+            code="bundle.unwritable",
         ) from error

@@ -38,12 +38,12 @@ def find_captions(folder: Path) -> Path:
         raise EvaluationError(
             f"{folder}: {len(found)} files of captions: {', '.join(found)}",
             hint="choose one with --captions",
-            code="captions.several-files",
+            code="captions.no-file",
         )
     raise EvaluationError(
         f"{folder}: no captions: none of {', '.join(KNOWN_FILES)} is there",
         hint=f"--captions FILE names another; these are read: {FORMS}",
-        code="captions.not-found",
+        code="captions.no-file",
     )
 
 
@@ -58,7 +58,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
         raise EvaluationError(
             f"{path}: captions are read from .json, .jsonl and .csv",
             hint=FORMS,
-            code="captions.unknown-form",
+            code="captions.malformed",
         )
     captions: dict[str, list[str]] = {}
     for where, name, given in readers[path.suffix.lower()](path):
@@ -214,5 +214,5 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(
-            f"{path}: can't be read: {reason}", hint="is it UTF-8?", code="captions.unreadable"
+            f"{path}: can't be read: {reason}", hint="is it UTF-8?", code="source.unreadable"
         ) from error

@@ -139,7 +139,7 @@ def captioned_pictures(
         raise EvaluationError(
             f"{folder}: {what}",
             hint="give the folder that holds the pictures",
-            code="evaluation.no-folder",
+            code="source.not-a-folder",
         )
     file = find_captions(folder) if captions is None else Path(captions).expanduser()
     listed = read_captions(file)

@@ -115,7 +115,7 @@ def parse_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
             raise OptionError(
                 f"no metric {quoted(name)}{did_you_mean(name, METRICS)}",
                 hint=f"choose from {', '.join(METRICS).replace('_', '-')}",
-                code="metric.unknown",
+                code="option.wrong-value",
             )
         metrics.append(METRICS[name])
     for metric in metrics:

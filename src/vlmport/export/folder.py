@@ -77,17 +77,25 @@ def _clear(path: Path, out: Path, *, old: bool) -> None:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             os.replace(aside, out)
             path.rmdir()
-            _warn(f"{out}: put back; an export that was killed had moved it", "bundle-restored")
+            _warn(
+                f"{out}: put back; an export that was killed had moved it",
+                code="export.bundle-restored",
+            )
             return
         if not _is_whole(out):
-            _warn(f"{aside}: kept: the only whole copy of {out}, from an export", "bundle-kept")
+            _warn(
+                f"{aside}: kept: the only whole copy of {out}, from an export",
+                code="export.bundle-kept",
+            )
             return
     shutil.rmtree(path)
-    _warn(f"{path}: removed; an export that was killed had left it", "leftovers-removed")
+    _warn(
+        f"{path}: removed; an export that was killed had left it", code="export.leftovers-removed"
+    )
 
 
-def _warn(message: str, code: str) -> None:
-    warnings.warn(ExportWarning(message, code=f"export.{code}"), stacklevel=2)
+def _warn(message: str, *, code: str) -> None:
+    warnings.warn(ExportWarning(message, code=code), stacklevel=2)
 
 
 def _is_whole(out: Path) -> bool:
@@ -167,7 +175,7 @@ def check_target(out: Path, *, force: bool) -> None:
             raise ExportError(
                 f"{parent}: is a file, expected a folder",
                 hint="choose another name",
-                code="export.not-a-folder",
+                code="export.target-taken",
             )
     if not out.exists():
         return
@@ -175,7 +183,7 @@ def check_target(out: Path, *, force: bool) -> None:
         raise ExportError(
             f"{out}: is a file, expected a folder",
             hint="choose another name",
-            code="export.not-a-folder",
+            code="export.target-taken",
         )
     if not any(out.iterdir()):
         return
@@ -183,7 +191,7 @@ def check_target(out: Path, *, force: bool) -> None:
         raise ExportError(
             f"{out}: not empty and not a bundle; nothing in it is touched",
             hint="choose a new folder",
-            code="export.folder-not-empty",
+            code="export.target-taken",
         )
     if not force:
         raise ExportError(
@@ -196,7 +204,7 @@ def check_target(out: Path, *, force: bool) -> None:
             f"{out}: holds {len(foreign)} files that are not the bundle's, so it is not "
             f"overwritten: {some_names(foreign, limit=4)}",
             hint="move them away, or export to a new folder",
-            code="export.folder-not-empty",
+            code="export.target-taken",
         )
 
 

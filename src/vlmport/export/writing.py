@@ -77,14 +77,14 @@ def parse_size(text: str | int) -> int:
         raise ExportError(
             f"size {str(text)[:40]!r}: expected a number of bytes, such as 500MB",
             hint="units are KB, MB, GB, KiB, MiB and GiB",
-            code="export.wrong-file-size",
+            code="option.wrong-value",
         )
     if size > DATA_FILE_BYTES:
         raise ExportError(
             f"size {str(text)[:40]!r}: a file of weights may hold {DATA_FILE_BYTES} bytes (2GB), "
             "more than which browsers don't hold in one piece",
             hint="leave the size out: that makes as few files as all clients can open",
-            code="export.wrong-file-size",
+            code="option.wrong-value",
         )
     return size
 

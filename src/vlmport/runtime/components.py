@@ -296,7 +296,7 @@ def merge_image_features(
         raise PromptError(
             f"{len(at)} image tokens in the prompt, {len(features)} features",
             hint="is every picture's placeholder in the prompt, and no image token by hand?",
-            code="prompt.feature-count",
+            code="prompt.wrong-features",
         )
     merged = embeds.copy()
     if not len(at):
@@ -305,7 +305,7 @@ def merge_image_features(
         raise PromptError(
             f"features are {features.shape[1]} wide, embeddings {embeds.shape[1]}",
             hint="do all files belong to one bundle?",
-            code="prompt.feature-width",
+            code="prompt.wrong-features",
         )
     merged[at] = features
     return merged

@@ -255,7 +255,7 @@ class Conversation:
             raise PromptError(
                 f"a caption is asked for by {len(asked)} messages, a question is one",
                 hint="give a question",
-                code="conversation.needs-question",
+                code="prompt.no-question",
             )
         (message,) = _checked(asked, [*attached, *images])
         return message

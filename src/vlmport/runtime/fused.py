@@ -77,7 +77,7 @@ class Fused(LayoutGraphs):
             raise PromptError(
                 f"{len(features)} features are no whole number of pictures of {self.image_tokens}",
                 hint="pass what `encode` gives, one below the other",
-                code="prompt.feature-count",
+                code="prompt.wrong-features",
             )
         none = np.zeros((ids.size, width), np.float32)
         embeds = merge_image_features(none, ids.reshape(-1), features, token)

@@ -79,7 +79,7 @@ class Grammar:
             raise OptionError(
                 f"{said}: no text fits it",
                 hint="do parts of it contradict?",
-                code="grammar.unsatisfiable",
+                code="grammar.invalid",
             )
 
     def fresh(self) -> Grammar:

@@ -29,11 +29,11 @@ class Kind:
 
 
 def _picture(name: str, hint: str = HINT_SAVE) -> Kind:
-    return Kind(f"{name}, which is not read", hint, "image.unsupported-format")
+    return Kind(f"{name}, which is not read", hint, code="image.unsupported-format")
 
 
 def _other(what: str, hint: str = HINT_FORMATS) -> Kind:
-    return Kind(f"not a picture but {what}", hint, "image.not-a-picture")
+    return Kind(f"not a picture but {what}", hint, code="image.not-a-picture")
 
 
 HEIF = _picture("a HEIC (HEIF) picture", HINT_HEIF)
@@ -136,4 +136,4 @@ def kind_of(head: bytes) -> Kind:
             return kind
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
         return _other("text")
-    return Kind(f"not a picture (begins {head[:8]!r})", HINT_FORMATS, "image.not-a-picture")
+    return Kind(f"not a picture (begins {head[:8]!r})", HINT_FORMATS, code="image.not-a-picture")

@@ -140,7 +140,7 @@ def record_golden(
         raise BundleError(
             f"the golden input shows a fault in the graphs: {'; '.join(faults[:3])}",
             hint="please report this",
-            code="bundle.faulty-graph",
+            code="export.invalid-graph",
         )
     share = TOLERANCE.get(components.precision, QUANTIZED_TOLERANCE)
     ids = logit_ids(len(first), run.tokens[0])
@@ -170,7 +170,7 @@ def check_golden(
         raise BundleError(
             f"no golden is recorded for precision {components.precision!r}",
             hint=f"probe one of {', '.join(golden.expected) or '(none)'}",
-            code="bundle.no-golden",
+            code="bundle.wrong-golden",
         )
     start = time.perf_counter()
     run = _run(components, golden, len(expected.tokens))

@@ -215,7 +215,7 @@ def _open_error(path: Path, device: Device, error: Exception) -> BundleError | D
         return BundleError(
             f"{path}: its external data is missing or does not fit: {detail}",
             hint="download or export the bundle again",
-            code="bundle.missing-data",
+            code="bundle.missing-file",
         )
     return BundleError(
         f"{path}: ONNX Runtime can't open it: {detail}",

@@ -37,5 +37,5 @@ def record(bundle: Bundle, report: Report) -> Bundle:
             f"{error.strerror or error}",
             hint="is the folder read-only, or the disk full? --json FILE writes it elsewhere",
             report=report,
-            code="verify.not-recorded",
+            code="bundle.unwritable",
         ) from error

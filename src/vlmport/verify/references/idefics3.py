@@ -139,7 +139,7 @@ class Idefics3Reference:
         if image.sum() != len(features):
             raise PromptError(
                 f"{image.sum()} image tokens in the prompt, {len(features)} features",
-                code="prompt.feature-count",
+                code="prompt.wrong-features",
             )
         embeds = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
         embeds[image] = features

@@ -140,7 +140,7 @@ class PrefixReference:
         if image.sum() != len(features):
             raise PromptError(
                 f"{image.sum()} image tokens in the prompt, {len(features)} features",
-                code="prompt.feature-count",
+                code="prompt.wrong-features",
             )
         table = self.model.language_model.get_input_embeddings()
         embeds = table(torch.from_numpy(np.where(image, 0, ids))).numpy()

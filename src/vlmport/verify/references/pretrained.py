@@ -155,12 +155,13 @@ def raise_unfit(
     problems += [f"{len(surplus)} surplus: {some(surplus)}"] if surplus else []
     problems += [f"{len(misshapen)} misshapen: {some(misshapen)}"] if misshapen else []
     if problems:
+        code = "weights.misshapen" if misshapen else "weights.surplus"
+        if missing:
+            code = "weights.unset"
         raise WeightError(
             f"{folder}: {'; '.join(problems)}",
             hint="config.json and the safetensors must come from one model",
-            code="weights.unset"
-            if missing
-            else f"weights.{'misshapen' if misshapen else 'surplus'}",
+            code=code,
         )
 
 

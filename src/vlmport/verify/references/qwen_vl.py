@@ -194,7 +194,7 @@ class QwenVLReference:
         if image.sum() != len(features):
             raise PromptError(
                 f"{image.sum()} image tokens in the prompt, {len(features)} features",
-                code="prompt.feature-count",
+                code="prompt.wrong-features",
             )
         plain = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
         embeds = np.concatenate([plain, np.zeros_like(np.tile(plain, self.lanes))], axis=1)
