@@ -169,9 +169,12 @@ export function showError(thrown: unknown, { canLoad = false } = {}): void {
 
 /** The download was given up by its visitor. */
 export function showStopped(): void {
-  showError(new VlmportError('DownloadError', 'Stopped', 'what has come is kept'), {
-    canLoad: true,
-  });
+  showError(
+    new VlmportError('DownloadError', 'download.failed', 'Stopped', 'what has come is kept'),
+    {
+      canLoad: true,
+    },
+  );
 }
 
 export function showStatus(text: string): void {

@@ -142,7 +142,12 @@ export class Conversation {
     checkImages(images);
     if (question !== undefined && typeof question !== 'string') {
       const message = `a question is a text, got ${typeof question}`;
-      throw new VlmportError('PromptError', message, "ask('…', { images: […] })");
+      throw new VlmportError(
+        'PromptError',
+        'prompt.wrong-value',
+        message,
+        "ask('…', { images: […] })",
+      );
     }
     return this.pieces(question, images, others);
   }
@@ -205,7 +210,7 @@ export class Conversation {
     if (this.turn && !this.turn.signal?.aborted) {
       const message = 'this conversation is still answering';
       const hint = 'await the answer, leave its loop or abort it before the next question';
-      throw new VlmportError('PromptError', message, hint);
+      throw new VlmportError('PromptError', 'conversation.busy', message, hint);
     }
     return (this.turn = { signal });
   }
@@ -221,7 +226,7 @@ export class Conversation {
         : [{ role: 'user', content: [...parts, text] }];
     if (asked.length !== 1) {
       const message = `a caption is asked for by ${asked.length} messages, a question is one`;
-      throw new VlmportError('PromptError', message, 'give a question');
+      throw new VlmportError('PromptError', 'prompt.no-question', message, 'give a question');
     }
     return filled(asked, images)[0]!;
   }
@@ -235,7 +240,12 @@ export class Conversation {
   ): void {
     if (this.state.messages !== before.messages) {
       const message = 'the conversation was reset while this answer was made';
-      throw new VlmportError('PromptError', message, 'abort the answer before a reset');
+      throw new VlmportError(
+        'PromptError',
+        'conversation.went-on',
+        message,
+        'abort the answer before a reset',
+      );
     }
     const text = stripped(said);
     const answer: Message = { role: 'assistant', content: [{ type: 'text', text }] };

@@ -5,6 +5,8 @@
  * is a stable name of one problem, the same as in Python.
  */
 
+import type { ErrorCode } from './error-codes.js';
+
 export type ErrorKind =
   | 'BundleError' // a bundle that is missing, incomplete, corrupt or of a newer version
   | 'DownloadError' // the network or the server failed, and trying again did not help
@@ -20,42 +22,37 @@ export interface PlainError {
   readonly kind: ErrorKind;
   readonly message: string;
   readonly hint: string;
-  readonly code?: string;
+  readonly code: ErrorCode;
 }
 
 const LONGEST = 200; // characters of any one value in a message
 const MESSAGE = 2000; // characters of a whole message: lists of names are the longest
 const RUN = /\S{201,}/g;
 
-interface ErrorDetails extends ErrorOptions {
-  /** A stable name of the problem, such as 'image.unreadable': the text of a message may change. */
-  readonly code?: string | undefined;
-}
-
 export class VlmportError extends Error {
   override readonly name = 'VlmportError';
 
   readonly hint: string;
-  readonly code: string | undefined;
 
+  /** `code` is a stable name of the problem: the text of a message may change. */
   constructor(
     readonly kind: ErrorKind,
+    readonly code: ErrorCode,
     message: string,
     hint: string,
-    details?: ErrorDetails,
+    options?: ErrorOptions,
   ) {
-    super(bounded(message), details);
+    super(bounded(message), options);
     this.hint = bounded(hint);
-    this.code = details?.code;
   }
 
   static from(plain: PlainError): VlmportError {
-    return new VlmportError(plain.kind, plain.message, plain.hint, { code: plain.code });
+    return new VlmportError(plain.kind, plain.code, plain.message, plain.hint);
   }
 
   toPlain(): PlainError {
     const { kind, message, hint, code } = this;
-    return code === undefined ? { kind, message, hint } : { kind, message, hint, code };
+    return { kind, message, hint, code };
   }
 }
 
@@ -85,7 +82,8 @@ function bounded(text: string): string {
 /** Any thrown value as an error of ours; what nobody foresaw gets `kind` and asks for a report. */
 export function asVlmportError(error: unknown, kind: ErrorKind): VlmportError {
   if (error instanceof VlmportError) return error;
-  return new VlmportError(kind, firstLine(error), 'please report this', { cause: error });
+  const [message, hint] = [firstLine(error), 'please report this'];
+  return new VlmportError(kind, 'program.defect', message, hint, { cause: error });
 }
 
 /** What a thrown value says, without its later lines. */

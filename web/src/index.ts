@@ -3,6 +3,7 @@ export type { CachedModel } from './bundle/store.js';
 export { Caption } from './caption.js';
 export { Conversation } from './conversation.js';
 export type { ConversationOptions, QuestionOptions } from './conversation.js';
+export type { ErrorCode } from './error-codes.js';
 export { VlmportError } from './errors.js';
 export type { ErrorKind } from './errors.js';
 export type { ImagePart, Message, TextPart } from './messages.js';

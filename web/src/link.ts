@@ -29,13 +29,18 @@ export class Link {
       const message = `the worker can't be started (${firstLine(error)})`;
       const hint =
         'serve the package from the origin of the page, and let its policy (CSP) allow workers';
-      throw new VlmportError('WorkerError', message, hint);
+      throw new VlmportError('WorkerError', 'worker.not-started', message, hint);
     }
     this.worker.onmessage = ({ data }: MessageEvent<Reply>) => this.receive(data);
     this.worker.onerror = event => {
       const detail = event.message || 'its script did not load';
       this.end(
-        new VlmportError('WorkerError', `the worker failed: ${detail}`, 'load the page again'),
+        new VlmportError(
+          'WorkerError',
+          'worker.failed',
+          `the worker failed: ${detail}`,
+          'load the page again',
+        ),
       );
     };
   }
@@ -69,7 +74,14 @@ export class Link {
 
   /** End the worker, and with it all that it holds. */
   close(): void {
-    this.end(new VlmportError('WorkerError', 'this model was disposed', 'load it again'));
+    this.end(
+      new VlmportError(
+        'WorkerError',
+        'model.not-loaded',
+        'this model was disposed',
+        'load it again',
+      ),
+    );
   }
 
   /** Send what needs no answer. */
@@ -94,7 +106,7 @@ export class Link {
   private endLate(doing: Watched): void {
     const message = `the ${doing === 'template' ? 'chat template' : 'tokenizer'} of this model was stopped: it has not ended after ${SECONDS} seconds`;
     const hint = 'is it as its publisher wrote it? the model has to be loaded again';
-    this.end(new VlmportError('PromptError', message, hint, { code: `${doing}.too-slow` }));
+    this.end(new VlmportError('PromptError', `${doing}.too-slow` as const, message, hint));
   }
 
   private end(error: VlmportError): void {

@@ -2,6 +2,7 @@
  * vlmport/runtime/messages.py). */
 
 import type { ImageOptions, Message as PlainMessage } from './bundle/manifest.js';
+import type { ErrorCode } from './error-codes.js';
 import { VlmportError, didYouMean, firstLine, quoted } from './errors.js';
 import type { PictureSource } from './picture.js';
 
@@ -81,7 +82,7 @@ export function checkMessages(
 ): Chat {
   if (!Array.isArray(messages) || !messages.length) {
     const message = `messages must be a list of at least one message, got ${kindOf(messages)}`;
-    throw new VlmportError('PromptError', message, EXAMPLE);
+    throw new VlmportError('PromptError', 'prompt.wrong-value', message, EXAMPLE);
   }
   checkImages(images);
   const found: Image[] = [];
@@ -96,7 +97,7 @@ export function checkMessages(
   const waiting = found.filter(one => one.source === undefined).length;
   if (waiting !== images.length) {
     const message = `${count(images.length, 'picture')} given, ${count(waiting, 'image part')} without a picture in the messages`;
-    throw refusal('image-count', message, "each picture needs one { type: 'image' }");
+    throw refusal('prompt.image-count', message, "each picture needs one { type: 'image' }");
   }
   const rest = [...images];
   const pictures = found.map(one => one.source ?? rest.shift()!);
@@ -105,7 +106,12 @@ export function checkMessages(
     return { messages: cloned, pictures, options: found.map(one => one.options) };
   } catch (error) {
     const message = `the messages can't be sent to the worker (${firstLine(error)})`;
-    throw new VlmportError('PromptError', message, 'plain data, and pictures as `image` of a part');
+    throw new VlmportError(
+      'PromptError',
+      'prompt.wrong-value',
+      message,
+      'plain data, and pictures as `image` of a part',
+    );
   }
 }
 
@@ -128,7 +134,12 @@ export function filled(
 export function checkImages(images: readonly PictureSource[]): void {
   if (Array.isArray(images)) return;
   const message = `images must be a list of pictures, got ${kindOf(images)}`;
-  throw new VlmportError('PromptError', message, 'put it into a list: images: […]');
+  throw new VlmportError(
+    'PromptError',
+    'prompt.wrong-value',
+    message,
+    'put it into a list: images: […]',
+  );
 }
 
 function partsOf(
@@ -139,7 +150,12 @@ function partsOf(
   const isMessage = typeof message === 'object' && message !== null;
   if (!isMessage || !('role' in message) || !('content' in message)) {
     const text = `${where}: expected role and content, got ${kindOf(message)}`;
-    throw new VlmportError('PromptError', text, "{ role: 'user', content: '…' }");
+    throw new VlmportError(
+      'PromptError',
+      'prompt.wrong-value',
+      text,
+      "{ role: 'user', content: '…' }",
+    );
   }
   const { role, content: given } = message;
   // An assistant that only calls tools.
@@ -147,12 +163,17 @@ function partsOf(
   if (!ROLES.includes(role)) {
     const near = typeof role === 'string' ? didYouMean(role, ROLES) : '';
     const text = `${where}: role ${quoted(role)} is unknown${near}`;
-    throw new VlmportError('PromptError', text, `one of ${ROLES.join(', ')}`);
+    throw new VlmportError(
+      'PromptError',
+      'prompt.unknown-role',
+      text,
+      `one of ${ROLES.join(', ')}`,
+    );
   }
   const parts = typeof content === 'string' ? [{ type: 'text' as const, text: content }] : content;
   if (!Array.isArray(parts)) {
     const text = `${where}: content is ${kindOf(content)}`;
-    throw new VlmportError('PromptError', text, 'a text or a list of parts');
+    throw new VlmportError('PromptError', 'prompt.wrong-value', text, 'a text or a list of parts');
   }
   return parts.map((part, index) => checkPart(part, `${where}.content[${index}]`, options));
 }
@@ -180,22 +201,26 @@ function checkPart(part: unknown, where: string, options: readonly string[]): Te
   const hint = isFilm
     ? 'videos are not read; give some frames as pictures'
     : "{ type: 'text', text: '…' } or { type: 'image' }";
-  throw refusal('unknown-part', message, hint);
+  throw refusal('prompt.unknown-part', message, hint);
 }
 
 function checkImage(given: Given, all: Given, where: string, options: readonly string[]): Image {
   if ('path' in given) {
     const hint = "'url', or a File as 'image'";
-    throw refusal('unknown-key', `${where}: a page reads no 'path'`, hint);
+    throw refusal('prompt.unknown-key', `${where}: a page reads no 'path'`, hint);
   }
   checkKeys(given, [...SOURCES, ...options], where);
   const named = SOURCES.filter(name => name in given);
   if (named.length > 1) {
     const message = `${where}: ${named.map(name => `'${name}'`).join(' and ')}, expected one of them`;
-    throw refusal('several-images', message, 'a part is one image');
+    throw refusal('prompt.several-images', message, 'a part is one image');
   }
   if (!named.length && all.image === null) {
-    throw refusal('image-none', `${where}: its image is null`, "leave 'image' out or fill it");
+    throw refusal(
+      'prompt.image-none',
+      `${where}: its image is null`,
+      "leave 'image' out or fill it",
+    );
   }
   const others = Object.entries(given).filter(([name]) => !SOURCES.includes(name));
   const source = named.length ? sourceOf(named[0]!, given[named[0]!], where) : undefined;
@@ -206,7 +231,7 @@ function checkKeys(given: Given, known: readonly string[], where: string): void 
   const unknown = Object.keys(given).find(name => !known.includes(name));
   if (unknown === undefined) return;
   const message = `${where}: unknown key ${quoted(unknown)}${didYouMean(unknown, known)}`;
-  throw refusal('unknown-key', message, `known here: type, ${known.join(', ')}`);
+  throw refusal('prompt.unknown-key', message, `known here: type, ${known.join(', ')}`);
 }
 
 /** A picture from the key that it stands under. */
@@ -214,16 +239,19 @@ function sourceOf(name: string, value: unknown, where: string): PictureSource {
   if (name === 'image') return value as PictureSource; // what it is, toPicture finds out
   if (typeof value !== 'string') {
     const message = `${where}: ${name} is ${kindOf(value)}, expected a text`;
-    throw refusal('wrong-value', message, "files, canvases and pixels go under 'image'");
+    throw refusal('prompt.wrong-value', message, "files, canvases and pixels go under 'image'");
   }
   if (name === 'url' || /^\s*data:/i.test(value)) return value;
   try {
     return new Blob([Uint8Array.from(atob(value), one => one.charCodeAt(0))]);
   } catch {
     const hint = 'is it whole? toBase64() of a Uint8Array writes it';
-    throw new VlmportError('ImageError', `${where}: not base64: ${quoted(value, 40)}`, hint, {
-      code: 'image.bad-base64',
-    });
+    throw new VlmportError(
+      'ImageError',
+      'image.bad-base64',
+      `${where}: not base64: ${quoted(value, 40)}`,
+      hint,
+    );
   }
 }
 
@@ -235,24 +263,28 @@ function addressOf(value: unknown, where: string): string {
     const { detail } = value as Given;
     if (detail !== undefined && detail !== null && detail !== 'auto') {
       const message = `${where}: detail=${quoted(detail)} is not supported`;
-      throw refusal('wrong-value', message, 'imageOptions set how an image is cut and scaled');
+      throw refusal(
+        'prompt.wrong-value',
+        message,
+        'imageOptions set how an image is cut and scaled',
+      );
     }
     url = (value as Given).url;
   }
   if (typeof url === 'string') return url;
   const hint = "{ type: 'image_url', image_url: { url: 'photo.jpg' } }";
-  throw refusal('wrong-value', `${where}: image_url without a url`, hint);
+  throw refusal('prompt.wrong-value', `${where}: image_url without a url`, hint);
 }
 
-const refusal = (code: string, message: string, hint: string) =>
-  new VlmportError('PromptError', message, hint, { code: `prompt.${code}` });
+const refusal = (code: ErrorCode, message: string, hint: string) =>
+  new VlmportError('PromptError', code, message, hint);
 
 /** Half a surrogate pair is no character, which no tokenizer takes. */
 function checkUnicode(text: string, where: string): void {
   const at = text.search(/\p{Surrogate}/u);
   if (at < 0) return;
   const message = `${where}: not Unicode at character ${at}: ${JSON.stringify(text[at])}`;
-  throw refusal('not-unicode', message, 'half a surrogate pair: was a text cut there?');
+  throw refusal('prompt.not-unicode', message, 'half a surrogate pair: was a text cut there?');
 }
 
 const kindOf = (value: unknown) => quoted(value, 80);

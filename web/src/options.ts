@@ -41,14 +41,19 @@ export function checkAnswerOptions(options: AnswerOptions, more: readonly string
 export function checkFlag(name: string, value: boolean): void {
   if (typeof value === 'boolean') return;
   const message = `${name}=${quoted(value)}, expected true or false`;
-  throw new VlmportError('OptionError', message, `for example ${name}: false`);
+  throw new VlmportError(
+    'OptionError',
+    'option.wrong-value',
+    message,
+    `for example ${name}: false`,
+  );
 }
 
 /** Throws OptionError for what is no whole number from `least` on. */
 export function checkCount(name: string, value: number, least = 1): void {
   if (Number.isInteger(value) && value >= least) return;
   const message = `${name}=${quoted(value)}, expected a whole number of at least ${least}`;
-  throw new VlmportError('OptionError', message, `for example ${name}: 2`);
+  throw new VlmportError('OptionError', 'option.wrong-value', message, `for example ${name}: 2`);
 }
 
 /** Names of other programs, in small letters and without underscores → names here. */
@@ -81,5 +86,5 @@ export function checkNames(options: object, known: readonly string[]): void {
     ? 'this package decodes greedily; the Python package has other ways'
     : `known: ${known.join(', ')}`;
   const message = `unknown option '${cut(unknown)}'${near}`;
-  throw new VlmportError('OptionError', message, hint, { code: 'option.unknown' });
+  throw new VlmportError('OptionError', 'option.unknown', message, hint);
 }

@@ -52,7 +52,7 @@ export async function toPicture(source: PictureSource): Promise<Picture> {
   }
   const message = `a picture can't be ${describe(source)}`;
   const hint = 'a File, Blob, URL, <img>, canvas, ImageData, ImageBitmap or RawImage';
-  throw new VlmportError('ImageError', message, hint, { code: 'image.wrong-type' });
+  throw new VlmportError('ImageError', 'image.wrong-type', message, hint);
 }
 
 /** What of a picture moves to the worker instead of being copied. */
@@ -67,7 +67,7 @@ function fromUrl(source: string | URL): Picture {
   } catch {
     const message = `'${cut(String(source))}' is not a URL`;
     const hint = "for example './photo.jpg'";
-    throw new VlmportError('ImageError', message, hint, { code: 'image.not-fetched' });
+    throw new VlmportError('ImageError', 'image.not-fetched', message, hint);
   }
 }
 
@@ -78,7 +78,7 @@ async function fromElement(image: HTMLImageElement): Promise<Picture> {
   } catch (error) {
     const message = `the <img> shows no picture (${firstLine(error)})`;
     const hint = `is ${image.currentSrc || 'its src'} a picture?`;
-    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
+    throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
   try {
     const response = await fetch(image.currentSrc);
@@ -101,7 +101,7 @@ async function fromBitmap(
   } catch (error) {
     const message = `the picture can't be read (${firstLine(error)})`;
     const hint = 'is it empty, or from another origin?';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
+    throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
 }
 
@@ -109,7 +109,7 @@ function fromRawImage({ width, height, channels, data }: RawImage): Picture {
   if (channels !== 1 && channels !== 3 && channels !== 4) {
     const message = `a RawImage of ${channels} channels`;
     const hint = 'RawImage.rgb() makes it 3';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.wrong-array' });
+    throw new VlmportError('ImageError', 'image.wrong-array', message, hint);
   }
   return { kind: 'pixels', width, height, channels, data: Uint8Array.from(data) };
 }

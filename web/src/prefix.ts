@@ -68,10 +68,20 @@ export class PrefixConditioningVLM {
 
   private loaded(): VLM {
     if (this.vlm !== null) return this.vlm;
-    throw new VlmportError('OptionError', 'no model is loaded', 'await loadModel(modelId) first');
+    throw new VlmportError(
+      'OptionError',
+      'model.not-loaded',
+      'no model is loaded',
+      'await loadModel(modelId) first',
+    );
   }
 }
 
 function notYet(what: string, instead: string): VlmportError {
-  return new VlmportError('OptionError', `${what} is not there yet`, `${instead} works`);
+  return new VlmportError(
+    'OptionError',
+    'option.unsupported',
+    `${what} is not there yet`,
+    `${instead} works`,
+  );
 }

@@ -199,11 +199,11 @@ function checkLoadOptions(url: string | URL, options: VlmOptions): LoadOptions {
   const { device = 'auto', precision = 'auto', threads, wasmPaths, imageCacheBytes } = options;
   if (!['auto', 'webgpu', 'wasm'].includes(device)) {
     const message = `device '${device}' is unknown`;
-    throw new VlmportError('OptionError', message, "'auto', 'webgpu' or 'wasm'");
+    throw new VlmportError('OptionError', 'device.unknown', message, "'auto', 'webgpu' or 'wasm'");
   }
   if (typeof precision !== 'string') {
     const message = `precision ${String(precision)} is no text`;
-    throw new VlmportError('OptionError', message, "for example 'q8'");
+    throw new VlmportError('OptionError', 'option.wrong-value', message, "for example 'q8'");
   }
   if (threads !== undefined) checkCount('threads', threads);
   if (imageCacheBytes !== undefined) checkCount('imageCacheBytes', imageCacheBytes, 0);
@@ -222,6 +222,6 @@ function wasmFolder(address: string): string {
     return wholeAddress(address).href;
   } catch (error) {
     const message = `wasmPaths '${address}' is not a URL (${firstLine(error)})`;
-    throw new VlmportError('OptionError', message, "for example './ort/'");
+    throw new VlmportError('OptionError', 'option.wrong-value', message, "for example './ort/'");
   }
 }

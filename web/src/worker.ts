@@ -56,7 +56,12 @@ async function perform(request: Started, signal: AbortSignal): Promise<Reply> {
     return { type: 'loaded', id, info: engine.info };
   }
   if (engine === null) {
-    throw new VlmportError('WorkerError', 'no bundle is loaded', 'VLM.load(…) comes first');
+    throw new VlmportError(
+      'WorkerError',
+      'model.not-loaded',
+      'no bundle is loaded',
+      'VLM.load(…) comes first',
+    );
   }
   const hear = {
     onPiece: (text: string) => scope.postMessage({ type: 'piece', id, text }),

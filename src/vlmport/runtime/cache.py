@@ -330,7 +330,7 @@ class KeyValueCache:
             raise BundleError(
                 f"the decoder can't run: {first_line(error)}",
                 hint="`vlmport inspect --probe` says whether this device runs this bundle",
-                code="bundle.run-failed",
+                code="graph.run-failed",
             ) from error
 
     def _with_batch(

@@ -329,7 +329,7 @@ def _run(
         raise BundleError(
             f"{component} can't run: {first_line(error)}",
             hint="`vlmport inspect --probe` says whether this device runs this bundle",
-            code="bundle.run-failed",
+            code="graph.run-failed",
         ) from error
 
 

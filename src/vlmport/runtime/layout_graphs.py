@@ -111,7 +111,7 @@ class LayoutGraphs:
             raise BundleError(
                 f"{component} can't run: {first_line(error)}",
                 hint="`vlmport inspect --probe` says whether this device runs this bundle",
-                code="bundle.run-failed",
+                code="graph.run-failed",
             ) from error
         names = [one.name for one in session.get_outputs()]
         if (expected := self.outputs[component]) not in names:

@@ -119,5 +119,5 @@ def _failed(error: Exception, where: str) -> VlmportError:
     return BundleError(
         f"{where} can't run: {first_line(error)}",
         hint="download or export the bundle again",
-        code="bundle.run-failed",
+        code="graph.run-failed",
     )

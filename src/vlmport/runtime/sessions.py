@@ -109,7 +109,7 @@ class Device:
                 f"device {quoted(text)} needs {provider}; this ONNX Runtime {ort.__version__} has "
                 f"{', '.join(ort.get_available_providers())}",
                 hint=f"pip install {package}, instead of the ONNX Runtime that is installed",
-                code="device.not-installed",
+                code="device.not-available",
             )
         return cls(name, int(index or 0))
 
@@ -220,7 +220,7 @@ def _open_error(path: Path, device: Device, error: Exception) -> BundleError | D
     return BundleError(
         f"{path}: ONNX Runtime can't open it: {detail}",
         hint="download or export the bundle again",
-        code="bundle.unreadable",
+        code="graph.not-opened",
     )
 
 

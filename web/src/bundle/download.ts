@@ -176,11 +176,16 @@ class Transfer {
       const { headers } = response;
       if (headers.get('content-type')?.startsWith('text/html')) throw webPage(this.url);
       const message = `${this.url}: ${total} bytes on the server, ${this.entry.size} in the manifest`;
-      throw new VlmportError('BundleError', message, WHOLE, { code: 'bundle.other-size' });
+      throw new VlmportError('BundleError', 'bundle.other-size', message, WHOLE);
     }
     if (start === undefined || Number(start) === this.position) return 0;
     const message = `${this.url}: asked for byte ${this.position}, got '${range}'`;
-    throw new VlmportError('DownloadError', message, 'does a proxy alter byte ranges?');
+    throw new VlmportError(
+      'DownloadError',
+      'download.failed',
+      message,
+      'does a proxy alter byte ranges?',
+    );
   }
 
   /** Write bytes where they belong; each chunk is checked and kept as soon as it is whole. */
@@ -211,17 +216,17 @@ class Transfer {
     this.files.onBytes(-chunk.length);
     const message = `${this.path}: chunk ${index + 1} of ${this.entry.chunks.length} is not what the manifest says`;
     if (this.spoiled.has(index)) {
-      throw new VlmportError('BundleError', message, WHOLE);
+      throw new VlmportError('BundleError', 'bundle.not-as-listed', message, WHOLE);
     }
     this.spoiled.add(index);
-    throw new VlmportError('DownloadError', message, 'it will be fetched again');
+    throw new VlmportError('DownloadError', 'download.failed', message, 'it will be fetched again');
   }
 
   private brokenOff(error: unknown): VlmportError {
     if (error instanceof VlmportError) return error;
     const message = `${this.url}: broke off at byte ${this.position} of ${this.entry.size} (${firstLine(error)})`;
     const hint = 'check the connection and load again: it goes on where it stopped';
-    return new VlmportError('DownloadError', message, hint);
+    return new VlmportError('DownloadError', 'download.failed', message, hint);
   }
 }
 
@@ -291,15 +296,30 @@ export function runsOf(indices: readonly number[]): [number, number][] {
 function badStatus(url: URL, status: number): VlmportError {
   const message = `${url}: the server says ${status}`;
   if (status === 404 || status === 410) {
-    return new VlmportError('BundleError', message, 'does the address name a vlmport bundle?');
+    return new VlmportError(
+      'BundleError',
+      'bundle.missing-file',
+      message,
+      'does the address name a vlmport bundle?',
+    );
   }
   if (status === 416) {
-    return new VlmportError('BundleError', `${url}: shorter than the manifest says`, WHOLE);
+    return new VlmportError(
+      'BundleError',
+      'bundle.other-size',
+      `${url}: shorter than the manifest says`,
+      WHOLE,
+    );
   }
   if (status === 401 || status === 403) {
-    return new VlmportError('BundleError', message, 'is the bundle public?');
+    return new VlmportError('BundleError', 'download.no-access', message, 'is the bundle public?');
   }
-  return new VlmportError('DownloadError', message, 'try again later: it goes on where it stopped');
+  return new VlmportError(
+    'DownloadError',
+    'download.failed',
+    message,
+    'try again later: it goes on where it stopped',
+  );
 }
 
 /** Whether a body begins as an HTML document; a bundle holds none. */
@@ -313,13 +333,13 @@ function webPage(url: URL): VlmportError {
   const message = `${url}: a web page, not the file of a bundle`;
   const hint =
     'does the address name a vlmport bundle? A server for an app of one page sends that page where there is no file, and a proxy its login';
-  return new VlmportError('BundleError', message, hint, { code: 'source.web-page' });
+  return new VlmportError('BundleError', 'source.web-page', message, hint);
 }
 
 function unreachable(url: URL, error: unknown): VlmportError {
   const message = `${url} can't be fetched (${firstLine(error)})`;
   const hint = 'check the connection; on another origin the server has to allow this page (CORS)';
-  return new VlmportError('DownloadError', message, hint);
+  return new VlmportError('DownloadError', 'download.failed', message, hint);
 }
 
 function pause(ms: number, signal: AbortSignal): Promise<void> {

@@ -84,24 +84,40 @@ export function parseManifest(text: string, where: string): Manifest {
   try {
     raw = JSON.parse(text) as Json;
   } catch (error) {
-    throw new VlmportError('BundleError', `${where}: not JSON: ${firstLine(error)}`, again);
+    throw new VlmportError(
+      'BundleError',
+      'source.not-json',
+      `${where}: not JSON: ${firstLine(error)}`,
+      again,
+    );
   }
   const version = typeof raw === 'object' && raw !== null && 'version' in raw ? raw.version : null;
   if (typeof version === 'number' && version > VERSION) {
     const message = `${where}: manifest version ${version}; this @vlmport/web reads up to ${VERSION}`;
-    throw new VlmportError('BundleError', message, 'update @vlmport/web');
+    throw new VlmportError('BundleError', 'bundle.newer-version', message, 'update @vlmport/web');
   }
   const layout = typeof raw === 'object' && raw !== null && 'layout' in raw ? raw.layout : HUB;
   if (layout !== HUB) {
     const message = `${where}: written in the layout '${String(layout)}', expected '${HUB}'`;
-    throw new VlmportError('BundleError', message, '`vlmport export SRC OUT` writes it');
+    throw new VlmportError(
+      'BundleError',
+      'bundle.other-layout',
+      message,
+      '`vlmport export SRC OUT` writes it',
+    );
   }
   const problem = firstProblem(raw, schema, 'manifest');
-  if (problem !== null) throw new VlmportError('BundleError', `${where}: ${problem}`, again);
+  if (problem !== null)
+    throw new VlmportError('BundleError', 'bundle.malformed', `${where}: ${problem}`, again);
   const manifest = raw as unknown as Manifest;
   const problems = badReferences(manifest);
   if (problems.length) {
-    throw new VlmportError('BundleError', `${where}: ${problems.join('; ')}`, again);
+    throw new VlmportError(
+      'BundleError',
+      'bundle.malformed',
+      `${where}: ${problems.join('; ')}`,
+      again,
+    );
   }
   return manifest;
 }
@@ -137,5 +153,10 @@ function badReferences(manifest: Manifest): string[] {
 export function entryOf(manifest: Manifest, path: string): FileEntry {
   const entry = manifest.files[path];
   if (entry !== undefined) return entry;
-  throw new VlmportError('BundleError', `${path} is not in the bundle`, 'export the bundle again');
+  throw new VlmportError(
+    'BundleError',
+    'bundle.malformed',
+    `${path} is not in the bundle`,
+    'export the bundle again',
+  );
 }

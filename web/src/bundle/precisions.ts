@@ -49,7 +49,7 @@ function parseMix(known: readonly string[], text: string): Choice {
       const near = didYouMean(name, [...SHORT_NAMES.keys(), ...known]);
       const message = `precision '${text}': no component '${name}'${near}`;
       const hint = `components of this bundle: ${known.join(', ')}`;
-      throw new VlmportError('BundleError', message, hint);
+      throw new VlmportError('BundleError', 'precision.unknown', message, hint);
     }),
   );
 }
@@ -65,6 +65,7 @@ function check(manifest: Manifest, component: string, precision: string): string
   const again = `; to have it too, export again with --precision ${all.join(',')}`;
   throw new VlmportError(
     'BundleError',
+    'precision.not-in-bundle',
     message + didYouMean(precision, held),
     `it holds ${held.join(', ')}${NAMES.includes(precision) ? again : ''}`,
   );
@@ -81,7 +82,7 @@ export function variantOf(manifest: Manifest, choice: Choice, component: string)
   const variant = manifest.components[component]?.[choice[component] ?? ANY];
   if (variant !== undefined) return variant;
   const message = `this bundle has no ${component}`;
-  throw new VlmportError('BundleError', message, 'export the bundle again');
+  throw new VlmportError('BundleError', 'bundle.malformed', message, 'export the bundle again');
 }
 
 /** One name where all components share a precision, else 'component=precision,…'. */

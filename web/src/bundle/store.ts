@@ -195,6 +195,7 @@ export function bundleAddress(url: string | URL): URL {
   } catch {
     throw new VlmportError(
       'OptionError',
+      'option.wrong-value',
       `'${url}' is not a URL`,
       "for example './models/shapes/'",
     );

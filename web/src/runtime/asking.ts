@@ -99,7 +99,12 @@ function plan({ components, prompter }: Model, question: Question): Plan {
   const promptIds = question.pictures.map(one => one.promptIds);
   const ids = prompter.splice(prompter.ids(question.messages), promptIds);
   if (!ids.length) {
-    throw new VlmportError('PromptError', 'the prompt is empty', 'give it a text or a picture');
+    throw new VlmportError(
+      'PromptError',
+      'prompt.empty',
+      'the prompt is empty',
+      'give it a text or a picture',
+    );
   }
   const context = dims.context_length;
   if (ids.length > context) {
@@ -132,11 +137,11 @@ function tooLong(prompter: Prompter, question: Question, context: number, messag
     if (spliced.length <= context) {
       const text = `the conversation is full: with this question ${message}`;
       const hint = 'reset() begins a new one; with dropOldest: true the oldest turns are forgotten';
-      return new VlmportError('PromptError', text, hint, { code: 'conversation.full' });
+      return new VlmportError('PromptError', 'conversation.full', text, hint);
     }
   }
   const hint = 'fewer or smaller pictures, or a shorter prompt';
-  return new VlmportError('PromptError', message, hint, { code: 'prompt.too-long' });
+  return new VlmportError('PromptError', 'prompt.too-long', message, hint);
 }
 
 /**

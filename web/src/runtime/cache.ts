@@ -152,7 +152,12 @@ class GrowingCache extends KeyValueCache {
       const grown = outputs[present];
       if (grown?.dims[2] !== wanted) {
         const message = `${past} grew to ${grown?.dims[2]} after ${wanted} tokens`;
-        throw new VlmportError('BundleError', message, 'export the bundle again');
+        throw new VlmportError(
+          'BundleError',
+          'bundle.wrong-graph',
+          message,
+          'export the bundle again',
+        );
       }
       this.past[past]?.dispose();
       this.past[past] = grown;

@@ -41,7 +41,7 @@ export async function readBitmap(bitmap: ImageBitmap, onTile: OnTile): Promise<v
   if (!(webGlTells ??= await tryWebGl()) || !(await readExactly(bitmap, onTile))) {
     const message = 'half transparent pixels of this picture can not be read exactly here';
     const hint = 'lay it on white, or save it without transparency (WebGL is missing)';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.no-exact-alpha' });
+    throw new VlmportError('ImageError', 'image.no-exact-alpha', message, hint);
   }
 }
 
@@ -86,7 +86,7 @@ function drawTiles(bitmap: ImageBitmap, onTile: OnTile): void {
     const hint = tainted
       ? "the picture is from another origin: load it with crossorigin='anonymous'"
       : 'scale it down first';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
+    throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
 }
 
@@ -137,7 +137,7 @@ async function tryCanvas(): Promise<true> {
   if (same) return true;
   const message = 'this browser gives back other pixels than were drawn: it protects from tracking';
   const hint = 'allow this page to read canvases (in Brave: Shields; in Firefox: the permission)';
-  throw new VlmportError('ImageError', message, hint, { code: 'image.readback' });
+  throw new VlmportError('ImageError', 'image.readback', message, hint);
 }
 
 async function tryWebGl(): Promise<true | undefined> {
@@ -163,7 +163,7 @@ async function tryLength({ width, height }: ImageBitmap): Promise<void> {
     if (!isSame(whole, drawn.data)) {
       const message = `this browser can't read a picture of ${width}x${height} pixels`;
       const hint = 'cut it into pieces, or scale it down first';
-      throw new VlmportError('ImageError', message, hint, { code: 'image.readback' });
+      throw new VlmportError('ImageError', 'image.readback', message, hint);
     }
     lengthsThatWork.add(`${columns}x${rows}`);
   }

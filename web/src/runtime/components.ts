@@ -81,7 +81,12 @@ export class Components {
     const stray = Object.keys(manifest.image_options ?? {}).find(name => !names.includes(name));
     if (stray !== undefined) {
       const message = `${IMAGE}: no input '${stray}', which image_options name`;
-      throw new VlmportError('BundleError', message, 'export the bundle again');
+      throw new VlmportError(
+        'BundleError',
+        'bundle.wrong-graph',
+        message,
+        'export the bundle again',
+      );
     }
   }
 
@@ -148,7 +153,7 @@ export class Components {
     } catch (error) {
       const [why, hint] = whyAndHint(error, 'is it extremely narrow?');
       const message = `a picture of ${width}x${height} pixels can't be processed: ${why}`;
-      throw new VlmportError('ImageError', message, hint);
+      throw new VlmportError('ImageError', 'image.refused', message, hint);
     } finally {
       Object.values(feeds).forEach(tensor => tensor.dispose());
     }
@@ -169,11 +174,16 @@ export class Components {
         if (!input?.isTensor) {
           const message = `image option '${cut(name)}' is unknown${didYouMean(name, names)}`;
           const hint = `this bundle has: ${names.join(', ') || 'none'}`;
-          throw new VlmportError('OptionError', message, hint, { code: 'option.unknown' });
+          throw new VlmportError('OptionError', 'option.unknown', message, hint);
         }
         if (!fitsType(value, input.type)) {
           const message = `image option ${name}=${quoted(value)}: expected ${input.type}`;
-          throw new VlmportError('OptionError', message, 'true, false, 5 or 0.5');
+          throw new VlmportError(
+            'OptionError',
+            'option.wrong-value',
+            message,
+            'true, false, 5 or 0.5',
+          );
         }
         return [name, scalar(this.runtime.ort, input.type, value)];
       }),
@@ -192,7 +202,7 @@ export class Components {
     if (inputMetadata.length !== 1 || !fits || !input) {
       const wanted = inputMetadata.map(one => `${one.name} [${one.isTensor ? one.shape : ''}]`);
       const message = `pixel values [${dims}], but the vision encoder takes ${wanted.join(', ')}`;
-      throw new VlmportError('ImageError', message, 'give the picture itself');
+      throw new VlmportError('ImageError', 'image.wrong-array', message, 'give the picture itself');
     }
     const { image, options } = this.manifest.golden;
     const { inputs, promptIds } = await this.processImage(goldenImage(image), options);
@@ -211,7 +221,12 @@ export class Components {
     const missing = session.inputNames.find(name => !(name in inputs));
     if (missing !== undefined) {
       const message = `${VISION}: input '${missing}' is not made by the image processor`;
-      throw new VlmportError('BundleError', message, 'export the bundle again');
+      throw new VlmportError(
+        'BundleError',
+        'bundle.wrong-graph',
+        message,
+        'export the bundle again',
+      );
     }
     const feeds = Object.fromEntries(session.inputNames.map(name => [name, inputs[name]!]));
     const parts: Rows[] = [];
@@ -252,7 +267,12 @@ export class Components {
     } finally {
       input_ids.dispose();
     }
-    throw new VlmportError('BundleError', `${EMBED}: no inputs_embeds`, 'export the bundle again');
+    throw new VlmportError(
+      'BundleError',
+      'bundle.wrong-graph',
+      `${EMBED}: no inputs_embeds`,
+      'export the bundle again',
+    );
   }
 
   /**
@@ -301,7 +321,7 @@ export class Components {
     const { position_ids, rope_delta } = await session.run(feeds).catch((error: unknown) => {
       const [why, hint] = whyAndHint(error, 'do all files belong to one bundle?');
       const message = `no positions for ${pictures.length} pictures: ${why}`;
-      throw new VlmportError('PromptError', message, hint);
+      throw new VlmportError('PromptError', 'prompt.refused', message, hint);
     });
     const all = bigints(position_ids, POSITIONS, 'position_ids');
     const [offset] = bigints(rope_delta, POSITIONS, 'rope_delta');
@@ -327,14 +347,24 @@ export class Components {
     } catch (error) {
       const { device } = this.runtime;
       const message = `${name} can't run on ${device}: ${firstLine(error)}`;
-      throw new VlmportError('DeviceError', message, 'another device or precision may work');
+      throw new VlmportError(
+        'DeviceError',
+        'graph.run-failed',
+        message,
+        'another device or precision may work',
+      );
     }
   }
 
   private session(name: string): Session {
     const session = this.sessions.get(name);
     if (session) return session;
-    throw new VlmportError('BundleError', `this bundle has no ${name}`, 'export the bundle again');
+    throw new VlmportError(
+      'BundleError',
+      'bundle.malformed',
+      `this bundle has no ${name}`,
+      'export the bundle again',
+    );
   }
 }
 
@@ -373,7 +403,7 @@ export function goldenImage({ width, height, rgb }: Golden['image']): Rgb {
   const data = Uint8Array.from(atob(rgb), letter => letter.charCodeAt(0));
   if (data.length === width * height * 3) return { width, height, data };
   const message = `golden.image: not ${height}x${width}x3 bytes`;
-  throw new VlmportError('BundleError', message, 'export the bundle again');
+  throw new VlmportError('BundleError', 'bundle.wrong-golden', message, 'export the bundle again');
 }
 
 const isName = (size: number | string) => typeof size === 'string';
@@ -390,5 +420,10 @@ const integers = (tensor: Tensor | undefined) =>
 function bigints(tensor: Tensor | undefined, component: string, name: string): BigInt64Array {
   const data = tensor?.data;
   if (data instanceof BigInt64Array) return data;
-  throw new VlmportError('BundleError', `${component}: no ${name}`, 'export the bundle again');
+  throw new VlmportError(
+    'BundleError',
+    'bundle.wrong-graph',
+    `${component}: no ${name}`,
+    'export the bundle again',
+  );
 }

@@ -35,13 +35,18 @@ export function decoderOf(session: Session, cache: Manifest['cache'], where: str
     const [heads, headDim] = input.isTensor ? [input.shape[1], input.shape[3]] : [];
     if (!outputs.has(partner) || !input.isTensor || !isSize(heads) || !isSize(headDim)) {
       const message = `${where}: ${input.name} has no partner, or no fixed sizes`;
-      throw new VlmportError('BundleError', message, again);
+      throw new VlmportError('BundleError', 'bundle.wrong-graph', message, again);
     }
     return [{ past: input.name, present: partner, heads, headDim, type: input.type }];
   });
   const inputs = new Set(session.inputNames);
   if (!ports.length || !outputs.has('logits') || !inputs.has('inputs_embeds')) {
-    throw new VlmportError('BundleError', `${where}: no cache, logits or inputs_embeds`, again);
+    throw new VlmportError(
+      'BundleError',
+      'bundle.wrong-graph',
+      `${where}: no cache, logits or inputs_embeds`,
+      again,
+    );
   }
   const positions = session.inputMetadata.find(one => one.name === 'position_ids');
   return {

@@ -69,7 +69,7 @@ export function checkIds(
   const named = text === undefined ? `token ${first}` : `token ${first} ('${text}')`;
   const message = `${named} is past the embedding, which has ${rows} rows; ${wrong.length} of ${ids.length} tokens are`;
   const hint = 'leave this token out; the tokenizer knows more tokens than the model';
-  throw new VlmportError('PromptError', message, hint, { code: 'prompt.token-past-embedding' });
+  throw new VlmportError('PromptError', 'prompt.token-past-embedding', message, hint);
 }
 
 /** The table of a node that looks up `ids`, and along which axis. */
@@ -142,6 +142,9 @@ const textIn = (data: Uint8Array, { start, end }: Field) =>
   new TextDecoder().decode(data.subarray(start, end));
 
 const notOnnx = () =>
-  new VlmportError('BundleError', 'embed_tokens: not a whole ONNX graph', 'export it again', {
-    code: 'bundle.unreadable',
-  });
+  new VlmportError(
+    'BundleError',
+    'bundle.unreadable',
+    'embed_tokens: not a whole ONNX graph',
+    'export it again',
+  );

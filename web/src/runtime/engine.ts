@@ -72,7 +72,7 @@ export class Engine {
         signal.throwIfAborted();
         const { kind, message, hint, code } = asVlmportError(error, 'DeviceError');
         const text = kind === 'DeviceError' ? `${message}. ${reason}` : message;
-        throw new VlmportError(kind, text, hint, { code });
+        throw new VlmportError(kind, code, text, hint);
       }
     }
   }
@@ -164,7 +164,12 @@ export class Engine {
     const known = pictures.get(number);
     if (known) return known;
     if (picture === null) {
-      throw new VlmportError('WorkerError', `no picture ${number}`, 'please report this');
+      throw new VlmportError(
+        'WorkerError',
+        'program.defect',
+        `no picture ${number}`,
+        'please report this',
+      );
     }
     const read = await this.features.process(this.ready.components, picture, options, signal);
     signal.throwIfAborted();
@@ -192,7 +197,12 @@ export class Engine {
       if (signal.aborted || hopeless || cause.kind !== 'DeviceError') throw error;
       await this.leaveGpu(cause, hear.onChange, signal);
       if (said)
-        throw new VlmportError('DeviceError', cause.message, 'try again: now on WebAssembly');
+        throw new VlmportError(
+          'DeviceError',
+          cause.code,
+          cause.message,
+          'try again: now on WebAssembly',
+        );
       return attempt();
     }
   }
@@ -227,7 +237,12 @@ async function loadOn(
   const half = Object.values(choice).find(precision => HALF.test(precision));
   if (half !== undefined && !runtime.hasFloat16) {
     const message = `the GPU can't compute ${half}: it has no 16-bit shaders`;
-    throw new VlmportError('DeviceError', message, "precision: 'auto' takes one that it can");
+    throw new VlmportError(
+      'DeviceError',
+      'device.wrong-precision',
+      message,
+      "precision: 'auto' takes one that it can",
+    );
   }
   const paths = graphFiles(manifest, choice).flatMap(one => one.paths);
   const totalBytes = [...paths, ...promptFiles(manifest)].reduce(
@@ -268,5 +283,5 @@ function unrecorded(device: Device, precision: string): string[] {
 function untrusted(device: Device, problems: readonly string[]): VlmportError {
   const message = `${device} gives other results than recorded: ${problems.join('; ')}`;
   const hint = device === 'webgpu' ? "device: 'wasm' works" : 'export the bundle again';
-  return new VlmportError('DeviceError', message, hint);
+  return new VlmportError('DeviceError', 'device.wrong-numbers', message, hint);
 }

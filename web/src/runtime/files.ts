@@ -66,9 +66,12 @@ const READERS: readonly [(bytes: Bytes) => boolean, Reader][] = [
 
 function damaged(): VlmportError {
   const hint = 'download or copy it again';
-  return new VlmportError('ImageError', 'the picture is damaged or truncated', hint, {
-    code: 'image.damaged',
-  });
+  return new VlmportError(
+    'ImageError',
+    'image.damaged',
+    'the picture is damaged or truncated',
+    hint,
+  );
 }
 
 async function readPng(bytes: Bytes): Promise<PictureFile> {
@@ -267,9 +270,7 @@ function readBmp(bytes: Bytes): PictureFile {
   const packing = old ? 0 : view.getUint32(30, true);
   if (![1, 4, 8, 24, 32].includes(bits) || !(packing === 0 || (packing === 3 && bits === 32))) {
     const message = `a BMP of ${bits} bits a pixel, packed by method ${packing}, which is not read`;
-    throw new VlmportError('ImageError', message, 'save it as PNG', {
-      code: 'image.unsupported-format',
-    });
+    throw new VlmportError('ImageError', 'image.unsupported-format', message, 'save it as PNG');
   }
   const begins = view.getUint32(10, true);
   const colours = bits > 8 || old ? 0 : view.getUint32(46, true) || 2 ** bits;
@@ -319,7 +320,7 @@ function readHeif(bytes: Bytes): PictureFile {
 function transparentAvif(): VlmportError {
   const message = 'an AVIF picture with transparency, which browsers read differently';
   const hint = 'save it as PNG or WebP, or without transparency';
-  return new VlmportError('ImageError', message, hint, { code: 'image.no-exact-alpha' });
+  return new VlmportError('ImageError', 'image.no-exact-alpha', message, hint);
 }
 
 /** Make a profile nothing, and primaries and transfer those of sRGB, at the same length. */
@@ -360,5 +361,5 @@ function exifOrientation(exif: Bytes): number | undefined {
 export function undecoded({ format }: PictureFile): VlmportError {
   if (format !== 'HEIC') return damaged();
   const message = "a HEIC (HEIF) picture, which this browser can't read";
-  return new VlmportError('ImageError', message, SAVE, { code: 'image.unsupported-format' });
+  return new VlmportError('ImageError', 'image.unsupported-format', message, SAVE);
 }

@@ -61,7 +61,12 @@ export async function* generate(
     const token = best(scores);
     if (!Number.isFinite(scores[token])) {
       const message = `the decoder's scores are not finite at token ${made - 1}`;
-      throw new VlmportError('DeviceError', message, 'another device or precision may work');
+      throw new VlmportError(
+        'DeviceError',
+        'device.not-finite',
+        message,
+        'another device or precision may work',
+      );
     }
     yield { token, scores };
     if (stopTokenIds.has(token) || made >= maxNewTokens) return;

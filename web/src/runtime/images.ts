@@ -4,7 +4,8 @@
  */
 
 import { isWebPage } from '../bundle/download.js';
-import { VlmportError, firstLine } from '../errors.js';
+import type { ErrorCode } from '../error-codes.js';
+import { VlmportError, firstLine, quoted } from '../errors.js';
 import type { Picture as AnyPicture } from '../protocol.js';
 import { AS_STORED, type Rgba, readBitmap } from './canvas.js';
 import { type Frame, type PictureFile, readFile, undecoded } from './files.js';
@@ -25,7 +26,7 @@ export interface Rgb {
 
 /** What helps where an address of this scheme can't be fetched. */
 const HINTS: Readonly<Record<string, string>> = {
-  'data:': 'is it whole, and is what follows ;base64, base64?',
+  'data:': 'does the policy (CSP) of this page allow data: addresses?',
   'blob:': 'was it revoked, or made by another page?',
   'file:': 'pages read no files by their address: give a File',
 };
@@ -48,7 +49,7 @@ export async function openImage(picture: Picture, signal: AbortSignal): Promise<
     if (!(error instanceof RangeError)) throw error; // an array that there is no memory for
     const message = `not enough memory for this picture (${firstLine(error)})`;
     const hint = 'scale it down first';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.out-of-memory' });
+    throw new VlmportError('ImageError', 'image.out-of-memory', message, hint);
   }
 }
 
@@ -57,14 +58,39 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
     const response = await fetch(url, { signal });
     if (response.ok) return await pictureOf(response, url);
     const message = `${url}: the server says ${response.status}`;
-    throw new VlmportError('ImageError', message, 'is it there?', { code: 'image.not-fetched' });
+    throw new VlmportError('ImageError', 'image.not-fetched', message, 'is it there?');
   } catch (error) {
     signal.throwIfAborted();
     if (error instanceof VlmportError) throw error;
     const message = `${url} can't be fetched (${firstLine(error)})`;
     const scheme = /^\w+:/.exec(url)?.[0] ?? '';
+    const problem = scheme === 'data:' ? badData(url) : null;
+    if (problem) throw problem;
     const hint = HINTS[scheme] ?? 'on another origin the server has to allow this page (CORS)';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.not-fetched' });
+    throw new VlmportError('ImageError', 'image.not-fetched', message, hint);
+  }
+}
+
+/** What is wrong with a data: address, if anything is (the twin of vlmport/runtime/picture_uris.py). */
+function badData(url: string): VlmportError | null {
+  const [, head = '', body] = /^data:([^,]*)(?:,(.*))?$/s.exec(url) ?? [];
+  if (body === undefined) {
+    const message = `${quoted(url, 40)}: a data: address without a comma, after which its data begin`;
+    const hint = 'for example data:image/png;base64,iVBORw0…';
+    return new VlmportError('ImageError', 'image.bad-data-address', message, hint);
+  }
+  if (!/;\s*base64\s*$/i.test(head)) return null;
+  try {
+    atob(decodeURIComponent(body));
+    return null;
+  } catch {
+    const hint = 'is it whole? toBase64() of a Uint8Array writes it';
+    return new VlmportError(
+      'ImageError',
+      'image.bad-base64',
+      `not base64: ${quoted(url, 40)}`,
+      hint,
+    );
   }
 }
 
@@ -74,14 +100,14 @@ async function pictureOf(response: Response, url: string): Promise<Blob> {
   if (!isWebPage(await blob.slice(0, 1024).text())) return blob;
   const message = `${url}: a web page, not a picture`;
   const hint = 'is the picture at this address? Its server may send a page, or a login, instead';
-  throw new VlmportError('ImageError', message, hint, { code: 'source.web-page' });
+  throw new VlmportError('ImageError', 'source.web-page', message, hint);
 }
 
 /** Sizes are checked before anything is decoded. */
 async function fromFile(blob: Blob): Promise<Rgb> {
   if (blob.size === 0) {
     const message = 'the picture is empty (0 bytes)';
-    throw new VlmportError('ImageError', message, 'choose it again', { code: 'image.empty' });
+    throw new VlmportError('ImageError', 'image.empty', message, 'choose it again');
   }
   const file = await readFile(new Uint8Array(await blob.arrayBuffer()));
   const { width, height, format, orientation } = file;
@@ -95,7 +121,7 @@ async function fromFile(blob: Blob): Promise<Rgb> {
     bitmap.close();
     const message = `the browser makes ${found} of a picture of ${width}x${height} pixels`;
     const hint = 'save it as PNG';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.unreadable' });
+    throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
   const rgb = await fromBitmap(bitmap);
   if (file.frame) paintOutside(rgb, file.frame);
@@ -168,7 +194,7 @@ function fromPixels({ width, height, channels, data }: Picture & { kind: 'pixels
   if (data.length !== width * height * channels) {
     const message = `${data.length} bytes for ${width}x${height} pixels of ${channels} channels`;
     const hint = 'channels come last; one picture at a time';
-    throw new VlmportError('ImageError', message, hint, { code: 'image.wrong-array' });
+    throw new VlmportError('ImageError', 'image.wrong-array', message, hint);
   }
   if (channels === 4) return { width, height, data: onWhite(data) };
   if (channels === 3) return { width, height, data: Uint8Array.from(data) };
@@ -180,8 +206,8 @@ function fromPixels({ width, height, channels, data }: Picture & { kind: 'pixels
 function checkSize(width: number, height: number): void {
   const number = (value: number) => value.toLocaleString('en-US');
   const size = `${width}x${height}`;
-  const refuse = (message: string, hint: string, code = 'image.too-large') => {
-    throw new VlmportError('ImageError', message, hint, { code });
+  const refuse = (message: string, hint: string, code: ErrorCode = 'image.too-large') => {
+    throw new VlmportError('ImageError', code, message, hint);
   };
   if (!(width >= 1 && height >= 1)) {
     refuse(`${size} pixels`, 'a picture needs pixels', 'image.empty');

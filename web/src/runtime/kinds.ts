@@ -3,6 +3,7 @@
  * vlmport/runtime/image_kinds.py).
  */
 
+import type { ErrorCode } from '../error-codes.js';
 import { VlmportError } from '../errors.js';
 import { type Bytes, text } from './bytes.js';
 
@@ -15,7 +16,7 @@ const VIDEO = 'give some of its frames as pictures';
 interface Kind {
   readonly message: string;
   readonly hint: string;
-  readonly code: string;
+  readonly code: ErrorCode;
 }
 
 const picture = (what: string, hint = SAVE): Kind => ({
@@ -116,7 +117,7 @@ const RIFFS: ReadonlyMap<string, Kind> = new Map([
 /** The error for a file that is none of the formats that are read, by its first bytes. */
 export function notRead(bytes: Bytes): VlmportError {
   const { message, hint, code } = kindOf(bytes);
-  return new VlmportError('ImageError', message, hint, { code });
+  return new VlmportError('ImageError', code, message, hint);
 }
 
 const HEAD = 512; // bytes that are looked at: an SVG drawing may begin with a comment

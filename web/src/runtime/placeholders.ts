@@ -38,9 +38,12 @@ export function renamed(text: string, names: ReadonlyMap<string, string>): objec
   if (found.size !== names.size) {
     const spelled = [...names.keys()].map(one => `'${one}'`).join(' or ');
     const message = `a text spells ${spelled}, which this tokenizer can't encode as ordinary characters`;
-    throw new VlmportError('TokenizerError', message, 'take it out of the text', {
-      code: 'tokenizer.placeholder-in-text',
-    });
+    throw new VlmportError(
+      'TokenizerError',
+      'tokenizer.placeholder-in-text',
+      message,
+      'take it out of the text',
+    );
   }
   const { model } = file;
   const nameOf = (token: string) => names.get(token) ?? token;

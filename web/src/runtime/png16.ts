@@ -106,5 +106,5 @@ const kindOf = (chunk: Bytes) => String.fromCharCode(...chunk.subarray(4, 8));
 function wrong(what: string): VlmportError {
   const message = `the picture is damaged or truncated: no 16-bit PNG ${what}`;
   const hint = 'download or copy it again, or save it with 8 bits';
-  return new VlmportError('ImageError', message, hint, { code: 'image.damaged' });
+  return new VlmportError('ImageError', 'image.damaged', message, hint);
 }

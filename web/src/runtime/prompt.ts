@@ -64,7 +64,7 @@ export class Prompter {
       if (problems.length) {
         const message = `the tokenizer is not read: ${problems.slice(0, 6).join('; ')}`;
         const hint = 'is it as its publisher wrote it?';
-        throw new VlmportError('TokenizerError', message, hint, { code: 'tokenizer.refused' });
+        throw new VlmportError('TokenizerError', 'tokenizer.refused', message, hint);
       }
       const tokenizer = watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN));
       const template = templateOf(config) ?? texts[TEMPLATE];
@@ -73,7 +73,7 @@ export class Prompter {
       if (error instanceof VlmportError) throw error;
       const message = `the tokenizer can't be read: ${firstLine(error).slice(0, 200)}`;
       const hint = 'export the bundle again';
-      throw new VlmportError('TokenizerError', message, hint, { code: 'tokenizer.unreadable' });
+      throw new VlmportError('TokenizerError', 'tokenizer.unreadable', message, hint);
     }
   }
 
@@ -86,7 +86,7 @@ export class Prompter {
   private marked(messages: readonly Message[], mark: string): string {
     if (this.template === undefined) {
       const message = 'this bundle has no chat template';
-      throw new VlmportError('PromptError', message, 'export the bundle again');
+      throw new VlmportError('PromptError', 'template.missing', message, 'export the bundle again');
     }
     try {
       const none = { tools: null, documents: null }; // templates ask whether they are none
@@ -100,7 +100,7 @@ export class Prompter {
     } catch (error) {
       const message = `the chat template refuses these messages: ${firstLine(error).slice(0, 200)}`;
       const hint = 'roles and content must be as this model expects them';
-      throw new VlmportError('PromptError', message, hint, { code: 'template.refuses' });
+      throw new VlmportError('PromptError', 'template.refuses', message, hint);
     }
   }
 
@@ -153,9 +153,12 @@ export class Prompter {
       if (unread === undefined) continue;
       const near = KEYS.includes(unread) ? '' : didYouMean(unread, ['role', 'content', ...KEYS]);
       const message = `messages[${number}]: ${quoted(unread)}${near}: this model's chat template does not read it`;
-      throw new VlmportError('PromptError', message, 'leave it out: it would have no effect', {
-        code: 'prompt.unread-key',
-      });
+      throw new VlmportError(
+        'PromptError',
+        'prompt.unread-key',
+        message,
+        'leave it out: it would have no effect',
+      );
     }
   }
 
@@ -198,7 +201,7 @@ export class Prompter {
           ? 'this chat template writes it where no image part is'
           : "the template leaves out a picture; put it into a user's message";
       const code = 'prompt.placeholder-count';
-      throw new VlmportError('PromptError', message, hint, { code });
+      throw new VlmportError('PromptError', code, message, hint);
     }
     let next = 0;
     return ids.flatMap(id => (id === placeholder ? (images[next++] ?? []) : [id]));
@@ -217,7 +220,7 @@ function encoded(tokenizer: Tokenizer, text: string): number[] {
   } catch (error) {
     const message = `the tokenizer can't encode this text: ${firstLine(error).slice(0, 200)}`;
     const hint = 'does it have a token for each character, or one for unknown ones?';
-    throw new VlmportError('PromptError', message, hint, { code: 'tokenizer.can-not-encode' });
+    throw new VlmportError('PromptError', 'tokenizer.can-not-encode', message, hint);
   }
 }
 
@@ -246,9 +249,7 @@ function specialTokens(config: TokenizerConfig): Record<string, string> {
     if (typeof text !== 'string') {
       const message = `tokenizer_config.json: ${name} is ${JSON.stringify(text)}, expected a text`;
       const hint = "give the token as a text, such as '</s>'";
-      throw new VlmportError('TokenizerError', message, hint, {
-        code: 'tokenizer.special-token-type',
-      });
+      throw new VlmportError('TokenizerError', 'tokenizer.special-token-type', message, hint);
     }
     found[name] = text;
   }

@@ -13,7 +13,12 @@ export interface Rows {
 /** Read a float tensor [..., D] as rows, and dispose it. */
 export async function rowsOf(tensor: Tensor | undefined): Promise<Rows> {
   if (tensor === undefined) {
-    throw new VlmportError('BundleError', 'a graph lacks an output', 'export the bundle again');
+    throw new VlmportError(
+      'BundleError',
+      'bundle.wrong-graph',
+      'a graph lacks an output',
+      'export the bundle again',
+    );
   }
   const width = tensor.dims.at(-1) ?? 1;
   try {
@@ -76,13 +81,18 @@ export function mergeImageFeatures(
   if (places.length !== rows.length) {
     const message = `${places.length} image tokens in the prompt, ${rows.length} features`;
     const hint = "is every picture's placeholder in the prompt, and no image token by hand?";
-    throw new VlmportError('PromptError', message, hint);
+    throw new VlmportError('PromptError', 'prompt.wrong-features', message, hint);
   }
   const merged = Float32Array.from(embeds.data);
   rows.forEach((row, i) => {
     if (row.length !== embeds.width) {
       const message = `features are ${row.length} wide, embeddings ${embeds.width}`;
-      throw new VlmportError('PromptError', message, 'do all files belong to one bundle?');
+      throw new VlmportError(
+        'PromptError',
+        'prompt.wrong-features',
+        message,
+        'do all files belong to one bundle?',
+      );
     }
     merged.set(row, places[i]! * embeds.width);
   });

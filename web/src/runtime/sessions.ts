@@ -125,7 +125,7 @@ function notLoaded(error: unknown): VlmportError {
   const message = `ONNX Runtime can't be loaded (${firstLine(error)})`;
   const hint =
     'check the connection, and that its .wasm file lies where wasmPaths says; load again';
-  return new VlmportError('DownloadError', message, hint);
+  return new VlmportError('DownloadError', 'runtime.not-loaded', message, hint);
 }
 
 /** Threads need memory that is shared, which only a cross-origin isolated page has. */
@@ -140,7 +140,7 @@ async function requestGpu(): Promise<GPUDevice> {
     const message = globalThis.isSecureContext
       ? 'this browser has no WebGPU'
       : 'WebGPU needs a page on https or localhost';
-    throw new VlmportError('DeviceError', message, "device: 'wasm' works");
+    throw new VlmportError('DeviceError', 'device.not-available', message, "device: 'wasm' works");
   }
   try {
     const adapter = await gpu.requestAdapter({ powerPreference: 'high-performance' });
@@ -148,7 +148,7 @@ async function requestGpu(): Promise<GPUDevice> {
     return await requestDevice(adapter);
   } catch (error) {
     const message = `this browser offers WebGPU, but no GPU that works (${firstLine(error)})`;
-    throw new VlmportError('DeviceError', message, "device: 'wasm' works");
+    throw new VlmportError('DeviceError', 'device.not-available', message, "device: 'wasm' works");
   }
 }
 
@@ -171,11 +171,16 @@ function openError(name: string, device: Device, error: unknown): VlmportError {
   const [, operator] = NO_KERNEL.exec(detail) ?? [];
   if (operator !== undefined) {
     const message = `${name} can't be opened on ${device}: this ONNX Runtime can't compute ${operator} in this precision`;
-    return new VlmportError('DeviceError', message, "precision: 'auto' takes one that it can");
+    return new VlmportError(
+      'DeviceError',
+      'device.wrong-precision',
+      message,
+      "precision: 'auto' takes one that it can",
+    );
   }
   const message = `${name} can't be opened on ${device}: ${detail}`;
   const hint = /memory|alloc/i.test(detail)
     ? 'close other pages, or load a smaller precision'
     : 'another precision or device may work';
-  return new VlmportError('DeviceError', message, hint);
+  return new VlmportError('DeviceError', 'graph.not-opened', message, hint);
 }

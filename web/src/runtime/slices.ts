@@ -96,7 +96,7 @@ export function joinedTensors(
   const Numbers = ARRAYS[type];
   if (Numbers === undefined || !shape.length || !parts.every(fits)) {
     const message = `input '${input.name}' ${type}[${shape}] is not what the image processor gives`;
-    throw new VlmportError('BundleError', message, 'export the bundle again');
+    throw new VlmportError('BundleError', 'bundle.wrong-graph', message, 'export the bundle again');
   }
   const count = parts.reduce((sum, part) => sum + (part.dims[0] ?? 0), 0);
   const data = new Numbers(inner.reduce((a, b) => a * b, count));

@@ -1,0 +1,19 @@
+/** Errors of pictures that come by address. */
+
+import { expect, test } from 'vitest';
+
+import { openImage } from '../src/runtime/images.js';
+
+const BAD: readonly (readonly [string, string])[] = [
+  ['data:image/png', 'image.bad-data-address'],
+  ['data:image/png;base64', 'image.bad-data-address'],
+  ['data:image/png;base64,iVBOR*0', 'image.bad-base64'],
+  ['data:image/png;base64,', 'image.empty'],
+  ['data:text/plain,words', 'image.not-a-picture'],
+  ['nowhere:picture.png', 'image.not-fetched'],
+];
+
+test.each(BAD)('%s is %s', async (url, code) => {
+  const opened = openImage({ kind: 'url', url }, new AbortController().signal);
+  await expect(opened).rejects.toMatchObject({ kind: 'ImageError', code });
+});
