@@ -7,8 +7,6 @@ import gc
 import itertools
 import sys
 import weakref
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,11 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime import toy
-from vlmport.bundle import CacheLayout
-from vlmport.errors import BundleError, PromptError
+from vlmport.errors import PromptError
 from vlmport.runtime.cache import KeyValueCache
 from vlmport.runtime.components import Components
-from vlmport.runtime.decoder import Decoder
 
 WEIGHTS = toy.Weights.random()
 TOLERANCE = 2e-3  # of logits up to 40
@@ -378,50 +374,3 @@ def test_a_cache_that_is_not_fed_back_is_seen(components: Components):
     for buffer in cache.buffers:
         buffer[...] = 0
     assert np.abs(cache.step(embeds[None, 11:])[0] - full[11]).max() > 0.05
-
-
-def test_names_are_paired_not_counted(components: Components):
-    """The toy declares its inputs in another order than its outputs."""
-    for port in components.decoder.ports:
-        assert port.present == port.past.replace("old.", "new.")
-    inputs = [one.name for one in components.decoder.session.get_inputs()]
-    assert inputs[0] == "old.1.v"
-
-
-@pytest.mark.parametrize(
-    ("layout", "said"),
-    [
-        (CacheLayout("past_key_values.", "present."), "nothing begins with 'past_key_values.'"),
-        (CacheLayout("old.", "new.0"), "without a partner"),
-        (CacheLayout("old.0.", "new."), "without a partner"),
-    ],
-)
-def test_cache_tensors_without_a_partner(components: Components, layout: CacheLayout, said: str):
-    session = components.decoder.session
-    with pytest.raises(BundleError, match=said):
-        Decoder.of(session, layout, "decoder")
-
-
-ODD_SHAPES: list[list[Any]] = [[], ["B", 2, "T"], ["B", "H", "P", 0], ["B", 2, "P", 2**40]]
-
-
-@pytest.mark.parametrize("shape", ODD_SHAPES)
-@pytest.mark.parametrize("which", ["old.1.v", "logits"])
-def test_shapes_that_no_cache_can_have(components: Components, which: str, shape: list[Any]):
-    """A hostile graph may leave them out, or claim terabytes."""
-    real = components.decoder.session
-
-    def changed(ports: Any) -> list[Any]:
-        return [
-            SimpleNamespace(name=p.name, type=p.type, shape=shape if p.name == which else p.shape)
-            for p in ports
-        ]
-
-    session = SimpleNamespace(
-        get_inputs=lambda: changed(real.get_inputs()),
-        get_outputs=lambda: changed(real.get_outputs()),
-    )
-    layout = CacheLayout("old.", "new.")
-    with pytest.raises(BundleError) as caught:
-        Decoder.of(session, layout, "decoder")  # pyright: ignore[reportArgumentType]
-    assert caught.value.code == "bundle.wrong-shape"
