@@ -37,6 +37,7 @@ check: $(VENV)/installed-dev $(NODE_MODULES) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m tests.errors_reference --check
 	cd web && npm run --silent check
 
 # Warnings are errors. The variable only hides a notice of the theme about MkDocs 2.

@@ -13,7 +13,10 @@ from pathlib import Path
 from vlmport import errors
 
 SOURCE = Path(errors.__file__).parent
-CODE = re.compile(r"[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*")
+CODE = re.compile(r"[a-z]+\.[a-z0-9]+(?:-[a-z0-9]+)*")
+WEB = Path(__file__).parents[1] / "web/src"
+THROWN = re.compile(r"new VlmportError\(\s*'(\w+)',\s*'([a-z]+\.[a-z0-9-]+)'")
+TS_CODE = re.compile(rf"'({CODE.pattern})'")
 ROOTS = ("VlmportError", "VlmportWarning")
 # Classes and functions that carry a code to an error, and the class of that error.
 CARRIERS = {"Kind": ["ImageError"], "TemplateLimitError": ["PromptError"]}
@@ -162,3 +165,34 @@ def _line(name: str, bases: Mapping[str, str]) -> list[str]:
     while line[-1] in bases and bases[line[-1]] not in line:
         line.append(bases[line[-1]])
     return line
+
+
+def class_facts(name: str) -> tuple[str, int | None]:
+    """The first line of a class's docstring, and its exit code (None for a warning)."""
+    nodes = [node for tree in trees().values() for node in ast.walk(tree)]
+    found = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    text = (ast.get_docstring(found[name]) or "").split("\n\n")[0].replace("\n", " ")
+    for one in _line(name, classes()):
+        if one in found and (values := list(_assigned("exit_code", found[one]))):
+            return text, ast.literal_eval(values[0])
+    return text, None
+
+
+def raised_in_web() -> dict[str, set[str]]:
+    """Code → the kinds that the TypeScript package throws it with."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for path in sorted(WEB.rglob("*.ts")):
+        for kind, code in THROWN.findall(path.read_text(encoding="utf-8")):
+            found[code].add(kind)
+    return dict(found)
+
+
+def codes_of_web() -> list[str]:
+    """The codes that its type ErrorCode has."""
+    return TS_CODE.findall((WEB / "error-codes.ts").read_text(encoding="utf-8"))
+
+
+def used_in_web() -> set[str]:
+    """The texts between quotes in the TypeScript package that have the form of a code."""
+    paths = [path for path in WEB.rglob("*.ts") if path.name != "error-codes.ts"]
+    return {code for path in paths for code in TS_CODE.findall(path.read_text(encoding="utf-8"))}

@@ -44,7 +44,7 @@ class VlmportError(Exception):
 
 
 class VlmportWarning(UserWarning):
-    """The base of all warnings: vlmport goes on, and the user should know how.
+    """The base of all warnings: vlmport continues, and the message says how.
 
     Attributes:
         code: a stable name of the problem, as for an error.
@@ -59,11 +59,11 @@ class VlmportWarning(UserWarning):
 
 
 class OptionWarning(VlmportWarning):
-    """A default of generation_config.json that can't be served, and is left out."""
+    """A default of generation_config.json that is not supported, and is left out."""
 
 
 class AnswerWarning(VlmportWarning):
-    """An answer that is not whole."""
+    """An answer that is not complete."""
 
 
 class CheckpointWarning(VlmportWarning):
@@ -71,7 +71,7 @@ class CheckpointWarning(VlmportWarning):
 
 
 class ExportWarning(VlmportWarning):
-    """What an export leaves out, or what one that was killed left behind."""
+    """Something that an export leaves out, or that a killed export left behind."""
 
 
 class SourceError(VlmportError):
@@ -79,11 +79,11 @@ class SourceError(VlmportError):
 
 
 class ConfigError(VlmportError):
-    """A config.json with a missing key or with a value that changes the maths unsupported."""
+    """A configuration file with a missing key, or with a value that vlmport does not support."""
 
 
 class WeightError(VlmportError):
-    """Weights missing, surplus, misshapen or unreadable; all of them are named."""
+    """Weights that are missing, surplus, misshapen or unreadable; the message names them."""
 
 
 class AdapterError(WeightError):
@@ -91,19 +91,19 @@ class AdapterError(WeightError):
 
 
 class TokenizerError(VlmportError):
-    """Tokenizer files missing or unreadable."""
+    """A tokenizer or chat template that is missing or unreadable."""
 
 
 class ExportError(VlmportError):
-    """An export that can't be written: target exists, disk full, unknown precision."""
+    """An export that can't be made: the target exists, the disk is full, an unknown precision."""
 
 
 class BundleError(VlmportError):
-    """A bundle that is incomplete, corrupt or of a newer version."""
+    """A bundle that is incomplete, damaged or of a newer version."""
 
 
 class ImageError(VlmportError):
-    """A picture that can't be opened, or is too large to be meant."""
+    """An image that can't be read, or is too large."""
 
 
 class PromptError(VlmportError):
@@ -119,19 +119,19 @@ class OptionError(VlmportError):
 
 
 class DependencyError(VlmportError):
-    """An optional extra that is needed here and not installed."""
+    """A package that is needed and not installed, or installed in another version."""
 
 
 class EvaluationError(VlmportError):
-    """Pictures or reference captions that a bundle can't be measured on."""
+    """Images or reference captions that a bundle can't be measured on."""
 
 
 class OutputError(VlmportError):
-    """Standard output that can't be written, or that nobody reads any more."""
+    """Standard output that can't be written, or that no program reads any more."""
 
 
 class VerificationError(VlmportError):
-    """`verify` ran, and a rung of the ladder broke."""
+    """`verify` could not run the reference, or its results contradict each other."""
 
     exit_code = 1
 

@@ -45,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class UnrecordedResultError(BundleError):
-    """All is measured, but the result is not in the bundle: it can't, or must not, be written.
+    """The evaluation has its results, but they can't be, or must not be, written into the bundle.
 
     Attributes:
         report: the result.

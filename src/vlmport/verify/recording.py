@@ -11,7 +11,7 @@ from vlmport.verify.report import Report, parity_markdown
 
 
 class UnrecordedError(BundleError):
-    """The ladder was climbed, but its result can't be written into the bundle.
+    """The verification has its result, but it can't be written into the bundle.
 
     Attributes:
         report: the result.
