@@ -38,11 +38,13 @@ check: $(VENV)/installed-dev $(NODE_MODULES) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m tests.errors_reference --check
+	$(BIN)/python -m tests.cli_reference --check
 	cd web && npm run --silent check
 
-# Warnings are errors. The variable only hides a notice of the theme about MkDocs 2.
+# Warnings are errors (not with --quiet, which hides them from --strict). The variable hides a notice
+# of the theme about MkDocs 2.
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The same environment with another ONNX Runtime before it: the tests that run graphs, and the
 # built-in models from export to answers.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+import typer
 
+import vlmport
+from tests import cli_reference
 from vlmport import cli
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "examples/README.md",
     ROOT / "web/README.md",
@@ -42,15 +46,45 @@ def test_each_error_of_the_troubleshooting_page_is_one_that_we_raise() -> None:
     assert [text for text in quoted if text not in TEXT] == []
 
 
-def test_each_command_of_the_readme_exists_with_its_options() -> None:
-    page = (ROOT / "README.md").read_text("utf-8")
-    commands = re.findall(r"^\$ vlmport (\w+)(.*?)(?:#.*)?$", page, flags=re.MULTILINE)
-    assert {name for name, _ in commands} >= {"export", "verify", "caption"}
-    for name, rest in commands:
-        done = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
-        assert done.exit_code == 0, name
-        for option in re.findall(r"--[\w-]+", rest):
-            assert option in done.stdout, (name, option)
+def commands(document: Path) -> list[tuple[str, str]]:
+    """Each command of vlmport in a page's blocks of code: its name, and what follows."""
+    blocks = re.findall(r"^ *```.*?^ *```", document.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    line = re.compile(r"^ *(?:\$ )?(?:\w+=\S+ )*vlmport (\w+)(.*?)(?: #.*)?$", re.MULTILINE)
+    return [(name, rest) for block in blocks for name, rest in line.findall(block)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_each_command_exists_with_its_options(document: Path) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    for name, rest in commands(document):
+        known = {
+            option
+            for parameter in group.commands[name].params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        used = re.findall(r"(?<!\S)--?[a-z][\w-]*", re.sub(r"'[^']*'|\"[^\"]*\"", "", rest))
+        assert set(used) <= known, (name, rest)
+
+
+def test_commands_are_found_on_the_pages() -> None:
+    found = {name for document in DOCUMENTS for name, _ in commands(document)}
+    group: Any = typer.main.get_command(cli.app)
+    assert set(group.commands) - {"models"} <= found
+    assert {name for name, _ in commands(ROOT / "README.md")} >= {"export", "verify", "caption"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_each_python_block_names_what_exists(document: Path) -> None:
+    text = document.read_text("utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vlmport":
+                assert node.attr in vlmport.__all__, node.attr
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
+    page = (ROOT / "docs/cli.md").read_text("utf-8")
+    assert page == cli_reference.page(), "run python -m tests.cli_reference"
 
 
 def site_hooks() -> ModuleType:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported where it is used: the tests read this file without
 ROOT = Path(__file__).parents[2]
 OUTSIDE = [
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "SECURITY.md",
     "examples/README.md",
     "testdata/golden/README.md",

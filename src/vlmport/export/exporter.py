@@ -73,6 +73,8 @@ def export(
 ) -> Bundle:
     """Export a checkpoint folder, Hub id or built-in model to a bundle in `out`.
 
+    An export that fails leaves `out` as it was.
+
     Args:
         precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16. None
             for fp32, q8 and q4, as far as this model can have them: one that it can't have is left
@@ -95,7 +97,6 @@ def export(
         ExportError: `out` exists, an unknown precision or layout, an image size that the model or
             the layout does not take, a bad shard size, a full disk.
         OptionError: `ignore_weights` match nothing, or a tensor that the model needs.
-        In each case `out` is left as it was.
     """
     chosen = parse_precisions(DEFAULT_PRECISIONS if precisions is None else precisions)
     room = None if max_shard_size is None else parse_size(max_shard_size)
