@@ -84,6 +84,10 @@ def test_each_python_block_names_what_exists(document: Path) -> None:
                 assert node.attr in vlmport.__all__, node.attr
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 120
+
+
 def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
     page = (ROOT / "docs/cli.md").read_text("utf-8")
     assert page == cli_reference.page(), "run python -m tests.cli_reference"
