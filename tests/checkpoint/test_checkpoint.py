@@ -19,6 +19,7 @@ from tests.checkpoints import (
     write_tokenizer,
     write_weights,
 )
+from tests.errors import raises
 from vlmport.checkpoint import Checkpoint, LoraScale, Weights, merged
 from vlmport.errors import ConfigError, SourceError, WeightError
 
@@ -122,7 +123,7 @@ def test_the_front_reads_config_and_side_files(tmp_path: Path) -> None:
     assert settings["eos_token"] == "<|endoftext|>"
     assert checkpoint.json("preprocessor_config.json") is None
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"generation_config\.json: expected a JSON object"):
+    with raises(ConfigError, "source.not-json", "generation_config.json"):
         checkpoint.json("generation_config.json")
 
 

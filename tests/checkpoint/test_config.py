@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from vlmport.checkpoint.config import Layers, Signed, Size, read_config
 from vlmport.errors import ConfigError
 
@@ -151,7 +152,7 @@ def test_numbers_that_no_model_has_are_refused() -> None:
         num_hidden_layers: Layers = 12
 
     assert read_config(Deep, {"num_hidden_layers": 1000}, WHERE).num_hidden_layers == 1000
-    with pytest.raises(ConfigError, match="of at least 1 and at most 1000, got 1001"):
+    with raises(ConfigError, "config.wrong-value", "1", "1000", "1001"):
         read_config(Deep, {"num_hidden_layers": 1001}, WHERE)
 
 

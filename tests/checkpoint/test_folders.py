@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
+from tests.errors import raises
 from tests.export.test_same_model import write_adapter
 from vlmport.checkpoint import Checkpoint, locate, locate_adapter
 from vlmport.checkpoint.folders import check_adapter
@@ -155,7 +156,7 @@ def test_an_adapter_in_a_subfolder_or_pickled(tmp_path: Path) -> None:
     assert caught.value.code == "adapter.in-subfolder"
     assert caught.value.hint == f"give {tmp_path / 'checkpoint-100'}"
     make(tmp_path / "old", "adapter_config.json", "adapter_model.bin")
-    with pytest.raises(SourceError, match="pickled") as caught:
+    with raises(SourceError, "adapter.pickled") as caught:
         locate_adapter(tmp_path / "old")
     assert caught.value.code == "adapter.pickled"
     with pytest.raises(SourceError) as caught:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.checkpoints import write_weights
+from tests.errors import raises
 from vlmport.checkpoint import LoraScale, Weights, merged
 from vlmport.checkpoint.adapter import Adapter
 from vlmport.errors import AdapterError
@@ -253,5 +254,5 @@ def test_what_peft_saves_and_we_do_not_merge_is_refused_by_name(
 def test_embedding_adapters_are_refused(tmp_path: Path) -> None:
     peft = adapt(llama(), LoraConfig(r=4, target_modules=["embed_tokens"]))
     peft.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(AdapterError, match="lora_embedding_A"):
+    with raises(AdapterError, "adapter.not-plain-lora", "lora_embedding_A"):
         Adapter.open(tmp_path)

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
+from tests.errors import raises
 from tests.hub import COMMIT, Hub, hub_environment
 from vlmport.checkpoint import Weights, locate, locate_adapter, source
 from vlmport.errors import SourceError, VlmportError
@@ -147,7 +148,7 @@ def test_folders_that_are_something_else(tmp_path: Path) -> None:
 
 
 def test_an_adapter_folder(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no adapter_config\.json; it is empty"):
+    with raises(SourceError, "adapter.no-config", "adapter_config.json"):
         locate_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert locate_adapter(tmp_path) == tmp_path

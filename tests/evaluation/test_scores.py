@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from tests.errors import raises
 from vlmport.errors import DependencyError, EvaluationError, OptionError
 from vlmport.evaluation.scores import METRICS, cider_d, exact_match, parse_metrics, rouge_l
 
@@ -28,9 +29,7 @@ def test_rouge_l_is_the_best_f1() -> None:
 
 def test_rouge_l_of_another_script_is_refused() -> None:
     """rouge-score would give 0 for a caption that is right."""
-    with pytest.raises(
-        EvaluationError, match="1 reference captions have none: '犬が走る'"
-    ) as caught:
+    with raises(EvaluationError, "metric.not-applicable", "1", "'犬が走る'") as caught:
         rouge_l(["犬が走る", "a"], [["犬が走る"], ["a"]])
     assert "cider-d" in str(caught.value.hint)
 
@@ -60,16 +59,16 @@ def test_cider_d_reads_words_as_coco_does() -> None:
 
 
 def test_cider_d_of_one_picture_means_nothing() -> None:
-    with pytest.raises(EvaluationError, match="CIDEr-D of one picture is 0 by definition"):
+    with raises(EvaluationError, "metric.not-applicable", "CIDEr-D", "0"):
         cider_d(["a"], [["a"]])
 
 
 def test_metrics_by_name() -> None:
     names = ["rouge-l", "ROUGE_L", " cider-d", "exact_match"]
     assert [one.name for one in parse_metrics(names)] == ["rouge_l", "cider_d", "exact_match"]
-    with pytest.raises(OptionError, match="no metric 'rogue_l' \\(did you mean 'rouge_l'\\?\\)"):
+    with raises(OptionError, "option.wrong-value", "'rogue_l'", "'rouge_l'?)"):
         parse_metrics(["rogue-l"])
-    with pytest.raises(OptionError, match="no metric 'meteor'"):
+    with raises(OptionError, "option.wrong-value", "'meteor'"):
         parse_metrics(["METEOR"])
 
 

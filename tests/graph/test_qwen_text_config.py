@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.errors import raises
 from tests.graph.test_qwen_text import BASE, CASES, INTERLEAVED
 from tests.shared_testdata import shared_testdata
 from vlmport.errors import ConfigError
@@ -84,7 +85,7 @@ def test_maths_that_is_not_computed_is_refused(
 
 
 def test_more_lanes_than_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="4 DeepStack lanes, 3 layers"):
+    with raises(ConfigError, "config.contradiction", "4", "3"):
         dataclasses.replace(CASES["qwen3"].config, deepstack_lanes=4).check("here")
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnxscript import nn
 
+from tests.errors import raises
 from tests.graph.running import InMemory, open_graph
 from vlmport.errors import WeightError
 from vlmport.export.assign import Assignment
@@ -252,7 +253,7 @@ def test_values_that_are_not_finite_are_named() -> None:
     tensor = InMemory("stored.weight", np.full((8, 64), np.nan, np.float32))
     builder = linear_graph(64, 8, FLOAT32)
     Assignment({"weight": tensor}).assign(builder.graph, lambda count: None)
-    with pytest.raises(WeightError, match=r"'stored\.weight' holds infinite or undefined values"):
+    with raises(WeightError, "weights.not-finite", "'stored.weight'"):
         [value.const_value.numpy() for value in builder.graph.initializers.values()]
 
 

@@ -1,0 +1,31 @@
+"""Expect an error by its code and its facts: the wording of a message may change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+import pytest
+
+from vlmport.errors import VlmportError
+
+E = TypeVar("E", bound=VlmportError)
+
+
+@contextlib.contextmanager
+def raises(kind: type[E], code: str, *facts: object) -> Iterator[pytest.ExceptionInfo[E]]:
+    """Fail unless the block raises `kind` with this code, and the message holds all facts.
+
+    Args:
+        facts: names, numbers and paths that a user needs, in the order of the message.
+    """
+    with pytest.raises(kind) as caught:
+        yield caught
+    message = str(caught.value)
+    assert caught.value.code == code, message
+    place = 0
+    for fact in facts:
+        found = message.find(str(fact), place)
+        assert found >= 0, f"{fact!s} is not in {message!r} after character {place}"
+        place = found + len(str(fact))
