@@ -50,7 +50,7 @@ docs: $(VENV)/installed-docs
 # built-in models from export to answers.
 NEXT_ONNXRUNTIME := 1.32.0
 NEXT := .venv-onnxruntime-$(NEXT_ONNXRUNTIME)
-NEXT_TESTS := tests/graph tests/test_shapes.py tests/test_shapes_qwen.py tests/test_shapes_smolvlm.py \
+NEXT_TESTS := tests/graph tests/families tests/test_shapes.py tests/test_shapes_qwen.py tests/test_shapes_smolvlm.py \
   tests/runtime/test_components.py tests/runtime/test_generate.py tests/runtime/test_probe.py
 
 $(NEXT)/installed: | $(VENV)/installed-dev

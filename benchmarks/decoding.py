@@ -27,7 +27,7 @@ import onnxruntime as ort
 
 import vlmport
 from vlmport.errors import OptionError
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.model import VLM
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ import numpy as np
 from vlmport.benchmark.machine import describe_machine, interleaved, median, milliseconds
 from vlmport.benchmark.picture import gradient
 from vlmport.bundle import Bundle
-from vlmport.export import export
-from vlmport.runtime.components import Components
+from vlmport.exporter import export
+from vlmport.runtime.graphs.components import Components
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkpoint writers are the tests'

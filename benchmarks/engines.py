@@ -55,8 +55,8 @@ class Vlmport:
         """The workload's writer has exported the bundle."""
 
     def __init__(self, precision: str, folder: Path, threads: int):
-        from vlmport.runtime.cache import KeyValueCache
-        from vlmport.runtime.components import Components
+        from vlmport.runtime.graphs.cache import KeyValueCache
+        from vlmport.runtime.graphs.components import Components
 
         workload = Workload.read(folder)
         self.components = Components.open(folder / "bundle", precision=precision, threads=threads)
@@ -71,7 +71,7 @@ class Vlmport:
         return self.components.encode_image(self.inputs[images])
 
     def prefill(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
-        from vlmport.runtime.components import merge_image_features
+        from vlmport.runtime.graphs.components import merge_image_features
 
         embeds = self.components.embed(ids[None])[0]
         if features is not None:

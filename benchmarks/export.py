@@ -28,7 +28,7 @@ PAST, NEW = 7, 5  # example lengths, which torch needs and must not bake in
 
 
 def export_ours(source: Path, out: Path, precision: str) -> float:
-    from vlmport.export import export
+    from vlmport.exporter import export
 
     start = time.perf_counter()
     export(source, out, precisions=precision)

@@ -24,8 +24,8 @@ import onnxruntime as ort
 from vlmport.benchmark.machine import describe_machine
 from vlmport.benchmark.picture import gradient
 from vlmport.bundle import Bundle
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import DECODER, VISION, Components
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import DECODER, VISION, Components
 
 WARM_UP = 3  # runs before those that count
 

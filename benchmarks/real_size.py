@@ -109,7 +109,7 @@ def child(options: argparse.Namespace) -> dict[str, float | str | None]:
     source, out = options.configs, options.tokenizer
     start = time.perf_counter()
     if options.child == "export":
-        from vlmport.export import export
+        from vlmport.exporter import export
 
         export(source, out, precisions=options.precision)
         said = ""
@@ -138,11 +138,11 @@ def climb(source: Path, out: Path, precisions: list[str], requests: str | None) 
     from rich.console import Console
 
     from vlmport.bundle import Bundle
-    from vlmport.verify.ladder import run_ladder
-    from vlmport.verify.pictures import drawn_pictures
-    from vlmport.verify.references import load_reference
-    from vlmport.verify.report import Report
-    from vlmport.verify.rounding import weight_rows
+    from vlmport.parity.ladders.hub import run_ladder
+    from vlmport.parity.pictures import drawn_pictures
+    from vlmport.parity.references import load_reference
+    from vlmport.parity.report import Report
+    from vlmport.parity.rounding import weight_rows
 
     bundle = Bundle.open(out)
     reference = load_reference(source, image_token_id=bundle.manifest.prompt.image_token_id)

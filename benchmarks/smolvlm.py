@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from workload import Workload, write_llama, write_workload
 
-from vlmport.export import export
+from vlmport.exporter import export
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkpoint writer is the tests'

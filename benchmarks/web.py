@@ -39,7 +39,7 @@ import vlmport
 from vlmport.builtin import builtin_models
 from vlmport.bundle import Bundle
 from vlmport.demo import DemoServer
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.runtime.model import VLM
 
 ROOT = Path(__file__).parents[1]

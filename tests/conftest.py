@@ -54,7 +54,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle in every precision, not to be changed."""
-    from vlmport.export import export
+    from vlmport.exporter import export
 
     out = tmp_path_factory.mktemp("bundle") / "captioner"
     export(tiny_checkpoint, out)

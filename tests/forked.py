@@ -195,7 +195,7 @@ def _main() -> None:
     from PIL import Image  # noqa: F401
 
     import vlmport.cli
-    import vlmport.source  # noqa: F401
+    import vlmport.loading  # noqa: F401
 
     cases = [Case(**one) for one in json.load(sys.stdin)]
     results = [dataclasses.asdict(run_case(case)) for case in cases]

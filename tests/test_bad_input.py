@@ -19,11 +19,11 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from tests.checkpoints import write_json, write_prefix_checkpoint, write_weights
-from tests.export.comparing import contents
-from tests.export.test_same_model import write_adapter
+from tests.exporter.comparing import contents
+from tests.exporter.test_same_model import write_adapter
 from vlmport import cli
 from vlmport.bundle import MANIFEST, hash_folder, read_manifest, write_manifest
-from vlmport.export import export, writing
+from vlmport.exporter import export, writing
 
 ROOT = Path(__file__).parents[1]
 DECODER = "onnx/decoder_model_merged_q4.onnx"

@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from tests.checkpoints import write_prefix_checkpoint
-from tests.export.comparing import contents
+from tests.exporter.comparing import contents
 from tests.hub import Hub, hub_environment
 from tests.processes import started
 from tests.test_bad_input import one_line, refused, refused_in_subprocess
 from vlmport import cli
 
 MAIN = "from vlmport.cli import main; main()"
-INLINE = "from vlmport.export import writing; writing.INLINE_BYTES = 0;" + MAIN
+INLINE = "from vlmport.exporter import writing; writing.INLINE_BYTES = 0;" + MAIN
 CLOSED = "http://127.0.0.1:9"  # the port of 'discard', where nobody listens
 
 
@@ -95,7 +95,7 @@ def test_an_unwritable_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
 INTERRUPTED = """
 import sys
 from vlmport import cli
-from vlmport.export import exporter
+from vlmport.exporter import exporter
 stage = sys.argv.pop()
 def wait(*args, **kwargs):
     import time

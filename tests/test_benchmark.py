@@ -19,7 +19,7 @@ from vlmport.benchmark.measure import Bench, Run, TimedComponents, python_millis
 from vlmport.benchmark.picture import gradient
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, OptionError
-from vlmport.runtime.components import DECODER, EMBED, Components
+from vlmport.runtime.graphs.components import DECODER, EMBED, Components
 
 QUICK = {"rounds": 1, "new_tokens": 2}
 

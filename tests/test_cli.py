@@ -171,7 +171,7 @@ def test_the_good_pictures_are_captioned_all_the_same(
 def test_a_picture_that_the_graph_refuses_takes_no_other_with_it(
     tiny_bundle: Path, pictures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlmport.runtime.components import Components
+    from vlmport.runtime.graphs.components import Components
 
     process = Components.process_image
 
@@ -269,7 +269,7 @@ def test_verify_exits_by_its_result(
         asked.update(options, bundle=bundle, reference=reference)
         return FakeReport()
 
-    monkeypatch.setattr("vlmport.verify.verify", fake)
+    monkeypatch.setattr("vlmport.parity.verify", fake)
     file = tmp_path / "result.json"
     arguments = ["verify", tiny_bundle, "--reference", "ckpt", "-p", "fp32,q4", "--json", file]
     assert run(*arguments).exit_code == 1
@@ -369,7 +369,7 @@ def test_help_and_version_import_nothing_large() -> None:
 SLOW_EXPORT = """
 import sys, time
 from vlmport import cli
-from vlmport.export import exporter
+from vlmport.exporter import exporter
 write = exporter.write_model
 def slowly(*arguments):
     write(*arguments)
@@ -407,7 +407,7 @@ def test_a_signal_has_its_exit_code_and_leaves_nothing(
 STUCK = """
 import sys
 from vlmport import cli, signals
-from vlmport.export import exporter
+from vlmport.exporter import exporter
 signals.PATIENCE = 0.5
 def stuck(*arguments):
     import ctypes

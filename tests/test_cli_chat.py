@@ -27,7 +27,7 @@ from tests.processes import started
 from vlmport import cli
 from vlmport.cli.chat import Talk
 from vlmport.errors import OutputError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.runtime.model import VLM
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmport import cli
-from vlmport.cli.generation import DECODING
+from vlmport.cli.decoding_options import DECODING
+from vlmport.runtime.decoding.options import CHECKS
 from vlmport.runtime.model import VLM
-from vlmport.runtime.options import CHECKS
 
 COLORS = {
     "type": "object",

@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 from vlmport.bundle import Bundle
-from vlmport.export import export
-from vlmport.layouts import COMPONENTS
+from vlmport.bundle.layouts import COMPONENTS
+from vlmport.exporter import export
 from vlmport.runtime.model import VLM
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def test_it_runs_as_a_program(folders: tuple[Path, Path]) -> None:
 def test_a_text_after_the_picture(folders: tuple[Path, Path], example: ModuleType) -> None:
     """As PyTorch goes on from it: generate with the prefix and the text's embeddings."""
     from vlmport.builtin import builtin_folder
-    from vlmport.verify.references import load_reference
+    from vlmport.parity.references import load_reference
 
     bundle = Bundle.open(folders[1])
     checkpoint = builtin_folder("shapes")

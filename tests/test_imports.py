@@ -19,19 +19,17 @@ TORCH = {"torch", "transformers", "peft", "torchvision"}
 # speaks of a family where it gives an example.
 FAMILY_WORDS = re.compile(r"prefix_conditioning|siglip|llava|distilvit|smolvlm|qwen|llama", re.I)
 GENERIC = [
-    "runtime",
-    "export",
-    "tokenizer.py",
-    "chat_template.py",
-    "bundle.py",
-    "cli",
-    "source.py",
-    "bundle_cache.py",
-    "inspection.py",
     "benchmark",
-    "evaluation",
-    "recording.py",
+    "bundle",
+    "cli",
     "errors.py",
+    "evaluation",
+    "exporter",
+    "files",
+    "inspection.py",
+    "loading.py",
+    "runtime",
+    "text",
 ]
 
 
@@ -69,64 +67,54 @@ def loaded_by(code: str) -> set[str]:
 
 def test_there_are_modules_to_look_at() -> None:
     names = {name_of(path) for path in MODULES}
-    assert {"cli/caption.py", "runtime/model.py", "families/prefix.py"} <= names
+    assert {"cli/caption.py", "runtime/model.py", "families/prefix/family.py"} <= names
+
+
+def is_reference(name: str) -> bool:
+    """Whether a module may import torch: a family's reference, or what references share."""
+    return (name.startswith("parity/references/") and not name.endswith("__init__.py")) or (
+        name.startswith("families/") and name.endswith("/reference.py")
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_torch_is_imported_by_the_references_alone(path: Path) -> None:
-    """By every module of the folder but the one that chooses among them."""
     heavy = {module for module in imports(path) if module.partition(".")[0] in TORCH}
-    name = name_of(path)
-    is_reference = name.startswith("verify/references/") and path.name != "__init__.py"
-    assert bool(heavy) == is_reference
+    assert bool(heavy) == is_reference(name_of(path))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("families/*/reference.py")), ids=name_of)
+def test_a_reference_shares_no_code_with_the_export(path: Path) -> None:
+    """A mistake in the export's reading or arithmetic must not repeat itself in its reference."""
+    ours = {module.split(".")[1] for module in imports(path) if module.startswith("vlmport.")}
+    assert ours <= {"parity", "errors"}
 
 
 def test_choosing_a_reference_loads_no_torch() -> None:
-    assert not TORCH & loaded_by("import vlmport.verify, vlmport.verify.references")
+    assert not TORCH & loaded_by("import vlmport.parity, vlmport.parity.references")
 
 
-# Folder → what it may import of the package, besides errors and bundle.
+# Room → the rooms that it may import, besides itself. References are looked at by themselves.
 ALLOWED = {
-    "bundle.py": {"errors", "hashing", "bundle_checks", "layouts", "json_files", "precisions"},
-    "foreign_files.py": {"errors"},
-    "json_files.py": {"errors", "foreign_files"},
-    "hashing.py": set(),
-    "precisions.py": {"errors"},
+    "benchmark": {"errors", "bundle", "runtime"},
+    "builtin": set(),
+    "bundle": {"errors", "files"},
+    "checkpoint": {"errors", "files", "text"},
     "errors.py": set(),
-    "tokenizer.py": {"errors", "json_files", "killable", "tokenizer_checks"},
-    "tokenizer_checks.py": set(),
-    "chat_template.py": {"errors", "killable"},
-    "killable.py": set(),
-    "killable_services.py": {"killable", "chat_template"},
-    "onnx_bytes.py": {"errors"},
-    "checkpoint": {"checkpoint", "errors", "foreign_files", "json_files", "killable",
-        "killable_services"},
-    "graph": {"graph", "checkpoint", "errors", "bundle"},
-    "families": {
-        "families", "graph", "checkpoint", "errors", "bundle", "layouts", "tokenizer",
-        "chat_template",
+    "evaluation": {"errors", "files", "bundle", "builtin", "runtime", "__version__"},
+    "exporter": {
+        "errors", "bundle", "text", "checkpoint", "graph", "families", "runtime", "builtin",
+        "__version__",
     },
-    "runtime": {
-        "runtime", "errors", "bundle", "json_files", "layouts", "onnx_bytes", "precisions",
-        "tokenizer", "chat_template", "foreign_files",
+    "families": {"errors", "bundle", "text", "checkpoint", "graph"},
+    "files": {"errors"},
+    "graph": {"errors", "bundle", "checkpoint"},
+    "parity": {
+        "errors", "bundle", "text", "checkpoint", "families", "runtime", "builtin",
     },
-    "layouts.py": {"errors"},
-    "bundle_checks.py": {"bundle", "hashing", "layouts", "precisions"},
-    "export": {
-        "layouts",
-        "export", "families", "graph", "checkpoint", "runtime", "errors", "bundle", "builtin",
-        "tokenizer", "__version__",
-    },
-    "recording.py": {"bundle"},
-    "benchmark": {"benchmark", "runtime", "errors", "bundle"},
-    "evaluation": {
-        "evaluation", "runtime", "builtin", "errors", "bundle", "json_files", "precisions",
-        "recording", "__version__",
-    },
-    "verify": {
-        "verify", "recording", "runtime", "checkpoint", "errors", "bundle", "builtin", "layouts",
-        "chat_template", "tokenizer",
-    },
+    "runtime": {"errors", "files", "bundle", "text"},
+    "signals.py": set(),
+    "text": {"errors", "files"},
 }  # fmt: skip
 
 
@@ -134,19 +122,34 @@ ALLOWED = {
 def test_imports_point_one_way(part: str) -> None:
     root = PACKAGE / part
     for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
+        if is_reference(name_of(path)):
+            continue
         for module in imports(path):
             if module == "vlmport":  # `from vlmport import __version__`
-                assert part in ("export", "evaluation", "runtime"), path
+                assert part in ("exporter", "evaluation", "runtime"), path
             elif module.startswith("vlmport."):
-                assert module.split(".")[1] in ALLOWED[part], f"{name_of(path)} imports {module}"
+                room = module.split(".")[1]
+                allowed = room == part or room in ALLOWED[part]
+                assert allowed, f"{name_of(path)} imports {module}"
+
+
+def test_every_room_is_looked_at() -> None:
+    rooms = {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE}
+    assert rooms - {"cli"} <= set(ALLOWED)  # the command line may import everything
+
+
+def test_no_room_imports_itself_by_its_front_door() -> None:
+    """`bundle/__init__` imports the modules of the room; they do not import it."""
+    for path in (PACKAGE / "bundle").glob("*.py"):
+        assert "vlmport.bundle" not in set(imports(path)), path
 
 
 def test_the_runtime_loads_neither_exporter_nor_torch() -> None:
     modules = loaded_by(
-        "import vlmport.runtime.model, vlmport.runtime.probe, vlmport.runtime.components"
+        "import vlmport.runtime.model, vlmport.runtime.probe, vlmport.runtime.graphs.components"
     )
     assert "onnxruntime" in modules
-    for other in ("families", "graph", "export", "checkpoint", "verify"):
+    for other in ("families", "graph", "exporter", "checkpoint", "parity"):
         assert not any(name.startswith(f"vlmport.{other}") for name in modules), other
     assert not {"onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", *TORCH} & modules
 
@@ -155,7 +158,7 @@ def test_a_model_that_is_exported_loads_no_exporter() -> None:
     """It would take longer than most captions."""
     modules = loaded_by("import vlmport; vlmport.load")
     assert "vlmport.runtime.model" in modules
-    assert not {"onnx", "onnxscript", "vlmport.export", "vlmport.families"} & modules
+    assert not {"onnx", "onnxscript", "vlmport.exporter", "vlmport.families"} & modules
 
 
 def test_import_vlmport_is_instant() -> None:
@@ -164,20 +167,21 @@ def test_import_vlmport_is_instant() -> None:
     assert not {"numpy", "onnx", "onnxruntime", "PIL", "typer"} & modules
 
 
-@pytest.mark.parametrize("first", ["", "vlmport.load; import vlmport.export, vlmport.verify"])
-def test_the_api_is_callable_whatever_was_imported_first(first: str) -> None:
-    """`vlmport.export` and `vlmport.verify` are folders and functions of one name."""
-    code = f"import vlmport\n{first}\n" + (
-        "for name in vlmport.__all__:\n"
-        "    assert callable(getattr(vlmport, name)) or name == '__version__', name\n"
-        "import vlmport.export.exporter as exporter\n"
-        "for call in (vlmport.export, vlmport.export.export, exporter.export):\n"
-        "    try:\n"
-        "        call('/nowhere/at/all', '/nowhere/else')\n"
-        "    except vlmport.VlmportError as error:\n"
-        "        assert 'no such folder' in str(error), error\n"
-        "    else:\n"
-        "        raise SystemExit('no error')\n"
+@pytest.mark.parametrize("first", ["", "import vlmport.exporter, vlmport.parity, vlmport.loading"])
+def test_the_api_is_plain_functions_whatever_was_imported_first(first: str) -> None:
+    code = f"{first}\n" + (
+        "import inspect, vlmport\n"
+        "for name in ('export', 'verify', 'evaluate', 'load'):\n"
+        "    function = getattr(vlmport, name)\n"
+        "    assert inspect.isfunction(function), name\n"
+        "    kinds = {one.kind for one in inspect.signature(function).parameters.values()}\n"
+        "    assert not kinds & {inspect.Parameter.VAR_POSITIONAL}, name\n"
+        "try:\n"
+        "    vlmport.export('/nowhere/at/all', '/nowhere/else')\n"
+        "except vlmport.VlmportError as error:\n"
+        "    assert 'no such folder' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('no error')\n"
     )
     assert not TORCH & loaded_by(code)
 
@@ -221,5 +225,5 @@ def test_generic_code_names_no_family(part: str) -> None:
 
 
 def test_the_search_for_names_finds_some() -> None:
-    found = [text for _, text in strings_and_names(PACKAGE / "families/prefix.py")]
+    found = [text for _, text in strings_and_names(PACKAGE / "families/prefix/family.py")]
     assert any(FAMILY_WORDS.search(text) for text in found)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vlmport import cli
 from vlmport.bundle import MANIFEST, Bundle, read_manifest
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.inspection import describe, probe_bundle
 
 VISION = "onnx/vision_encoder.onnx"

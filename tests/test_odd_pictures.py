@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.model import VLM
 
 

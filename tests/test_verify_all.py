@@ -14,11 +14,11 @@ import pytest
 from tests import verify_all
 from tests.verify_all import MODELS, Model, Result, check_model, small, timed
 from vlmport.builtin import builtin_models
+from vlmport.bundle.layouts import LAYOUTS
+from vlmport.bundle.precisions import DEFAULT_PRECISIONS
 from vlmport.checkpoint import Checkpoint
 from vlmport.families import FAMILIES, family_of
-from vlmport.layouts import LAYOUTS
-from vlmport.precisions import DEFAULT_PRECISIONS
-from vlmport.verify import Row
+from vlmport.parity import Row
 
 SMALL = next(model for model in MODELS if model.write is small)
 

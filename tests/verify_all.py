@@ -42,15 +42,15 @@ from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
+from vlmport.bundle.layouts import HUB
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import VlmportError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.families import family_of
 from vlmport.families.base import SizedLayout
 from vlmport.inspection import probe_bundle
-from vlmport.layouts import HUB
-from vlmport.verify import verify
-from vlmport.verify.rounding import weight_rows
+from vlmport.parity import verify
+from vlmport.parity.rounding import weight_rows
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = tuple(SUFFIXES)

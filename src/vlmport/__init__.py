@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -32,11 +30,11 @@ if TYPE_CHECKING:
     from vlmport.bundle import Bundle
     from vlmport.errors import VlmportError
     from vlmport.evaluation import evaluate
-    from vlmport.export import export
+    from vlmport.exporter import export
+    from vlmport.loading import builtin_models, load
+    from vlmport.parity import Report, verify
     from vlmport.runtime.conversation import Conversation
     from vlmport.runtime.model import VLM, Caption
-    from vlmport.source import builtin_models, load
-    from vlmport.verify import Report, verify
 
 __all__ = [
     "VLM",
@@ -58,46 +56,23 @@ _HOMES = {
     "Bundle": "vlmport.bundle",
     "Caption": "vlmport.runtime.model",
     "Conversation": "vlmport.runtime.conversation",
-    "Report": "vlmport.verify",
+    "Report": "vlmport.parity",
     "VlmportError": "vlmport.errors",
-    "builtin_models": "vlmport.source",
+    "builtin_models": "vlmport.loading",
     "evaluate": "vlmport.evaluation",
-    "export": "vlmport.export",
-    "load": "vlmport.source",
-    "verify": "vlmport.verify",
+    "export": "vlmport.exporter",
+    "load": "vlmport.loading",
+    "verify": "vlmport.parity",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmport' has no attribute {name!r}")
-    value = importlib.import_module(_HOMES[name])
-    if value.__name__ != f"{__name__}.{name}":
-        value = getattr(value, name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(types.ModuleType):
-    """This package. `export` and `verify` are subpackages and functions of the same name.
-
-    Whichever of the two `vlmport.export` were, it would be the other after some import: so it is
-    the subpackage, and calling that calls the function.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, types.ModuleType):
-            value.__class__ = _Callable
-        super().__setattr__(name, value)
-
-
-class _Callable(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Package

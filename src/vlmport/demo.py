@@ -32,8 +32,8 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from vlmport.bundle import MANIFEST, Bundle
+from vlmport.bundle.layouts import HUB
 from vlmport.errors import DependencyError, OptionError
-from vlmport.layouts import HUB
 
 HOST = "127.0.0.1"
 BLOCK_BYTES = 1024 * 1024

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vlmport.bundle import ANY, Bundle, Manifest, Variant
 from vlmport.errors import BundleError, some_names
-from vlmport.onnx_file import OnnxFile, Port, port, read_model, read_onnx
+from vlmport.files.onnx_file import OnnxFile, Port, port, read_model, read_onnx
 
 
 def describe(bundle: Bundle, console: Console) -> None:

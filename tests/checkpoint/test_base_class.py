@@ -17,7 +17,7 @@ from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.errors import WeightError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.families import family_of
 
 ANSWERING: dict[str, Callable[[Path], Path]] = {

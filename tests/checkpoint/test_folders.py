@@ -8,11 +8,11 @@ import pytest
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
 from tests.errors import raises
-from tests.export.test_same_model import write_adapter
+from tests.exporter.test_same_model import write_adapter
 from vlmport.checkpoint import Checkpoint, locate, locate_adapter
 from vlmport.checkpoint.folders import check_adapter
 from vlmport.errors import CheckpointWarning, SourceError
-from vlmport.export import export
+from vlmport.exporter import export
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 MODEL = {"config.json", "model.safetensors"}

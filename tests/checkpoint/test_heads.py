@@ -21,7 +21,7 @@ from vlmport.checkpoint import Checkpoint
 from vlmport.checkpoint.head import HeadNames, same_values
 from vlmport.checkpoint.weights import open_safetensors
 from vlmport.errors import CheckpointWarning, WeightError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.families import family_of
 
 pytestmark = [

@@ -19,7 +19,7 @@ from vlmport.bundle import Bundle
 from vlmport.checkpoint import Checkpoint
 from vlmport.checkpoint.weights import Weights
 from vlmport.errors import WeightError
-from vlmport.export import export
+from vlmport.exporter import export
 
 LIBRARY = (
     Path(__file__).with_name("saved_by_bitsandbytes") / "weights.safetensors"

@@ -23,7 +23,7 @@ from tests.errors import raises
 from tests.hub import COMMIT, Hub, hub_environment
 from vlmport.checkpoint import Weights, locate, locate_adapter, source
 from vlmport.errors import SourceError, VlmportError
-from vlmport.json_files import load_json
+from vlmport.files.json_files import load_json
 
 RUN = """
 import json, sys, warnings

@@ -24,7 +24,7 @@ import numpy as np
 from tests.decoding.reference import Table
 from tests.decoding.running import Request, assert_equal, logits_for, run
 from tests.decoding.tables import table
-from vlmport.runtime.random import draw_several, next_word, stream, uniform
+from vlmport.runtime.decoding.rng import draw_several, next_word, stream, uniform
 
 GOLDEN = Path(__file__).parents[2] / "testdata/golden"
 FORMAT = 1

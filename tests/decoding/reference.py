@@ -24,7 +24,7 @@ from transformers.generation import utils as generation
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutput
 
-from vlmport.runtime.random import draw, draw_several, stream
+from vlmport.runtime.decoding.rng import draw, draw_several, stream
 
 OURS = ("seed", "logprobs", "stop_strings", "json_schema", "regex")  # options HF has not
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tests.decoding.reference import Expected, Table, generate
-from vlmport.runtime.options import GenerationOptions
-from vlmport.runtime.search import Search, new_search
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.search import Search, new_search
 
 IDLE = -5e8  # a sum that stands for "none": transformers fills its answers up with such
 

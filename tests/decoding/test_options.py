@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlmport.errors import OptionError, OptionWarning
-from vlmport.runtime.options import CHECKS, REFUSED, GenerationOptions
+from vlmport.runtime.decoding.options import CHECKS, REFUSED, GenerationOptions
 
 NO_DEFAULTS: dict[str, Any] = {}
 QWEN = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05}

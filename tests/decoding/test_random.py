@@ -7,9 +7,17 @@ import itertools
 import numpy as np
 import pytest
 
-from vlmport.runtime import random as ours
-from vlmport.runtime.random import draw, draw_several, new_seed, next_word, stream, uniform, weights
-from vlmport.runtime.scores import best
+from vlmport.runtime.decoding import rng as ours
+from vlmport.runtime.decoding.rng import (
+    draw,
+    draw_several,
+    new_seed,
+    next_word,
+    stream,
+    uniform,
+    weights,
+)
+from vlmport.runtime.decoding.score_rows import best
 
 
 def test_the_generator_is_the_published_one():

@@ -10,7 +10,7 @@ import pytest
 from tests.decoding.running import Request, assert_equal, compare, logits_for, run
 from tests.decoding.tables import table
 from vlmport.errors import DeviceError, OptionError
-from vlmport.runtime.search import Choice
+from vlmport.runtime.decoding.search import Choice
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from vlmport.errors import BundleError, EvaluationError
 from vlmport.evaluation.captions import read_captions
-from vlmport.onnx_file import read_onnx
+from vlmport.files.onnx_file import read_onnx
 
 ANY_FILE = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]

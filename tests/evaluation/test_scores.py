@@ -8,7 +8,7 @@ import pytest
 
 from tests.errors import raises
 from vlmport.errors import DependencyError, EvaluationError, OptionError
-from vlmport.evaluation.scores import METRICS, cider_d, exact_match, parse_metrics, rouge_l
+from vlmport.evaluation.caption_scores import METRICS, cider_d, exact_match, parse_metrics, rouge_l
 
 
 def test_exact_match_is_to_the_letter() -> None:

@@ -13,15 +13,15 @@ import transformers
 from tokenizers import AddedToken, Tokenizer
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
-from tests.export.test_same_model import write_adapter
+from tests.exporter.test_same_model import write_adapter
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import QWEN3_TEMPLATE, write_qwen2_5, write_qwen3
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import AdapterError, CheckpointWarning
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.families import family_of
 from vlmport.families.adapter_files import with_adapter_files
-from vlmport.tokenizer import read_tokenizer
+from vlmport.text.tokenizer import read_tokenizer
 
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

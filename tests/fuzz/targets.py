@@ -31,23 +31,23 @@ from tests.fuzz.mutations import damaged, json_texts, still_valid, written
 from tests.fuzz.pictures import damaged_pictures
 from tests.fuzz.templates import templates
 from tests.fuzz.workshop import Workshop
-from vlmport import chat_template
 from vlmport.bundle import MANIFEST, Bundle
+from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI
 from vlmport.checkpoint import Checkpoint, Weights
 from vlmport.errors import VlmportError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.families import family_of
 from vlmport.graph.precision import PRECISIONS
 from vlmport.inspection import describe, describe_onnx, probe_bundle
-from vlmport.layouts import COMPONENTS, FUSED, GENAI
-from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
+from vlmport.runtime.images.reading import MAX_PIXELS, MAX_SIDE, open_image
 from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter
+from vlmport.text import chat_template
 
 MAX_MESSAGE = 5_000
 INDEX = "model.safetensors.index.json"
 GRAPH = "onnx/decoder_model_merged.onnx"
-SCHEMA = Path(vlmport.__file__).with_name("vlmport.schema.json")
+SCHEMA = Path(vlmport.__file__).parent / "bundle/vlmport.schema.json"
 PICTURE = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)
 
 

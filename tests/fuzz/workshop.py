@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints import write_prefix_checkpoint
-from tests.export.test_same_model import write_adapter
+from tests.exporter.test_same_model import write_adapter
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
-from vlmport.export import export
-from vlmport.layouts import COMPONENTS, FUSED, GENAI, HUB
+from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI, HUB
+from vlmport.exporter import export
 
 SIDE_FILES: dict[str, dict[str, Any]] = {
     "preprocessor_config.json": {

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from vlmport.export.assign import Assignment
+from vlmport.exporter.assign import Assignment
 from vlmport.graph.builder import GraphBuilder, to_model
 
 

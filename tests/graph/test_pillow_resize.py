@@ -23,7 +23,7 @@ from vlmport.graph import pillow_resize
 from vlmport.graph.builder import add_output, new_graph, to_model
 from vlmport.graph.pillow_coefficients import DIGIT, MAX_SIDE, pillow_axis
 from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample, resize
-from vlmport.runtime import images
+from vlmport.runtime.images import reading
 
 FILTERS = list(Resample)
 
@@ -152,7 +152,7 @@ def test_shrinking_beyond_one_exact_sum(old, new, resample, make):
 
 
 def test_runtimes_refuse_what_is_longer():
-    assert images.MAX_SIDE == MAX_SIDE
+    assert reading.MAX_SIDE == MAX_SIDE
 
 
 def test_the_longest_sum_of_low_digits_is_an_exact_float32():

@@ -14,8 +14,8 @@ import transformers
 from tests.graph.running import open_graph
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import add_output, new_graph
+from vlmport.graph.parameters import FLOAT32, INT8, Format
 from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
-from vlmport.graph.weights import FLOAT32, INT8, Format
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,

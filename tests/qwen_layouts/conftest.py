@@ -12,11 +12,11 @@ import pytest
 
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from vlmport.bundle import Bundle
-from vlmport.export import export
-from vlmport.layouts import FUSED, GENAI, HUB, ImageSize
-from vlmport.verify.pictures import Picture, drawn_pictures
-from vlmport.verify.references import load_reference
-from vlmport.verify.requests import Request
+from vlmport.bundle.layouts import FUSED, GENAI, HUB, ImageSize
+from vlmport.exporter import export
+from vlmport.parity.asked import Request
+from vlmport.parity.pictures import Picture, drawn_pictures
+from vlmport.parity.references import load_reference
 
 IMAGE = {"type": "image"}
 WRITE: dict[str, Callable[..., Path]] = {"qwen2_5_vl": write_qwen2_5, "qwen3_vl": write_qwen3}

@@ -11,23 +11,23 @@ import onnx
 import pytest
 from rich.console import Console
 
+from tests.parity.surgery import copied, edit_graph, edit_tensor
 from tests.qwen_checkpoints import write_qwen3
 from tests.qwen_layouts.conftest import NEW_TOKENS, REQUESTS, Model
-from tests.verify.surgery import copied, edit_graph, edit_tensor
 from vlmport.bundle import Bundle
+from vlmport.bundle.layouts import FUSED, HUB, ImageSize
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import BundleError, ExportError, PromptError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.families import family_of
 from vlmport.families.base import SizedLayout
 from vlmport.inspection import probe_bundle
-from vlmport.layouts import FUSED, HUB, ImageSize
-from vlmport.runtime.fused import TEXT, VISION, Fused
+from vlmport.parity.ladders.fused import FusedLadder, fused_truth
+from vlmport.parity.limits import FUSED_RUNGS
+from vlmport.parity.report import Report
+from vlmport.runtime.layouts.fused import TEXT, VISION, Fused
 from vlmport.runtime.model import VLM
 from vlmport.runtime.probe import check_golden
-from vlmport.verify.fused import FusedLadder, fused_truth
-from vlmport.verify.limits import FUSED_RUNGS
-from vlmport.verify.report import Report
 
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}
 WIDTHS = {"qwen2_5_vl": 64, "qwen3_vl": 3 * 32}  # of an embedding with its lanes

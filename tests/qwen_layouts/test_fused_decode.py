@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from tests.qwen_layouts.conftest import IMAGE, Model, drawn, user
+from vlmport.parity.asked import Request
+from vlmport.parity.truth import Truth
 from vlmport.runtime.model import VLM
-from vlmport.verify.requests import Request
-from vlmport.verify.truth import Truth
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples/fused_decode.py"

@@ -10,21 +10,21 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.parity.surgery import copied, edit_graph, edit_tensor
 from tests.qwen_checkpoints import write_qwen3
 from tests.qwen_layouts.conftest import REQUESTS, Model
-from tests.verify.surgery import copied, edit_graph, edit_tensor
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import PromptError
 from vlmport.families import family_of
 from vlmport.families.base import Layout
-from vlmport.runtime.genai import DECODER, EMBEDDING, GenaiGraphs
-from vlmport.runtime.positions import Positions
-from vlmport.verify.genai import GenaiLadder
-from vlmport.verify.judging import max_new_tokens
-from vlmport.verify.limits import RUNGS
-from vlmport.verify.report import Report
-from vlmport.verify.truth import Truth
+from vlmport.parity.judging import max_new_tokens
+from vlmport.parity.ladders.genai import GenaiLadder
+from vlmport.parity.limits import RUNGS
+from vlmport.parity.report import Report
+from vlmport.parity.truth import Truth
+from vlmport.runtime.graphs.positions import Positions
+from vlmport.runtime.layouts.genai import DECODER, EMBEDDING, GenaiGraphs
 
 WIDTHS = {"qwen2_5_vl": 64, "qwen3_vl": 3 * 32}  # of an embedding with its lanes
 PATCHES = {"qwen2_5_vl": 3 * 2 * 7 * 7, "qwen3_vl": 3 * 2 * 8 * 8}

@@ -14,14 +14,14 @@ from PIL import Image
 
 from tests.qwen_checkpoints import write_qwen3
 from tests.qwen_layouts.conftest import IMAGE, NEW_TOKENS, REQUESTS, SEEDS, Model, drawn, user
-from vlmport.export import export
-from vlmport.layouts import GENAI
-from vlmport.runtime.components import Components
-from vlmport.runtime.genai import GenaiGraphs
+from vlmport.bundle.layouts import GENAI
+from vlmport.exporter import export
+from vlmport.parity.asked import Request
+from vlmport.parity.references import load_reference
+from vlmport.parity.truth import Truth
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.layouts.genai import GenaiGraphs
 from vlmport.runtime.model import VLM
-from vlmport.verify.references import load_reference
-from vlmport.verify.requests import Request
-from vlmport.verify.truth import Truth
 
 try:
     import onnxruntime_genai as og

@@ -16,7 +16,7 @@ from tests.qwen_layouts.conftest import Model
 from tests.qwen_layouts.test_fused_decode import example
 from tests.shapes_qwen import CAPTIONS, EXAMPLES, KNOWN, MODELS, kind
 from vlmport.builtin import builtin_models
-from vlmport.layouts import ImageSize
+from vlmport.bundle.layouts import ImageSize
 from vlmport.runtime.model import VLM
 
 __all__ = ["example"]  # a fixture

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.parity.surgery import copied
 from tests.qwen_layouts.conftest import Model
-from tests.verify.surgery import copied
 from vlmport.bundle import Bundle
+from vlmport.bundle.layouts import FUSED, GENAI
 from vlmport.errors import SourceError
-from vlmport.layouts import FUSED, GENAI
-from vlmport.verify import verify
-from vlmport.verify.limits import FUSED_RUNGS, RUNGS
+from vlmport.parity import verify
+from vlmport.parity.limits import FUSED_RUNGS, RUNGS
 
 REQUESTS = 14
 CASES = {FUSED: ("qwen3_vl", FUSED_RUNGS), GENAI: ("qwen2_5_vl", RUNGS)}

@@ -11,9 +11,9 @@ from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.runtime import toy
 from tests.runtime.talking import Work
 from vlmport.bundle import Bundle
-from vlmport.export import export
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import VISION, Components
+from vlmport.exporter import export
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import VISION, Components
 from vlmport.runtime.model import VLM
 
 

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from tests.graph.running import InMemory
 from tests.runtime import toy
 from vlmport.bundle import Bundle, CacheLayout, Dims, GenerationSpec, Variant
-from vlmport.export.assign import Assignment
+from vlmport.exporter.assign import Assignment
 from vlmport.graph.builder import GraphBuilder, to_model
-from vlmport.graph.llama import LlamaConfig, decoder_graph, embed_graph
+from vlmport.graph.decoder import DecoderConfig, decoder_graph, embed_graph
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -30,7 +30,7 @@ def write_llama_bundle(
 ) -> Bundle:
     """The toy bundle with its decoder, embedding and tokenizer exchanged."""
     bundle = toy.write_bundle(folder)
-    config = LlamaConfig.read(raw, "config.json")
+    config = DecoderConfig.read(raw, "config.json")
     head = tensors[EMBEDDING if config.tie_word_embeddings else "lm_head.weight"]
     rest = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
     save(decoder_graph(config), {**rest, "lm_head.weight": head}, folder / "onnx/llama.onnx")

@@ -17,11 +17,11 @@ from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.runtime.talking import Work, fresh, picture
 from vlmport.bundle import Bundle
 from vlmport.errors import PromptError
-from vlmport.export import export
-from vlmport.runtime.answer import Answer
-from vlmport.runtime.components import POSITIONS, VISION, Components, merge_image_features
+from vlmport.exporter import export
+from vlmport.runtime.graphs.components import POSITIONS, VISION, Components, merge_image_features
 from vlmport.runtime.messages import check_messages
 from vlmport.runtime.model import VLM
+from vlmport.runtime.response import Answer
 
 WRITERS = {"qwen2_5_vl": write_qwen2_5, "qwen3_vl": write_qwen3}
 SIZES = [(40, 60), (75, 30), (64, 64), (33, 120)]
@@ -142,9 +142,9 @@ def test_the_comparison_can_fail(vlm: VLM, monkeypatch: pytest.MonkeyPatch, brok
     """Steps that count tokens, and a turn that is placed as if it began the conversation."""
     chat = vlm.conversation()
     chat.ask("one", [picture(0, *SIZES[0])], regex=CANONICAL)
-    from vlmport.runtime import asking
+    from vlmport.runtime import preparing
 
-    plain = asking.new_request
+    plain = preparing.new_request
 
     def wrong(*args: Any, positions: np.ndarray, offset: int, **rest: Any) -> Any:
         if broken == "offset":
@@ -152,7 +152,7 @@ def test_the_comparison_can_fail(vlm: VLM, monkeypatch: pytest.MonkeyPatch, brok
         return plain(*args, positions=positions - positions[:, :1], offset=offset, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(asking, "new_request", wrong)
+        patch.setattr(preparing, "new_request", wrong)
         answer = chat.ask("two", **GREEDY)
     with pytest.raises(AssertionError):
         assert_as_one_pass(vlm, answer, chat.messages[:-1])
@@ -209,7 +209,7 @@ def test_videos_are_refused(vlm: VLM, kind: str) -> None:
 
 def test_the_probe_runs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """And sees positions that are not the graph's."""
-    from vlmport.runtime.positions import Positions, counted
+    from vlmport.runtime.graphs.positions import Positions, counted
     from vlmport.runtime.probe import check_golden
 
     assert check_golden(Components.open(bundle, threads=1)).ok

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.runtime import toy
 from vlmport.errors import PromptError
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import Components
 
 WEIGHTS = toy.Weights.random()
 TOLERANCE = 2e-3  # of logits up to 40
@@ -63,7 +63,7 @@ def test_everything_that_is_bound_outlives_its_binding(
         components.decoder.session.run_with_iobinding(binding)
 
     cache = new_cache(components, rows=2)
-    monkeypatch.setattr("vlmport.runtime.cache.to_ort", to_ort)
+    monkeypatch.setattr("vlmport.runtime.graphs.cache.to_ort", to_ort)
     monkeypatch.setattr(cache, "_run", run)
     strided = np.asfortranarray(embeds_of(12))  # has to be copied to be bound
     cache.prefill(0, strided)
@@ -95,7 +95,7 @@ def test_a_long_prompt_is_read_in_chunks(
     components: Components, monkeypatch: pytest.MonkeyPatch, length: int, keep: int
 ):
     """From the first token on and after others; its logits and the cache are those of one call."""
-    monkeypatch.setattr("vlmport.runtime.cache.CHUNK", 4)
+    monkeypatch.setattr("vlmport.runtime.graphs.cache.CHUNK", 4)
     calls: list[int] = []
     append = KeyValueCache._append
 
@@ -120,7 +120,7 @@ def test_a_long_prompt_is_read_in_chunks(
 def test_a_prompt_is_read_in_one_where_chunks_would_cost(
     components: Components, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("vlmport.runtime.cache.CHUNK", 4)
+    monkeypatch.setattr("vlmport.runtime.graphs.cache.CHUNK", 4)
     cache = new_cache(components)
     assert cache._cuts(25, 1) == [0, 4, 8, 12, 16, 20, 25]
     cache.decoder = dataclasses.replace(cache.decoder, row_by_row=True)

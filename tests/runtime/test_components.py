@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, DeviceError, ImageError, OptionError, PromptError
-from vlmport.runtime.components import Components, merge_image_features
-from vlmport.runtime.decoder import Decoder
+from vlmport.runtime.graphs.components import Components, merge_image_features
+from vlmport.runtime.graphs.decoder import Decoder
 
 WEIGHTS = toy.Weights.random()
 

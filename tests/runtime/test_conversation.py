@@ -18,10 +18,10 @@ from tests.runtime.talking import CANONICAL, Work, fresh, picture
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle, PromptSpec
 from vlmport.errors import PromptError
-from vlmport.runtime.asking import Held
-from vlmport.runtime.cache import KeptRow
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.graphs.cache import KeptRow
 from vlmport.runtime.model import VLM
+from vlmport.runtime.preparing import Held
 from vlmport.runtime.prompt import Prompter
 
 
@@ -244,7 +244,7 @@ def test_transformers_says_the_same_over_two_turns(tiled_checkpoint: Path, tiled
     import torch
     from PIL import Image
 
-    from vlmport.verify.references import load_reference
+    from vlmport.parity.references import load_reference
 
     token = tiled.components.manifest.prompt.image_token_id
     reference: Any = load_reference(tiled_checkpoint, image_token_id=token)

@@ -17,8 +17,8 @@ from tests.runtime import toy
 from tests.runtime.toy_decoder import CACHE, HEAD_DIM, KV_HEADS
 from vlmport.bundle import Bundle, CacheLayout
 from vlmport.errors import BundleError
-from vlmport.runtime.components import Components
-from vlmport.runtime.decoder import MAX_VOCABULARY, CachePort, Decoder, scales_by_call
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.graphs.decoder import MAX_VOCABULARY, CachePort, Decoder, scales_by_call
 
 
 def port(name: str, shape: Sequence[Any], kind: str = "float") -> SimpleNamespace:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.runtime import toy
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.runtime.model import VLM
 
 TOKENS = 12

@@ -21,12 +21,12 @@ from PIL import Image
 from tests.checkpoints import write_prefix_checkpoint
 from tests.runtime import toy
 from vlmport.builtin import builtin_folder
-from vlmport.export import export
-from vlmport.runtime.answer import Answer, Caption
-from vlmport.runtime.images import open_image
+from vlmport.exporter import export
+from vlmport.parity.references import load_reference
+from vlmport.runtime.decoding.rng import draw, draw_several, stream
+from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.model import VLM
-from vlmport.runtime.random import draw, draw_several, stream
-from vlmport.verify.references import load_reference
+from vlmport.runtime.response import Answer, Caption
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [

@@ -15,9 +15,9 @@ import transformers
 from tests.runtime.llama import random_tensors, write_llama_bundle
 from tests.runtime.test_llama_text import RANDOM
 from vlmport.bundle import Bundle
-from vlmport.runtime.components import Components
+from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import Request, new_request
 
 STOP = 7

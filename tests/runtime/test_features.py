@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vlmport.errors import OptionError
-from vlmport.runtime.features import FeatureCache, content_hash
-from vlmport.runtime.image_processor import ProcessedImage
+from vlmport.runtime.graphs.image_processor import ProcessedImage
+from vlmport.runtime.images.features import FeatureCache, content_hash
 
 ROWS, HIDDEN = 4, 8
 BYTES = ROWS * HIDDEN * 4 + ROWS * 8 + 3 * 8  # of one encoded image: features, ids, grid

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from tests.runtime import toy
 from vlmport.errors import DeviceError, OptionError, PromptError
-from vlmport.runtime.components import Components
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.search import new_search
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.model import VLM
-from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.request import Request, new_request
-from vlmport.runtime.search import new_search
 
 WEIGHTS = toy.Weights.random()
 
@@ -205,7 +205,7 @@ def test_scores_that_are_no_numbers_are_refused(components: Components):
 @pytest.mark.parametrize("fault", ["cache lost", "length lags", "wrong row"])
 def test_a_stale_cache_changes_the_text(components: Components, monkeypatch, fault: str):
     """The tests above can fail: each of these breaks the cache as real bugs do."""
-    from vlmport.runtime.cache import KeyValueCache
+    from vlmport.runtime.graphs.cache import KeyValueCache
 
     want = run(components, request_of(9, 0), request_of(7, 1))
     step = KeyValueCache.step

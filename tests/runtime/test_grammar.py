@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.checkpoints import write_tokenizer
-from tests.runtime.test_text import byte_fallback, metaspace
+from tests.runtime.test_streamed_text import byte_fallback, metaspace
 from tests.shared_testdata import shared_testdata
 from vlmport.builtin import builtin_folder
 from vlmport.errors import DependencyError, OptionError
-from vlmport.runtime.grammar import Grammar, Grammars
-from vlmport.runtime.options import GenerationOptions
-from vlmport.runtime.search import Hypothesis, new_search
+from vlmport.runtime.decoding.grammar import Grammar, Grammars
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.search import Hypothesis, new_search
 
 PERSON = {
     "type": "object",

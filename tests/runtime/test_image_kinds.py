@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from vlmport.errors import ImageError
-from vlmport.runtime.image_kinds import HINT_VIDEO
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.kinds import HINT_VIDEO
+from vlmport.runtime.images.reading import open_image
 
 NOTHING, FORMAT = "image.not-a-picture", "image.unsupported-format"
 

@@ -17,17 +17,17 @@ from PIL import Image, ImageFile, ImageOps
 
 from tests.runtime import toy
 from vlmport.errors import DeviceError, ImageError
-from vlmport.runtime import images
-from vlmport.runtime.components import DECODER, VISION, out_of_memory
-from vlmport.runtime.images import open_image
-from vlmport.runtime.memory import available_memory
+from vlmport.runtime.graphs.components import DECODER, VISION, out_of_memory
+from vlmport.runtime.images import reading
+from vlmport.runtime.images.memory import available_memory
+from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.model import VLM, Caption
 
 SIDE = 3000
 MEASURE = """
 import sys
 import zlib
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.reading import open_image
 
 def peak():
     status = open("/proc/self/status").read()
@@ -102,7 +102,7 @@ def test_bands_and_turns_change_no_pixel(
         white = Image.new("RGBA", rgba.size, "white")
         want = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
     for band in (1, 20, 1 << 18):
-        monkeypatch.setattr("vlmport.runtime.image_pixels.BAND", band)
+        monkeypatch.setattr("vlmport.runtime.images.pixels.BAND", band)
         np.testing.assert_array_equal(open_image(file.getvalue()), want)
         with Image.open(file) as theirs:
             np.testing.assert_array_equal(open_image(theirs), want)
@@ -117,13 +117,13 @@ def png(width: int, height: int) -> bytes:
 
 
 def test_a_picture_that_is_too_large_for_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images, "SMALL", 0)
-    monkeypatch.setattr(images, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(reading, "SMALL", 0)
+    monkeypatch.setattr(reading, "available_memory", lambda: 50_000)
     with pytest.raises(ImageError, match="100x90") as caught:
         open_image(png(100, 90))
     assert caught.value.code == "image.out-of-memory"
     assert open_image(png(70, 100)).shape == (100, 70, 3)
-    monkeypatch.setattr(images, "available_memory", lambda: None)  # nobody knows
+    monkeypatch.setattr(reading, "available_memory", lambda: None)  # nobody knows
     assert open_image(png(100, 90)).shape == (90, 100, 3)
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from tests.shared_testdata import shared_testdata
 from vlmport.errors import ImageError
-from vlmport.runtime.images import MAX_PIXELS, MAX_SIDE, open_image
+from vlmport.runtime.images.reading import MAX_PIXELS, MAX_SIDE, open_image
 
 REAL = shared_testdata("images")
 RGB = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
@@ -108,7 +108,7 @@ def test_streams_that_fail_or_never_end(tmp_path: Path, monkeypatch: pytest.Monk
         file.write(data)
         np.testing.assert_array_equal(open_image(file), RGB)  # from the start, as Pillow reads
     assert "closed.png: can't be read: seek of closed file" in refused(file)
-    monkeypatch.setattr("vlmport.runtime.images.MAX_STREAM", 99)
+    monkeypatch.setattr("vlmport.runtime.images.reading.MAX_STREAM", 99)
     assert code_of(Stream(data)) == "image.too-large"
     assert code_of(data[:99]) == "image.damaged"  # the limit is for streams only
 

@@ -14,9 +14,9 @@ FORBIDDEN = (
     "jaxtyping",
     "vlmport.families",
     "vlmport.graph",
-    "vlmport.export",
+    "vlmport.exporter",
     "vlmport.checkpoint",
-    "vlmport.verify",
+    "vlmport.parity",
 )
 
 PROGRAM = """

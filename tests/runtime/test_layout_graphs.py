@@ -14,9 +14,9 @@ from onnx import helper as h
 from tests.runtime import toy
 from tests.runtime.toy_decoder import KV_HEADS, LAYERS
 from vlmport.bundle import Bundle
+from vlmport.bundle.layouts import HUB
 from vlmport.errors import BundleError, PromptError
-from vlmport.layouts import HUB
-from vlmport.runtime.layout_graphs import LayoutGraphs
+from vlmport.runtime.layouts.base import LayoutGraphs
 
 EMBED, DECODER = "embed_tokens", "decoder_model_merged"
 

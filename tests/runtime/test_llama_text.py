@@ -12,13 +12,13 @@ from safetensors.numpy import load_file
 from tests.runtime.llama import llama_logits, random_tensors, write_llama_bundle
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle
-from vlmport.runtime.components import Components
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.search import new_search
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import Request
-from vlmport.runtime.search import new_search
-from vlmport.runtime.text import TextStream
-from vlmport.tokenizer import read_tokenizer
+from vlmport.runtime.streamed_text import TextStream
+from vlmport.text.tokenizer import read_tokenizer
 
 STORIES = shared_testdata("weights", "stories260K")
 RANDOM = {

@@ -15,13 +15,13 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError
-from vlmport.export import export
-from vlmport.runtime.components import Components
-from vlmport.runtime.decoder import Decoder
+from vlmport.exporter import export
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.prompt_lookup import look_up
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.lookup import look_up
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.graphs.decoder import Decoder
 from vlmport.runtime.model import VLM
-from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.request import Request, new_request
 
 WEIGHTS = toy.Weights.random()

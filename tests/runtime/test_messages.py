@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ImageError, PromptError, VlmportError
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.messages import check_messages
 from vlmport.runtime.model import VLM
 from vlmport.runtime.prompt import Prompter

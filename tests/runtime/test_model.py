@@ -15,9 +15,9 @@ from tests.checkpoints import write_prefix_checkpoint
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, ImageError, OptionError, PromptError, TokenizerError
-from vlmport.export import export
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components, merge_image_features
+from vlmport.exporter import export
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import Components, merge_image_features
 from vlmport.runtime.model import VLM, Caption
 
 WEIGHTS = toy.Weights.random()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vlmport.errors import ImageError
-from vlmport.runtime.images import open_image
-from vlmport.runtime.picture_uris import local_source
+from vlmport.runtime.images.reading import open_image
+from vlmport.runtime.images.uris import local_source
 
 BYTES = bytes(range(256))
 TEXT = base64.b64encode(BYTES).decode()

@@ -14,7 +14,7 @@ from onnx import TensorProto as T
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, PromptError
-from vlmport.runtime.components import Components
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.model import VLM
 from vlmport.runtime.probe import check_golden, record_golden
 

@@ -11,9 +11,9 @@ import pytest
 from tests.runtime import toy
 from vlmport.bundle import Bundle, GoldenImage
 from vlmport.errors import BundleError
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components
 from vlmport.runtime.golden import golden_image
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.probe import (
     CacheWatch,
     check_golden,

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tests.runtime import toy
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import PromptSpec
-from vlmport.chat_template import render_template
 from vlmport.errors import PromptError, TokenizerError
 from vlmport.runtime.messages import check_messages
 from vlmport.runtime.prompt import Prompter
+from vlmport.text.chat_template import render_template
 
 IMAGE_PART = {"type": "image"}
 

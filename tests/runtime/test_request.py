@@ -13,9 +13,9 @@ import pytest
 from tests.runtime import toy
 from vlmport.bundle import Manifest
 from vlmport.errors import OptionError, PromptError
-from vlmport.runtime.cache import KeptRow
-from vlmport.runtime.components import Components
-from vlmport.runtime.options import GenerationOptions
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.graphs.cache import KeptRow
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import (
     Lookup,
     Request,

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from tests.runtime import toy
 from vlmport.errors import PromptError
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import Components
+from vlmport.runtime.decoding.search import Choice, Hypothesis
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import Request
-from vlmport.runtime.search import Choice, Hypothesis
 
 WEIGHTS = toy.Weights.random()
 TOLERANCE = 2e-3  # of logits up to 40

@@ -12,9 +12,9 @@ from onnx import numpy_helper
 
 from tests.runtime import toy
 from vlmport.errors import BundleError, DeviceError, OptionError
-from vlmport.runtime import sessions
-from vlmport.runtime.components import Components
-from vlmport.runtime.sessions import CPU, Device, open_session
+from vlmport.runtime.graphs import sessions
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.graphs.sessions import CPU, Device, open_session
 
 
 def test_the_cpu_is_always_there():

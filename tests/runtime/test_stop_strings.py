@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from tests.runtime.test_text import byte_fallback, metaspace
+from tests.runtime.test_streamed_text import byte_fallback, metaspace
 from tests.shared_testdata import shared_testdata
 from vlmport.builtin import builtin_folder
-from vlmport.runtime.answer import AnswerText
-from vlmport.runtime.search import Hypothesis
-from vlmport.runtime.text import StopStrings
+from vlmport.runtime.decoding.search import Hypothesis
+from vlmport.runtime.response import AnswerText
+from vlmport.runtime.streamed_text import StopStrings
 
 
 @functools.cache

@@ -15,10 +15,10 @@ from tests.runtime import toy
 from tests.runtime.talking import CANONICAL, picture
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError
-from vlmport.runtime import components as components_module
-from vlmport.runtime import grammar as grammar_module
-from vlmport.runtime.components import Components
-from vlmport.runtime.features import FeatureCache, Picture
+from vlmport.runtime.decoding import grammar as grammar_module
+from vlmport.runtime.graphs import components as components_module
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.images.features import FeatureCache, Picture
 from vlmport.runtime.model import VLM
 
 THREADS = 8

@@ -19,12 +19,12 @@ from tokenizers import AddedToken, Tokenizer
 from tests.checkpoints import write_json
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from vlmport.errors import CheckpointWarning, PromptError, TokenizerError
-from vlmport.export import export
-from vlmport.onnx_bytes import table_rows
-from vlmport.runtime.components import Components
+from vlmport.exporter import export
+from vlmport.files.onnx_bytes import table_rows
+from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.model import VLM
-from vlmport.runtime.options import GenerationOptions
 from vlmport.runtime.request import new_request
 
 EXTRA = "<extra>"

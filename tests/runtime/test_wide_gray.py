@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.reading import open_image
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:

@@ -11,7 +11,7 @@ from training.shapes_qwen.checkpoint import token_ids, write_checkpoint
 from training.shapes_qwen.families import Family
 from training.shapes_qwen.model import Chat, model_config
 from training.shapes_qwen.prompts import train_tokenizer
-from vlmport.verify.references.qwen_vl import QwenVLReference
+from vlmport.families.qwen_vl.reference import QwenVLReference
 
 
 @dataclass(frozen=True)

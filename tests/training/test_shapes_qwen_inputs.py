@@ -28,7 +28,7 @@ from training.shapes_qwen.pictures import (
     resized,
 )
 from training.shapes_qwen.prompts import IMAGE, image_text, positions
-from vlmport.verify.references.qwen_vl import QwenVLReference
+from vlmport.families.qwen_vl.reference import QwenVLReference
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

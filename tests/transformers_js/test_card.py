@@ -24,8 +24,8 @@ from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.transformers_js.test_transformers_js import HERE, client
 from vlmport import cli
 from vlmport.bundle import CARD, Bundle
-from vlmport.export import export
-from vlmport.layouts import COMPONENTS, FUSED, GENAI
+from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI
+from vlmport.exporter import export
 
 ROOT = HERE.parents[1]
 LOCAL = """\

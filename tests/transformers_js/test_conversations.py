@@ -19,7 +19,7 @@ from PIL import Image
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.transformers_js.test_transformers_js import HERE, MODELS, client, pictures
 from vlmport.bundle import ANY, Bundle
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.runtime.model import VLM
 
 __all__ = ["client", "pictures"]  # fixtures

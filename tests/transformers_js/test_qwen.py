@@ -20,9 +20,9 @@ from PIL import Image
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.transformers_js.test_transformers_js import HERE, MODELS, client
 from vlmport.bundle import ANY, Bundle
-from vlmport.export import export
+from vlmport.exporter import export
+from vlmport.parity.pictures import drawn_pictures
 from vlmport.runtime.model import VLM
-from vlmport.verify.pictures import drawn_pictures
 
 __all__ = ["client"]  # a fixture
 

@@ -14,7 +14,7 @@ from tests.transformers_js.test_transformers_js import MODELS as PARTS
 from tests.transformers_js.test_transformers_js import client
 from vlmport.builtin import builtin_models
 from vlmport.bundle import ANY, Bundle
-from vlmport.export import export
+from vlmport.exporter import export
 
 __all__ = ["client"]  # a fixture
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tests.transformers_js.test_conversations import IMAGE, answer, ours, user
 from tests.transformers_js.test_transformers_js import HERE, MODELS, ROOT, client
 from vlmport.bundle import ANY, Bundle
-from vlmport.export import export
+from vlmport.exporter import export
 
 __all__ = ["client"]  # a fixture
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, processors
 
 from tests.checkpoints import END_OF_TEXT, write_json, write_prefix_checkpoint
 from vlmport.bundle import ANY, Bundle
-from vlmport.export import export, writing
+from vlmport.exporter import export, writing
 from vlmport.runtime.model import VLM
 
 HERE = Path(__file__).parent

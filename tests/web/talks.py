@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.bundle import Bundle
-from vlmport.runtime.answer import Caption
 from vlmport.runtime.model import VLM
+from vlmport.runtime.response import Caption
 
 Turn = tuple[str | None, tuple[str, ...]]  # a question, or none for a caption; names of pictures
 SYSTEM = "Answer in one word."

@@ -32,9 +32,9 @@ from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.demo import make_server
 from vlmport.errors import ImageError
-from vlmport.export import export
+from vlmport.exporter import export
 from vlmport.graph.precision import PRECISIONS
-from vlmport.runtime.images import open_image
+from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.model import VLM
 
 __all__ = ["client"]  # a fixture: it installs transformers.js

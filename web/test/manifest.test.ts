@@ -79,7 +79,7 @@ test('the schema is the one that Python reads, but for its words', () => {
     return JSON.parse(text, (key, value) => (key === 'description' ? undefined : value));
   };
   const ours = read('../src/bundle/vlmport.schema.json');
-  expect(ours).toEqual(read('../../src/vlmport/vlmport.schema.json'));
+  expect(ours).toEqual(read('../../src/vlmport/bundle/vlmport.schema.json'));
 });
 
 test('a whole manifest is read', () => {

@@ -1,4 +1,4 @@
-/** The tokenizers that Python refuses are refused here (tests/test_hostile_tokenizers.py). */
+/** The tokenizers that Python refuses are refused here (tests/text/test_hostile_tokenizers.py). */
 
 import { expect, test } from 'vitest';
 import { problemsOf } from '../src/runtime/tokenizer.js';

@@ -23,7 +23,7 @@ from vlmport.benchmark.measure import Bench, TimedComponents
 from vlmport.benchmark.picture import HEIGHT, WIDTH, gradient
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError
-from vlmport.runtime.options import whole_number
+from vlmport.runtime.decoding.options import whole_number
 
 __all__ = ["Progress", "Report", "bench"]
 

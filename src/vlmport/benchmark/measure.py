@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 
 from vlmport.benchmark.machine import median, milliseconds
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import DECODER, Components
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import DECODER, Components
 from vlmport.runtime.model import VLM
 
 

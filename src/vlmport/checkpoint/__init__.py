@@ -25,7 +25,7 @@ from vlmport.checkpoint.quantized import without_quantization
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
 from vlmport.errors import CheckpointWarning, ConfigError, WeightError, some_names
-from vlmport.json_files import load_json
+from vlmport.files.json_files import load_json
 
 __all__ = [
     "Checkpoint",

@@ -30,9 +30,9 @@ from vlmport.errors import (
     quoted,
     some_names,
 )
-from vlmport.json_files import load_json
-from vlmport.killable import RefusedError, StoppedError, Worker
-from vlmport.killable_services import patterns as patterns_service
+from vlmport.files.json_files import load_json
+from vlmport.text.killable import RefusedError, StoppedError, Worker
+from vlmport.text.services import patterns as patterns_service
 
 __all__ = ["Adapter", "AdapterConfig", "merge_adapter"]
 

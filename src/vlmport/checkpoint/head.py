@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmport.checkpoint.stored import READABLE, StoredTensor
+from vlmport.checkpoint.safetensors_file import READABLE, StoredTensor
 from vlmport.checkpoint.weights import LazyTensor
 from vlmport.errors import CheckpointWarning
 

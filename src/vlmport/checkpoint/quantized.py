@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from vlmport.checkpoint.model_card import base_model
 from vlmport.checkpoint.names import is_buffer
-from vlmport.checkpoint.stored import StoredTensor
+from vlmport.checkpoint.safetensors_file import StoredTensor
 from vlmport.errors import WeightError, some_names
 
 __all__ = ["Dequantized", "dequantized", "without_quantization"]

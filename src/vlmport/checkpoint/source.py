@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vlmport.checkpoint.folders import check_adapter, check_checkpoint, files_of
 from vlmport.errors import SourceError, did_you_mean
-from vlmport.foreign_files import WEB_PAGE_HINT, is_web_page
+from vlmport.files.foreign import WEB_PAGE_HINT, is_web_page
 
 __all__ = ["fetch_files", "find_folder", "locate", "locate_adapter"]
 

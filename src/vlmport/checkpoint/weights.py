@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from vlmport.checkpoint.names import canonical_names, is_buffer
 from vlmport.checkpoint.quantized import dequantized
-from vlmport.checkpoint.stored import DOWNLOAD_AGAIN, StoredTensor
+from vlmport.checkpoint.safetensors_file import DOWNLOAD_AGAIN, StoredTensor
 from vlmport.errors import WeightError, some_names
-from vlmport.foreign_files import check_file
-from vlmport.json_files import load_json
+from vlmport.files.foreign import check_file
+from vlmport.files.json_files import load_json
 
 __all__ = ["LazyTensor", "StoredTensor", "Weights", "open_safetensors"]
 

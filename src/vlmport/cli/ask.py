@@ -25,11 +25,11 @@ from vlmport.cli.arguments import (
     VerifyHashes,
     read_image_options,
 )
-from vlmport.cli.generation import with_decoding
+from vlmport.cli.decoding_options import with_decoding
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
 from vlmport.errors import ImageError, OptionError, PromptError, quoted
-from vlmport.runtime.picture_uris import is_address
+from vlmport.runtime.images.uris import is_address
 
 # What ends so and holds no space is meant as a file.
 SUFFIXES = re.compile(r"\S+\.(png|jpe?g|webp|avif|gif|bmp|tiff?|heic|svg|pdf|mp4)", re.I)

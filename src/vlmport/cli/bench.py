@@ -44,8 +44,8 @@ def bench(
     """Measure how fast a bundle is on this CPU: a table, then one line of JSON."""
     from vlmport.benchmark import LENGTHS
     from vlmport.benchmark import bench as measure
-    from vlmport.precisions import DEFAULT_PRECISIONS, split_precisions
-    from vlmport.source import resolve
+    from vlmport.bundle.precisions import DEFAULT_PRECISIONS, split_precisions
+    from vlmport.loading import resolve
 
     if precision is not None and "=" in precision:  # a mix has commas of its own
         names = (precision,)

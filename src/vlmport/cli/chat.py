@@ -27,7 +27,7 @@ from vlmport.cli.arguments import (
     read_image_options,
 )
 from vlmport.cli.console import report, say
-from vlmport.cli.generation import with_decoding
+from vlmport.cli.decoding_options import with_decoding
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
 from vlmport.errors import OutputError, PromptError, VlmportError, did_you_mean

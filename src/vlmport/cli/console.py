@@ -15,8 +15,8 @@ from vlmport.cli.output import visible
 from vlmport.errors import AnswerWarning, VlmportError, VlmportWarning
 
 if TYPE_CHECKING:
-    from vlmport.export import Progress
-    from vlmport.verify.judging import Progress as Counted  # done, all, what is next
+    from vlmport.exporter import Progress
+    from vlmport.parity.judging import Progress as Counted  # done, all, what is next
 
 
 class SafeConsole(Console):

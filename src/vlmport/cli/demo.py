@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Serve a page that captions in the browser, with a model in it."""
     from vlmport.demo import make_server
-    from vlmport.source import resolve
+    from vlmport.loading import resolve
 
     with export_progress() as progress:
         bundle = resolve(model, progress=progress)

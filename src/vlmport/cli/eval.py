@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlmport.bundle.precisions import DEFAULT_PRECISIONS, split_precisions
 from vlmport.cli.app import EXIT_FAILED, app
 from vlmport.cli.arguments import Device, Threads
 from vlmport.cli.console import eval_progress, export_progress, report, say, stdout
 from vlmport.cli.json_file import JsonFile, check_writable, write_json
 from vlmport.errors import ImageError, OptionError
-from vlmport.precisions import DEFAULT_PRECISIONS, split_precisions
 
 if TYPE_CHECKING:
     from vlmport.evaluation import Report
@@ -78,7 +78,7 @@ def evaluate(
     """Measure the captions or answers of a bundle, and what each precision lost to fp32."""
     from vlmport.evaluation import UnrecordedResultError
     from vlmport.evaluation import evaluate as measure
-    from vlmport.source import resolve
+    from vlmport.loading import resolve
 
     if json_file is not None:
         check_writable(json_file)

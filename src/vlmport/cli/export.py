@@ -65,7 +65,7 @@ def export(
     revision: Revision = None,
 ) -> None:
     """Export a checkpoint to a bundle: graphs, tokenizer, manifest, model card."""
-    from vlmport.export import export as export_bundle
+    from vlmport.exporter import export as export_bundle
 
     with export_progress() as progress:
         bundle = export_bundle(

@@ -34,7 +34,7 @@ def inspect(
     from vlmport.inspection import describe, describe_onnx, probe_bundle
 
     if builtin_folder(path) is not None:
-        from vlmport.source import resolve  # a built-in model is exported once, into the cache
+        from vlmport.loading import resolve  # a built-in model is exported once, into the cache
 
         with export_progress() as progress:
             path = resolve(str(path), progress=progress).folder
@@ -72,8 +72,8 @@ def _exists(path: Path) -> bool:
 def _list_files(folder: Path) -> None:
     """A folder of another program's, with ONNX files in it."""
     from vlmport.bundle import is_bundle
+    from vlmport.files.onnx_file import find_onnx
     from vlmport.inspection import describe_folder
-    from vlmport.onnx_file import find_onnx
 
     files = find_onnx(folder)
     problems = describe_folder(folder, files, stdout)

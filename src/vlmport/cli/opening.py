@@ -16,7 +16,7 @@ def open_model(source: str, **options: Any) -> VLM:
 
     Raises as it does.
     """
-    from vlmport.source import load
+    from vlmport.loading import load
 
     warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
     with export_progress() as progress:

@@ -32,8 +32,8 @@ def verify(
     revision: Revision = None,
 ) -> None:
     """Prove a bundle right against transformers on PyTorch, rung by rung."""
-    from vlmport.verify import UnrecordedError
-    from vlmport.verify import verify as verify_bundle
+    from vlmport.parity import UnrecordedError
+    from vlmport.parity import verify as verify_bundle
 
     if json_file is not None:
         check_writable(json_file)

@@ -21,7 +21,10 @@ from rich.console import Console
 
 from vlmport import __version__
 from vlmport.bundle import Bundle
+from vlmport.bundle.precisions import ANY
+from vlmport.bundle.recording import write_result
 from vlmport.errors import BundleError, EvaluationError, ImageError, PromptError, VlmportError
+from vlmport.evaluation.caption_scores import Metric, parse_metrics
 from vlmport.evaluation.examples import (
     ExampleSet,
     captioned_pictures,
@@ -29,11 +32,8 @@ from vlmport.evaluation.examples import (
     drawn_scenes,
 )
 from vlmport.evaluation.report import Answers, Report, accuracy_markdown, limit_of
-from vlmport.evaluation.scores import Metric, parse_metrics
-from vlmport.precisions import ANY
-from vlmport.recording import write_result
+from vlmport.runtime.decoding.options import whole_number
 from vlmport.runtime.model import BATCH_SIZE, VLM, Caption
-from vlmport.runtime.options import whole_number
 
 __all__ = ["Progress", "Report", "UnrecordedResultError", "accuracy_markdown", "evaluate"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.errors import EvaluationError, quoted, some_names
-from vlmport.json_files import load_json
+from vlmport.files.json_files import load_json
 
 KNOWN_FILES = ("captions.json", "metadata.csv", "metadata.jsonl")
 TEXT_COLUMNS = ("text", "caption", "captions")

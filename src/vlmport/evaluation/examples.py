@@ -17,7 +17,7 @@ from vlmport.errors import EvaluationError, OptionError, some_names
 from vlmport.evaluation.captions import find_captions, read_captions
 
 if TYPE_CHECKING:
-    from vlmport.runtime.images import ImageSource
+    from vlmport.runtime.images.reading import ImageSource
 
 SCENES = "held-out scenes of shapes"
 QUESTIONS = "held-out questions about shapes"

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vlmport.bundle.precisions import SUFFIXES
 from vlmport.errors import VlmportError
+from vlmport.evaluation.caption_scores import METRICS, Metric
 from vlmport.evaluation.examples import ExampleSet
-from vlmport.evaluation.scores import METRICS, Metric
-from vlmport.precisions import SUFFIXES
 
 REFERENCE = "fp32"
 # Points that a precision may lose to fp32. The float16 forms have the limit of the weights that

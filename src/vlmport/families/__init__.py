@@ -1,15 +1,15 @@
-"""The registry of model families: one line each."""
+"""The registry of model families: one folder and one line each."""
 
 from __future__ import annotations
 
 from vlmport.checkpoint import Checkpoint
 from vlmport.errors import ConfigError, did_you_mean
 from vlmport.families.base import Family
-from vlmport.families.idefics3 import Idefics3
-from vlmport.families.prefix import PrefixCaptioner
-from vlmport.families.qwen2_5_vl import Qwen2_5VL
-from vlmport.families.qwen3_vl import Qwen3VL
-from vlmport.families.smolvlm import SmolVLM
+from vlmport.families.idefics3.family import Idefics3
+from vlmport.families.idefics3.smolvlm import SmolVLM
+from vlmport.families.prefix.family import PrefixCaptioner
+from vlmport.families.qwen_vl.qwen2_5 import Qwen2_5VL
+from vlmport.families.qwen_vl.qwen3 import Qwen3VL
 
 FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner, Idefics3, SmolVLM, Qwen2_5VL, Qwen3VL)
 # Model types that people may take for supported ones → what they are, and what to take.
@@ -21,6 +21,18 @@ NOT_SUPPORTED = {
     "qwen2_vl": ("an older kind of model than Qwen2.5-VL", "take Qwen2.5-VL or Qwen3-VL"),
     "qwen2_5_omni": ("a model of sound and video too", "take Qwen2.5-VL or Qwen3-VL"),
 }
+
+
+def reference_modules() -> dict[str, str]:
+    """Map each model_type to the module that loads its reference: `reference.py` of its family.
+
+    The modules are not imported here: they need PyTorch.
+    """
+    return {
+        model_type: f"{family.__module__.rpartition('.')[0]}.reference"
+        for family in FAMILIES
+        for model_type in family.model_types
+    }
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmport.chat_template import special_tokens
 from vlmport.checkpoint import Checkpoint, load_json
 from vlmport.errors import AdapterError, CheckpointWarning, VlmportError, some_names
 from vlmport.families.base import Family
-from vlmport.families.chat_template import JINJA, KEY, LEGACY, NAMED, read_chat_template
-from vlmport.families.generation import FILE as GENERATION
-from vlmport.families.image_processor import PREPROCESSOR, PROCESSOR
-from vlmport.tokenizer import read_tokenizer
+from vlmport.families.generation_config import FILE as GENERATION
+from vlmport.families.processor_config import PREPROCESSOR, PROCESSOR
+from vlmport.families.templates import JINJA, KEY, LEGACY, NAMED, read_chat_template
+from vlmport.text.chat_template import special_tokens
+from vlmport.text.tokenizer import read_tokenizer
 
 __all__ = ["with_adapter_files"]
 

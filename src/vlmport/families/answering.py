@@ -21,17 +21,17 @@ from vlmport.families.base import (
     Family,
     Graphs,
     HubFiles,
-    llama_dims,
+    decoder_dims,
     pixel_spec,
     without_sampling,
 )
-from vlmport.families.chat_template import token_after_answers
-from vlmport.families.generation import Generation
+from vlmport.families.generation_config import Generation
+from vlmport.families.templates import token_after_answers
 from vlmport.graph.builder import GraphBuilder
-from vlmport.graph.llama import decoder_graph, embed_graph
-from vlmport.graph.llama_config import LlamaConfig
+from vlmport.graph.decoder import decoder_graph, embed_graph
+from vlmport.graph.decoder_config import DecoderConfig
+from vlmport.graph.parameters import Format
 from vlmport.graph.precision import Precision
-from vlmport.graph.weights import Format
 
 CONFIG = "config.json"
 IMAGE_TOKEN_ID = "image_token_id"
@@ -65,7 +65,7 @@ class AnsweringFamily(Family):
     most_new_tokens: ClassVar[int]
 
     config: AnsweringConfig
-    text: LlamaConfig
+    text: DecoderConfig
     settings: Generation
     chat_template: str
     raw: Mapping[str, Any]
@@ -150,7 +150,7 @@ class AnsweringFamily(Family):
 
     @property
     def dims(self) -> Dims:
-        return llama_dims(self.text)
+        return decoder_dims(self.text)
 
     @property
     def prompt(self) -> PromptSpec:

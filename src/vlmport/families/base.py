@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.bundle.layouts import HUB, ImageSize
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
-from vlmport.graph.llama_config import LlamaConfig
+from vlmport.graph.decoder_config import DecoderConfig
 from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
 from vlmport.graph.precision import Precision
-from vlmport.layouts import HUB, ImageSize
 
 # Old configs carry sampling options, which clients would apply beside generation_config.json's.
 SAMPLING_KEYS = frozenset(
@@ -51,7 +51,7 @@ def without_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in SAMPLING_KEYS}
 
 
-def llama_dims(text: LlamaConfig) -> Dims:
+def decoder_dims(text: DecoderConfig) -> Dims:
     """What runtimes need to know of a Llama-type decoder."""
     return Dims(
         hidden_size=text.hidden_size,
@@ -182,7 +182,7 @@ class Family(ABC):
 
     @property
     def layouts(self) -> Mapping[str, Layout | SizedLayout]:
-        """Layouts by name (vlmport.layouts). Every family has the Hub's."""
+        """Layouts by name (vlmport.bundle.layouts). Every family has the Hub's."""
         return {HUB: Layout(self.fixed_graphs, self.graphs, self.hub_files)}
 
     @property

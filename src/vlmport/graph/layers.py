@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from vlmport.graph.builder import MICROSOFT, OpBuilder
-from vlmport.graph.weights import (
+from vlmport.graph.parameters import (
     FLOAT32,
     Format,
     Quantize,

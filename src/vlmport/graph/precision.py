@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vlmport.bundle import SUFFIXES, split_precisions
 from vlmport.errors import ExportError, did_you_mean
-from vlmport.graph.weights import (
+from vlmport.graph.parameters import (
     FLOAT16,
     FLOAT32,
     INT4,

@@ -16,9 +16,9 @@ from onnxscript import nn
 from vlmport.checkpoint import Layers, Size, read_config
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import MICROSOFT, OpBuilder
+from vlmport.graph.few_bits import Stored
 from vlmport.graph.layers import ACTIVATIONS, LayerNorm, Linear
-from vlmport.graph.stored import Stored
-from vlmport.graph.weights import Format, Weight
+from vlmport.graph.parameters import Format, Weight
 
 MAX_PATCHES = 1 << 20  # attention over as many would need terabytes
 

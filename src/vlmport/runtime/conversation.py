@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmport.errors import PromptError
-from vlmport.runtime.answer import Caption
-from vlmport.runtime.asking import Asker, Held, Prompt, refuse_several
-from vlmport.runtime.features import Picture
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.images.features import Picture
 from vlmport.runtime.messages import Message, check_images, check_messages
+from vlmport.runtime.preparing import Asker, Held, Prompt, refuse_several
+from vlmport.runtime.response import Caption
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
 
-    from vlmport.runtime.images import ImageSource
+    from vlmport.runtime.images.reading import ImageSource
 
 
 @dataclass(frozen=True, eq=False)

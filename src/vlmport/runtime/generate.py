@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vlmport.errors import PromptError
-from vlmport.runtime.cache import KeptRow, KeyValueCache
-from vlmport.runtime.components import Components
+from vlmport.runtime.graphs.cache import KeptRow, KeyValueCache
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import Request, room_for_tokens
 
 Made = TypeVar("Made")

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmport.bundle import Bundle, Golden
+from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI
 from vlmport.errors import BundleError
-from vlmport.layouts import COMPONENTS, FUSED, GENAI
-from vlmport.runtime.components import Components
-from vlmport.runtime.four_files import FourFiles
-from vlmport.runtime.fused import Fused
-from vlmport.runtime.genai import VISION, GenaiGraphs
-from vlmport.runtime.layout_graphs import LayoutGraphs
-from vlmport.runtime.positions import Positions
-from vlmport.runtime.sessions import return_freed_memory
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.graphs.positions import Positions
+from vlmport.runtime.graphs.sessions import return_freed_memory
+from vlmport.runtime.layouts.base import LayoutGraphs
+from vlmport.runtime.layouts.components import FourFiles
+from vlmport.runtime.layouts.fused import Fused
+from vlmport.runtime.layouts.genai import VISION, GenaiGraphs
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int64, UInt8

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlmport.errors import ImageError, PromptError, did_you_mean, quoted
-from vlmport.runtime.picture_uris import from_base64
+from vlmport.runtime.images.uris import from_base64
 
 ROLES = ("system", "user", "assistant", "tool")
 SOURCES = ("image", "url", "path", "base64")

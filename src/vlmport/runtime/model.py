@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ImageError, PromptError
-from vlmport.runtime.answer import Answer, Caption
-from vlmport.runtime.asking import Asker, Prompt, refuse_several
-from vlmport.runtime.components import Components
 from vlmport.runtime.conversation import Conversation
-from vlmport.runtime.features import MAX_BYTES, FeatureCache
+from vlmport.runtime.decoding.options import whole_number
 from vlmport.runtime.generate import Generation
+from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.images.features import MAX_BYTES, FeatureCache
 from vlmport.runtime.messages import Message
-from vlmport.runtime.options import whole_number
+from vlmport.runtime.preparing import Asker, Prompt, refuse_several
 from vlmport.runtime.prompt import Prompter
+from vlmport.runtime.response import Answer, Caption
 
 if TYPE_CHECKING:
-    from vlmport.runtime.images import ImageSource
+    from vlmport.runtime.images.reading import ImageSource
 
 __all__ = ["VLM", "Answer", "Caption"]
 

@@ -14,14 +14,6 @@ import numpy as np
 
 from vlmport.bundle import Golden, GoldenExpectation
 from vlmport.errors import BundleError, some_names
-from vlmport.runtime.cache import KeyValueCache
-from vlmport.runtime.components import (
-    IMAGE,
-    POSITIONS,
-    VISION,
-    Components,
-    merge_image_features,
-)
 from vlmport.runtime.golden import (
     GoldenPrompt,
     GoldenRun,
@@ -31,7 +23,15 @@ from vlmport.runtime.golden import (
     length_faults,
     run_layout,
 )
-from vlmport.runtime.sessions import return_freed_memory
+from vlmport.runtime.graphs.cache import KeyValueCache
+from vlmport.runtime.graphs.components import (
+    IMAGE,
+    POSITIONS,
+    VISION,
+    Components,
+    merge_image_features,
+)
+from vlmport.runtime.graphs.sessions import return_freed_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64

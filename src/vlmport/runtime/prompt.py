@@ -11,12 +11,12 @@ import numpy as np
 from jinja2 import TemplateError
 
 from vlmport.bundle import PromptSpec
-from vlmport.chat_template import TemplateLimitError, render_template, special_tokens
 from vlmport.errors import PromptError, TokenizerError, cut, did_you_mean, quoted, some_names
-from vlmport.json_files import load_json
+from vlmport.files.json_files import load_json
 from vlmport.runtime.messages import Message, check_encodable, count
 from vlmport.runtime.placeholders import free_mark, renamed_tokenizer
-from vlmport.tokenizer import Encoder, read_tokenizer
+from vlmport.text.chat_template import TemplateLimitError, render_template, special_tokens
+from vlmport.text.tokenizer import Encoder, read_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Int64

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmport.errors import OptionError, PromptError
-from vlmport.runtime.cache import KeptRow
-from vlmport.runtime.components import Components
-from vlmport.runtime.lookup import look_up
-from vlmport.runtime.options import GenerationOptions
-from vlmport.runtime.processors import check_served
-from vlmport.runtime.search import Choice, IsStopped, Mask, Search, new_search
+from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.processors import check_served
+from vlmport.runtime.decoding.prompt_lookup import look_up
+from vlmport.runtime.decoding.search import Choice, IsStopped, Mask, Search, new_search
+from vlmport.runtime.graphs.cache import KeptRow
+from vlmport.runtime.graphs.components import Components
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int64

@@ -1,5 +1,5 @@
 /**
- * What is asked, made ready to run, and what came of it (the twin of vlmport/runtime/asking.py and
+ * What is asked, made ready to run, and what came of it (the twin of vlmport/runtime/preparing.py and
  * conversation.py): messages and pictures to a prompt, a prompt to its caption.
  *
  * A prompt is always the whole conversation, rendered again. As far as its ids (and, under image

@@ -1,5 +1,5 @@
 /**
- * The key-value cache of one sequence (the twin of vlmport/runtime/cache.py).
+ * The key-value cache of one sequence (the twin of vlmport/runtime/graphs/cache.py).
  *
  * On the GPU, past and present are one buffer that a step writes in place. WebAssembly copies what
  * goes in and comes out of each run, so there the cache grows with the text and is never larger.

@@ -1,5 +1,5 @@
 /**
- * The graphs of a bundle as functions (the twin of vlmport/runtime/components.py).
+ * The graphs of a bundle as functions (the twin of vlmport/runtime/graphs/components.py).
  *
  * What a graph is called with follows its own inputs. Whoever gets a tensor from here owns it.
  */

@@ -1,6 +1,6 @@
 /**
  * The decoder's inputs and outputs: which cache tensor belongs to which, and of what sizes (the twin
- * of vlmport/runtime/decoder.py).
+ * of vlmport/runtime/graphs/decoder.py).
  */
 
 import type { Manifest } from '../bundle/manifest.js';

@@ -1,5 +1,6 @@
 /**
- * Which token ids have an embedding (the twin of vlmport/runtime/embedding.py and onnx_bytes.py).
+ * Which token ids have an embedding (the twin of vlmport/runtime/graphs/embedding.py and
+ * files/onnx_bytes.py).
  *
  * Some kernels give zeros for an id past the table, and some take another row. So the rows are read
  * from the graph's bytes, and ids are checked before each look-up.

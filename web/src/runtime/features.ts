@@ -1,6 +1,6 @@
 /**
  * Image features by content, so that a picture that was seen is not encoded again (the twin of
- * vlmport/runtime/features.py).
+ * vlmport/runtime/images/features.py).
  */
 
 import type { ImageOptions } from '../bundle/manifest.js';

@@ -1,5 +1,5 @@
 /**
- * Any picture as RGB pixels, as vlmport/runtime/images.py reads it: upright, transparency over
+ * Any picture as RGB pixels, as vlmport/runtime/images/reading.py reads it: upright, transparency over
  * white, colour profiles ignored, never scaled.
  */
 
@@ -71,7 +71,7 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
   }
 }
 
-/** What is wrong with a data: address, if anything is (the twin of vlmport/runtime/picture_uris.py). */
+/** What is wrong with a data: address, if anything is (the twin of vlmport/runtime/images/uris.py). */
 function badData(url: string): VlmportError | null {
   const [, head = '', body] = /^data:([^,]*)(?:,(.*))?$/s.exec(url) ?? [];
   if (body === undefined) {

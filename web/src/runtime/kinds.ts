@@ -1,6 +1,6 @@
 /**
  * What a file is that no reader takes: another picture format, or no picture at all (the twin of
- * vlmport/runtime/image_kinds.py).
+ * vlmport/runtime/images/kinds.py).
  */
 
 import type { ErrorCode } from '../error-codes.js';

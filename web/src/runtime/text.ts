@@ -1,5 +1,5 @@
 /**
- * Tokens to text, piece by piece, never half a character (the twin of vlmport/runtime/text.py).
+ * Tokens to text, piece by piece, never half a character (the twin of vlmport/runtime/streamed_text.py).
  *
  * A piece is the difference between two decodes of a short window of tokens that begins at a clean
  * boundary: so leading spaces that a decoder strips at the start of a text are stripped once.

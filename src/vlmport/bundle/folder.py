@@ -1,0 +1,107 @@
+"""A bundle: a folder of ONNX graphs and the manifest that says how to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmport.bundle.hashing import FileEntry, hash_file
+from vlmport.bundle.manifest import Manifest, Variant
+from vlmport.bundle.manifest_file import MANIFEST, read_manifest
+from vlmport.bundle.precisions import ANY
+from vlmport.errors import BundleError, some_problems
+
+CARD = "README.md"  # people edit it before they publish, so the manifest does not list it
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        check_hashes: bool = False,
+        needed: Collection[str] | None = None,
+    ) -> Bundle:
+        """Read a bundle; sizes of all files are compared, with `check_hashes` the bytes too.
+
+        Args:
+            needed: the files that have to be there; None for all.
+
+        Raises BundleError for a missing, malformed, newer, incomplete or altered bundle.
+        """
+        folder = Path(folder)
+        bundle = cls(folder, read_manifest(folder / MANIFEST))
+        bundle.check(hashes=check_hashes, needed=needed)
+        return bundle
+
+    def check(self, *, hashes: bool = False, needed: Collection[str] | None = None) -> None:
+        """Compare the folder with the manifest. Raises BundleError naming every bad file."""
+        problems = []
+        for name, entry in self.manifest.files.items():
+            if needed is not None and name not in needed:
+                continue
+            path = self.folder / name
+            if not path.is_file():
+                problems.append(f"{name}: missing")
+            elif (size := path.stat().st_size) != entry.size:
+                problems.append(f"{name}: {size} bytes, expected {entry.size}")
+            elif hashes and not _is_as_listed(path, entry):
+                problems.append(f"{name}: its SHA-256 is not the manifest's")
+        if problems:
+            raise BundleError(
+                f"{self.folder}: {len(problems)} of {len(self.manifest.files)} files are not as "
+                f"{MANIFEST} says: {some_problems(problems)}",
+                hint="download or export the bundle again",
+                code="bundle.not-as-listed",
+            )
+
+    def needs_layout(self, layout: str) -> None:
+        """Raise BundleError where the folder is of another layout."""
+        if (found := self.manifest.layout) != layout:
+            raise BundleError(
+                f"{self.folder}: written in the layout {found!r}, expected {layout!r}",
+                hint=f"`vlmport export SRC OUT --layout {layout}` writes that one; what runs the "
+                "others stands in docs/bundle-format.md",
+                code="bundle.other-layout",
+            )
+
+    def path(self, name: str) -> Path:
+        """The path of a file named in the manifest."""
+        return self.folder / name
+
+    def variant(self, component: str, precision: str) -> Variant:
+        """The files of a component at a precision (or its only form)."""
+        forms = self.manifest.components[component]
+        return forms[precision if precision in forms else ANY]
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder holds a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def _is_as_listed(path: Path, entry: FileEntry) -> bool:
+    try:
+        return hash_file(path) == entry
+    except OSError as error:
+        raise BundleError(
+            f"{path}: {error.strerror or error}",
+            hint="is it readable? is the disk whole?",
+            code="bundle.unreadable",
+        ) from error
+
+
+def hash_folder(folder: Path) -> dict[str, FileEntry]:
+    """The entries of all files below a folder but the manifest and the card, sorted by path."""
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    return {name: hash_file(folder / name) for name in names if name not in (MANIFEST, CARD)}

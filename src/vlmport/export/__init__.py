@@ -1,7 +1,0 @@
-"""Export a checkpoint to a bundle: written graphs, streamed weights, no torch."""
-
-from __future__ import annotations
-
-from vlmport.export.exporter import Progress, export
-
-__all__ = ["Progress", "export"]

@@ -1,0 +1,352 @@
+"""checkpoint → family → component graphs → bundle, all at once or not at all."""
+
+from __future__ import annotations
+
+import glob
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmport import __version__
+from vlmport.builtin import builtin_folder
+from vlmport.bundle import (
+    ANY,
+    DEFAULT_PRECISIONS,
+    SUFFIXES,
+    Bundle,
+    Golden,
+    Manifest,
+    Variant,
+    hash_folder,
+    write_manifest,
+)
+from vlmport.bundle.layouts import HUB, ImageSize
+from vlmport.checkpoint import Checkpoint, locate_adapter
+from vlmport.errors import ExportError, ExportWarning, WeightError, did_you_mean
+from vlmport.exporter.assign import PAST_FLOAT16, Assignment
+from vlmport.exporter.card import write_card
+from vlmport.exporter.files import write_hub_files, write_json
+from vlmport.exporter.folder import atomic_folder, check_space, check_target, recover
+from vlmport.exporter.golden import golden_input, record
+from vlmport.exporter.soundness import check_float16, check_prompt
+from vlmport.exporter.token_ids import check_token_ids
+from vlmport.exporter.writing import Job, data_files, parse_size, write_model
+from vlmport.families import family_of
+from vlmport.families.adapter_files import with_adapter_files
+from vlmport.families.base import Family, Layout, SizedLayout
+from vlmport.graph.builder import GraphBuilder, to_model
+from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
+
+# Device → the precisions that 'auto' prefers there, best first, of each component. The 8-bit
+# kernels are fastest for many rows (a picture's patches), the 4-bit ones for one (a decode step).
+# WASM unpacks 4-bit matrices anew in every call; WebGPU has no 8-bit activations.
+MANY_ROWS, ONE_ROW = ("q8", "q4", "fp32"), ("q4", "q8", "fp32")
+PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        **dict.fromkeys(("vision_encoder", "vision", "projection", "text_with_image"), MANY_ROWS),
+        "*": ONE_ROW,
+    },
+    "cuda": {"*": ("fp16", "fp32")},
+    "webgpu": {"*": ("q4", "fp32")},
+    "wasm": {"*": ("q8", "fp32")},
+}
+
+# done bytes, total bytes, what is being written
+Progress = Callable[[int, int, str], None]
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    precisions: str | Sequence[str] | None = None,
+    layout: str = HUB,
+    image_size: str | ImageSize | None = None,
+    max_shard_size: str | int | None = None,
+    adapter: str | Path | None = None,
+    ignore_weights: str | Sequence[str] = (),
+    force: bool = False,
+    revision: str | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a checkpoint folder, Hub id or built-in model to a bundle in `out`.
+
+    An export that fails leaves `out` as it was.
+
+    Args:
+        precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16. None
+            for fp32, q8 and q4, as far as this model can have them: one that it can't have is left
+            out with an ExportWarning. A precision that is named is an error then.
+        layout: the form of folder, of those that the model's family has (vlmport.bundle.layouts).
+        image_size: such as '672x672', width first; of layouts for pictures of one size.
+        max_shard_size: of a file of weights beside its graph, such as '500MB'; None for 2 GB,
+            more than which no browser holds in one piece.
+        adapter: a PEFT folder whose LoRA is merged into the weights.
+        ignore_weights: patterns such as 'model.talker.*' of tensors that the model does not need:
+            they are left out, and the manifest and the model card name them. Without one, a tensor
+            that has no place is an error.
+        force: overwrite a bundle that is there.
+        revision: branch, tag or commit of a Hub id.
+        name: the bundle's name, by default that of the checkpoint.
+        progress: called with (done bytes, total bytes, file being written).
+
+    Raises:
+        SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
+        ExportError: `out` exists, an unknown precision or layout, an image size that the model or
+            the layout does not take, a bad shard size, a full disk.
+        OptionError: `ignore_weights` match nothing, or a tensor that the model needs.
+    """
+    chosen = parse_precisions(DEFAULT_PRECISIONS if precisions is None else precisions)
+    room = None if max_shard_size is None else parse_size(max_shard_size)
+    out = Path(out).expanduser().resolve()  # through links, and '.' is a folder with a name
+    recover(out)
+    check_target(out, force=force)
+    checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
+    family = family_of(checkpoint)
+    adapter_folder = None if adapter is None else locate_adapter(adapter)
+    if adapter_folder is not None:
+        checkpoint, family = with_adapter_files(checkpoint, family, adapter_folder)
+    size = None if image_size is None else ImageSize.parse(image_size)
+    _layout(family, layout, size)  # an unknown one is said before any weight is looked at
+    tensors = family.weights(checkpoint, adapter_folder)
+    family = family.with_weights(tensors)
+    form = _layout(family, layout, size)
+    with atomic_folder(out, force=force) as folder:
+        meter = Meter(progress)
+        check_token_ids(checkpoint, family, form.hub_files())
+        assignment = Assignment(tensors)
+        jobs = _plan(family, form, assignment, chosen, meter)
+        patterns = [ignore_weights] if isinstance(ignore_weights, str) else ignore_weights
+        ignored = assignment.ignore(patterns)
+        assignment.finish(family.is_unused)
+        meter.total = sum(job.weight_bytes for job in jobs)
+        check_space(out, meter.total)
+        jobs = _write(jobs, folder, room, meter, may_lack=precisions is None)
+        label = name or _default_name(source, checkpoint)
+        manifest = _write_manifest(family, form, layout, checkpoint, jobs, folder, label, ignored)
+        _try_out(Bundle(folder, manifest))
+    return Bundle.open(out)
+
+
+def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
+    """Raises ExportError for one that the family does not have, or not at this size."""
+    layouts = family.layouts
+    if name not in layouts:
+        raise ExportError(
+            f"unknown layout {name!r}{did_you_mean(name, layouts)}",
+            hint=f"a model of the family {family.name!r} has: {', '.join(layouts)}",
+            code="layout.unknown",
+        )
+    layout = layouts[name]
+    if isinstance(layout, SizedLayout):
+        return layout.at(size or layout.default)
+    if size is not None:
+        raise ExportError(
+            f"layout {name!r} has no one image size",
+            hint="leave out the image size: its graphs process pictures by themselves",
+            code="layout.wrong-image-size",
+        )
+    return layout
+
+
+class Meter:
+    """Counts bytes as weights are converted."""
+
+    def __init__(self, progress: Progress | None):
+        self.progress, self.done, self.total, self.what = progress, 0, 0, ""
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total, self.what)
+
+
+def _plan(
+    family: Family,
+    layout: Layout,
+    assignment: Assignment,
+    precisions: tuple[Precision, ...],
+    meter: Meter,
+) -> list[Job]:
+    """All graphs, each weight with its tensor where there is one."""
+    jobs: dict[tuple[str, str], Job] = {}
+
+    def add(component: str, precision: str, suffix: str, builder: GraphBuilder) -> None:
+        assignment.assign(builder.graph, meter.add)
+        owner = layout.shared.get(component)
+        jobs[component, precision] = Job(
+            component,
+            precision,
+            layout.path(component, suffix),
+            to_model(builder, __version__),
+            owner=None if owner is None else jobs[owner, precision],
+            is_shared=component in layout.shared.values(),
+        )
+
+    for name, graph in layout.fixed_graphs().items():
+        add(name, ANY, "", graph)
+    for precision in precisions:
+        for name, graph in layout.graphs(precision).items():
+            add(name, precision.name, precision.suffix, graph)
+    return list(jobs.values())
+
+
+def _write(
+    jobs: list[Job], folder: Path, room: int | None, meter: Meter, *, may_lack: bool
+) -> list[Job]:
+    """Write all graphs; those that were written.
+
+    Args:
+        may_lack: leave out precisions that can't hold this model's weights, with an ExportWarning.
+
+    Raises WeightError for such a one, and where no precision is left.
+    """
+    lacking: dict[str, WeightError] = {}
+    for job in jobs:
+        if job.precision in lacking:
+            continue
+        meter.what = job.file
+        try:
+            write_model(job, folder, room)
+        except WeightError as error:
+            others = {one.precision for one in jobs} - {ANY, job.precision, *lacking}
+            if not may_lack or error.code != PAST_FLOAT16 or job.precision == ANY or not others:
+                raise
+            lacking[job.precision] = error
+    for precision, error in lacking.items():
+        warnings.warn(
+            ExportWarning(f"{precision} is left out: {error}", code="export.precision-left-out"),
+            stacklevel=3,
+        )
+    for job in jobs:
+        if job.precision in lacking:
+            for path in folder.glob(f"{glob.escape(job.file)}*"):
+                path.unlink()  # it, and its weights beside it
+    return [job for job in jobs if job.precision not in lacking]
+
+
+def _write_manifest(
+    family: Family,
+    layout: Layout,
+    layout_name: str,
+    checkpoint: Checkpoint,
+    jobs: list[Job],
+    folder: Path,
+    name: str,
+    ignored: Mapping[str, tuple[str, ...]],
+) -> Manifest:
+    """The files around the graphs and the manifest; the golden probe is still without answers."""
+    components: dict[str, dict[str, Variant]] = {}
+    for job in jobs:
+        variant = Variant(job.file, data_files(folder, job))
+        components.setdefault(job.component, {})[job.precision] = variant
+    precisions = [p for p in PRECISIONS if any(job.precision == p for job in jobs)]
+    auto = _auto(components, precisions)
+    hub = layout.hub_files()
+    client = _transformers_js(components, auto) if layout_name == HUB else None
+    write_hub_files(checkpoint, hub, folder, client)
+    chosen = {name: components[name][form].model for name, form in auto["cpu"].items()}
+    for file, settings in layout.client_files(chosen).items():
+        write_json(folder / file, settings)
+    forms = {p: _describe(p, folder, components) for p in precisions}
+    write_card(
+        checkpoint,
+        hub,
+        folder,
+        name=name,
+        forms=forms,
+        messages=family.prompt.caption,
+        runs=layout_name == HUB,
+        ignored=ignored,
+    )
+    manifest = Manifest(
+        producer=f"vlmport {__version__}",
+        name=name,
+        family=family.name,
+        layout=layout_name,
+        components=components,
+        auto=auto,
+        files=hash_folder(folder),
+        dims=family.dims,
+        cache=family.cache,
+        prompt=family.prompt,
+        generation=family.generation,
+        pixels=family.pixels,
+        golden=_golden_input(family, layout),
+        image_options=family.image_options if layout.image_tokens is None else {},
+        ignored_weights=ignored,
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _golden_input(family: Family, layout: Layout) -> Golden:
+    if (tokens := layout.image_tokens) is not None:
+        return golden_input(lambda height, width: tokens, {})
+    return golden_input(family.golden_tokens, family.golden_options)
+
+
+def _try_out(bundle: Bundle) -> None:
+    """Run what was written, and put what it gives for the golden probe into the manifest."""
+    bundle.check()
+    if bundle.manifest.layout == HUB:
+        check_prompt(bundle)
+    for precision in bundle.manifest.precisions:
+        if PRECISIONS[precision].is_half:
+            check_float16(bundle, precision)
+    write_manifest(bundle.folder, record(bundle, bundle.manifest.precisions))
+
+
+def _auto(
+    components: Mapping[str, Mapping[str, Variant]], precisions: list[str]
+) -> dict[str, dict[str, str]]:
+    """Device → component → precision, of those that were exported."""
+
+    def best(component: str, order: Mapping[str, tuple[str, ...]]) -> str:
+        if ANY in components[component]:
+            return ANY
+        wanted = [*order.get(component, order["*"]), *SUFFIXES]
+        return next(precision for precision in wanted if precision in precisions)
+
+    return {
+        device: {component: best(component, order) for component in components}
+        for device, order in PREFERRED.items()
+    }
+
+
+def _transformers_js(
+    components: Mapping[str, Mapping[str, Variant]], auto: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """What that client reads of config.json: external data files, and dtypes by device."""
+    variants = [variant for forms in components.values() for variant in forms.values()]
+    external = {Path(v.model).name: len(v.data) for v in variants if v.data}
+    settings: dict[str, Any] = {"use_external_data_format": external} if external else {}
+    by_device = {
+        device: {"dtype": {name: p for name, p in choice.items() if p != ANY}}
+        for device, choice in auto.items()
+    }
+    # For a device without a choice of its own, and all that the client's progress bar reads.
+    settings |= by_device["wasm"]
+    settings["device_config"] = by_device
+    return settings
+
+
+def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str, Variant]]) -> str:
+    """One line of the model card: what the precision is, and how many megabytes to fetch."""
+    files = {
+        file
+        for forms in components.values()
+        for one, variant in forms.items()
+        if one in (precision, ANY)
+        for file in (variant.model, *variant.data)
+    }
+    size = sum((folder / file).stat().st_size for file in files)
+    return f"{PRECISIONS[precision].meaning}; {size / 1e6:.1f} MB"
+
+
+def _default_name(source: str | Path, checkpoint: Checkpoint) -> str:
+    """The Hub id as it was given, or the folder's name."""
+    local = Path(source).expanduser().exists()
+    return checkpoint.folder.resolve().name if local else str(source)

@@ -1,0 +1,50 @@
+"""The golden probe: a fixed picture, and what the exported graphs give for it on this CPU."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlmport.bundle import Bundle, Golden, GoldenImage, Manifest
+from vlmport.exporter.packing import largest_first
+
+WIDTH, HEIGHT = 48, 36
+MIN_PREFILL = 64
+
+
+def golden_input(tokens_of: Callable[[int, int], int], options: Mapping[str, Any]) -> Golden:
+    """A picture with edges, a gradient and all three channels apart; no expectations yet.
+
+    It stands so often in the prompt that at least MIN_PREFILL tokens are prefilled.
+
+    Args:
+        tokens_of: the tokens of a picture of a height and width under these options.
+    """
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    rgb = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), (x + y) % 16 * 16], axis=-1)
+    rgb[8:24, 12:30] = (200, 30, 40)
+    image = GoldenImage(
+        WIDTH, HEIGHT, base64.b64encode(rgb.astype(np.uint8).tobytes()).decode("ascii")
+    )
+    image_tokens = tokens_of(HEIGHT, WIDTH)
+    copies = -(-MIN_PREFILL // image_tokens)
+    return Golden(image, copies, copies * image_tokens, {}, options)
+
+
+def record(bundle: Bundle, precisions: Sequence[str]) -> Manifest:
+    """The manifest with the expectations of each precision, from running it."""
+    from vlmport.runtime.golden import open_graphs
+    from vlmport.runtime.probe import record_golden
+
+    golden = bundle.manifest.golden
+    expected = {}
+    for precision in precisions:
+        with largest_first(bundle, precision) as sparing:
+            expected[precision] = record_golden(open_graphs(sparing, precision), golden)
+    return dataclasses.replace(
+        bundle.manifest, golden=dataclasses.replace(golden, expected=expected)
+    )

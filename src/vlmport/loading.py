@@ -1,0 +1,166 @@
+"""A model source, whatever it is, to a bundle: built-in name, bundle, checkpoint or Hub id.
+
+A checkpoint is exported once, into the user's cache, and found there the next time; see
+`bundle_cache.py`. Of a bundle on the Hub only the graphs that will run are fetched.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmport.builtin import CAPTIONER, builtin_folder, builtin_models
+from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
+from vlmport.bundle.cache import cache_folder, entry_name, open_entry, prune
+from vlmport.bundle.downloads import check_once
+from vlmport.bundle.precisions import canonical
+from vlmport.checkpoint import locate_adapter
+from vlmport.checkpoint.source import fetch_files, find_folder
+from vlmport.errors import OptionError
+from vlmport.runtime.graphs.sessions import Device
+from vlmport.runtime.images.features import MAX_BYTES
+from vlmport.runtime.model import VLM
+
+if TYPE_CHECKING:
+    from vlmport.exporter import Progress
+
+__all__ = ["builtin_models", "cache_folder", "load", "resolve"]
+
+
+def load(
+    source: str | Path = CAPTIONER,
+    *,
+    precision: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    image_cache_bytes: int = MAX_BYTES,
+    verify_hashes: bool | None = None,
+) -> VLM:
+    """A model ready to caption, from a built-in name, a bundle, a checkpoint folder or a Hub id.
+
+    Args:
+        precision: auto, fp32, fp16, q8, q4, q4f16, or a mix such as 'vision=fp32,decoder=q4'.
+        device: cpu, or another that the installed ONNX Runtime offers.
+        threads: threads of ONNX Runtime, by default all cores.
+        adapter: a PEFT folder, merged into a checkpoint when it is exported.
+        revision: branch, tag or commit of a Hub id.
+        progress: called during a first export with (done bytes, total bytes, file).
+        image_cache_bytes: maximum size of the cache of encoded pictures (default 256 MB, 0 =
+            none).
+        verify_hashes: whether a bundle's files are compared with the SHA-256 in its manifest. None
+            compares a bundle from the Hub, and each file once; True compares any bundle now.
+
+    Threads may share the model, see VLM.
+
+    Raises VlmportError: the message says what is wrong, `hint` what to do.
+    """
+    bundle = resolve(
+        source,
+        precisions=_needed(precision),
+        runs=(precision, Device.parse(device).name),
+        adapter=adapter,
+        revision=revision,
+        progress=progress,
+        verify_hashes=verify_hashes,
+    )
+    return VLM.open(
+        bundle,
+        precision=precision,
+        device=device,
+        threads=threads,
+        image_cache_bytes=image_cache_bytes,
+    )
+
+
+def resolve(
+    source: str | Path,
+    *,
+    precisions: Sequence[str] = DEFAULT_PRECISIONS,
+    runs: tuple[str, str] | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    verify_hashes: bool | None = None,
+) -> Bundle:
+    """The bundle of a source; a checkpoint is exported into the cache unless it is there.
+
+    Args:
+        precisions: what to export of a checkpoint.
+        runs: what will run of a bundle, (precision, device): of one on the Hub no other graphs
+            are fetched. None fetches all.
+        verify_hashes: as for `load`.
+
+    Raises as `export` and `Bundle.open` do.
+    """
+    folder = find_folder(builtin_folder(source) or source, revision)
+    local = Path(source).expanduser().exists()
+    if is_bundle(folder):
+        if adapter is not None:
+            raise OptionError(
+                f"{source}: an adapter can't be merged into a bundle",
+                hint="export the checkpoint again with --adapter",
+                code="source.is-bundle",
+            )
+        if not local:
+            return _open_remote(str(source), folder, runs, verify_hashes)
+        return Bundle.open(folder, check_hashes=bool(verify_hashes))
+    adapter_folder = None if adapter is None else locate_adapter(adapter)
+    out = cache_folder() / entry_name(folder, adapter_folder, precisions)
+    if (cached := open_entry(out)) is not None:
+        return cached
+    from vlmport.exporter import export  # takes a second to import, and most runs don't need it
+
+    name = folder.resolve().name if local else str(source)
+    try:
+        if out.exists():
+            shutil.rmtree(out)  # damaged, and in a folder of our own
+        bundle = export(
+            folder,
+            out,
+            precisions=None if tuple(precisions) == DEFAULT_PRECISIONS else precisions,
+            adapter=adapter_folder,
+            name=name,
+            progress=progress,
+        )
+    except Exception:
+        # Another process may have exported the same in the meantime: then its bundle serves.
+        if (cached := open_entry(out)) is not None:
+            return cached
+        raise
+    prune(out)
+    return bundle
+
+
+def _open_remote(
+    repo: str, folder: Path, runs: tuple[str, str] | None, verify_hashes: bool | None
+) -> Bundle:
+    """A bundle on the Hub, of which only the small files at its root are here so far.
+
+    The rest is fetched at the same commit, which the snapshot's folder is named after. Raises
+    BundleError, before anything is fetched, for a precision that the bundle does not hold.
+    """
+    manifest = read_manifest(folder / MANIFEST)
+    needed = tuple(manifest.files)
+    if runs is not None:
+        needed = manifest.files_of(manifest.choose(*runs))
+    fetched = fetch_files(repo, folder.name, needed)
+    bundle = Bundle.open(fetched, check_hashes=bool(verify_hashes), needed=needed)
+    if verify_hashes is None:
+        check_once(bundle, needed)
+    return bundle
+
+
+def _needed(precision: str) -> tuple[str, ...]:
+    """What to export of a checkpoint, so that this request can be served.
+
+    One that is asked for by name is exported alone: it may be the only one that the model allows.
+    """
+    if (name := canonical(precision)) in SUFFIXES:
+        return (name,)
+    mixed = (canonical(part.partition("=")[2]) for part in precision.split(","))
+    return tuple(dict.fromkeys([*DEFAULT_PRECISIONS, *(one for one in mixed if one in SUFFIXES)]))

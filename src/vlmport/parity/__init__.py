@@ -1,0 +1,147 @@
+"""Compare a bundle with Hugging Face transformers on PyTorch, rung by rung.
+
+    report = verify("bundle", "checkpoint", console=Console())
+    report.passed
+
+docs/verification.md explains the rungs. torch, transformers and peft are imported by
+`verify/references/` alone, and only once `verify` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import PIL
+from rich.console import Console
+
+from vlmport.builtin import builtin_folder
+from vlmport.bundle import Bundle
+from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI, HUB
+from vlmport.checkpoint import locate, locate_adapter
+from vlmport.errors import DependencyError, SourceError
+from vlmport.parity.judging import Progress
+from vlmport.parity.ladders.components import run_four_files_ladder
+from vlmport.parity.ladders.fused import run_fused_ladder
+from vlmport.parity.ladders.genai import run_genai_ladder
+from vlmport.parity.ladders.hub import run_ladder
+from vlmport.parity.pictures import drawn_pictures, named_pictures
+from vlmport.parity.protocol import Reference
+from vlmport.parity.recording import UnrecordedError, record
+from vlmport.parity.references import load_reference
+from vlmport.parity.report import Measure, Report, Row, parity_markdown
+from vlmport.parity.rounding import weight_rows
+
+if TYPE_CHECKING:
+    from vlmport.runtime.images.reading import ImageSource
+
+__all__ = ["Measure", "Report", "Row", "UnrecordedError", "parity_markdown", "verify"]
+
+LADDERS = {
+    HUB: run_ladder,
+    COMPONENTS: run_four_files_ladder,
+    FUSED: run_fused_ladder,
+    GENAI: run_genai_ladder,
+}
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    reference: str | Path,
+    *,
+    precisions: Sequence[str] | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    images: Sequence[ImageSource] | None = None,
+    console: Console | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Run the parity ladder and write its result into vlmport.json and the model card.
+
+    Args:
+        reference: the checkpoint that the bundle was exported from: a folder, a Hub id or a
+            built-in name.
+        precisions: which to verify; None for all that the bundle holds.
+        adapter: the PEFT folder that was merged at export, if one was.
+        revision: branch, tag or commit, where the reference is a Hub id.
+        images: pictures beside the drawn ones, which are always there.
+        console: where to print the report; None prints nothing.
+        progress: called with (done checks, all checks, what is next).
+
+    Returns the report, whether it passed or not. Raises:
+        DependencyError: torch, transformers or peft is not installed, or another Pillow.
+        SourceError: the checkpoint is not found, or is that of another model.
+        UnrecordedError: all is done and printed, but the bundle can't be written; it has the
+            report.
+        VerificationError: transformers can't load or run the checkpoint; nothing is said of the
+            bundle.
+        BundleError, ConfigError, WeightError, AdapterError, ImageError: as their names say.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    names = list(precisions or bundle.manifest.precisions)
+    for name in names:
+        bundle.manifest.choose(name)
+    _check_pillow(bundle.manifest.pixels.equals)
+    pictures = [*drawn_pictures(), *named_pictures(images or ())]
+    folder = locate(builtin_folder(reference) or reference, revision)
+    truth = _load_reference(bundle, folder, adapter)
+    _check_same_model(bundle, truth, reference)
+    climb = LADDERS[bundle.manifest.layout]
+    weights = tuple(row for name in names for row in weight_rows(bundle, name))
+    ladder = climb(truth, bundle, names, truth.requests(pictures), progress)
+    report = Report(truth.versions, ladder + weights)
+    if console is not None:
+        report.print(console)
+    record(bundle, report)
+    return report
+
+
+def _check_pillow(equals: str) -> None:
+    """Pillow resizes the reference's pictures, and its arithmetic changes between major versions.
+
+    Raises DependencyError for another than the manifest's.
+    """
+    program, _, version = equals.partition(" ")
+    major, installed = version.split(".")[0], PIL.__version__.split(".")[0]
+    if program == "Pillow" and major != installed:
+        raise DependencyError(
+            f"the bundle's pixels equal those of Pillow {version}, installed is {PIL.__version__}, "
+            f"which may resize otherwise",
+            hint=f'pip install "pillow=={major}.*"',
+            code="dependency.other-version",
+        )
+
+
+def _load_reference(bundle: Bundle, folder: Path, adapter: str | Path | None) -> Reference:
+    """The reference side, imported now. Raises DependencyError without its packages."""
+    try:
+        return load_reference(
+            folder,
+            image_token_id=bundle.manifest.prompt.image_token_id,
+            adapter=None if adapter is None else locate_adapter(adapter),
+            ignored={one for names in bundle.manifest.ignored_weights.values() for one in names},
+        )
+    except ImportError as error:
+        raise DependencyError(
+            f"verify needs PyTorch, transformers and peft: {error}",
+            hint='pip install "vlmport[verify]"',
+            code="dependency.missing",
+        ) from error
+
+
+def _check_same_model(bundle: Bundle, reference: Reference, source: str | Path) -> None:
+    """Compare the decoder's sizes before anything runs. Raises SourceError naming all."""
+    dims = bundle.manifest.dims
+    wrong = [
+        f"{name} is {size}, the bundle's {getattr(dims, name)}"
+        for name, size in reference.dims.items()
+        if size != getattr(dims, name)
+    ]
+    if wrong:
+        raise SourceError(
+            f"{source}: not the checkpoint that {bundle.folder} was exported from: "
+            f"{'; '.join(wrong)}",
+            hint="give the checkpoint that `vlmport export` was given",
+            code="verify.other-checkpoint",
+        )

@@ -1,0 +1,175 @@
+"""Text that must follow a JSON schema, a regular expression or a grammar, through llguidance.
+
+At each step the grammar says which tokens may come next; all others are masked, whatever chooses
+among the rest. Stop tokens may come where the text could end, and only they where it must.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from vlmport.errors import LONGEST, DependencyError, OptionError, cut, quoted
+from vlmport.runtime.decoding.options import GenerationOptions
+
+if TYPE_CHECKING:
+    import llguidance
+    from jaxtyping import Bool
+
+# As json.dumps writes, so that no model can fill a text with spaces between two fields.
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GrammarTokenizer:
+    """A model's tokenizer as llguidance knows it; made once, it takes seconds for large ones."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
+        """Raises DependencyError without llguidance, OptionError for a tokenizer it can't read."""
+        library = _library()
+        size = max(vocab_size, max(tokenizer.get_vocab().values(), default=0) + 1)
+        stops = [token for token in stop_token_ids if token < vocab_size]
+        if not stops:
+            raise OptionError(
+                "this model has no stop token, with which a text under a grammar ends",
+                hint="leave json_schema and regex out",
+                code="option.not-for-this-model",
+            )
+        try:
+            plain = Tokenizer.from_str(tokenizer.to_str())
+            plain.no_padding()
+            plain.no_truncation()
+            self.native = library.LLTokenizer(plain.to_str(), n_vocab=size, eos_token=stops)
+        except Exception as error:  # the libraries raise ValueError, or a plain Exception
+            raise OptionError(
+                f"llguidance can't read this model's tokenizer: {cut(str(error))}",
+                hint="this model can't be held to a grammar",
+                code="option.not-for-this-model",
+            ) from error
+        self.vocab_size = vocab_size
+
+
+class Grammar:
+    """What a text may be. It remembers how far the rows of one request have come."""
+
+    def __init__(self, tokenizer: GrammarTokenizer, source: str, said: str):
+        """Args:
+            source: in llguidance's own form.
+            said: what the caller wrote, for errors.
+
+        Raises OptionError where it is wrong, or where no text at all would be right.
+        """
+        library = _library()
+        limits = library.LLParserLimits(verbose_errors=False)
+        self._said, self._vocab_size = said, tokenizer.vocab_size
+        first = library.LLMatcher(tokenizer.native, source, log_level=0, limits=limits)
+        if first.is_error():
+            raise OptionError(
+                f"{said}: {_reason(first)}",
+                hint="llguidance's documents say more",
+                code="grammar.invalid",
+            )
+        self._matchers: dict[tuple[int, ...], llguidance.LLMatcher | None] = {(): first}
+        first.compute_bitmask()
+        if first.is_error():
+            raise OptionError(
+                f"{said}: no text fits it",
+                hint="do parts of it contradict?",
+                code="grammar.invalid",
+            )
+
+    def fresh(self) -> Grammar:
+        """The same for another request; nothing is compiled again."""
+        other = copy.copy(self)
+        other._matchers = {(): self._matchers[()]}
+        return other
+
+    def mask(self, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
+        """Which tokens may follow these. None after tokens that break the grammar, which beam
+        search carries along where there is nothing better, and where no token spells what must
+        come.
+
+        Raises OptionError where the grammar is too complex.
+        """
+        matcher = self._matcher(tuple(tokens))
+        if matcher is None:
+            return np.zeros(self._vocab_size, np.bool_)
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            if "NoExtension" in matcher.get_error():
+                return np.zeros(self._vocab_size, np.bool_)
+            raise OptionError(
+                f"{self._said}: {_reason(matcher)}",
+                hint="make it simpler",
+                code="grammar.too-complex",
+            )
+        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
+
+    def accepts(self, tokens: Sequence[int]) -> bool:
+        """Whether a text may end after these tokens."""
+        matcher = self._matcher(tuple(tokens))
+        return matcher is not None and matcher.is_accepting()
+
+    def _matcher(self, tokens: tuple[int, ...]) -> llguidance.LLMatcher | None:
+        """The matcher after these tokens, from that after all but the last (a copy is cheap)."""
+        known = self._matchers
+        if tokens in known:
+            return known[tokens]
+        parent = tokens[:-1] if tokens[:-1] in known else ()
+        before = known[parent]
+        matcher = None if before is None else before.deep_copy()
+        if matcher is not None and not matcher.consume_tokens(list(tokens[len(parent) :])):
+            matcher = None
+        known[tokens] = matcher
+        for one in [one for one in known if 0 < len(one) < len(tokens) - 1]:
+            del known[one]
+        return matcher
+
+
+class Grammars:
+    """The grammars of one model's tokenizer. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
+        self._made_of = tokenizer, vocab_size, stop_token_ids
+        self._tokenizer: GrammarTokenizer | None = None
+        self._making = threading.Lock()  # it takes seconds for large ones: made once
+
+    def of(self, options: GenerationOptions) -> Grammar | None:
+        """What json_schema or regex ask for, None without. Raises OptionError, DependencyError."""
+        if options.json_schema is None and options.regex is None:
+            return None
+        library = _library()
+        if options.json_schema is not None:
+            said = f"json_schema={cut(options.json_schema, 80)}"
+            source = library.LLMatcher.grammar_from_json_schema(
+                options.json_schema, overrides=JSON_LAYOUT
+            )
+        else:
+            said = f"regex={quoted(options.regex, 80)}"
+            source = library.LLMatcher.grammar_from_regex(options.regex)
+        with self._making:
+            self._tokenizer = self._tokenizer or GrammarTokenizer(*self._made_of)
+        return Grammar(self._tokenizer, source, said)
+
+
+def _library() -> Any:
+    """llguidance. Raises DependencyError where it is not installed."""
+    try:
+        import llguidance
+    except ImportError as error:
+        raise DependencyError(
+            "json_schema and regex need llguidance",
+            hint="pip install 'vlmport[grammar]'",
+            code="dependency.missing",
+        ) from error
+    return llguidance
+
+
+def _reason(matcher: Any) -> str:
+    """What llguidance says, in one line."""
+    lines = [line.strip() for line in matcher.get_error().splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("<", "^")))[:LONGEST]

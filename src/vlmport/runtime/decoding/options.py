@@ -1,0 +1,403 @@
+"""What a caller may ask of a generation.
+
+Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23); what it
+only warns of is refused here. docs/decoding.md has the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlmport.errors import OptionError, OptionWarning, did_you_mean, quoted
+from vlmport.runtime.decoding import option_values as values
+from vlmport.runtime.decoding.foreign_options import instead, name_here
+from vlmport.runtime.decoding.option_values import TokenIds, whole_number
+from vlmport.runtime.decoding.rng import new_seed
+
+__all__ = ["GenerationOptions", "whole_number"]
+
+WHERE = "generation_config.json:"
+
+# Options of HF that mean something only when tokens are drawn, and only with several beams.
+SAMPLING = (
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "seed",
+)
+BEAMS = ("early_stopping", "length_penalty")
+
+# Options of HF that are not computed here: the values that ask for nothing, and what to do.
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((None,), "prompt_lookup_num_tokens speculates without a second model"),
+    "bos_token_id": ((None,), "the bundle's prompt has it already"),
+    "constraints": ((None,), "give json_schema or regex"),
+    "diversity_penalty": ((None, 0.0), "num_return_sequences with do_sample=True gives variety"),
+    "dola_layers": ((None,), "leave it out"),
+    "eos_token_id": ((None,), "the bundle names its stop tokens; stop_strings adds to them"),
+    "force_words_ids": ((None,), "give json_schema or regex"),
+    "forced_bos_token_id": ((None,), "start the answer in the prompt instead"),
+    "guidance_scale": ((None, 1.0), "it would need a second, unconditional prompt"),
+    "low_memory": ((None, False), "leave it out"),
+    "max_time": ((None,), "read .stream(...) and stop when it is time"),
+    "num_beam_groups": ((None, 1), "num_return_sequences with do_sample=True gives variety"),
+    "output_scores": ((None, False), "logprobs=0 gives each token's log-probability"),
+    "output_logits": ((None, False), "logprobs=10 gives the ten best of each step"),
+    "pad_token_id": ((None,), "rows are never padded"),
+    "penalty_alpha": ((None, 0.0), "leave it out: contrastive search is not computed"),
+    "streamer": ((None,), "call .stream(...)"),
+    "token_healing": ((None, False), "leave it out"),
+    "use_cache": ((None, True), "the cache is always used"),
+    "watermarking_config": ((None,), "leave it out"),
+}
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options of one generation. None, for any of them, is the value that does nothing.
+
+    Attributes:
+        max_new_tokens: maximum number of new tokens; None takes the bundle's default.
+        min_new_tokens: minimum number of new tokens before a stop token may be chosen.
+        max_length: the same as max_new_tokens, the prompt counted too.
+        min_length: the same as min_new_tokens, the prompt counted too.
+        stop_strings: texts that end an answer.
+        do_sample: draw tokens instead of taking the best.
+        num_beams: how many sequences beam search follows; 1 is none.
+        num_return_sequences: how many answers to return; more than 1 with beams or sampling.
+        seed: of the random stream, below 2**32; None draws one and reports it.
+        early_stopping: True, False or "never": when beam search stops.
+        length_penalty: a beam's score is divided by its length to this power.
+        sequence_bias: added to the score of each sequence's last token after its others.
+        encoder_repetition_penalty: above 1, tokens of the prompt get likelier.
+        repetition_penalty: above 1, tokens that were there get less likely.
+        no_repeat_ngram_size: size of n-grams that may not occur twice; 0 allows all.
+        encoder_no_repeat_ngram_size: no n-gram of the prompt comes again; 0 is none.
+        bad_words_ids: sequences that are never completed.
+        forced_eos_token_id: chosen at the last place that max_new_tokens leaves.
+        remove_invalid_values: NaN becomes 0, infinities the largest number.
+        exponential_decay_length_penalty: (start, factor): stop tokens grow likelier from there.
+        suppress_tokens: never chosen.
+        begin_suppress_tokens: never chosen first.
+        temperature: scores are divided by it.
+        top_h: keep the best tokens up to this part of the entropy.
+        top_k: sample from the k most likely tokens; 0 is all. 50 by default, as in HF.
+        top_p: keep the best tokens that make up this probability.
+        min_p: keep what has at least this part of the best token's probability.
+        typical_p: keep the most typical tokens that make up this probability.
+        epsilon_cutoff: keep what is at least so probable.
+        eta_cutoff: the same, lower where the entropy is high.
+        renormalize_logits: make log-probabilities of the scores at the end.
+        logprobs: number of alternatives to report beside each token's log-probability; None
+            reports nothing.
+        prompt_lookup_num_tokens: number of tokens to guess at a time from the prompt.
+        max_matching_ngram_size: the longest n-gram that the guess looks up.
+        json_schema: the answer is JSON that fits this schema (an object, kept as its text).
+        regex: the answer matches this.
+        skip_special_tokens: leave special tokens out of the text (default True). With False it is
+            what `processor.decode(ids, skip_special_tokens=False)` gives, the stop token included.
+
+    Raises OptionError for a value out of its range, and for two that contradict each other.
+    """
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    max_length: int | None = None
+    min_length: int = 0
+    stop_strings: tuple[str, ...] = ()
+    do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    seed: int | None = None
+    early_stopping: bool | Literal["never"] = False
+    length_penalty: float = 1.0
+    sequence_bias: tuple[tuple[TokenIds, float], ...] = ()
+    encoder_repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[TokenIds, ...] = ()
+    forced_eos_token_id: TokenIds = ()
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: TokenIds = ()
+    begin_suppress_tokens: TokenIds = ()
+    temperature: float = 1.0
+    top_h: float | None = None
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    renormalize_logits: bool = False
+    logprobs: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
+    json_schema: str | None = None
+    regex: str | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name in CHECKS:
+            tidy = _tidy(name, getattr(self, name))
+            object.__setattr__(self, name, tidy)  # a frozen dataclass may still tidy itself
+        _refuse_contradictions(self)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> GenerationOptions:
+        """From keyword arguments. Raises OptionError for unknown names, with the nearest known."""
+        return cls(**_without_refused(given))
+
+    @classmethod
+    def merged(
+        cls,
+        defaults: Mapping[str, Any],
+        given: Mapping[str, Any],
+        check_default: Callable[[str, Any], None] | None = None,
+    ) -> GenerationOptions:
+        """The options of a call, over the defaults of generation_config.json.
+
+        The call wins. Defaults that its options leave without a meaning are dropped (a temperature
+        where it says do_sample=False), and names that no option has say nothing. An option given
+        as None is the value that does nothing, whatever the default. A default that can't be
+        served is left out, with an OptionWarning: the call did not ask for it.
+
+        Args:
+            check_default: raises OptionError for a default that the model can't serve.
+
+        Raises OptionError as the constructor does, and for unknown names in the call.
+        """
+        wanted = _without_refused(given)
+        asked: dict[str, Any] = {}
+        wrong: dict[str, OptionError] = {}
+        for name in [one for one in defaults if one in CHECKS or one in REFUSED]:
+            try:
+                for one, value in _without_refused({name: defaults[name]}).items():
+                    asked[one] = _tidy(one, value)
+                    if check_default is not None and one not in given:
+                        check_default(one, asked[one])
+            except OptionError as error:
+                asked.pop(name, None)
+                wrong[name] = error
+        idle = {*given, *_idle(asked, wanted)}
+        for name in sorted(wrong.keys() - idle):
+            warning = OptionWarning(
+                f"{WHERE} {wrong[name]}; left out", code="option.default-left-out"
+            )
+            warnings.warn(warning, stacklevel=2)
+        merged = {name: value for name, value in asked.items() if name not in idle} | wanted
+        if not wanted.keys() >= {"do_sample", "num_beams"}:  # the call did not ask for both
+            samples, beams = (merged.get(name) for name in ("do_sample", "num_beams"))
+            if samples and (beams or 1) > 1:
+                merged.setdefault("seed", new_seed())
+        return cls(**merged)
+
+    def most_new_tokens(self, prompt_tokens: int) -> int | None:
+        """What max_new_tokens, else max_length, allows after such a prompt; None is no limit."""
+        if self.max_new_tokens is not None or self.max_length is None:
+            return self.max_new_tokens
+        return max(self.max_length - prompt_tokens, 0)
+
+    def least_new_tokens(self, prompt_tokens: int) -> int:
+        """What min_new_tokens, else min_length, asks for after such a prompt."""
+        return self.min_new_tokens or max(self.min_length - prompt_tokens, 0)
+
+
+_POSITIVE = values.number_in("a number above 0", 1.2, lambda number: 1e-30 < number < 1e30)
+_PART = values.number_in("a number above 0 and at most 1", 0.9, lambda number: 0 < number <= 1)
+_CUTOFF = values.number_in("a number from 0 to below 1", 3e-4, lambda number: 0 <= number < 1)
+
+CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": values.at_least(1),
+    "min_new_tokens": values.at_least(0),
+    "max_length": values.at_least(1),
+    "min_length": values.at_least(0),
+    "stop_strings": values.strings,
+    "do_sample": values.flag,
+    "num_beams": values.at_least(1, 65),
+    "num_return_sequences": values.at_least(1, 65),
+    "seed": values.at_least(0, 2**32),
+    "early_stopping": values.flag_or_never,
+    "length_penalty": values.number_in(
+        "a number from -5 to 5", 1.0, lambda number: -5 <= number <= 5
+    ),
+    "sequence_bias": values.sequence_bias,
+    "encoder_repetition_penalty": _POSITIVE,
+    "repetition_penalty": _POSITIVE,
+    "no_repeat_ngram_size": values.at_least(0),
+    "encoder_no_repeat_ngram_size": values.at_least(0),
+    "bad_words_ids": values.token_sequences,
+    "forced_eos_token_id": values.token_ids,
+    "remove_invalid_values": values.flag,
+    "exponential_decay_length_penalty": values.decay,
+    "suppress_tokens": values.token_ids,
+    "begin_suppress_tokens": values.token_ids,
+    "temperature": values.temperature,
+    "top_h": _PART,
+    "top_k": values.at_least(0),
+    "top_p": _PART,
+    "min_p": values.number_in("a number from 0 to 1", 0.05, lambda number: 0 <= number <= 1),
+    "typical_p": _PART,
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
+    "renormalize_logits": values.flag,
+    "logprobs": values.at_least(0),
+    "prompt_lookup_num_tokens": values.at_least(1),
+    "max_matching_ngram_size": values.at_least(1),
+    "json_schema": values.schema,
+    "regex": values.pattern,
+    "skip_special_tokens": values.flag,
+}
+
+DEFAULTS: Mapping[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(GenerationOptions)
+}
+NOTHING: Mapping[str, Any] = {**DEFAULTS, "top_k": 0}  # None asks for nothing, not for the default
+
+
+def _without_refused(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among `given`. Raises OptionError for unknown names, and for what is refused."""
+    unknown = [name for name in given if name not in CHECKS and name not in REFUSED]
+    if unknown:
+        named = ", ".join(f"{quoted(name)}{_near(name)}" for name in unknown[:8])
+        hints = [hint for name in unknown if (hint := instead(name)) is not None]
+        raise OptionError(
+            f"unknown option {named}",
+            hint=hints[0] if hints else f"known: {', '.join(CHECKS)}",
+            code="option.unknown",
+        )
+    for name, (neutral, hint) in REFUSED.items():
+        if name in given and not any(given[name] is one or given[name] == one for one in neutral):
+            raise OptionError(
+                f"option {name}={quoted(given[name])} is not supported",
+                hint=hint,
+                code="option.unsupported",
+            )
+    return {name: value for name, value in given.items() if name in CHECKS}
+
+
+def _near(name: str) -> str:
+    """The name that another program's option has here, else the nearest name."""
+    here = name_here(name)
+    if here in CHECKS:
+        return f" (did you mean {here!r}?)"
+    return "" if instead(name) else did_you_mean(name, CHECKS)
+
+
+def _tidy(name: str, value: Any) -> Any:
+    """The value, checked. None asks for nothing."""
+    return NOTHING[name] if value is None else CHECKS[name](name, value)
+
+
+def _idle(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
+    """The defaults that have no meaning beside what the call wants and the other defaults."""
+    both = {**DEFAULTS, **asked, **{name: _tidy(name, value) for name, value in wanted.items()}}
+    samples, beams, returned = both["do_sample"], both["num_beams"], both["num_return_sequences"]
+    forced, most = both["forced_eos_token_id"], both["max_new_tokens"]
+    idle = {"max_length"}  # it counts image tokens too; the bundle's max_new_tokens stands for it
+    if not samples:
+        idle.update(SAMPLING)
+    if beams == 1:
+        idle.update(BEAMS)
+    if returned > beams and not (samples and beams == 1):
+        idle.add("num_return_sequences")
+    if beams > 1 or returned > 1:
+        idle.add("prompt_lookup_num_tokens")
+    if wanted.keys() & {"max_new_tokens", "max_length"}:
+        idle.update(("max_new_tokens", "min_new_tokens", "min_length"))
+    if wanted.keys() & {"min_new_tokens", "min_length"} or "min_new_tokens" in asked:
+        idle.add("min_length")
+    if "min_length" in wanted or (most is not None and both["min_new_tokens"] > most):
+        idle.add("min_new_tokens")
+    if forced and set(forced) <= set(both["suppress_tokens"]):
+        idle.add("suppress_tokens" if "forced_eos_token_id" in wanted else "forced_eos_token_id")
+    if both["json_schema"] is not None and both["regex"] is not None:
+        idle.add("json_schema" if "regex" in wanted else "regex")
+    return idle
+
+
+def _refuse_contradictions(options: GenerationOptions) -> None:
+    """Raise OptionError for the first options that contradict each other."""
+    for holds, said, hint in _contradictions(options):
+        if holds:
+            raise OptionError(said, hint=hint, code="option.contradiction")
+
+
+def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
+    """What may not be asked together: whether it is, what to say, what to do."""
+    o = options
+    most, least, forced = o.max_new_tokens, o.min_new_tokens, o.forced_eos_token_id
+    drawing, of_beams = _said(o, SAMPLING), _said(o, BEAMS)
+    several = o.num_beams > 1 or o.num_return_sequences > 1
+    return [
+        (
+            most is not None and least > most,
+            f"min_new_tokens={least} is more than max_new_tokens={most}",
+            "raise one or lower the other",
+        ),
+        (
+            o.max_length is not None and o.min_length > o.max_length,
+            f"min_length={o.min_length} is more than max_length={o.max_length}",
+            "raise one or lower the other",
+        ),
+        (
+            most is not None and o.max_length is not None,
+            f"max_new_tokens={most} and max_length={o.max_length}",
+            "give one of them; max_length counts the prompt too",
+        ),
+        (
+            bool(least and o.min_length),
+            f"min_new_tokens={least} and min_length={o.min_length}",
+            "give one of them; min_length counts the prompt too",
+        ),
+        (
+            not o.do_sample and bool(drawing),
+            f"{' and '.join(drawing)} without do_sample=True",
+            "give do_sample=True too, or leave it out: greedy and beam search draw nothing",
+        ),
+        (
+            o.num_beams == 1 and bool(of_beams),
+            f"{' and '.join(of_beams)} without beams",
+            "give num_beams=2 or more too, or leave it out",
+        ),
+        (
+            o.num_return_sequences > o.num_beams and not (o.do_sample and o.num_beams == 1),
+            f"num_return_sequences={o.num_return_sequences} is more than num_beams={o.num_beams}",
+            "raise num_beams, or draw with do_sample=True and no beams",
+        ),
+        (
+            o.do_sample and o.num_beams > 1 and o.seed is None,
+            f"num_beams={o.num_beams} with do_sample=True, without a seed",
+            "give seed=0 or another, or do_sample=False: then beams find the likeliest text",
+        ),
+        (
+            bool(forced) and set(forced) <= set(o.suppress_tokens),
+            f"forced_eos_token_id={list(forced)} is in suppress_tokens",
+            "take it out of one of them; min_new_tokens keeps a text from ending early",
+        ),
+        (
+            o.json_schema is not None and o.regex is not None,
+            "json_schema and regex",
+            "give one of them",
+        ),
+        (
+            o.prompt_lookup_num_tokens is not None and several,
+            "prompt_lookup_num_tokens with several sequences",
+            "leave it out, or num_beams and num_return_sequences",
+        ),
+    ]
+
+
+def _said(options: GenerationOptions, names: Sequence[str]) -> list[str]:
+    """Those of the names whose option asks for something."""
+    return [name for name in names if getattr(options, name) not in (DEFAULTS[name], NOTHING[name])]

@@ -1,0 +1,319 @@
+"""What the options do to a row of scores before a token is chosen.
+
+Each function makes a processor from an option's value; `new_processors` puts those that a request
+needs in the order of Hugging Face's `generate`. A processor is a pure function: the same scores
+after the same tokens give the same result. It may write to the scores it is given.
+
+All arithmetic is float32, number by number, as torch does it.
+
+Source: transformers 5.23, generation/utils.py `_get_logits_processor` and logits_process.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmport.errors import OptionError, cut
+from vlmport.runtime.decoding.option_values import TokenIds
+from vlmport.runtime.decoding.options import DEFAULTS, GenerationOptions
+from vlmport.runtime.decoding.score_rows import FORBIDDEN, log_softmax
+from vlmport.runtime.decoding.warpers import new_warpers
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float32, Int64
+
+    Scores = Float32[np.ndarray, " V"]
+
+OF_PROMPT = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+LARGEST = float(np.finfo(np.float32).max)
+Mask = Callable[[Sequence[int]], "Bool[np.ndarray, ' V']"]
+"""Which tokens may follow a row's new tokens. A pure function of them, so that beams may ask it in
+any order; it may keep what it computed for a beginning."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stands before a row's next token.
+
+    Attributes:
+        prompt: what processors see of the prompt; nothing where they see new tokens only.
+        tokens: the new tokens.
+    """
+
+    prompt: Int64[np.ndarray, " P"]
+    tokens: Sequence[int]
+
+    @cached_property
+    def seen(self) -> Int64[np.ndarray, " N"]:
+        """All tokens that processors look at."""
+        return np.concatenate([self.prompt, np.array(self.tokens, np.int64)])
+
+
+Processor = Callable[["Scores", Row], "Scores"]
+# For those that compute: entering it costs more than a processor that only forbids.
+ignoring_overflow = np.errstate(over="ignore", invalid="ignore")
+
+
+@dataclass(frozen=True)
+class Processors:
+    """All of a request's processors, in order."""
+
+    prompt: Int64[np.ndarray, " P"]
+    in_order: tuple[Processor, ...]
+
+    def __call__(self, scores: Scores, tokens: Sequence[int]) -> Scores:
+        """The scores of the token after these. Those given may be written to."""
+        row = Row(self.prompt, tokens)
+        for processor in self.in_order:
+            scores = processor(scores, row)
+        return scores
+
+
+def new_processors(
+    options: GenerationOptions,
+    *,
+    prompt_ids: Sequence[int],
+    processors_see_prompt: bool,
+    stop_token_ids: frozenset[int],
+    max_new_tokens: int,
+    vocab_size: int,
+    mask: Mask | None,
+) -> Processors:
+    """Those that the options ask for, in order.
+
+    Raises OptionError for token ids that are not below vocab_size, and for options that look at a
+    prompt where processors see none.
+    """
+    o = options
+    for name in vars(o):
+        check_served(name, getattr(o, name), vocab_size, processors_see_prompt)
+
+    def below(ids: Iterable[int]) -> Int64[np.ndarray, " N"]:
+        return np.array([one for one in ids if one < vocab_size], np.int64)
+
+    prompt = np.array(prompt_ids if processors_see_prompt else (), np.int64)
+    stops = below(stop_token_ids)
+    least = o.least_new_tokens(len(prompt_ids))
+    found: list[Processor | None] = [
+        biased(dict(o.sequence_bias)) if o.sequence_bias else None,
+        penalized_prompt(1 / o.encoder_repetition_penalty, below(prompt.tolist()))
+        if o.encoder_repetition_penalty != 1
+        else None,
+        penalized(o.repetition_penalty, vocab_size) if o.repetition_penalty != 1 else None,
+        no_repeated_ngrams(o.no_repeat_ngram_size, vocab_size) if o.no_repeat_ngram_size else None,
+        no_ngrams_of(prompt, o.encoder_no_repeat_ngram_size)
+        if o.encoder_no_repeat_ngram_size
+        else None,
+        biased(_forbidden_words(o, stop_token_ids)) if o.bad_words_ids else None,
+        forbidden_until(least, stops) if least and len(stops) else None,
+        masked(mask) if mask else None,
+        forced_at(max_new_tokens - 1, np.array(o.forced_eos_token_id, np.int64))
+        if o.forced_eos_token_id
+        else None,
+        valid if o.remove_invalid_values else None,
+        likelier(*o.exponential_decay_length_penalty, stops)
+        if o.exponential_decay_length_penalty and len(stops)
+        else None,
+        forbidden_until(None, below(o.suppress_tokens)) if o.suppress_tokens else None,
+        forbidden_until(1, below(o.begin_suppress_tokens)) if o.begin_suppress_tokens else None,
+    ]
+    if o.do_sample:
+        keep = len(stop_token_ids) + 1 if o.num_beams > 1 else 1
+        found += [_of_scores(warper) for warper in new_warpers(o, keep)]
+    if o.renormalize_logits:
+        found.append(_of_scores(log_softmax))
+    return Processors(prompt, tuple(one for one in found if one))
+
+
+def biased(biases: Mapping[TokenIds, float]) -> Processor:
+    """Add to the score of each sequence's last token, where its others stand before."""
+    alone = {ids[0]: np.float32(bias) for ids, bias in biases.items() if len(ids) == 1}
+    longer: dict[int, dict[TokenIds, list[tuple[int, np.float32]]]] = {}  # by what stands before
+    for ids, bias in biases.items():
+        if len(ids) > 1:
+            known = longer.setdefault(len(ids) - 1, {})
+            known.setdefault(ids[:-1], []).append((ids[-1], np.float32(bias)))
+    longest = max(longer, default=0)
+
+    @ignoring_overflow
+    def process(scores: Scores, row: Row) -> Scores:
+        added = dict(alone)
+        last = tuple(row.seen[-longest:].tolist()) if longest else ()
+        for before, known in longer.items():
+            if before <= len(last):
+                for token, bias in known.get(last[-before:], ()):
+                    added[token] = added.get(token, np.float32(0)) + bias
+        scores[list(added)] += np.array(list(added.values()), np.float32)
+        return scores
+
+    return process
+
+
+def penalized(penalty: float, vocab_size: int) -> Processor:
+    """Make what was there before less likely (above 1)."""
+    factor = np.float32(penalty)
+
+    def process(scores: Scores, row: Row) -> Scores:
+        seen = row.seen[row.seen < vocab_size]
+        return _penalize(scores, seen, factor)
+
+    return process
+
+
+def penalized_prompt(penalty: float, prompt: Int64[np.ndarray, " P"]) -> Processor:
+    """The same for the prompt's tokens only; below 1 they get likelier."""
+    factor = np.float32(penalty)
+    return lambda scores, row: _penalize(scores, prompt, factor)
+
+
+@ignoring_overflow
+def _penalize(scores: Scores, ids: Int64[np.ndarray, " N"], factor: np.float32) -> Scores:
+    old = scores[ids]
+    scores[ids] = np.where(old < 0, old * factor, old / factor)
+    return scores
+
+
+def no_repeated_ngrams(size: int, vocab_size: int) -> Processor:
+    """Forbid each token that would complete an n-gram that was there before."""
+
+    def process(scores: Scores, row: Row) -> Scores:
+        if len(row.seen) >= size:
+            tokens = _completing(row.seen, row.seen, size)
+            scores[tokens[tokens < vocab_size]] = FORBIDDEN
+        return scores
+
+    return process
+
+
+def no_ngrams_of(prompt: Int64[np.ndarray, " P"], size: int) -> Processor:
+    """Forbid each token that would complete an n-gram of the prompt."""
+
+    def process(scores: Scores, row: Row) -> Scores:
+        if len(row.seen) >= size - 1:
+            tokens = _completing(prompt, row.seen, size)
+            scores[tokens[tokens < len(scores)]] = FORBIDDEN
+        return scores
+
+    return process
+
+
+def _completing(
+    among: Int64[np.ndarray, " N"], seen: Int64[np.ndarray, " M"], size: int
+) -> Int64[np.ndarray, " K"]:
+    """The tokens that follow, somewhere in `among`, what `seen` ends with (size - 1 tokens)."""
+    places = len(among) - size + 1
+    if places < 1:
+        return among[:0]
+    fits = np.ones(places, np.bool_)
+    for offset in range(size - 1):
+        fits &= among[offset : offset + places] == seen[len(seen) - size + 1 + offset]
+    return among[size - 1 :][fits]
+
+
+def forbidden_until(count: int | None, ids: Int64[np.ndarray, " N"]) -> Processor:
+    """Forbid some tokens until there are `count` new ones; None forbids them for good."""
+
+    def process(scores: Scores, row: Row) -> Scores:
+        if count is None or len(row.tokens) < count:
+            scores[ids] = FORBIDDEN
+        return scores
+
+    return process
+
+
+def masked(mask: Mask) -> Processor:
+    """Forbid what the mask does not allow."""
+
+    def process(scores: Scores, row: Row) -> Scores:
+        scores[~mask(row.tokens)] = FORBIDDEN
+        return scores
+
+    return process
+
+
+def forced_at(count: int, ids: Int64[np.ndarray, " N"]) -> Processor:
+    """After `count` new tokens, these alone can come, each as likely as the others."""
+
+    def process(scores: Scores, row: Row) -> Scores:
+        if len(row.tokens) == count:
+            scores[:] = FORBIDDEN
+            scores[ids] = 0
+        return scores
+
+    return process
+
+
+def valid(scores: Scores, row: Row) -> Scores:
+    """Make NaN 0 and infinities the largest numbers."""
+    return np.nan_to_num(scores, copy=False, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
+
+
+def likelier(start: int, factor: float, ids: Int64[np.ndarray, " N"]) -> Processor:
+    """Past `start` new tokens, add |score| · (factor ** tokens past it - 1) to some scores."""
+
+    @ignoring_overflow
+    def process(scores: Scores, row: Row) -> Scores:
+        past = len(row.tokens) - start
+        if past > 0:
+            old = scores[ids]
+            grown = np.abs(old) * np.float32(_power(factor, past) - 1)
+            grown = old + np.where(np.isfinite(old), grown, np.float32(0))
+            scores[ids] = np.minimum(grown, LARGEST)  # which surely comes; infinity could not
+        return scores
+
+    return process
+
+
+def _power(base: float, exponent: int) -> float:
+    try:
+        return base**exponent
+    except OverflowError:
+        return LARGEST
+
+
+def _of_scores(warper: Callable[[Scores], Scores]) -> Processor:
+    return ignoring_overflow(lambda scores, row: warper(scores))
+
+
+def _forbidden_words(
+    options: GenerationOptions, stop_token_ids: frozenset[int]
+) -> dict[TokenIds, float]:
+    """Bad words as biases. A stop token alone is none: HF keeps it too."""
+    return {
+        ids: -np.inf
+        for ids in options.bad_words_ids
+        if len(ids) > 1 or not stop_token_ids.issuperset(ids)
+    }
+
+
+def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: bool) -> None:
+    """Raise OptionError for an option that this model can't serve.
+
+    Those are token ids outside the vocabulary (those suppressed may stand there), and options that
+    look at a prompt where processors see none.
+    """
+    if not processors_see_prompt and name in OF_PROMPT and value != DEFAULTS[name]:
+        raise OptionError(
+            f"{name}={value}: this model has no prompt tokens to look at",
+            hint="leave it out; repetition_penalty and no_repeat_ngram_size see new tokens",
+            code="option.not-for-this-model",
+        )
+    named: Iterable[int] = ()
+    if name == "forced_eos_token_id":
+        named = value
+    elif name == "bad_words_ids":
+        named = [one for word in value for one in word]
+    elif name == "sequence_bias":
+        named = [one for ids, _ in value for one in ids]
+    wrong = sorted({one for one in named if one >= vocab_size})
+    if wrong:
+        raise OptionError(
+            f"{name}: {cut(', '.join(map(str, wrong)))} not in a vocabulary of {vocab_size} tokens",
+            hint=f"ids are below {vocab_size}; this model's tokenizer gives them",
+            code="option.wrong-value",
+        )

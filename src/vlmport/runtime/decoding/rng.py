@@ -1,0 +1,117 @@
+"""The random stream, and how tokens are drawn with it.
+
+docs/decoding.md specifies both, so that another language draws the same tokens from the same seed
+and scores. Traps on the way:
+
+- Weights are whole numbers, so their sums are exact in any order, and a last bit of `exp` that two
+  languages round differently next to never shows.
+- A state is a tuple, never changed in place: a step that is interrupted draws the same again.
+
+Source: xoshiro128** 1.1 (Blackman and Vigna, public domain), seeded by a 32-bit splitmix.
+"""
+
+from __future__ import annotations
+
+import secrets
+from bisect import insort
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmport.runtime.decoding.score_rows import best
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Float64, Int64
+
+State = tuple[int, int, int, int]
+WORD = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio, the step of splitmix
+WEIGHT = 2.0**32  # of the best token; 2**21 tokens of it still sum exactly in float64
+LEAST = 24  # exp(-24) is below 2**-32: no need to compute it for what is further below
+
+
+def new_seed() -> int:
+    """A seed nobody knows, below 2**32."""
+    return secrets.randbits(32)
+
+
+def stream(seed: int, sequence: int) -> State:
+    """The state at the start of a request's n-th stream: each of its sequences has its own."""
+    first = 4 * sequence + 1
+    a, b, c, d = (_mixed(seed + place * GOLDEN) for place in range(first, first + 4))
+    return a, b, c, d
+
+
+def _mixed(word: int) -> int:
+    """Mix 32 bits: each output bit depends on each input bit."""
+    word &= WORD
+    word = ((word ^ word >> 16) * 0x21F0AAAD) & WORD
+    word = ((word ^ word >> 15) * 0x735A2D97) & WORD
+    return word ^ word >> 15
+
+
+def next_word(state: State) -> tuple[int, State]:
+    """32 random bits, and the state after them."""
+    a, b, c, d = state
+    word = (_rotated((b * 5) & WORD, 7) * 9) & WORD
+    c, d = c ^ a, d ^ b
+    return word, (a ^ d, b ^ c, c ^ (b << 9 & WORD), _rotated(d, 11))
+
+
+def _rotated(word: int, by: int) -> int:
+    return (word << by | word >> 32 - by) & WORD
+
+
+def uniform(state: State) -> tuple[float, State]:
+    """A multiple of 2**-53 from 0 to below 1, of two words, and the state after them."""
+    high, state = next_word(state)
+    low, state = next_word(state)
+    return ((high >> 5) * 67108864.0 + (low >> 6)) / 9007199254740992.0, state
+
+
+def weights(
+    scores: Float32[np.ndarray, " V"],
+) -> tuple[Int64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
+    """The indices that can be drawn, in order, and their weights; at least one score is finite.
+
+    Weights are whole numbers in the ratio of exp(score), 2**32 for the best. What is less than
+    2**-32 as probable as the best weighs nothing.
+    """
+    top = scores.max()
+    places = np.flatnonzero(scores >= top - np.float32(LEAST))
+    weights = np.floor(np.exp(scores[places].astype(np.float64) - float(top)) * WEIGHT)
+    return places[weights > 0], weights[weights > 0]
+
+
+def draw(scores: Float32[np.ndarray, " V"], state: State) -> tuple[int, State]:
+    """One index, in the ratio of exp(score), and the state after it: one uniform number."""
+    drawn, state = draw_several(scores, 1, state)
+    return drawn[0], state
+
+
+def draw_several(
+    scores: Float32[np.ndarray, " V"], count: int, state: State
+) -> tuple[list[int], State]:
+    """`count` different indices, one after the other, each drawn among those that are left.
+
+    One uniform number each. Where no weight is left, the best scores follow, without numbers.
+    """
+    places, weighty = weights(scores)
+    upto = np.cumsum(weighty)
+    total, drawn = float(upto[-1]), []
+    gone: list[int] = []  # in order
+    while len(drawn) < count and total > 0:
+        part, state = uniform(state)
+        ahead = float(np.floor(part * total))  # of the weights that are left, so many stand before
+        for at in gone:
+            if upto[at] - weighty[at] <= ahead:
+                ahead += weighty[at]
+        at = int(np.searchsorted(upto, ahead, side="right"))
+        drawn.append(int(places[at]))
+        insort(gone, at)
+        total -= weighty[at]
+    if len(drawn) < count:
+        taken = set(drawn)
+        order = best(scores, min(len(scores), count + len(drawn)))
+        drawn += [one for one in order.tolist() if one not in taken][: count - len(drawn)]
+    return drawn, state

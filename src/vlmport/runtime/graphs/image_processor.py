@@ -1,0 +1,106 @@
+"""The image processor's graph: a picture and options in, the vision encoder's inputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from vlmport.errors import BundleError, DeviceError, ImageError, OptionError, did_you_mean, quoted
+from vlmport.runtime.graphs.refusals import refusal
+from vlmport.runtime.graphs.sessions import DTYPES, ORT_ERRORS, first_line, is_out_of_memory
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64, UInt8
+
+IMAGE = "image_processor"
+VISION = "vision_encoder"
+KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # an input's kind → those of its values
+
+
+@dataclass(frozen=True)
+class ProcessedImage:
+    """One picture as the image processor gives it.
+
+    Attributes:
+        inputs: the vision encoder's inputs by name.
+        prompt_ids: the token ids that stand for the picture in a prompt.
+    """
+
+    inputs: dict[str, np.ndarray]
+    prompt_ids: Int64[np.ndarray, " T"]
+
+
+def process_image(
+    session: ort.InferenceSession, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any]
+) -> ProcessedImage:
+    """Run an image processor on one picture. Raises as the method of Components."""
+    feeds = {"image": np.ascontiguousarray(rgb), **option_feeds(session, options)}
+    try:
+        values = session.run(None, feeds)
+    except ORT_ERRORS as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(IMAGE, error) from error
+        reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
+        raise ImageError(
+            f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
+            hint=hint,
+            code="image.refused",
+        ) from error
+    outputs = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
+    if "prompt_ids" not in outputs:
+        raise BundleError(
+            f"{IMAGE}: no output 'prompt_ids'; it has {', '.join(outputs)}",
+            hint="export the bundle again",
+            code="bundle.wrong-graph",
+        )
+    prompt_ids = np.asarray(outputs.pop("prompt_ids"), np.int64).reshape(-1)
+    return ProcessedImage({name: np.asarray(value) for name, value in outputs.items()}, prompt_ids)
+
+
+def option_feeds(
+    session: ort.InferenceSession, options: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Options as arrays. A graph's options are its overridable initializers and further inputs."""
+    declared: Sequence[Any] = [*session.get_inputs(), *session.get_overridable_initializers()]
+    known = {one.name: one for one in declared if one.name != "image"}
+    feeds = {}
+    for name, value in options.items():
+        if name not in known:
+            raise OptionError(
+                f"image option {quoted(name)} is unknown{did_you_mean(name, known)}",
+                hint=f"this bundle has: {', '.join(known) or 'none'}",
+                code="option.unknown",
+            )
+        dtype = DTYPES[known[name].type]
+        try:
+            given = np.asarray(value)
+        except ValueError:  # lists of unequal lengths
+            given = np.asarray(None)
+        if given.dtype.kind not in KINDS[dtype.kind]:  # numpy would take "no" for true
+            raise OptionError(
+                f"image option {name}={quoted(value)}: expected {known[name].type}",
+                hint="in JSON: true, false, 5, 0.5 or [5, 7]",
+                code="option.wrong-value",
+            )
+        feeds[name] = given.astype(dtype)
+    return feeds
+
+
+def out_of_memory(component: str, error: Exception) -> ImageError | DeviceError:
+    """The error of a picture that there is no memory for, or of a prompt."""
+    detail = first_line(error) or type(error).__name__
+    if component in (IMAGE, VISION):
+        return ImageError(
+            f"not enough memory for this picture ({component}: {detail})",
+            hint="scale it down, give a smaller max_pixels where the model has it, or free memory",
+            code="image.out-of-memory",
+        )
+    return DeviceError(
+        f"not enough memory ({component}: {detail})",
+        hint="a smaller batch, fewer or smaller pictures, or a shorter prompt",
+        code="device.out-of-memory",
+    )

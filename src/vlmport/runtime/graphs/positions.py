@@ -1,0 +1,123 @@
+"""Where the tokens of a prompt stand, as the bundle's own graph says.
+
+The graph is asked for what it needs by its own inputs: the ids, their mask, and whatever else the
+image processor made for each picture under the same name. Nothing here knows what that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from vlmport.errors import BundleError, PromptError, VlmportError
+from vlmport.runtime.graphs.refusals import refusal
+from vlmport.runtime.graphs.sessions import DTYPES, ORT_ERRORS, first_line
+
+if TYPE_CHECKING:
+    from jaxtyping import Int, Int64
+
+IDS, MASK = "input_ids", "attention_mask"
+OUTPUTS = ("position_ids", "rope_delta")
+AGAIN = "export the bundle again"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Of a prompt's tokens, and of those that follow.
+
+    Attributes:
+        ids: one position a token, or one on each of three axes.
+        offset: what the next position is beyond the number of tokens.
+    """
+
+    ids: Int64[np.ndarray, "... S"]
+    offset: int = 0
+
+
+def counted(ids: Int[np.ndarray, " S"]) -> Positions:
+    """0, 1, …, where a bundle says nothing else."""
+    return Positions(np.arange(len(ids), dtype=np.int64))
+
+
+def picture_inputs(session: ort.InferenceSession) -> dict[str, Any]:
+    """The graph's inputs that are made of pictures, by name."""
+    return {one.name: one for one in session.get_inputs() if one.name not in (IDS, MASK)}
+
+
+def computed(
+    session: ort.InferenceSession,
+    ids: Int[np.ndarray, " S"],
+    pictures: Sequence[Mapping[str, np.ndarray]],
+    where: str,
+) -> Positions:
+    """What the graph `where` makes of a prompt and of what the image processor gave for each of
+    its pictures.
+
+    Raises BundleError where nobody makes what it asks for, or it gives no positions; PromptError
+    where it refuses the pictures.
+    """
+    feeds: dict[str, np.ndarray] = {
+        IDS: np.ascontiguousarray(ids[None], np.int64),
+        MASK: np.ones((1, len(ids)), np.int64),
+    }
+    inputs = {one.name for one in session.get_inputs()}
+    feeds = {name: value for name, value in feeds.items() if name in inputs}
+    for name, one in picture_inputs(session).items():
+        feeds[name] = _joined(one, pictures, where)
+    absent = [name for name in OUTPUTS if name not in {one.name for one in session.get_outputs()}]
+    if absent:
+        raise BundleError(
+            f"{where}: no output {absent[0]!r}", hint=AGAIN, code="bundle.wrong-graph"
+        )
+    try:
+        positions, delta = (np.asarray(value) for value in session.run(OUTPUTS, feeds))
+    except ORT_ERRORS as error:
+        raise _failed(error, where) from error
+    if positions.ndim not in (2, 3) or positions.shape[-2:] != (1, len(ids)) or delta.size != 1:
+        raise BundleError(
+            f"{where}: positions {list(positions.shape)} and rope_delta {list(delta.shape)} of "
+            f"{len(ids)} tokens",
+            hint=AGAIN,
+            code="bundle.wrong-graph",
+        )
+    return Positions(positions[..., 0, :].astype(np.int64, copy=False), int(delta.reshape(())))
+
+
+def _joined(one: Any, pictures: Sequence[Mapping[str, np.ndarray]], where: str) -> np.ndarray:
+    """What was made under a name for all pictures, along axis 0; of none, an axis of 0."""
+    if any(one.name not in picture for picture in pictures):
+        raise BundleError(
+            f"{where}: input {one.name!r} is not made by the image processor",
+            hint=AGAIN,
+            code="bundle.wrong-graph",
+        )
+    dtype, rest = DTYPES.get(one.type), one.shape[1:]
+    none = np.zeros((0, *(size if isinstance(size, int) else 0 for size in rest)), dtype)
+    values = [picture[one.name] for picture in pictures]
+    like = [(value.dtype, value.ndim, value.shape[1:]) for value in values]
+    if odd := [
+        value
+        for value, kind in zip(values, like, strict=True)
+        if kind != (dtype, none.ndim, values[0].shape[1:])
+    ]:
+        raise BundleError(
+            f"{where}: input {one.name!r} is {one.type} {one.shape}, the image processor makes "
+            f"{odd[0].dtype} {list(odd[0].shape)}",
+            hint=AGAIN,
+            code="bundle.wrong-graph",
+        )
+    return np.concatenate(values) if values else none
+
+
+def _failed(error: Exception, where: str) -> VlmportError:
+    if told := refusal(error):
+        return PromptError(f"{where}: {told[0]}", hint=told[1], code="prompt.refused")
+    return BundleError(
+        f"{where} can't run: {first_line(error)}",
+        hint="download or export the bundle again",
+        code="graph.run-failed",
+    )

@@ -1,0 +1,235 @@
+"""Open ONNX Runtime sessions on a named device, or say plainly why not.
+
+Traps:
+- ONNX Runtime falls back to the CPU without a word when a device's libraries do not load: the
+  providers of the finished session are compared with what was asked for.
+- A graph is always opened by its path: from bytes, external data in the Hub's cache (symlinks)
+  is refused.
+- Memory patterns are off: ONNX Runtime would plan one for each length of the attention mask,
+  that is one for each token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import (
+    onnxruntime_pybind11_state as native,  # pyright: ignore[reportAttributeAccessIssue]
+)
+
+from vlmport import REPORTS_BY_CHOICE
+from vlmport.errors import BundleError, DeviceError, did_you_mean, quoted
+from vlmport.files.foreign import check_file
+from vlmport.runtime.decoding.options import whole_number
+
+if not REPORTS_BY_CHOICE:  # for a program that imported ONNX Runtime before vlmport
+    ort.disable_telemetry_events()
+
+CPU = "CPUExecutionProvider"
+
+# Device → (its provider in ONNX Runtime, the package that brings it).
+PROVIDERS = {
+    "cpu": (CPU, "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
+    "coreml": ("CoreMLExecutionProvider", "onnxruntime (on macOS)"),
+    "directml": ("DmlExecutionProvider", "onnxruntime-directml"),
+    "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
+    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
+    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
+    "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
+}
+INDEXED = ("cuda", "tensorrt", "directml", "migraphx")  # of these there may be several
+ALIASES = {"dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
+
+# ONNX Runtime's element types that a bundle may use.
+DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+# Its exceptions share no base class of their own; file system errors come as RuntimeError.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    MemoryError,
+    *(
+        value
+        for value in vars(native).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ),
+)
+OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|Failed to allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by vlmport's name, with its index (`cuda:1`)."""
+
+    name: str
+    index: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """From 'cpu', 'cuda', 'cuda:1', …
+
+        Raises DeviceError for an unknown name or one that this ONNX Runtime does not offer.
+        """
+        name, _, index = text.strip().lower().partition(":")
+        name = ALIASES.get(name, name)
+        if name not in PROVIDERS or not (index.isdecimal() or not index):
+            raise DeviceError(
+                f"device {quoted(text)} is unknown{did_you_mean(name, PROVIDERS)}",
+                hint=f"known: {', '.join(PROVIDERS)}; here: {', '.join(available_devices())}",
+                code="device.unknown",
+            )
+        if index and name not in INDEXED:
+            raise DeviceError(
+                f"device {quoted(text)}: {name} has no index",
+                hint=f"give {name!r} alone",
+                code="device.unknown",
+            )
+        provider, package = PROVIDERS[name]
+        if provider not in ort.get_available_providers():
+            raise DeviceError(
+                f"device {quoted(text)} needs {provider}; this ONNX Runtime {ort.__version__} has "
+                f"{', '.join(ort.get_available_providers())}",
+                hint=f"pip install {package}, instead of the ONNX Runtime that is installed",
+                code="device.not-available",
+            )
+        return cls(name, int(index or 0))
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name for it."""
+        return PROVIDERS[self.name][0]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.index}" if self.index else self.name
+
+
+HOST = Device("cpu")
+
+
+def available_devices() -> list[str]:
+    """The devices that the installed ONNX Runtime offers, by vlmport's names."""
+    offered = ort.get_available_providers()
+    return [name for name, (provider, _) in PROVIDERS.items() if provider in offered]
+
+
+def open_session(
+    path: Path, device: Device = HOST, *, threads: int | None = None, sparing: bool = False
+) -> ort.InferenceSession:
+    """Open a graph by its path.
+
+    Args:
+        threads: bounds the threads within an operator; None for all cores.
+        sparing: run the graph as it is written, from its file of weights: for a single pass, which
+            is not worth a second copy of them. It is slow then, and rounds in other places.
+
+    Raises BundleError for a missing or corrupt graph or its data, DeviceError when the device
+    did not come up, OptionError for a thread count below 1.
+    """
+    if threads is not None:
+        threads = whole_number("threads", threads, 1)
+    if not path.is_file():
+        raise BundleError(
+            f"{path}: missing",
+            hint="download or export the bundle again",
+            code="bundle.missing-file",
+        )
+    check_file(path, BundleError, hint="download or export the bundle again", what="the graph")
+    try:
+        session = ort.InferenceSession(
+            path,
+            _session_options(threads, sparing),
+            providers=_providers(device),
+            enable_fallback=0,
+        )
+    except ORT_ERRORS as error:
+        raise _open_error(path, device, error) from error
+    if session.get_providers()[0] != device.provider:
+        raise DeviceError(
+            f"{path.name}: asked for {device}, ONNX Runtime took {session.get_providers()[0]}",
+            hint="its libraries did not load (CUDA and cuDNN versions?); --device cpu works",
+            code="device.failed",
+        )
+    return session
+
+
+def _session_options(threads: int | None, sparing: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions; no second copy on stderr
+    options.enable_mem_pattern = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if sparing:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    return options
+
+
+def return_freed_memory() -> None:
+    """Give the system what closed sessions freed: glibc keeps most of it for later allocations.
+
+    Of a tower of 758 MB it kept 700 MB. Other allocators are left alone.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
+    """The device's provider, and the CPU for the few nodes (shapes) that belong there."""
+    if device.provider == CPU:
+        return [CPU]
+    if device.name in INDEXED:
+        return [(device.provider, {"device_id": str(device.index)}), CPU]
+    return [device.provider, CPU]
+
+
+def _open_error(path: Path, device: Device, error: Exception) -> BundleError | DeviceError:
+    detail = first_line(error)
+    if device.provider != CPU and device.provider.removesuffix("ExecutionProvider") in detail:
+        return DeviceError(
+            f"{path.name} on {device}: {detail}", hint="--device cpu works", code="device.failed"
+        )
+    if "external data" in detail.lower() or "external initializer" in detail.lower():
+        return BundleError(
+            f"{path}: its external data is missing or does not fit: {detail}",
+            hint="download or export the bundle again",
+            code="bundle.missing-file",
+        )
+    return BundleError(
+        f"{path}: ONNX Runtime can't open it: {detail}",
+        hint="download or export the bundle again",
+        code="graph.not-opened",
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether numpy, ONNX Runtime or a GPU had not enough memory."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, without its error code and its later lines."""
+    text = str(error).strip().split("\n")[0]
+    return text.removeprefix("[ONNXRuntimeError] : ")[:400]

@@ -1,0 +1,108 @@
+"""The graphs of the layout `fused` as functions on numpy arrays.
+
+A program of one's own is in examples/fused_decode.py.
+
+S tokens, T tokens of one picture, I pictures, D hidden, n lanes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmport.bundle.layouts import FUSED, ImageSize
+from vlmport.errors import PromptError
+from vlmport.runtime.graphs.components import merge_image_features
+from vlmport.runtime.graphs.sessions import DTYPES
+from vlmport.runtime.layouts.base import IMAGE, LayoutGraphs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, UInt8
+
+VISION, TEXT = "vision", "text_with_image"
+EMBEDS = "image_embeds"
+
+
+class Fused(LayoutGraphs):
+    """The graphs of a bundle in the layout `fused`."""
+
+    layout = FUSED
+    outputs = {IMAGE: "pixel_values", VISION: "vision_features", TEXT: "logits"}  # noqa: RUF012
+
+    @property
+    def image_size(self) -> ImageSize:
+        """What every picture is resized to."""
+        height, width = self.session(VISION).get_inputs()[0].shape[2:]
+        return ImageSize(width, height)
+
+    @property
+    def image_tokens(self) -> int:
+        """T."""
+        return self.session(VISION).get_outputs()[0].shape[0]
+
+    def prompt_ids(self) -> Int[np.ndarray, " T"]:
+        """What stands in a prompt for any picture."""
+        return np.full(self.image_tokens, self.manifest.prompt.image_token_id, np.int64)
+
+    def pixels(self, rgb: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "1 3 h w"]:
+        """Resize and normalise one picture."""
+        return self.run(IMAGE, {"image": np.ascontiguousarray(rgb)})["pixel_values"]
+
+    def encode(self, pixels: Float[np.ndarray, "1 3 h w"]) -> Float[np.ndarray, "T D·(1+n)"]:
+        return self.run(VISION, {"pixel_values": pixels})["vision_features"]
+
+    def logits(
+        self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "I·T D·(1+n)"]
+    ) -> Float[np.ndarray, "S V"]:
+        """float32 logits of every row.
+
+        Raises PromptError for an id outside the vocabulary, or other numbers of image tokens and
+        features.
+        """
+        return self.batch_logits(ids[None], np.ones((1, len(ids)), np.int64), features)[0]
+
+    def batch_logits(
+        self,
+        ids: Int[np.ndarray, "B S"],
+        mask: Int[np.ndarray, "B S"],
+        features: Float[np.ndarray, "I·T D·(1+n)"],
+    ) -> Float[np.ndarray, "B S V"]:
+        """The same of several sequences, padded on either side; features in the order of rows."""
+        port = next(one for one in self.session(TEXT).get_inputs() if one.name == EMBEDS)
+        width, token = port.shape[-1], self.manifest.prompt.image_token_id
+        ids = self.checked(ids, TEXT)
+        if len(features) % self.image_tokens:
+            raise PromptError(
+                f"{len(features)} features are no whole number of pictures of {self.image_tokens}",
+                hint="pass what `encode` gives, one below the other",
+                code="prompt.wrong-features",
+            )
+        none = np.zeros((ids.size, width), np.float32)
+        embeds = merge_image_features(none, ids.reshape(-1), features, token)
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ascontiguousarray(mask, np.int64),
+            EMBEDS: embeds.reshape(*ids.shape, width).astype(DTYPES[port.type]),
+        }
+        return self.run(TEXT, feeds)["logits"].astype(np.float32, copy=False)
+
+    def greedy(
+        self,
+        ids: Int[np.ndarray, " S"],
+        features: Float[np.ndarray, "I·T D·(1+n)"],
+        max_new_tokens: int,
+        stop_token_ids: Iterable[int] = (),
+    ) -> tuple[list[int], Float[np.ndarray, "n V"]]:
+        """The most likely tokens up to a stop token, it included, and the logits of each.
+
+        The whole sequence is read anew for each token. Ends before an image token that the model
+        says itself: no picture belongs to it.
+        """
+        ends = {*stop_token_ids, self.manifest.prompt.image_token_id}
+        rows, tokens = [], []
+        while not tokens or (tokens[-1] not in ends and len(tokens) < max_new_tokens):
+            rows.append(self.logits(np.array([*ids, *tokens]), features)[-1])
+            tokens.append(int(rows[-1].argmax()))
+        return tokens, np.stack(rows)

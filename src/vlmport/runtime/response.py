@@ -1,0 +1,117 @@
+"""What is returned: texts, token ids, scores; all at once or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from vlmport.runtime.decoding.search import Hypothesis, StopReason, TokenLogprob
+from vlmport.runtime.streamed_text import StopStrings, TextStream
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated text; `str()` gives it.
+
+    Attributes:
+        text: what precedes a stop string, without special tokens unless they were asked for.
+        token_ids: as generated, the stop token and the tokens of a stop string included.
+        stop_reason: 'stop' for a stop token, 'stop_string', or 'length' for max_new_tokens or a
+            full context; None for a beam that had not ended when the search did.
+        complete: False where the answer was cut: by max_new_tokens or a full context. An answer
+            under a grammar that could end where it was cut is complete.
+        score: of beam search; None without.
+        logprobs: one for each token, where they were asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    stop_reason: StopReason | None
+    score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    complete: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption(Answer):
+    """The best answer, with what it cost.
+
+    Attributes:
+        timings: seconds in 'image' (reading and encoding), 'prefill' and 'decode'. Captions of
+            one batch share the last two.
+        counts: 'prompt_tokens'; 'image_tokens' and 'cached_tokens' (which a conversation had not to
+            prefill again) among them; and 'new_tokens'.
+        seed: of what was drawn, also where none was given; None where nothing is drawn.
+        alternatives: the other answers of num_return_sequences, best first.
+    """
+
+    timings: Mapping[str, float]
+    counts: Mapping[str, int]
+    seed: int | None = None
+    alternatives: tuple[Answer, ...] = ()
+
+
+class AnswerText:
+    """The text of token ids as they come, and at the end.
+
+    Attributes:
+        given: what the pieces amount to so far.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: StopStrings | None = None,
+        *,
+        skip_special_tokens: bool = True,
+    ):
+        self.tokenizer, self.stops, self.skip = tokenizer, stops, skip_special_tokens
+        self.given = ""
+        self._certain = ""
+        self._stream = TextStream(tokenizer, skip_special_tokens=skip_special_tokens)
+
+    def push(self, tokens: Sequence[int], stop_reason: StopReason | None) -> str:
+        """The piece that is certain by now, '' for none; all of the rest once it has stopped.
+
+        Args:
+            tokens: all so far, the stop token included.
+        """
+        said = self._said(tokens, stop_reason)
+        for token in said[len(self._stream.tokens) :]:
+            self._certain += self._stream.push(token)
+        if stop_reason:
+            self._certain += self._stream.finish()
+        end = len(self._certain)
+        if self.stops is not None and stop_reason in (None, "stop_string"):
+            held = self.stops.held(said, ended=stop_reason == "stop_string")
+            end = min(end, end + len(self._stream.pending) - held)
+        piece = self._certain[len(self.given) : end]
+        self.given += piece
+        return piece
+
+    def whole(self, hypothesis: Hypothesis) -> Answer:
+        """All of an answer at once."""
+        tokens, reason = hypothesis.tokens, hypothesis.stop_reason
+        text = self._text(self._said(tokens, reason), reason)
+        complete = reason in ("stop", "stop_string")
+        return Answer(text, tokens, reason, hypothesis.score, hypothesis.logprobs, complete)
+
+    def without_stop_token(self, hypothesis: Hypothesis) -> str:
+        """The text that a conversation goes on with: its template writes the end of a turn."""
+        tokens, reason = hypothesis.tokens, hypothesis.stop_reason
+        return self._text(tokens[:-1] if reason == "stop" else tokens, reason)
+
+    def _said(self, tokens: Sequence[int], reason: StopReason | None) -> Sequence[int]:
+        """The tokens of the text. The stop token is one where special tokens are kept."""
+        return tokens[:-1] if reason == "stop" and self.skip else tokens
+
+    def _text(self, said: Sequence[int], reason: StopReason | None) -> str:
+        text = self.tokenizer.decode(list(said), skip_special_tokens=self.skip)
+        if self.stops is not None and reason == "stop_string":
+            text = text[: len(text) - self.stops.held(said, ended=True)]
+        return text
