@@ -48,6 +48,26 @@ def test_headings_of_the_troubleshooting_page_name_codes_of_the_catalogue() -> N
         assert re.fullmatch(r"`[^`]+`(, `[^`]+`)*", heading), "a heading is codes alone"
 
 
+NAMED = re.compile(r"`((?:[\w.-]+/)+(?:[\w.-]+\.(?:py|toml|mjs|ts))?)`")
+# Folders that are built, or that a page speaks of as the reader's own.
+NOT_HERE = re.compile(
+    r"(?:standalone|dist|web_page|models|wheels|out|page|bundles|verified|site)\b|\."
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_each_file_of_the_repository_that_is_named_exists(document: Path) -> None:
+    named = NAMED.findall(document.read_text("utf-8"))
+    assert document.name != "architecture.md" or len(named) > 20
+    places = [ROOT, ROOT / "src/vlmport", ROOT / "web", document.parent]
+    missing = [
+        name
+        for name in named
+        if not NOT_HERE.match(name) and not any((place / name).exists() for place in places)
+    ]
+    assert missing == []
+
+
 def commands(document: Path) -> list[tuple[str, str]]:
     """Each command of vlmport in a page's blocks of code: its name, and what follows."""
     blocks = re.findall(r"^ *```.*?^ *```", document.read_text("utf-8"), re.MULTILINE | re.DOTALL)
