@@ -4,7 +4,7 @@ import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type * as Vlmport from '../src/index.js';
 import type { sha256 } from '../src/bundle/sha256.js';
-import type { openImage } from '../src/runtime/images.js';
+import type { openImage } from '../src/runtime/images/reading.js';
 import type { TestServer } from './server.js';
 import { expected, folders, launch, openPage, startServer } from './support.js';
 

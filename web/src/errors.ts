@@ -92,17 +92,6 @@ export function firstLine(error: unknown): string {
   return cut(text.trim().split('\n')[0] ?? '');
 }
 
-const REFUSED = /Name:'(?:[^']*\/)?refused: (.*?) \| (.*?)' Status Message/;
-
-/**
- * The reason and the hint of a graph that refuses its input, which are the name of the node that
- * failed; of any other error its first line and `hint` (the twin of vlmport/runtime/graphs/refusals.py).
- */
-export function whyAndHint(error: unknown, hint: string): [string, string] {
-  const [, reason, told] = REFUSED.exec(error instanceof Error ? error.message : '') ?? [];
-  return reason !== undefined && told !== undefined ? [reason, told] : [firstLine(error), hint];
-}
-
 export function isAbort(error: unknown): boolean {
   return error instanceof DOMException && error.name === 'AbortError';
 }

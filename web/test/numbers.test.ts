@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest';
 import { didYouMean } from '../src/errors.js';
 import { best, notFollowed } from '../src/runtime/generate.js';
-import { onWhite } from '../src/runtime/images.js';
-import { halfToNumber, mergeImageFeatures } from '../src/runtime/rows.js';
+import { onWhite } from '../src/runtime/images/reading.js';
+import { halfToNumber, mergeImageFeatures } from '../src/runtime/graphs/rows.js';
 
 test('transparency lies on white as Pillow lays it', () => {
   // From Pillow 13: Image.alpha_composite(white, one) for [value, alpha].

@@ -3,7 +3,7 @@ import { expect, test } from 'vitest';
 import type { BundleFiles } from '../src/bundle/download.js';
 import type { Manifest, Message } from '../src/bundle/manifest.js';
 import { Prompter } from '../src/runtime/prompt.js';
-import { TextStream } from '../src/runtime/text.js';
+import { TextStream } from '../src/runtime/streamed-text.js';
 
 const words = ['<unk>', 'a', 'red', 'square', '.', '<image>', '</s>', 'plain'];
 const vocabulary = Object.fromEntries(words.map((word, id) => [word, id]));

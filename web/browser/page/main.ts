@@ -2,6 +2,6 @@
 
 import * as vlmport from '@vlmport/web';
 import { sha256 } from '../../dist/bundle/sha256.js';
-import { openImage } from '../../dist/runtime/images.js';
+import { openImage } from '../../dist/runtime/images/reading.js';
 
 Object.assign(globalThis, { vlmport, inside: { openImage, sha256 } });

@@ -1,5 +1,5 @@
 /**
- * vlmport.json: read, validated and asked here and nowhere else (the twin of vlmport/bundle.py).
+ * vlmport.json: read, validated and asked here and nowhere else (the twin of vlmport/bundle/manifest.py).
  *
  * Everything that the runtime knows of a model stands here or in the graphs' inputs and outputs.
  */

@@ -1,4 +1,4 @@
-/** Precisions by name, and which a bundle serves (the twin of vlmport/precisions.py). */
+/** Precisions by name, and which a bundle serves (the twin of vlmport/bundle/precisions.py). */
 
 import { VlmportError, didYouMean } from '../errors.js';
 import { ANY, type Manifest, type Variant } from './manifest.js';

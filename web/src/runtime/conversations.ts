@@ -3,8 +3,8 @@
  * each question; here are the pictures that it names by number, and the cache.
  */
 
-import type { Held, Kept } from './asking.js';
-import type { Picture } from './features.js';
+import type { Held, Kept } from './preparing.js';
+import type { Picture } from './images/features.js';
 
 export class Conversation implements Kept {
   held: Held | null = null;

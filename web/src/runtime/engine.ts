@@ -11,14 +11,14 @@ import { bundleAddress, openStore } from '../bundle/store.js';
 import { VlmportError, asVlmportError } from '../errors.js';
 import type { ImageOptions } from '../bundle/manifest.js';
 import type { Asked, Device, Info, LoadOptions, NumberedPicture, Progress } from '../protocol.js';
-import { type Answered, type Question, answer } from './asking.js';
-import { Components, graphFiles } from './components.js';
+import { type Answered, type Question, answer } from './preparing.js';
+import { Components, graphFiles } from './graphs/components.js';
 import { Conversation, Conversations } from './conversations.js';
-import { FeatureCache, MAX_BYTES, type Picture } from './features.js';
+import { FeatureCache, MAX_BYTES, type Picture } from './images/features.js';
 import { notFollowed } from './generate.js';
 import { probe } from './probe.js';
 import { Prompter, promptFiles } from './prompt.js';
-import { Runtime } from './sessions.js';
+import { Runtime } from './graphs/sessions.js';
 
 const HALF = /f(p)?16$/; // precisions that compute in 16 bits
 

@@ -1,9 +1,9 @@
-/** The loop: a prompt in, tokens out, greedily. */
+/** Greedy generation: a prompt in, tokens out (the twin of vlmport/runtime/generate.py). */
 
 import type { Json } from '../bundle/schema.js';
 import { VlmportError } from '../errors.js';
-import type { KeyValueCache } from './cache.js';
-import type { Prompt } from './components.js';
+import type { KeyValueCache } from './graphs/cache.js';
+import type { Prompt } from './graphs/components.js';
 import { nextTask } from './tasks.js';
 
 export interface GenerateOptions {

@@ -5,9 +5,10 @@
 
 import type { Golden, GoldenExpectation } from '../bundle/manifest.js';
 import { asVlmportError } from '../errors.js';
-import { openCache } from './cache.js';
-import { type Components, goldenImage } from './components.js';
+import { openCache } from './graphs/cache.js';
+import type { Components } from './graphs/components.js';
 import { generate } from './generate.js';
+import { goldenImage } from './golden.js';
 
 /**
  * What is wrong, in plain words; an empty list means that the device can be trusted.

@@ -9,7 +9,7 @@ import type { BundleFiles } from '../bundle/download.js';
 import type { Manifest, Message } from '../bundle/manifest.js';
 import { VlmportError, didYouMean, firstLine, quoted } from '../errors.js';
 import { freeMark, renamed } from './placeholders.js';
-import { problemsOf } from './tokenizer.js';
+import { problemsOf } from '../text/tokenizer-checks.js';
 import { watched } from './watched.js';
 
 const TOKENIZER = 'tokenizer.json';

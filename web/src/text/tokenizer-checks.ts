@@ -1,6 +1,6 @@
 /**
  * Which tokenizers are refused: parts that make a text longer and longer, sizes of zero, nesting
- * without end (the twin of vlmport/tokenizer_checks.py).
+ * without end (the twin of vlmport/text/tokenizer_checks.py).
  */
 
 import { quoted } from '../errors.js';

@@ -1,12 +1,12 @@
 /**
  * Which token ids have an embedding (the twin of vlmport/runtime/graphs/embedding.py and
- * files/onnx_bytes.py).
+ * vlmport/files/onnx_bytes.py).
  *
  * Some kernels give zeros for an id past the table, and some take another row. So the rows are read
  * from the graph's bytes, and ids are checked before each look-up.
  */
 
-import { VlmportError } from '../errors.js';
+import { VlmportError } from '../../errors.js';
 
 // Kinds of a protobuf field.
 const [VARINT, FIXED64, BYTES, FIXED32] = [0, 1, 2, 5];

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { TextStream } from '../src/runtime/text.js';
+import { TextStream } from '../src/runtime/streamed-text.js';
 
 /** Tokens are bytes; the decoder strips a leading space, and a special token gives nothing. */
 const bytes = {

@@ -3,12 +3,13 @@
  * vlmport/runtime/images/features.py).
  */
 
-import type { ImageOptions } from '../bundle/manifest.js';
-import { sha256 } from '../bundle/sha256.js';
-import type { Picture as Source } from '../protocol.js';
-import type { Components, Feeds } from './components.js';
-import { type Rgb, openImage } from './images.js';
-import type { Rows } from './rows.js';
+import type { ImageOptions } from '../../bundle/manifest.js';
+import { sha256 } from '../../bundle/sha256.js';
+import type { Picture as Source } from '../../protocol.js';
+import type { Components } from '../graphs/components.js';
+import type { Feeds } from '../graphs/sessions.js';
+import { type Rgb, openImage } from './reading.js';
+import type { Rows } from '../graphs/rows.js';
 
 export const MAX_BYTES = 64 * 1024 * 1024;
 

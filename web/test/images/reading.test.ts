@@ -2,7 +2,7 @@
 
 import { expect, test } from 'vitest';
 
-import { openImage } from '../src/runtime/images.js';
+import { openImage } from '../../src/runtime/images/reading.js';
 
 const BAD: readonly (readonly [string, string])[] = [
   ['data:image/png', 'image.bad-data-address'],

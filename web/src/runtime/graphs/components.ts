@@ -4,34 +4,27 @@
  * What a graph is called with follows its own inputs. Whoever gets a tensor from here owns it.
  */
 
-import { type BundleFiles, letGo } from '../bundle/download.js';
-import type { Golden, ImageOptions, Manifest } from '../bundle/manifest.js';
-import { type Choice, precisionName, variantOf } from '../bundle/precisions.js';
-import { VlmportError, cut, didYouMean, firstLine, quoted, whyAndHint } from '../errors.js';
+import { type BundleFiles, letGo } from '../../bundle/download.js';
+import type { ImageOptions, Manifest } from '../../bundle/manifest.js';
+import { type Choice, precisionName, variantOf } from '../../bundle/precisions.js';
+import { VlmportError, firstLine } from '../../errors.js';
+import { goldenImage } from '../golden.js';
+import type { Rgb } from '../images/reading.js';
+import { nextTask } from '../tasks.js';
 import { type Decoder, decoderOf } from './decoder.js';
 import { checkIds, tableRows } from './embedding.js';
-import type { Rgb } from './images.js';
-import type { Runtime, Session, Tensor, TensorData, TensorType } from './sessions.js';
+import { IMAGE, type ProcessedImage, optionFeeds, processImage } from './image-processor.js';
+import { POSITIONS, type Positions, computed, counted } from './positions.js';
 import { type Rows, joined, mergeImageFeatures, rowsOf } from './rows.js';
-import { joinedTensors, scalar, slices } from './slices.js';
-import { nextTask } from './tasks.js';
+import type { Feeds, Runtime, Session, Tensor, TensorData } from './sessions.js';
+import { slices } from './slices.js';
 
-const IMAGE = 'image_processor';
 const VISION = 'vision_encoder';
 const EMBED = 'embed_tokens';
-const POSITIONS = 'position_ids';
 const DECODER = 'decoder_model_merged';
 const TILES = 'num_images'; // the axis of the vision encoder's inputs whose indices are independent
 const USED = [IMAGE, VISION, EMBED, DECODER];
 const ON_HOST = [IMAGE, POSITIONS]; // exact integers
-
-export type Feeds = Record<string, Tensor>;
-
-/** What the image processor makes of one picture. */
-export interface ProcessedImage {
-  readonly inputs: Feeds;
-  readonly promptIds: number[];
-}
 
 /** A picture as a prompt takes it. */
 export interface InPrompt {
@@ -139,55 +132,15 @@ export class Components {
    * Throws OptionError for an option that the graph does not have, ImageError where it refuses the
    * picture.
    */
-  async processImage(
-    { width, height, data }: Rgb,
-    options: ImageOptions = {},
-  ): Promise<ProcessedImage> {
-    const image = this.tensor('uint8', data, [height, width, 3]);
-    const feeds = { image, ...this.optionFeeds({ ...this.manifest.image_options, ...options }) };
-    try {
-      const { prompt_ids, ...inputs } = await this.session(IMAGE).run(feeds);
-      const promptIds = integers(prompt_ids);
-      prompt_ids?.dispose();
-      return { inputs, promptIds };
-    } catch (error) {
-      const [why, hint] = whyAndHint(error, 'is it extremely narrow?');
-      const message = `a picture of ${width}x${height} pixels can't be processed: ${why}`;
-      throw new VlmportError('ImageError', 'image.refused', message, hint);
-    } finally {
-      Object.values(feeds).forEach(tensor => tensor.dispose());
-    }
+  async processImage(rgb: Rgb, options: ImageOptions = {}): Promise<ProcessedImage> {
+    const told = { ...this.manifest.image_options, ...options };
+    return processImage(this.runtime.ort, this.session(IMAGE), rgb, told);
   }
 
   /** Throws OptionError for one that the image processor does not have, or of another kind. */
   checkImageOptions(options: ImageOptions): void {
-    Object.values(this.optionFeeds(options)).forEach(tensor => tensor.dispose());
-  }
-
-  /** The image processor's options as tensors of the types that it takes. */
-  private optionFeeds(options: ImageOptions): Feeds {
-    const known = this.session(IMAGE).inputMetadata.filter(one => one.name !== 'image');
-    const names = known.map(one => one.name);
-    return Object.fromEntries(
-      Object.entries(options).map(([name, value]) => {
-        const input = known.find(one => one.name === name);
-        if (!input?.isTensor) {
-          const message = `image option '${cut(name)}' is unknown${didYouMean(name, names)}`;
-          const hint = `this bundle has: ${names.join(', ') || 'none'}`;
-          throw new VlmportError('OptionError', 'option.unknown', message, hint);
-        }
-        if (!fitsType(value, input.type)) {
-          const message = `image option ${name}=${quoted(value)}: expected ${input.type}`;
-          throw new VlmportError(
-            'OptionError',
-            'option.wrong-value',
-            message,
-            'true, false, 5 or 0.5',
-          );
-        }
-        return [name, scalar(this.runtime.ort, input.type, value)];
-      }),
-    );
+    const feeds = optionFeeds(this.runtime.ort, this.session(IMAGE), options);
+    Object.values(feeds).forEach(tensor => tensor.dispose());
   }
 
   /**
@@ -291,44 +244,15 @@ export class Components {
     const merged = mergeImageFeatures(embeds, ids.slice(start), features, token, past);
     return {
       embeds: this.tensor('float32', merged, [1, embeds.count, embeds.width]),
-      positions: where.positions.map(row => row.slice(start)),
+      positions: where.ids.map(row => row.slice(start)),
       offset: where.offset,
     };
   }
 
-  /**
-   * Positions of a prompt: 0, 1, …, or what the bundle's own graph makes of the ids and of what the
-   * image processor gave for each picture, joined along the first axis.
-   */
-  private async positions(
-    ids: readonly number[],
-    pictures: readonly Feeds[],
-  ): Promise<Omit<Prompt, 'embeds'>> {
+  /** Positions of a prompt: 0, 1, …, or what the bundle's own graph gives. */
+  private async positions(ids: readonly number[], images: readonly Feeds[]): Promise<Positions> {
     const session = this.sessions.get(POSITIONS);
-    if (!session) return { positions: [BigInt64Array.from(ids, (_, i) => BigInt(i))], offset: 0 };
-    const { ort } = this.runtime;
-    const shape = [1, ids.length];
-    const given: Feeds = {
-      input_ids: this.tensor('int64', BigInt64Array.from(ids, BigInt), shape),
-      attention_mask: this.tensor('int64', new BigInt64Array(ids.length).fill(1n), shape),
-    };
-    const feeds = Object.fromEntries(
-      session.inputMetadata.map(input => {
-        const own = given[input.name];
-        return [input.name, own ?? joinedTensors(ort, input, pictures)];
-      }),
-    );
-    const { position_ids, rope_delta } = await session.run(feeds).catch((error: unknown) => {
-      const [why, hint] = whyAndHint(error, 'do all files belong to one bundle?');
-      const message = `no positions for ${pictures.length} pictures: ${why}`;
-      throw new VlmportError('PromptError', 'prompt.refused', message, hint);
-    });
-    const all = bigints(position_ids, POSITIONS, 'position_ids');
-    const [offset] = bigints(rope_delta, POSITIONS, 'rope_delta');
-    const positions = Array.from({ length: all.length / ids.length }, (_, axis) =>
-      all.slice(axis * ids.length, (axis + 1) * ids.length),
-    );
-    return { positions, offset: Number(offset) };
+    return session ? computed(this.runtime.ort, session, ids, images) : counted(ids);
   }
 
   /** Run the decoder. The caller owns what it gets, and what it gave. */
@@ -398,32 +322,4 @@ async function releaseAll(sessions: ReadonlyMap<string, Session>): Promise<void>
   for (const session of sessions.values()) await session.release();
 }
 
-/** The golden picture's pixels. */
-export function goldenImage({ width, height, rgb }: Golden['image']): Rgb {
-  const data = Uint8Array.from(atob(rgb), letter => letter.charCodeAt(0));
-  if (data.length === width * height * 3) return { width, height, data };
-  const message = `golden.image: not ${height}x${width}x3 bytes`;
-  throw new VlmportError('BundleError', 'bundle.wrong-golden', message, 'export the bundle again');
-}
-
 const isName = (size: number | string) => typeof size === 'string';
-
-/** Whether a value is one of a tensor's type: no number for a truth value, no 0.5 for an integer. */
-function fitsType(value: unknown, type: TensorType): boolean {
-  if (type === 'bool') return typeof value === 'boolean';
-  return typeof value === 'number' && (type.startsWith('float') || Number.isInteger(value));
-}
-
-const integers = (tensor: Tensor | undefined) =>
-  Array.from(bigints(tensor, IMAGE, 'prompt_ids'), Number);
-
-function bigints(tensor: Tensor | undefined, component: string, name: string): BigInt64Array {
-  const data = tensor?.data;
-  if (data instanceof BigInt64Array) return data;
-  throw new VlmportError(
-    'BundleError',
-    'bundle.wrong-graph',
-    `${component}: no ${name}`,
-    'export the bundle again',
-  );
-}

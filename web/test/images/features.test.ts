@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
-import type { Components } from '../src/runtime/components.js';
-import { FeatureCache, type Picture } from '../src/runtime/features.js';
+import type { Components } from '../../src/runtime/graphs/components.js';
+import { FeatureCache, type Picture } from '../../src/runtime/images/features.js';
 
 const signal = new AbortController().signal;
 

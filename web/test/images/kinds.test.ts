@@ -1,7 +1,7 @@
 /** Files that are not read get the codes that Python gives them (tests/runtime/test_image_kinds.py). */
 
 import { expect, test } from 'vitest';
-import { readFile } from '../src/runtime/files.js';
+import { readFile } from '../../src/runtime/images/files.js';
 
 const [NOTHING, FORMAT] = ['image.not-a-picture', 'image.unsupported-format'];
 const ftyp = (brand: string) => `\0\0\0\x18ftyp${brand}\0\0\0\0mif1`;

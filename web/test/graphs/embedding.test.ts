@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
-import { VlmportError } from '../src/errors.js';
-import { checkIds, tableRows } from '../src/runtime/embedding.js';
+import { VlmportError } from '../../src/errors.js';
+import { checkIds, tableRows } from '../../src/runtime/graphs/embedding.js';
 
 const bytes = (text: string) => [...new TextEncoder().encode(text)];
 const varint = (value: number): number[] =>

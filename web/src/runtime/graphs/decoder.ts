@@ -3,8 +3,8 @@
  * of vlmport/runtime/graphs/decoder.py).
  */
 
-import type { Manifest } from '../bundle/manifest.js';
-import { VlmportError } from '../errors.js';
+import type { Manifest } from '../../bundle/manifest.js';
+import { VlmportError } from '../../errors.js';
 import type { Session, TensorType } from './sessions.js';
 
 /** One cache tensor: its input, its output, and the sizes that never change. */

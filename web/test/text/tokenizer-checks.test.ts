@@ -1,7 +1,7 @@
 /** The tokenizers that Python refuses are refused here (tests/text/test_hostile_tokenizers.py). */
 
 import { expect, test } from 'vitest';
-import { problemsOf } from '../src/runtime/tokenizer.js';
+import { problemsOf } from '../../src/text/tokenizer-checks.js';
 
 const a = { String: 'a' };
 const replace = (pattern: unknown, content: string) => ({ type: 'Replace', pattern, content });

@@ -1,7 +1,7 @@
 /** What a prompt shares with what a cache holds. */
 
 import { expect, test } from 'vitest';
-import { type Held, shared } from '../src/runtime/asking.js';
+import { type Held, shared } from '../src/runtime/preparing.js';
 
 const IMAGE = 9;
 const held = (ids: number[], imageRows: string[] = []) => ({ ids, imageRows }) as unknown as Held;

@@ -1,6 +1,6 @@
 /**
  * What is asked, made ready to run, and what came of it (the twin of vlmport/runtime/preparing.py and
- * conversation.py): messages and pictures to a prompt, a prompt to its caption.
+ * vlmport/runtime/conversation.py): messages and pictures to a prompt, a prompt to its caption.
  *
  * A prompt is always the whole conversation, rendered again. As far as its ids (and, under image
  * tokens, its pictures) are those that the cache was made of, nothing is encoded or prefilled again.
@@ -9,12 +9,12 @@
 import type { Message } from '../bundle/manifest.js';
 import { VlmportError } from '../errors.js';
 import type { CaptionData } from '../protocol.js';
-import { type KeyValueCache, openCache } from './cache.js';
-import type { Components } from './components.js';
-import type { FeatureCache, Picture } from './features.js';
+import { type KeyValueCache, openCache } from './graphs/cache.js';
+import type { Components } from './graphs/components.js';
+import type { FeatureCache, Picture } from './images/features.js';
 import { generate } from './generate.js';
 import type { Prompter } from './prompt.js';
-import { TextStream } from './text.js';
+import { TextStream } from './streamed-text.js';
 
 /** A bundle that is loaded, and the cache of recently encoded pictures. */
 export interface Model {

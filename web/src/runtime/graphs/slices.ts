@@ -1,6 +1,6 @@
 /** Tensors cut along a named axis, joined along the first; and single numbers as tensors. */
 
-import { VlmportError } from '../errors.js';
+import { VlmportError } from '../../errors.js';
 import type { Ort, Session, Tensor, TensorData, TensorType } from './sessions.js';
 
 /** A tensor's numbers: whatever indexes like a typed array. */

@@ -3,7 +3,7 @@
  * gray divided by 257, of all else the high byte.
  */
 
-import { VlmportError } from '../errors.js';
+import { VlmportError } from '../../errors.js';
 import type { Bytes } from './bytes.js';
 import { type PictureFile, inflate } from './files.js';
 

@@ -7,7 +7,7 @@
  * and a canvas that is too large gives back nothing: known pixels are drawn and read once for each.
  */
 
-import { VlmportError, firstLine } from '../errors.js';
+import { VlmportError, firstLine } from '../../errors.js';
 
 export type Rgba = Uint8ClampedArray<ArrayBuffer> | Uint8Array<ArrayBuffer>;
 

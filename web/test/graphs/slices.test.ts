@@ -1,7 +1,7 @@
 import * as common from 'onnxruntime-common';
 import { expect, test } from 'vitest';
-import type { Ort, Session, Tensor } from '../src/runtime/sessions.js';
-import { firstOfAxis, joinedTensors, scalar, slices } from '../src/runtime/slices.js';
+import type { Ort, Session, Tensor } from '../../src/runtime/graphs/sessions.js';
+import { firstOfAxis, joinedTensors, scalar, slices } from '../../src/runtime/graphs/slices.js';
 
 const ort = common as unknown as Ort;
 

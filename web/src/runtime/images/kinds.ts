@@ -3,8 +3,8 @@
  * vlmport/runtime/images/kinds.py).
  */
 
-import type { ErrorCode } from '../error-codes.js';
-import { VlmportError } from '../errors.js';
+import type { ErrorCode } from '../../error-codes.js';
+import { VlmportError } from '../../errors.js';
 import { type Bytes, text } from './bytes.js';
 
 const FORMATS = 'PNG, JPEG, WebP, AVIF, GIF and BMP are read';

@@ -1,12 +1,13 @@
 /**
- * Any picture as RGB pixels, as vlmport/runtime/images/reading.py reads it: upright, transparency over
+ * Any picture as RGB pixels, read as Python does (the twin of
+ * vlmport/runtime/images/reading.py): upright, transparency over
  * white, colour profiles ignored, never scaled.
  */
 
-import { isWebPage } from '../bundle/download.js';
-import type { ErrorCode } from '../error-codes.js';
-import { VlmportError, firstLine, quoted } from '../errors.js';
-import type { Picture as AnyPicture } from '../protocol.js';
+import { isWebPage } from '../../bundle/download.js';
+import type { ErrorCode } from '../../error-codes.js';
+import { VlmportError, firstLine, quoted } from '../../errors.js';
+import type { Picture as AnyPicture } from '../../protocol.js';
 import { AS_STORED, type Rgba, readBitmap } from './canvas.js';
 import { type Frame, type PictureFile, readFile, undecoded } from './files.js';
 import { decodePng16 } from './png16.js';

@@ -1,6 +1,6 @@
 /** Embeddings and features as rows of float32. */
 
-import { VlmportError } from '../errors.js';
+import { VlmportError } from '../../errors.js';
 import type { Tensor, TensorData } from './sessions.js';
 
 /** Rows of numbers, one after the other. */
@@ -27,6 +27,14 @@ export async function rowsOf(tensor: Tensor | undefined): Promise<Rows> {
   } finally {
     tensor.dispose();
   }
+}
+
+/** The numbers of an int64 output. Throws BundleError where `where` gives none. */
+export function integers(tensor: Tensor | undefined, where: string): BigInt64Array {
+  const data = tensor?.data;
+  if (data instanceof BigInt64Array) return data;
+  const message = `${where}: the graph gives no int64 output of this name`;
+  throw new VlmportError('BundleError', 'bundle.wrong-graph', message, 'export the bundle again');
 }
 
 /** Rows of several, in order. All are as wide as the first. */

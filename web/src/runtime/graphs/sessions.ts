@@ -1,5 +1,6 @@
 /**
- * ONNX Runtime and its sessions, on WebAssembly or WebGPU.
+ * ONNX Runtime and its sessions, on WebAssembly or WebGPU (the twin of
+ * vlmport/runtime/graphs/sessions.py).
  *
  * Traps:
  * - Only the entries `/wasm` and `/webgpu` are used: the kernels that the default entry has for
@@ -11,14 +12,16 @@
  */
 
 import type * as OrtModule from 'onnxruntime-web/webgpu';
-import { VlmportError, firstLine } from '../errors.js';
-import type { Device } from '../protocol.js';
+import { VlmportError, firstLine } from '../../errors.js';
+import type { Device } from '../../protocol.js';
 
 export type Ort = typeof OrtModule;
 export type Session = OrtModule.InferenceSession;
 export type Tensor = OrtModule.Tensor;
 export type TensorType = OrtModule.Tensor.Type;
 export type TensorData = OrtModule.Tensor.DataType;
+/** Tensors by name. */
+export type Feeds = Record<string, Tensor>;
 
 const SMALLEST_SUBGROUP = 4;
 const MOST_THREADS = 4;

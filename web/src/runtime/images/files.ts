@@ -6,7 +6,7 @@
  * is given to them has neither: colours come as stored, and turning is done here.
  */
 
-import { VlmportError } from '../errors.js';
+import { VlmportError } from '../../errors.js';
 import { type Bytes, fromHex, latin, text, viewOf } from './bytes.js';
 import { SAVE, notRead } from './kinds.js';
 

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { cuts } from '../src/runtime/cache.js';
+import { cuts } from '../../src/runtime/graphs/cache.js';
 
 test.each([
   [1, [1]],

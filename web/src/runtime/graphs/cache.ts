@@ -5,11 +5,11 @@
  * goes in and comes out of each run, so there the cache grows with the text and is never larger.
  */
 
-import { VlmportError } from '../errors.js';
-import type { Components, Feeds } from './components.js';
+import { VlmportError } from '../../errors.js';
+import type { Components } from './components.js';
 import type { CachePort } from './decoder.js';
 import { type Rows, rowsOf } from './rows.js';
-import type { Tensor } from './sessions.js';
+import type { Feeds, Tensor } from './sessions.js';
 import { firstOfAxis } from './slices.js';
 
 const BYTES: Readonly<Record<string, number>> = { float32: 4, float16: 2 };
