@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -134,6 +136,18 @@ class VerificationError(VlmportError):
     """`verify` could not run the reference, or its results contradict each other."""
 
     exit_code = 1
+
+
+def warn(warning: VlmportWarning) -> None:
+    """Give a warning whose place is the line of the user's code that called vlmport.
+
+    However many of our functions are between, Python then shows that line, and shows the warning
+    once for it.
+    """
+    level, frame = 1, sys._getframe(0)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "vlmport":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(warning, stacklevel=level)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

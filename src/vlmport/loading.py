@@ -1,7 +1,7 @@
-"""A model source, whatever it is, to a bundle: built-in name, bundle, checkpoint or Hub id.
+"""Open a model from any source: a built-in name, a bundle, a checkpoint or a Hub id.
 
-A checkpoint is exported once, into the user's cache, and found there the next time; see
-`bundle_cache.py`. Of a bundle on the Hub only the graphs that will run are fetched.
+A checkpoint is exported once, into the user's cache (bundle/cache.py), and found there the next
+time. Of a bundle on the Hub only the graphs that will run are fetched.
 """
 
 from __future__ import annotations
@@ -41,23 +41,38 @@ def load(
     image_cache_bytes: int = MAX_BYTES,
     verify_hashes: bool | None = None,
 ) -> VLM:
-    """A model ready to caption, from a built-in name, a bundle, a checkpoint folder or a Hub id.
+    """Open a model: a built-in name, a bundle, a checkpoint folder or a Hub id.
+
+        model = vlmport.load("shapes")
+        model = vlmport.load("my-finetune", precision="q8", threads=4)
+
+    A checkpoint is exported first, once, into the user's cache.
 
     Args:
-        precision: auto, fp32, fp16, q8, q4, q4f16, or a mix such as 'vision=fp32,decoder=q4'.
-        device: cpu, or another that the installed ONNX Runtime offers.
-        threads: threads of ONNX Runtime, by default all cores.
-        adapter: a PEFT folder, merged into a checkpoint when it is exported.
+        source: a built-in name (`builtin_models`), the folder of a bundle or of a checkpoint, or a
+            Hub id such as 'org/name' (default: the built-in captioner 'shapes').
+        precision: 'auto' (default: the bundle's choice for the device), 'fp32', 'fp16', 'q8', 'q4',
+            'q4f16', or a mix such as 'vision=fp32,decoder=q4'.
+        device: 'cpu' (default), 'cuda', 'cuda:1', …, as far as the installed ONNX Runtime has it.
+        threads: number of threads of ONNX Runtime; None for one per core.
+        adapter: a PEFT folder or Hub id, whose LoRA is merged into a checkpoint at export.
         revision: branch, tag or commit of a Hub id.
         progress: called during a first export with (done bytes, total bytes, file).
-        image_cache_bytes: maximum size of the cache of encoded pictures (default 256 MB, 0 =
-            none).
-        verify_hashes: whether a bundle's files are compared with the SHA-256 in its manifest. None
-            compares a bundle from the Hub, and each file once; True compares any bundle now.
+        image_cache_bytes: maximum size in bytes of the cache of encoded images (default 256 MB,
+            0 = none).
+        verify_hashes: True compares all files of a bundle with the SHA-256 in its manifest. None
+            (default) does it for a bundle from the Hub, once for each file. False never does.
 
-    Threads may share the model, see VLM.
+    Returns:
+        The model. Threads may share it, see VLM.
 
-    Raises VlmportError: the message says what is wrong, `hint` what to do.
+    Raises:
+        SourceError: the source is not found, or can't be downloaded.
+        ConfigError, WeightError, AdapterError, TokenizerError, ExportError: a checkpoint that can't
+            be exported.
+        BundleError: the bundle is damaged, or lacks the precision.
+        DeviceError: ONNX Runtime does not have the device.
+        OptionError: a number is out of its range, or an adapter is given for a bundle.
     """
     bundle = resolve(
         source,
@@ -87,13 +102,14 @@ def resolve(
     progress: Progress | None = None,
     verify_hashes: bool | None = None,
 ) -> Bundle:
-    """The bundle of a source; a checkpoint is exported into the cache unless it is there.
+    """Find the bundle of a source; export a checkpoint into the cache unless it is there.
 
     Args:
-        precisions: what to export of a checkpoint.
-        runs: what will run of a bundle, (precision, device): of one on the Hub no other graphs
-            are fetched. None fetches all.
-        verify_hashes: as for `load`.
+        source: as for `load`.
+        precisions: which precisions to export of a checkpoint.
+        runs: (precision, device) that will run. Of a bundle on the Hub only their graphs are
+            fetched. None fetches all.
+        adapter, revision, progress, verify_hashes: as for `load`.
 
     Raises as `export` and `Bundle.open` do.
     """
@@ -128,7 +144,7 @@ def resolve(
             progress=progress,
         )
     except Exception:
-        # Another process may have exported the same in the meantime: then its bundle serves.
+        # Another process may have exported the same in the meantime: use its bundle.
         if (cached := open_entry(out)) is not None:
             return cached
         raise
@@ -139,9 +155,9 @@ def resolve(
 def _open_remote(
     repo: str, folder: Path, runs: tuple[str, str] | None, verify_hashes: bool | None
 ) -> Bundle:
-    """A bundle on the Hub, of which only the small files at its root are here so far.
+    """Open a bundle on the Hub, of which only the small files at its root are here so far.
 
-    The rest is fetched at the same commit, which the snapshot's folder is named after. Raises
+    The rest is fetched at the same commit, after which the snapshot's folder is named. Raises
     BundleError, before anything is fetched, for a precision that the bundle does not hold.
     """
     manifest = read_manifest(folder / MANIFEST)
@@ -156,9 +172,9 @@ def _open_remote(
 
 
 def _needed(precision: str) -> tuple[str, ...]:
-    """What to export of a checkpoint, so that this request can be served.
+    """Choose the precisions to export of a checkpoint for this request.
 
-    One that is asked for by name is exported alone: it may be the only one that the model allows.
+    One that is named is exported alone: it may be the only one that the model allows.
     """
     if (name := canonical(precision)) in SUFFIXES:
         return (name,)

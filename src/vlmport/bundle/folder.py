@@ -15,12 +15,24 @@ from vlmport.errors import BundleError, some_problems
 CARD = "README.md"  # people edit it before they publish, so the manifest does not list it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
-    """A folder and its manifest."""
+    """A folder of ONNX graphs and its manifest; `export` writes one, `VLM.open` runs it.
+
+    Attributes:
+        folder: the folder.
+        manifest: the contents of its vlmport.json.
+    """
 
     folder: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        of, size = self.manifest, sum(entry.size for entry in self.manifest.files.values())
+        return (
+            f"Bundle({str(self.folder)!r}, family={of.family!r}, layout={of.layout!r}, "
+            f"precisions={of.precisions}, {size / 1e6:.1f} MB)"
+        )
 
     @classmethod
     def open(
@@ -30,12 +42,19 @@ class Bundle:
         check_hashes: bool = False,
         needed: Collection[str] | None = None,
     ) -> Bundle:
-        """Read a bundle; sizes of all files are compared, with `check_hashes` the bytes too.
+        """Read a bundle, and check that its files are there and have the right sizes.
 
         Args:
-            needed: the files that have to be there; None for all.
+            folder: the bundle's folder.
+            check_hashes: compare the SHA-256 of each file too (default False).
+            needed: names of the files that have to be there; None for all.
 
-        Raises BundleError for a missing, malformed, newer, incomplete or altered bundle.
+        Returns:
+            The bundle.
+
+        Raises:
+            BundleError: the bundle is missing, malformed, newer than this version of vlmport,
+                incomplete or altered.
         """
         folder = Path(folder)
         bundle = cls(folder, read_manifest(folder / MANIFEST))

@@ -109,7 +109,7 @@ class Golden:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """The contents of vlmport.json, version 1."""
 
@@ -130,6 +130,12 @@ class Manifest:
     accuracy: tuple[Mapping[str, Any], ...] = ()
     image_options: Mapping[str, Any] = field(default_factory=dict)
     ignored_weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Manifest({self.name!r}, family={self.family!r}, layout={self.layout!r}, "
+            f"precisions={self.precisions}, {len(self.files)} files)"
+        )
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ Nothing but headers is read until `numpy()`.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from vlmport.checkpoint.lora import LoraScale, merge_stored
 from vlmport.checkpoint.quantized import without_quantization
 from vlmport.checkpoint.source import locate, locate_adapter
 from vlmport.checkpoint.weights import LazyTensor, Weights
-from vlmport.errors import CheckpointWarning, ConfigError, WeightError, some_names
+from vlmport.errors import CheckpointWarning, ConfigError, WeightError, some_names, warn
 from vlmport.files.json_files import load_json
 
 __all__ = [
@@ -107,13 +106,12 @@ class Checkpoint:
 
 def _warn_of_unread(folder: Path) -> None:
     if unread := unread_weights(folder):
-        warnings.warn(
+        warn(
             CheckpointWarning(
                 f"{folder}: weights that neither transformers nor vlmport reads: "
                 f"{some_names(unread)}",
                 code="checkpoint.file-ignored",
-            ),
-            stacklevel=3,
+            )
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from vlmport.errors import (
     did_you_mean,
     quoted,
     some_names,
+    warn,
 )
 from vlmport.files.json_files import load_json
 from vlmport.text.killable import RefusedError, StoppedError, Worker
@@ -238,13 +238,12 @@ def _with_whole(
                 hint=MERGE_FIRST,
                 code="adapter.other-weights",
             )
-        warnings.warn(
+        warn(
             CheckpointWarning(
                 f"{folder}: {given.name!r} differs from the base model's: the adapter's is used, "
                 "as in peft",
                 code="adapter.embedding-replaced",
-            ),
-            stacklevel=2,
+            )
         )
         both = () if head is None or not head.are_tied(made) else (head.embedding, head.head)
         made |= dict.fromkeys(both if name in both else (name,), given)

@@ -7,7 +7,6 @@ two is missing, and then the one that is there serves as both.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from vlmport.checkpoint.safetensors_file import READABLE, StoredTensor
 from vlmport.checkpoint.weights import LazyTensor
-from vlmport.errors import CheckpointWarning
+from vlmport.errors import CheckpointWarning, warn
 
 __all__ = ["HeadNames", "same_values"]
 
@@ -46,14 +45,13 @@ class HeadNames:
         if not self.tied or one is None:
             return dict(tensors)
         if head is not None and not same_values(one, head):
-            warnings.warn(
+            warn(
                 CheckpointWarning(
                     f"config.json ties the head to the embedding (tie_word_embeddings), but "
                     f"{head.name!r} is stored and differs from {one.name!r}: the stored head "
                     "is used, as in transformers 5",
                     code="checkpoint.head-differs",
-                ),
-                stacklevel=2,
+                )
             )
             return dict(tensors)
         return {**tensors, self.embedding: one, self.head: one}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from vlmport.cli.output import to_json
 
 if TYPE_CHECKING:
-    from vlmport.runtime.model import Caption
+    from vlmport.runtime.model import Response
 
 
-def json_row(asked: Mapping[str, Any], name: str, caption: Caption) -> str:
+def json_row(asked: Mapping[str, Any], name: str, caption: Response) -> str:
     """What was asked and everything about the answer, whose text has this name.
 
     What was not asked for is left out.

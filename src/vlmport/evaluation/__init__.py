@@ -33,7 +33,7 @@ from vlmport.evaluation.examples import (
 )
 from vlmport.evaluation.report import Answers, Report, accuracy_markdown, limit_of
 from vlmport.runtime.decoding.options import whole_number
-from vlmport.runtime.model import BATCH_SIZE, VLM, Caption
+from vlmport.runtime.model import BATCH_SIZE, VLM, Response
 
 __all__ = ["Progress", "Report", "UnrecordedResultError", "accuracy_markdown", "evaluate"]
 
@@ -73,30 +73,43 @@ def evaluate(
     progress: Progress | None = None,
     on_precision: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Caption pictures, or ask about them, at each precision; score what is said; write it down.
+    """Measure a bundle's captions or answers at each precision, and what each lost to fp32.
+
+        report = vlmport.evaluate("my-bundle", "photos")  # photos/captions.json is the reference
+        report.figures, report.passed
 
     Args:
-        pictures: a folder of pictures with reference captions; None for the 1,000 held-out scenes
-            that the built-in `shapes` is measured on.
-        captions: the file of captions; None finds captions.json, metadata.csv or metadata.jsonl.
-        questions: ask the 1,000 held-out questions about scenes, for models trained on such.
-        metrics: of exact_match, rouge_l, cider_d; by default exact_match for the scenes and
-            rouge_l for pictures.
-        precisions: names, 'auto' or mixes such as 'vision=q8,decoder=q4'; None for all that the
-            whole bundle exists in.
-        limit: take the first so many pictures, or questions.
-        batch_size: pictures captioned together; questions are asked one by one.
-        record: write the figures into vlmport.json and the model card.
-        console: where to print the table; None prints nothing.
-        progress: called with (done, all, what is next), in captions.
-        on_precision: called with the report so far when a precision is done.
+        bundle: a bundle, or its folder.
+        pictures: a folder of images with reference captions. None (default) draws the 1,000
+            held-out scenes that the built-in models are measured on.
+        captions: the file of reference captions; None finds captions.json, metadata.csv or
+            metadata.jsonl in the folder.
+        questions: ask the 1,000 held-out questions about scenes instead (default False), for models
+            that were trained on such.
+        metrics: names of 'exact_match', 'rouge_l' and 'cider_d'; None is exact_match for scenes and
+            rouge_l for a folder.
+        precisions: names, 'auto' or mixes such as 'vision=q8,decoder=q4'; None for all of the
+            bundle.
+        limit: maximum number of images or questions, from the first; None for all.
+        batch_size: number of images that are captioned together (default 8); questions are asked
+            one by one.
+        device: 'cpu' (default), 'cuda', …, as far as the installed ONNX Runtime has it.
+        threads: number of threads of ONNX Runtime; None for one per core.
+        record: write the figures into vlmport.json and the model card (default True).
+        console: a rich console to print the table to; None prints nothing.
+        progress: called with (done images, images of all precisions, what is next).
+        on_precision: called with the report so far after each precision.
 
-    Returns the report, whether it passed or not. Raises:
-        EvaluationError: pictures or captions that can't be measured on.
-        DependencyError: a metric's library is not installed.
-        UnrecordedResultError: all is done and printed, but the folder can't be written, or
-            pictures could not be read; it has the report.
-        BundleError, DeviceError, OptionError: as their names say.
+    Returns:
+        The report, whether it passed or not.
+
+    Raises:
+        EvaluationError: images or captions that can't be measured on.
+        DependencyError: the library of a metric is not installed.
+        UnrecordedResultError: the figures are done and printed, but the bundle can't be written, or
+            some images could not be read; its `report` has the result.
+        BundleError, DeviceError, OptionError: a damaged bundle, an unknown device, a number out of
+            its range.
     """
     if pictures is None and captions is not None:
         raise EvaluationError(
@@ -196,7 +209,7 @@ def _measured(
 
 def _said(
     model: VLM, data: ExampleSet, batch_size: int
-) -> Iterator[Caption | ImageError | PromptError]:
+) -> Iterator[Response | ImageError | PromptError]:
     """What the model says, in order. Where the bundle's defaults draw tokens, a figure would be
     one of many: nothing is drawn."""
     if not data.asks:

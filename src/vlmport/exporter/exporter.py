@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from vlmport.bundle import (
 )
 from vlmport.bundle.layouts import HUB, ImageSize
 from vlmport.checkpoint import Checkpoint, locate_adapter
-from vlmport.errors import ExportError, ExportWarning, WeightError, did_you_mean
+from vlmport.errors import ExportError, ExportWarning, WeightError, did_you_mean, warn
 from vlmport.exporter.assign import PAST_FLOAT16, Assignment
 from vlmport.exporter.card import write_card
 from vlmport.exporter.files import write_hub_files, write_json
@@ -71,29 +70,40 @@ def export(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint folder, Hub id or built-in model to a bundle in `out`.
+    """Export a checkpoint to a bundle: graphs, weights, tokenizer, manifest and model card.
 
-    An export that fails leaves `out` as it was.
+        bundle = vlmport.export("my-finetune", "my-bundle")
+        vlmport.export("org/name", "out", precisions="fp16", force=True)
+
+    An export that fails leaves `out` as it was. PyTorch is not needed.
 
     Args:
-        precisions: names, or one string with commas: fp32, fp16, q8 (or int8), q4, q4f16. None
-            for fp32, q8 and q4, as far as this model can have them: one that it can't have is left
-            out with an ExportWarning. A precision that is named is an error then.
-        layout: the form of folder, of those that the model's family has (vlmport.bundle.layouts).
-        image_size: such as '672x672', width first; of layouts for pictures of one size.
-        max_shard_size: of a file of weights beside its graph, such as '500MB'; None for 2 GB,
-            more than which no browser holds in one piece.
-        adapter: a PEFT folder whose LoRA is merged into the weights.
-        ignore_weights: patterns such as 'model.talker.*' of tensors that the model does not need:
-            they are left out, and the manifest and the model card name them. Without one, a tensor
-            that has no place is an error.
-        force: overwrite a bundle that is there.
+        source: a checkpoint folder, a Hub id such as 'org/name', or a built-in name.
+        out: the bundle's folder, which must not exist, or be empty, or be a bundle with `force`.
+        precisions: names, or one string with commas, of 'fp32', 'fp16', 'q8' (or 'int8'), 'q4' and
+            'q4f16'. None (default) is fp32, q8 and q4, without those that this model can't have:
+            an ExportWarning says so. A precision that is named and can't be had is an error.
+        layout: the form of the folder (default 'hub'); 'components', 'fused' and 'genai' for the
+            families that have them.
+        image_size: width and height in pixels, such as '672x672', for layouts that take images of
+            one size only.
+        max_shard_size: maximum size of a file of weights, such as '500MB'. None (default) is 2 GB,
+            the most that browsers hold in one piece.
+        adapter: a PEFT folder or Hub id, whose LoRA is merged into the weights.
+        ignore_weights: patterns, such as 'model.talker.*', of tensors that the model does not need.
+            They are left out, and the manifest and the model card name them. Without a pattern, a
+            tensor that has no place in the model is an error.
+        force: replace a bundle that exists (default False).
         revision: branch, tag or commit of a Hub id.
-        name: the bundle's name, by default that of the checkpoint.
+        name: the bundle's name; None takes that of the checkpoint.
         progress: called with (done bytes, total bytes, file being written).
 
+    Returns:
+        The bundle.
+
     Raises:
-        SourceError, ConfigError, WeightError, AdapterError, TokenizerError: a bad checkpoint.
+        SourceError, ConfigError, WeightError, AdapterError, TokenizerError: the checkpoint is not
+            found, not supported or damaged.
         ExportError: `out` exists, an unknown precision or layout, an image size that the model or
             the layout does not take, a bad shard size, a full disk.
         OptionError: `ignore_weights` match nothing, or a tensor that the model needs.
@@ -216,10 +226,7 @@ def _write(
                 raise
             lacking[job.precision] = error
     for precision, error in lacking.items():
-        warnings.warn(
-            ExportWarning(f"{precision} is left out: {error}", code="export.precision-left-out"),
-            stacklevel=3,
-        )
+        warn(ExportWarning(f"{precision} is left out: {error}", code="export.precision-left-out"))
     for job in jobs:
         if job.precision in lacking:
             for path in folder.glob(f"{glob.escape(job.file)}*"):

@@ -15,12 +15,11 @@ import re
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from vlmport.bundle import CARD, MANIFEST, Bundle, read_manifest
-from vlmport.errors import ExportError, ExportWarning, VlmportError, some_names
+from vlmport.errors import ExportError, ExportWarning, VlmportError, some_names, warn
 
 try:
     import fcntl
@@ -95,7 +94,7 @@ def _clear(path: Path, out: Path, *, old: bool) -> None:
 
 
 def _warn(message: str, *, code: str) -> None:
-    warnings.warn(ExportWarning(message, code=code), stacklevel=2)
+    warn(ExportWarning(message, code=code))
 
 
 def _is_whole(out: Path) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 from vlmport.checkpoint import Checkpoint
-from vlmport.errors import CheckpointWarning, TokenizerError, some_names
+from vlmport.errors import CheckpointWarning, TokenizerError, some_names, warn
 from vlmport.families.base import Family, HubFiles
 from vlmport.text.tokenizer import read_tokenizer
 
@@ -45,13 +43,12 @@ def check_token_ids(checkpoint: Checkpoint, family: Family, hub: HubFiles) -> No
             "these, or give the tokenizer that belongs to the weights",
             code=CODE,
         )
-    warnings.warn(
+    warn(
         CheckpointWarning(
             f"the embedding has {rows} rows, and {len(past)} tokens of the tokenizer lie past "
             f"them: {_listed(list(past), past)}; a text that holds one is refused",
             code=CODE,
-        ),
-        stacklevel=2,
+        )
     )
 
 

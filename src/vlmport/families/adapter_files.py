@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vlmport.checkpoint import Checkpoint, load_json
-from vlmport.errors import AdapterError, CheckpointWarning, VlmportError, some_names
+from vlmport.errors import AdapterError, CheckpointWarning, VlmportError, some_names, warn
 from vlmport.families.base import Family
 from vlmport.families.generation_config import FILE as GENERATION
 from vlmport.families.processor_config import PREPROCESSOR, PROCESSOR
@@ -73,13 +72,12 @@ def with_adapter_files(checkpoint: Checkpoint, family: F, adapter: Path) -> tupl
     if new is not None:
         differing |= texts.keys()
     if differing:
-        warnings.warn(
+        warn(
             CheckpointWarning(
                 f"{adapter}: {some_names(differing)} differ from the base model's: the adapter's "
                 "are used",
                 code="adapter.files-differ",
-            ),
-            stacklevel=2,
+            )
         )
     return taken, made
 

@@ -57,26 +57,36 @@ def verify(
     console: Console | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Run the parity ladder and write its result into vlmport.json and the model card.
+    """Compare a bundle with transformers on PyTorch, and write the result into the bundle.
+
+        report = vlmport.verify("my-bundle", "my-finetune")
+        report.passed
+
+    The result goes into vlmport.json and the model card. It needs `pip install "vlmport[verify]"`.
 
     Args:
+        bundle: a bundle, or its folder.
         reference: the checkpoint that the bundle was exported from: a folder, a Hub id or a
             built-in name.
-        precisions: which to verify; None for all that the bundle holds.
-        adapter: the PEFT folder that was merged at export, if one was.
-        revision: branch, tag or commit, where the reference is a Hub id.
-        images: pictures beside the drawn ones, which are always there.
-        console: where to print the report; None prints nothing.
+        precisions: names of the precisions to verify; None (default) for all of the bundle.
+        adapter: the PEFT folder or Hub id that was merged at export, if any.
+        revision: branch, tag or commit of the reference, where it is a Hub id.
+        images: images in addition to the drawn ones, as `VLM.caption` takes them.
+        console: a rich console to print the report to; None prints nothing.
         progress: called with (done checks, all checks, what is next).
 
-    Returns the report, whether it passed or not. Raises:
-        DependencyError: torch, transformers or peft is not installed, or another Pillow.
+    Returns:
+        The report, whether it passed or not.
+
+    Raises:
+        DependencyError: torch, transformers or peft is not installed, or another Pillow is.
         SourceError: the checkpoint is not found, or is that of another model.
-        UnrecordedError: all is done and printed, but the bundle can't be written; it has the
-            report.
-        VerificationError: transformers can't load or run the checkpoint; nothing is said of the
-            bundle.
-        BundleError, ConfigError, WeightError, AdapterError, ImageError: as their names say.
+        UnrecordedError: the checks are done and printed, but the bundle can't be written; its
+            `report` has the result.
+        VerificationError: transformers can't load or run the checkpoint, so nothing is known about
+            the bundle.
+        BundleError, ConfigError, WeightError, AdapterError, ImageError: a damaged or unsupported
+            bundle, checkpoint, adapter or image.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     names = list(precisions or bundle.manifest.precisions)

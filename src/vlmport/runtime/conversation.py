@@ -16,16 +16,17 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from vlmport.errors import PromptError
+from vlmport.errors import PromptError, quoted
+from vlmport.runtime.decoding.generate_options import GenerateOptions
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.images.features import Picture
 from vlmport.runtime.messages import Message, check_images, check_messages
 from vlmport.runtime.preparing import Asker, Held, Prompt, refuse_several
-from vlmport.runtime.response import Caption
+from vlmport.runtime.response import Response
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -59,18 +60,19 @@ class _Turn:
 
 
 class Conversation:
-    """Questions and answers, with pictures anywhere among them.
+    """Questions and answers, with images anywhere among them. `VLM.conversation` starts one.
 
         chat = model.conversation(system="Answer in one word.")
         chat.ask("What color is the square?", images=["red_square.png"])
         chat.ask("And what is left of it?")
 
-    A question belongs to the conversation once its answer is complete. One that fails, that is
-    interrupted, or whose stream is closed early, leaves the conversation as it was; what was
-    encoded and prefilled for it is not lost, and serves when it is asked again.
+    A question belongs to the conversation once its answer is complete. After an error, an interrupt
+    or a stream that is closed early, the conversation is as it was before the question; the work on
+    the prompt is kept for when it is asked again.
 
     Attributes:
-        last: the last whole answer, None before the first; for a stream, which gives text alone.
+        last: the last complete answer, as a Response; None before the first. After `stream`, which
+            gives text alone, it has the token ids, times and counts.
     """
 
     def __init__(
@@ -91,58 +93,84 @@ class Conversation:
             self._start = tuple(_checked([{"role": "system", "content": system}]))
         self._state = _State(self._start)
         self._held: Held | None = None
-        self.last: Caption | None = None
+        self.last: Response | None = None
+
+    def __repr__(self) -> str:
+        start = len(self._start)
+        questions, images = (len(self._state.messages) - start) // 2, len(self._state.pictures)
+        facts = [f"questions={questions}", f"images={images}"]
+        if start:
+            facts.insert(0, f"system={quoted(self._start[0]['content'][0]['text'], 40)}")
+        if self.attached:
+            facts.append(f"attached={self.attached}")
+        return f"Conversation({', '.join([*facts, f'cached_tokens={self.cached_tokens}'])})"
 
     @property
     def messages(self) -> list[Message]:
-        """All that was said, in the form that `VLM.generate` takes; pictures stand in it as they
-        were given."""
+        """The messages so far, in the form that `VLM.generate` takes, with the images as given."""
         return [_copied(message) for message in self._state.messages]
 
     @property
     def attached(self) -> int:
-        """How many pictures wait for the next question."""
+        """Number of images attached to the next question."""
         return len(self._state.attached)
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens the cache holds."""
+        """Number of tokens in the cache, which the next question does not prefill again."""
         return 0 if self._held is None else len(self._held.ids)
 
     @property
     def fills_context(self) -> bool:
-        """Whether the last answer was cut where the model's context ends."""
+        """True if the last answer was cut because the model's context is full."""
         counts = {} if self.last is None or self.last.complete else self.last.counts
         used = sum(counts.get(name, 0) for name in ("prompt_tokens", "new_tokens"))
         return used > self._asker.components.manifest.dims.context_length
 
     def attach(self, image: ImageSource) -> None:
-        """Give a picture along with the next question. Raises ImageError at once."""
+        """Attach an image to the next question, before those that `ask` is given.
+
+        Args:
+            image: an image, as `VLM.caption` takes it.
+
+        Raises:
+            ImageError: it can't be read or processed.
+        """
         picture = self._asker.picture(image, self._image_options)
         attached = (*self._state.attached, (image, picture))
         self._state = replace(self._state, attached=attached)
 
     def detach(self) -> None:
-        """Put away the pictures that wait for the next question."""
+        """Remove the images that are attached to the next question."""
         self._state = replace(self._state, attached=())
 
     def reset(self) -> None:
-        """Forget all but the system message, attached pictures and the cache too."""
+        """Forget everything but the system message: attached images and the cache too."""
         self._state, self._held, self.last = _State(self._start), None, None
 
     def ask(
-        self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
-    ) -> Caption:
-        """Ask about these pictures and all that came before.
+        self,
+        question: str | None = None,
+        images: Sequence[ImageSource] = (),
+        **options: Unpack[GenerateOptions],
+    ) -> Response:
+        """Ask a question about these images and everything before.
 
-        Pictures stand before the question, those that were attached first. Without a question
-        the model is asked for a caption, as `VLM.caption` asks.
+        Args:
+            question: the question; None asks for a caption, with the prompt of `VLM.caption`.
+            images: images, as `VLM.caption` takes them. They come before the question, after those
+                that were attached.
+            **options: how tokens are chosen, see GenerationOptions; over the bundle's defaults.
 
-        Options are those of GenerationOptions, over the bundle's defaults. Of several answers the
-        best is the one that the conversation goes on with.
+        Returns:
+            The answer. With several (num_return_sequences), the conversation continues with the
+            best, and `alternatives` has the others.
 
-        Raises ImageError, PromptError (a conversation that is longer than the context among them)
-        or OptionError before anything is encoded.
+        Raises:
+            ImageError: an image can't be read or processed.
+            PromptError: the conversation would be longer than the context, or the bundle takes no
+                questions.
+            OptionError: an option is unknown, out of its range, or contradicts another.
         """
         turn = self._begin(question, images, options)
         generation = Generation(self._asker.components, [turn.prompt.request])
@@ -155,14 +183,28 @@ class Conversation:
         return self._end(turn, generation)
 
     def stream(
-        self, question: str | None = None, images: Sequence[ImageSource] = (), **options: Any
+        self,
+        question: str | None = None,
+        images: Sequence[ImageSource] = (),
+        **options: Unpack[GenerateOptions],
     ) -> Generator[str, None, None]:
-        """The answer of `ask`, piece by piece as it is made.
+        """Ask as `ask` does, and give the answer piece by piece.
 
-        What is wrong with the arguments is raised here, not at the first piece. The answer belongs
-        to the conversation when its last piece is given; closing the iterator before ends the
-        work and leaves the conversation as it was. One stream at a time: PromptError at the end of
-        one during which the conversation went on otherwise.
+        The answer belongs to the conversation when its last piece is given. Close the iterator
+        before that to end the work: the conversation is then as it was.
+
+        Args:
+            question: as for `ask`.
+            images: as for `ask`.
+            **options: as for `ask`, but for several beams or sequences.
+
+        Returns:
+            An iterator over pieces of text.
+
+        Raises:
+            ImageError, PromptError, OptionError: as `ask` does, and at once, not at the first
+                piece. PromptError at the end where another question was asked meanwhile: one
+                stream at a time.
         """
         refuse_several(self._asker.decoding(options).options)
         return self._pieces(self._begin(question, images, options))
@@ -240,7 +282,7 @@ class Conversation:
         check_images(images)
         if question is not None and not isinstance(question, str):
             raise PromptError(
-                f"a question is a text, got {type(question).__name__}",
+                f"the question is of type {type(question).__name__}, expected str",
                 hint='ask("…", images=[…])',
                 code="prompt.wrong-value",
             )
@@ -253,21 +295,21 @@ class Conversation:
             asked = self._asker.components.manifest.prompt.caption
         if len(asked) != 1:
             raise PromptError(
-                f"a caption is asked for by {len(asked)} messages, a question is one",
-                hint="give a question",
+                f"this bundle has no caption prompt of one message, but one of {len(asked)}",
+                hint="give a question, or call `caption` of the model",
                 code="prompt.no-question",
             )
         (message,) = _checked(asked, [*attached, *images])
         return message
 
-    def _end(self, turn: _Turn, generation: Generation) -> Caption:
+    def _end(self, turn: _Turn, generation: Generation) -> Response:
         """The question and its answer are part of the conversation from here on.
 
         Raises PromptError where the conversation is not what it was when the question was asked.
         """
         if self._state is not turn.before:
             raise PromptError(
-                "the conversation went on while this answer was made",
+                "the conversation changed while this answer was generated",
                 hint="read a stream to its end, or close it, before the next question",
                 code="conversation.went-on",
             )

@@ -1,4 +1,4 @@
-"""`VLM`: open a bundle, ask it about pictures."""
+"""`VLM`: a bundle that is open, and that captions images and answers questions about them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ImageError, PromptError
 from vlmport.runtime.conversation import Conversation
+from vlmport.runtime.decoding.generate_options import GenerateOptions
 from vlmport.runtime.decoding.options import whole_number
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.components import Components
@@ -18,32 +19,49 @@ from vlmport.runtime.images.features import MAX_BYTES, FeatureCache
 from vlmport.runtime.messages import Message
 from vlmport.runtime.preparing import Asker, Prompt, refuse_several
 from vlmport.runtime.prompt import Prompter
-from vlmport.runtime.response import Answer, Caption
+from vlmport.runtime.response import Answer, Caption, Response
 
 if TYPE_CHECKING:
     from vlmport.runtime.images.reading import ImageSource
 
-__all__ = ["VLM", "Answer", "Caption"]
+__all__ = ["VLM", "Answer", "Caption", "Response"]
 
 BATCH_SIZE = 8
 
 
 class VLM:
-    """A bundle, ready to run.
+    """A vision-language model that is open and ready to run.
 
-    Threads may share one model: `caption`, `caption_each`, `generate` and `stream` may be called
-    by several at the same time, and each answer is what it would be alone. A conversation and an
-    iterator belong to one thread at a time. Close the model when no thread uses it any more.
+        model = vlmport.load("shapes-smolvlm")
+        print(model.caption("photo.jpg"))
+        print(model.conversation().ask("What is it?", ["photo.jpg"]))
+
+    `vlmport.load` opens one from any source; `VLM.open` opens a bundle. Use `with`, or call
+    `close`, to release its memory.
+
+    Threads may share one model: several may call `caption`, `caption_each`, `generate` and `stream`
+    at the same time, and each answer is what it would be alone. A conversation and an iterator
+    belong to one thread at a time. Close the model when no thread uses it any more.
 
     Attributes:
-        components: its graphs.
-        asker: its chat template and tokenizer, and the cache of recently encoded pictures.
+        components: the graphs, as ONNX Runtime sessions.
+        asker: chat template, tokenizer, and the cache of recently encoded images.
     """
 
     def __init__(self, components: Components, *, image_cache_bytes: int = MAX_BYTES):
-        """Raises OptionError where `image_cache_bytes` is no whole number from 0 on."""
+        """Make a model of graphs that are open; `VLM.open` opens them.
+
+        Raises OptionError where `image_cache_bytes` is no whole number from 0 on.
+        """
         self.components = components
         self.asker = Asker(components, image_cache_bytes)
+
+    def __repr__(self) -> str:
+        manifest = self.components.manifest
+        return (
+            f"VLM({manifest.name!r}, family={manifest.family!r}, precision={self.precision!r}, "
+            f"device={self.device!r})"
+        )
 
     @classmethod
     def open(
@@ -55,29 +73,39 @@ class VLM:
         threads: int | None = None,
         image_cache_bytes: int = MAX_BYTES,
     ) -> VLM:
-        """Open a bundle folder.
+        """Open a bundle. `vlmport.load` also takes checkpoints, Hub ids and built-in names.
 
         Args:
+            bundle: a bundle, or its folder.
             precision: 'auto' (the bundle's choice for the device), one of `precisions`, or a mix
                 such as 'vision=q4,decoder=fp32'.
-            device: 'cpu', 'cuda', 'cuda:1', 'coreml', 'directml', 'webgpu', …
-            threads: within an operator; None for one per core.
-            image_cache_bytes: maximum size of the cache of encoded pictures (default 256 MB,
-                0 = none): a picture in it is not encoded again. The least recently used go first.
+            device: 'cpu', 'cuda', 'cuda:1', 'coreml', 'directml', 'webgpu', …, as far as the
+                installed ONNX Runtime has it.
+            threads: number of threads of ONNX Runtime; None for one per core.
+            image_cache_bytes: maximum size in bytes of the cache of encoded images (default
+                256 MB, 0 = none). An image in it is not encoded again; the least recently used is
+                removed first.
 
-        Raises BundleError, DeviceError, TokenizerError or OptionError.
+        Returns:
+            The model.
+
+        Raises:
+            BundleError: the folder is no bundle, is damaged, or lacks the precision.
+            DeviceError: ONNX Runtime does not have the device.
+            TokenizerError: the bundle's tokenizer or chat template can't be read.
+            OptionError: a number is out of its range.
         """
         components = Components.open(bundle, precision=precision, device=device, threads=threads)
         return cls(components, image_cache_bytes=image_cache_bytes)
 
     @property
     def prompter(self) -> Prompter:
-        """Its chat template and tokenizer."""
+        """The chat template and the tokenizer."""
         return self.asker.prompter
 
     @property
     def features(self) -> FeatureCache:
-        """The cache of recently encoded pictures."""
+        """The cache of recently encoded images."""
         return self.asker.features
 
     @property
@@ -87,15 +115,16 @@ class VLM:
 
     @property
     def precision(self) -> str:
-        """The precision in use, or the mix."""
+        """The precision that runs, or the mix of them."""
         return self.components.precision
 
     @property
     def device(self) -> str:
+        """The device that it runs on, such as 'cpu' or 'cuda:1'."""
         return str(self.components.device)
 
     def close(self) -> None:
-        """Release the sessions and forget the pictures."""
+        """Release the sessions, and empty the cache of images."""
         self.components.close()
         self.features.clear()
 
@@ -117,8 +146,8 @@ class VLM:
         *,
         batch_size: int = BATCH_SIZE,
         image_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Caption: ...
+        **options: Unpack[GenerateOptions],
+    ) -> Response: ...
     @overload
     def caption(
         self,
@@ -126,30 +155,43 @@ class VLM:
         *,
         batch_size: int = BATCH_SIZE,
         image_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> list[Caption]: ...
+        **options: Unpack[GenerateOptions],
+    ) -> list[Response]: ...
     def caption(
         self,
         images: Any,
         *,
         batch_size: int = BATCH_SIZE,
         image_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Caption | list[Caption]:
-        """Caption one picture, or several.
+        **options: Unpack[GenerateOptions],
+    ) -> Response | list[Response]:
+        """Caption one image, or several.
+
+            model.caption("photo.jpg", max_new_tokens=30)
+            model.caption(["a.jpg", "b.jpg"], num_beams=3)
 
         Args:
-            batch_size: pictures that are generated together. Each has the caption that it would
-                have alone; memory grows with this number, not with that of the pictures.
-            image_options: of the image processor, over the bundle's `image_options`.
-            options: those of GenerationOptions, over the bundle's defaults.
+            images: a path, an address (file:// or data:), bytes, a PIL image or an array
+                uint8[height, width, 3]; or a list of these.
+            batch_size: number of images that are generated together (default 8). The captions do
+                not depend on it; memory grows with it, and not with the number of images.
+            image_options: options of the image processor, over the bundle's `image_options`.
+            **options: how tokens are chosen, see GenerationOptions; over the bundle's defaults.
 
-        Raises ImageError, PromptError or OptionError, before its batch is generated.
+        Returns:
+            One Response for one image; a list of them, in order, for a list.
+
+        Raises:
+            ImageError: an image can't be read or processed; nothing of its batch is generated.
+            PromptError: the prompt does not fit into the context.
+            OptionError: an option is unknown, out of its range, or contradicts another.
         """
         if not isinstance(images, list | tuple):
-            shared = {"batch_size": batch_size, "image_options": image_options}
-            return self.caption([images], **shared, **options)[0]
-        captions: list[Caption] = []
+            alone = self.caption(
+                [images], batch_size=batch_size, image_options=image_options, **options
+            )
+            return alone[0]
+        captions: list[Response] = []
         for batch in self._batches(images, batch_size, image_options, options):
             for prompt in batch:
                 if not isinstance(prompt, Prompt):
@@ -163,19 +205,31 @@ class VLM:
         *,
         batch_size: int = BATCH_SIZE,
         image_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Iterator[Caption | ImageError | PromptError]:
-        """Captions in the order of the pictures, as their batches are done.
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[Response | ImageError | PromptError]:
+        """Caption images one batch after the other, and continue after a bad one.
 
-        Where a picture can't be captioned its error comes in its place, and the others are
-        captioned all the same. Arguments are those of `caption`. Raises OptionError here, not at
-        the first caption.
+            for path, result in zip(paths, model.caption_each(paths), strict=True):
+                print(path, result)
+
+        Args:
+            images: images, as `caption` takes them; any iterable, read a batch at a time.
+            batch_size: number of images that are generated together (default 8).
+            image_options: options of the image processor, over the bundle's `image_options`.
+            **options: how tokens are chosen, see GenerationOptions; over the bundle's defaults.
+
+        Returns:
+            An iterator over one result for each image, in order: a Response, or the ImageError or
+            PromptError that says why this image has none.
+
+        Raises:
+            OptionError: as `caption` does, and at once, not at the first caption.
         """
         return self._results(self._batches(images, batch_size, image_options, options))
 
     def _results(
         self, batches: Iterable[Sequence[Prompt | ImageError | PromptError]]
-    ) -> Iterator[Caption | ImageError | PromptError]:
+    ) -> Iterator[Response | ImageError | PromptError]:
         for batch in batches:
             captions = iter(self._run([one for one in batch if isinstance(one, Prompt)]))
             for one in batch:
@@ -188,7 +242,7 @@ class VLM:
         image_options: Mapping[str, Any] | None,
         options: Mapping[str, Any],
     ) -> Iterator[list[Prompt | ImageError | PromptError]]:
-        """Prompts for captions, or what is wrong with a picture, batch by batch."""
+        """Prepare prompts for captions, batch by batch; a bad image gives its error instead."""
         size = whole_number("batch_size", batch_size, 1)
         decoding = self.asker.decoding(options)
         if image_options:
@@ -210,14 +264,29 @@ class VLM:
         images: Sequence[ImageSource] = (),
         *,
         image_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Caption:
-        """Answer messages. Each part `{"type": "image"}` takes the next of `images`.
+        **options: Unpack[GenerateOptions],
+    ) -> Response:
+        """Answer a list of chat messages.
 
-        Options are those of GenerationOptions, over the bundle's defaults; `image_options` are of
-        the image processor.
+            question = {"type": "text", "text": "What is it?"}
+            message = {"role": "user", "content": [{"type": "image"}, question]}
+            model.generate([message], ["photo.jpg"])
 
-        Raises ImageError, PromptError or OptionError, before anything is generated.
+        Args:
+            messages: messages in Hugging Face's or OpenAI's form (docs/conversations.md). Each part
+                `{"type": "image"}` takes the next of `images`.
+            images: images, as `caption` takes them.
+            image_options: options of the image processor, over the bundle's `image_options`.
+            **options: how tokens are chosen, see GenerationOptions; over the bundle's defaults.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ImageError: an image can't be read or processed.
+            PromptError: a message is malformed, images and placeholders differ in number, or the
+                prompt does not fit into the context.
+            OptionError: an option is unknown, out of its range, or contradicts another.
         """
         decoding = self.asker.decoding(options)
         return self._run([self.asker.prompt(messages, images, decoding, image_options)])[0]
@@ -229,13 +298,24 @@ class VLM:
         image_options: Mapping[str, Any] | None = None,
         drop_oldest: bool = False,
     ) -> Conversation:
-        """A conversation that begins with nothing but, perhaps, a system message.
+        """Start a conversation.
+
+            chat = model.conversation("Answer in one word.")
+            chat.ask("What color is the square?", images=["red_square.png"])
 
         Args:
-            drop_oldest: forget the oldest questions and answers, their images included, where a
-                question would not fit into the context; else that is an error.
+            system: a system message, or None.
+            image_options: options of the image processor for all images of the conversation, over
+                the bundle's `image_options`.
+            drop_oldest: forget the oldest questions and answers, and their images, where a question
+                would not fit into the context (default False: that is a PromptError).
 
-        Raises OptionError for image options that the image processor does not have.
+        Returns:
+            An empty conversation.
+
+        Raises:
+            OptionError: the image processor has no such option.
+            PromptError: the system message is no text.
         """
         return Conversation(
             self.asker, system, image_options=image_options, drop_oldest=drop_oldest
@@ -248,18 +328,35 @@ class VLM:
         messages: Sequence[Message] | None = None,
         images: Sequence[ImageSource] = (),
         image_options: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[str]:
-        """The caption of a picture, or the answer to `messages`, piece by piece as it is made.
+        """Caption an image, or answer messages, and give the text piece by piece.
 
-        All pieces together are the text that `caption` or `generate` gives. What is wrong with
-        the arguments is raised here, not at the first piece. Closing the iterator, at any piece,
-        ends the work. Raises OptionError for several sequences: none is sure before the end.
+            for piece in model.stream("photo.jpg"):
+                print(piece, end="", flush=True)
+
+        All pieces together are the text that `caption` or `generate` returns. Close the iterator,
+        at any piece, to end the work.
+
+        Args:
+            image: an image to caption, as `caption` takes it; or None with `messages`.
+            messages: messages to answer, as `generate` takes them.
+            images: the images of `messages`.
+            image_options: options of the image processor, over the bundle's `image_options`.
+            **options: how tokens are chosen, see GenerationOptions; over the bundle's defaults.
+
+        Returns:
+            An iterator over pieces of text.
+
+        Raises:
+            ImageError, PromptError, OptionError: as `caption` and `generate` do, and at once, not
+                at the first piece. OptionError also for several beams or sequences: which of them
+                is best is known at the end.
         """
         if (image is None) == (messages is None):
             raise PromptError(
-                "stream takes a picture or messages, one of them",
-                hint="stream(picture) or stream(messages=[…], images=[…])",
+                "stream needs either an image or messages",
+                hint="stream(image) or stream(messages=[…], images=[…])",
                 code="option.contradiction",
             )
         if messages is None:
@@ -275,7 +372,7 @@ class VLM:
         finally:
             prompt.request.cancel()
 
-    def _run(self, prompts: Sequence[Prompt]) -> list[Caption]:
+    def _run(self, prompts: Sequence[Prompt]) -> list[Response]:
         generation = Generation(self.components, [prompt.request for prompt in prompts])
         generation.run()
         for prompt in prompts:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmport.errors import AnswerWarning, OptionError
+from vlmport.errors import AnswerWarning, OptionError, warn
 from vlmport.runtime.decoding.grammar import Grammar, Grammars
 from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.decoding.search import Hypothesis
@@ -25,7 +24,7 @@ from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.messages import Message, check_messages
 from vlmport.runtime.prompt import Prompter
 from vlmport.runtime.request import Request, check_default, most_new_tokens, new_request
-from vlmport.runtime.response import Answer, AnswerText, Caption
+from vlmport.runtime.response import Answer, AnswerText, Response
 from vlmport.runtime.streamed_text import StopStrings
 
 if TYPE_CHECKING:
@@ -223,8 +222,8 @@ class Asker:
                     self.warn_of_a_cut(prompt)
                 yield piece
 
-    def caption(self, prompt: Prompt, seconds: Mapping[str, float]) -> Caption:
-        """What a request came to, finished or not."""
+    def caption(self, prompt: Prompt, seconds: Mapping[str, float]) -> Response:
+        """Build the response of a request, finished or not."""
         request, text = prompt.request, self._text(prompt)
 
         def answer(found: Hypothesis) -> Answer:
@@ -232,7 +231,7 @@ class Asker:
             return dataclasses.replace(text.whole(found), complete=complete)
 
         best, *others = map(answer, _found(prompt))
-        return Caption(
+        return Response(
             best.text,
             best.token_ids,
             best.stop_reason,
@@ -259,13 +258,12 @@ class Asker:
         best = _found(prompt)[0]
         if prompt.decoding.grammar is None or _is_complete(prompt, best):
             return
-        warnings.warn(
+        warn(
             AnswerWarning(
                 f"the answer was cut after {len(best.tokens)} tokens: it is only the beginning of "
                 "what the grammar asks for; give a larger max_new_tokens",
                 code="output.cut",
-            ),
-            stacklevel=2,
+            )
         )
 
     def _text(self, prompt: Prompt) -> AnswerText:

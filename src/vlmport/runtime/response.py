@@ -1,4 +1,4 @@
-"""What is returned: texts, token ids, scores; all at once or piece by piece."""
+"""Answers: text, token ids, scores; all at once or piece by piece."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from vlmport.errors import quoted
 from vlmport.runtime.decoding.search import Hypothesis, StopReason, TokenLogprob
 from vlmport.runtime.streamed_text import StopStrings, TextStream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Answer:
     """One generated text; `str()` gives it.
 
     Attributes:
-        text: what precedes a stop string, without special tokens unless they were asked for.
-        token_ids: as generated, the stop token and the tokens of a stop string included.
+        text: the text before a stop string, without special tokens unless they were asked for.
+        token_ids: the tokens as generated; the stop token and the tokens of a stop string are
+            among them.
         stop_reason: 'stop' for a stop token, 'stop_string', or 'length' for max_new_tokens or a
             full context; None for a beam that had not ended when the search did.
-        complete: False where the answer was cut: by max_new_tokens or a full context. An answer
-            under a grammar that could end where it was cut is complete.
-        score: of beam search; None without.
-        logprobs: one for each token, where they were asked for.
+        complete: False where max_new_tokens or a full context cut the answer. An answer under a
+            grammar that could end where it was cut is complete.
+        score: the score of beam search; None without beams.
+        logprobs: one entry for each token, where they were asked for.
     """
 
     text: str
@@ -36,17 +38,27 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        facts = [f"stop_reason={self.stop_reason!r}", f"tokens={len(self.token_ids)}"]
+        if self.score is not None:
+            facts.append(f"score={self.score:.4f}")
+        return f"{type(self).__name__}({', '.join([quoted(self.text), *facts, *self._facts()])})"
 
-@dataclass(frozen=True, kw_only=True)
-class Caption(Answer):
-    """The best answer, with what it cost.
+    def _facts(self) -> list[str]:
+        """List what a subclass adds to its repr."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Response(Answer):
+    """The best answer, and what it cost.
 
     Attributes:
-        timings: seconds in 'image' (reading and encoding), 'prefill' and 'decode'. Captions of
+        timings: seconds in 'image' (reading and encoding), 'prefill' and 'decode'. The images of
             one batch share the last two.
-        counts: 'prompt_tokens'; 'image_tokens' and 'cached_tokens' (which a conversation had not to
-            prefill again) among them; and 'new_tokens'.
-        seed: of what was drawn, also where none was given; None where nothing is drawn.
+        counts: numbers of tokens: 'prompt_tokens', of which 'image_tokens' and 'cached_tokens' (not
+            prefilled again in a conversation); and 'new_tokens'.
+        seed: the random seed of sampling, also where none was given; None without sampling.
         alternatives: the other answers of num_return_sequences, best first.
     """
 
@@ -54,6 +66,17 @@ class Caption(Answer):
     counts: Mapping[str, int]
     seed: int | None = None
     alternatives: tuple[Answer, ...] = ()
+
+    def _facts(self) -> list[str]:
+        facts = [f"seconds={sum(self.timings.values()):.2f}"]
+        if self.seed is not None:
+            facts.append(f"seed={self.seed}")
+        if self.alternatives:
+            facts.append(f"alternatives={len(self.alternatives)}")
+        return facts
+
+
+Caption = Response  # the name of the class before answers to questions had it too
 
 
 class AnswerText:

@@ -43,7 +43,7 @@ from vlmport.runtime.request import new_request
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from vlmport.runtime.response import Caption
+    from vlmport.runtime.response import Response
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Ladder(Climber[VLM, Reference]):
         return logits[0], presents
 
 
-def alone(model: VLM, request: Request) -> Caption:
+def alone(model: VLM, request: Request) -> Response:
     """From pictures and messages to the tokens, greedily whatever the bundle's defaults are.
 
     Raises as the runtime does.

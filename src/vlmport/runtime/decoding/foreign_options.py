@@ -1,11 +1,38 @@
-"""Names of options in other programs, and what they are called here.
+"""Options that do not exist here: the name or the option to use instead.
 
-OpenAI's API, vLLM, llama.cpp, Ollama and transformers.js.
+Names of OpenAI's API, vLLM, llama.cpp, Ollama and transformers.js, and the options of Hugging
+Face's `generate` that are not supported.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
+
+# Options of HF that are not supported: the values that ask for nothing, and what to do.
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((None,), "prompt_lookup_num_tokens speculates without a second model"),
+    "bos_token_id": ((None,), "the bundle's prompt has it already"),
+    "constraints": ((None,), "give json_schema or regex"),
+    "diversity_penalty": ((None, 0.0), "num_return_sequences with do_sample=True gives variety"),
+    "dola_layers": ((None,), "leave it out"),
+    "eos_token_id": ((None,), "the bundle names its stop tokens; stop_strings adds to them"),
+    "force_words_ids": ((None,), "give json_schema or regex"),
+    "forced_bos_token_id": ((None,), "start the answer in the prompt instead"),
+    "guidance_scale": ((None, 1.0), "it would need a second, unconditional prompt"),
+    "low_memory": ((None, False), "leave it out"),
+    "max_time": ((None,), "read .stream(...) and stop when it is time"),
+    "num_beam_groups": ((None, 1), "num_return_sequences with do_sample=True gives variety"),
+    "output_scores": ((None, False), "logprobs=0 gives each token's log-probability"),
+    "output_logits": ((None, False), "logprobs=10 gives the ten best of each step"),
+    "pad_token_id": ((None,), "rows are never padded"),
+    "penalty_alpha": ((None, 0.0), "leave it out: contrastive search is not computed"),
+    "streamer": ((None,), "call .stream(...)"),
+    "token_healing": ((None, False), "leave it out"),
+    "use_cache": ((None, True), "the cache is always used"),
+    "watermarking_config": ((None,), "leave it out"),
+}
 
 # Name there → name here.
 SAME = {

@@ -1,20 +1,19 @@
-"""What a caller may ask of a generation.
+"""`GenerationOptions`: how tokens are chosen, and when an answer ends.
 
-Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23); what it
-only warns of is refused here. docs/decoding.md has the table.
+Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23). Where it
+warns, this raises an error. docs/decoding.md has the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmport.errors import OptionError, OptionWarning, did_you_mean, quoted
+from vlmport.errors import OptionError, OptionWarning, did_you_mean, quoted, warn
 from vlmport.runtime.decoding import option_values as values
-from vlmport.runtime.decoding.foreign_options import instead, name_here
+from vlmport.runtime.decoding.foreign_options import REFUSED, instead, name_here
 from vlmport.runtime.decoding.option_values import TokenIds, whole_number
 from vlmport.runtime.decoding.rng import new_seed
 
@@ -36,77 +35,63 @@ SAMPLING = (
 )
 BEAMS = ("early_stopping", "length_penalty")
 
-# Options of HF that are not computed here: the values that ask for nothing, and what to do.
-REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_model": ((None,), "prompt_lookup_num_tokens speculates without a second model"),
-    "bos_token_id": ((None,), "the bundle's prompt has it already"),
-    "constraints": ((None,), "give json_schema or regex"),
-    "diversity_penalty": ((None, 0.0), "num_return_sequences with do_sample=True gives variety"),
-    "dola_layers": ((None,), "leave it out"),
-    "eos_token_id": ((None,), "the bundle names its stop tokens; stop_strings adds to them"),
-    "force_words_ids": ((None,), "give json_schema or regex"),
-    "forced_bos_token_id": ((None,), "start the answer in the prompt instead"),
-    "guidance_scale": ((None, 1.0), "it would need a second, unconditional prompt"),
-    "low_memory": ((None, False), "leave it out"),
-    "max_time": ((None,), "read .stream(...) and stop when it is time"),
-    "num_beam_groups": ((None, 1), "num_return_sequences with do_sample=True gives variety"),
-    "output_scores": ((None, False), "logprobs=0 gives each token's log-probability"),
-    "output_logits": ((None, False), "logprobs=10 gives the ten best of each step"),
-    "pad_token_id": ((None,), "rows are never padded"),
-    "penalty_alpha": ((None, 0.0), "leave it out: contrastive search is not computed"),
-    "streamer": ((None,), "call .stream(...)"),
-    "token_healing": ((None, False), "leave it out"),
-    "use_cache": ((None, True), "the cache is always used"),
-    "watermarking_config": ((None,), "leave it out"),
-}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationOptions:
-    """Options of one generation. None, for any of them, is the value that does nothing.
+    """Options of one generation: how tokens are chosen, and when an answer ends.
+
+    `caption`, `generate`, `stream` and `ask` take them as keyword arguments, over the defaults of
+    the bundle. None, for any of them, is the value that does nothing.
 
     Attributes:
-        max_new_tokens: maximum number of new tokens; None takes the bundle's default.
+        max_new_tokens: maximum number of new tokens. None takes the bundle's default.
         min_new_tokens: minimum number of new tokens before a stop token may be chosen.
-        max_length: the same as max_new_tokens, the prompt counted too.
-        min_length: the same as min_new_tokens, the prompt counted too.
-        stop_strings: texts that end an answer.
-        do_sample: draw tokens instead of taking the best.
-        num_beams: how many sequences beam search follows; 1 is none.
-        num_return_sequences: how many answers to return; more than 1 with beams or sampling.
-        seed: of the random stream, below 2**32; None draws one and reports it.
-        early_stopping: True, False or "never": when beam search stops.
-        length_penalty: a beam's score is divided by its length to this power.
-        sequence_bias: added to the score of each sequence's last token after its others.
-        encoder_repetition_penalty: above 1, tokens of the prompt get likelier.
-        repetition_penalty: above 1, tokens that were there get less likely.
-        no_repeat_ngram_size: size of n-grams that may not occur twice; 0 allows all.
-        encoder_no_repeat_ngram_size: no n-gram of the prompt comes again; 0 is none.
-        bad_words_ids: sequences that are never completed.
-        forced_eos_token_id: chosen at the last place that max_new_tokens leaves.
-        remove_invalid_values: NaN becomes 0, infinities the largest number.
-        exponential_decay_length_penalty: (start, factor): stop tokens grow likelier from there.
-        suppress_tokens: never chosen.
-        begin_suppress_tokens: never chosen first.
-        temperature: scores are divided by it.
-        top_h: keep the best tokens up to this part of the entropy.
-        top_k: sample from the k most likely tokens; 0 is all. 50 by default, as in HF.
-        top_p: keep the best tokens that make up this probability.
-        min_p: keep what has at least this part of the best token's probability.
-        typical_p: keep the most typical tokens that make up this probability.
-        epsilon_cutoff: keep what is at least so probable.
-        eta_cutoff: the same, lower where the entropy is high.
+        max_length: as max_new_tokens, with the tokens of the prompt counted too.
+        min_length: as min_new_tokens, with the tokens of the prompt counted too.
+        stop_strings: texts that end an answer. The answer ends before the text.
+        do_sample: sample tokens at random instead of taking the most likely.
+        num_beams: number of beams of beam search; 1 is greedy search or sampling.
+        num_return_sequences: number of answers to return; more than 1 with beams or sampling.
+        seed: random seed for sampling, from 0 to 2**32 - 1. None takes a new one and reports it.
+        early_stopping: when beam search stops: True as soon as num_beams answers have ended, False
+            when a better one is unlikely, "never" when none can be better.
+        length_penalty: exponent of the length by which a beam's score is divided; above 0 favours
+            long answers, below 0 short ones.
+        sequence_bias: number to add to the score of the last token of a sequence, after its others.
+        encoder_repetition_penalty: above 1 makes tokens of the prompt more likely.
+        repetition_penalty: above 1 makes tokens that occurred less likely.
+        no_repeat_ngram_size: length in tokens of sequences that may not occur twice; 0 allows all.
+        encoder_no_repeat_ngram_size: length in tokens of sequences of the prompt that may not occur
+            in the answer; 0 allows all.
+        bad_words_ids: sequences of token ids that may not occur.
+        forced_eos_token_id: token ids, one of which ends an answer that reaches max_new_tokens.
+        remove_invalid_values: replace NaN scores by 0 and infinite ones by the largest number.
+        exponential_decay_length_penalty: (start, factor): after `start` tokens stop tokens get more
+            likely, by the factor for each further token.
+        suppress_tokens: token ids that are never chosen.
+        begin_suppress_tokens: token ids that are not chosen as the first.
+        temperature: number by which scores are divided before sampling; below 1 is less random.
+        top_h: sample from the most likely tokens, up to this fraction of the entropy (0 to 1).
+        top_k: sample from the k most likely tokens; 0 is all. 50 by default, as in Hugging Face's.
+        top_p: sample from the smallest set of likely tokens with this total probability (0 to 1).
+        min_p: drop tokens less likely than this fraction of the most likely one (0 to 1).
+        typical_p: sample from the most typical tokens with this total probability (0 to 1).
+        epsilon_cutoff: drop tokens less likely than this probability.
+        eta_cutoff: as epsilon_cutoff, but lower where the entropy is high.
         renormalize_logits: make log-probabilities of the scores at the end.
-        logprobs: number of alternatives to report beside each token's log-probability; None
-            reports nothing.
-        prompt_lookup_num_tokens: number of tokens to guess at a time from the prompt.
-        max_matching_ngram_size: the longest n-gram that the guess looks up.
-        json_schema: the answer is JSON that fits this schema (an object, kept as its text).
-        regex: the answer matches this.
-        skip_special_tokens: leave special tokens out of the text (default True). With False it is
-            what `processor.decode(ids, skip_special_tokens=False)` gives, the stop token included.
+        logprobs: number of alternatives to report with each token's log-probability; None reports
+            neither.
+        prompt_lookup_num_tokens: number of tokens to draft at a time from the text so far, which
+            can save time and does not change the answer; None drafts none.
+        max_matching_ngram_size: maximum length in tokens of the match that a draft continues.
+        json_schema: JSON schema that the answer fits: a dict, its text, or a pydantic model. It is
+            kept as text.
+        regex: regular expression that the whole answer matches.
+        skip_special_tokens: leave special tokens out of the text (default True). With False the
+            text is that of `processor.decode(ids, skip_special_tokens=False)`, with the stop token.
 
-    Raises OptionError for a value out of its range, and for two that contradict each other.
+    Raises:
+        OptionError: a value is out of its range, or two options contradict each other.
     """
 
     max_new_tokens: int | None = None
@@ -153,9 +138,14 @@ class GenerationOptions:
             object.__setattr__(self, name, tidy)  # a frozen dataclass may still tidy itself
         _refuse_contradictions(self)
 
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name) for name in CHECKS}
+        facts = [f"{k}={quoted(v, 60)}" for k, v in given.items() if v != DEFAULTS[k]]
+        return f"GenerationOptions({', '.join(facts)})"
+
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> GenerationOptions:
-        """From keyword arguments. Raises OptionError for unknown names, with the nearest known."""
+        """Make options from keyword arguments. Raises OptionError for an unknown name."""
         return cls(**_without_refused(given))
 
     @classmethod
@@ -165,15 +155,18 @@ class GenerationOptions:
         given: Mapping[str, Any],
         check_default: Callable[[str, Any], None] | None = None,
     ) -> GenerationOptions:
-        """The options of a call, over the defaults of generation_config.json.
+        """Merge the options of a call with the defaults of generation_config.json.
 
-        The call wins. Defaults that its options leave without a meaning are dropped (a temperature
-        where it says do_sample=False), and names that no option has say nothing. An option given
-        as None is the value that does nothing, whatever the default. A default that can't be
-        served is left out, with an OptionWarning: the call did not ask for it.
+        The call's options count first. Defaults that have no meaning with them are dropped (a
+        temperature where the call says do_sample=False), and so are names that are no options. An
+        option given as None is the value that does nothing, whatever the default. A default that
+        is not supported is left out, with an OptionWarning: the call did not ask for it.
 
         Args:
-            check_default: raises OptionError for a default that the model can't serve.
+            defaults: the options of generation_config.json.
+            given: the options of the call.
+            check_default: called with the name and value of a default; raises OptionError where the
+                model does not support it.
 
         Raises OptionError as the constructor does, and for unknown names in the call.
         """
@@ -194,7 +187,7 @@ class GenerationOptions:
             warning = OptionWarning(
                 f"{WHERE} {wrong[name]}; left out", code="option.default-left-out"
             )
-            warnings.warn(warning, stacklevel=2)
+            warn(warning)
         merged = {name: value for name, value in asked.items() if name not in idle} | wanted
         if not wanted.keys() >= {"do_sample", "num_beams"}:  # the call did not ask for both
             samples, beams = (merged.get(name) for name in ("do_sample", "num_beams"))
