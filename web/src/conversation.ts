@@ -186,7 +186,7 @@ export class Conversation {
         const alone = rest.length ? checkMessages([...this.start, message]).messages : null;
         try {
           const asked = { messages, alone, pictures, leavesRoom, ...how };
-          return yield* this.model.answer(asked, signal, said => {
+          return yield* this.model.stream(asked, signal, said => {
             this.end(before, [...kept, message], pictures, said);
             this.forget(known.filter(number => !pictures.some(one => one.number === number)));
             ended = true;

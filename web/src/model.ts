@@ -3,7 +3,9 @@
 import { Caption } from './caption.js';
 import type { Link } from './link.js';
 import { transferOf } from './picture.js';
-import type { Asked, Info, NumberedPicture } from './protocol.js';
+import type { Asked, Info, NumberedPicture, Reply } from './protocol.js';
+
+type Answered = Extract<Reply, { type: 'answered' }>;
 
 export class Model {
   private conversations = 0;
@@ -23,58 +25,54 @@ export class Model {
   }
 
   /**
-   * The answer, piece by piece as it is made; the generator returns the whole. `onDone` is called
-   * with the text without its stop token, before the last piece is given out. Leaving the loop earlier ends the generation.
+   * Stream the pieces of an answer as they are made; the generator returns the whole answer.
+   *
+   * `onDone` is called with the text without its stop token once the answer is complete: before the
+   * last piece is given out where the worker is done by then, else after it. Leaving the loop ends
+   * the generation. An error of the worker comes after the pieces that were made before it.
    */
-  async *answer(
+  async *stream(
     asked: Asked,
     signal: AbortSignal | undefined,
     onDone: (said: string) => void = () => {},
   ): AsyncGenerator<string, Caption> {
     const left = new AbortController(); // the caller left the loop
-    const waiting: string[] = [];
-    let caption: Caption | null = null;
-    let said = '';
-    let wake = () => {};
-    const finished = this.link.request(
-      { type: 'answer', asked },
-      reply => {
-        if (reply.type === 'piece') waiting.push(reply.text);
-        if (reply.type === 'changed') this.known = reply.info;
-        if (reply.type === 'answered') {
-          caption = new Caption(reply.caption);
-          said = reply.said;
-        }
-        wake();
-        return caption !== null;
-      },
-      {
-        signal: signal ? AbortSignal.any([signal, left.signal]) : left.signal,
-        transfer: asked.pictures.flatMap(one => (one.picture ? transferOf(one.picture) : [])),
-      },
-    );
-    finished.catch(() => {}); // heard below
-    const done = (): Caption | null => caption; // it changes while this waits
+    let queue!: ReadableStreamDefaultController<string>;
+    const start = (controller: typeof queue) => void (queue = controller);
+    const pieces = new ReadableStream({ start }, { highWaterMark: 0 }).getReader();
+    let answer = null as Answered | null;
+    const finished = this.link
+      .request(
+        { type: 'answer', asked },
+        reply => {
+          if (reply.type === 'piece') queue.enqueue(reply.text);
+          if (reply.type === 'changed') this.known = reply.info;
+          if (reply.type === 'answered') answer = reply;
+          return answer !== null;
+        },
+        {
+          signal: signal ? AbortSignal.any([signal, left.signal]) : left.signal,
+          transfer: asked.pictures.flatMap(one => (one.picture ? transferOf(one.picture) : [])),
+        },
+      )
+      .finally(() => queue.close());
+    finished.catch(() => {}); // it is awaited below
+    let told = false;
     try {
-      for (let told = false; ;) {
-        const piece = new Promise<void>(resolve => (wake = resolve));
-        if (!waiting.length && done() === null) await Promise.race([piece, finished]);
-        for (;;) {
-          signal?.throwIfAborted(); // also where the worker was done before it heard of that
-          const next = waiting.shift();
-          const whole = done();
-          if (whole && !waiting.length && !told) {
-            told = true;
-            onDone(said);
-          }
-          if (next === undefined) break;
-          yield next;
+      for (;;) {
+        const { done, value } = await pieces.read();
+        signal?.throwIfAborted(); // also where the worker was done before it heard of that
+        if (answer && queue.desiredSize === 0 && !told) {
+          told = true; // no piece waits
+          onDone(answer.said);
         }
-        const whole = done();
-        if (whole !== null) return whole;
+        if (done) break;
+        yield value;
       }
+      await finished;
+      return new Caption(answer!.caption);
     } finally {
-      if (done() === null) left.abort();
+      if (answer === null) left.abort();
     }
   }
 

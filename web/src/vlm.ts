@@ -186,7 +186,7 @@ export class VLM {
         leavesRoom: false,
         alone: null,
       };
-      return yield* model.answer({ messages, pictures, ...how, conversation: null }, signal);
+      return yield* model.stream({ messages, pictures, ...how, conversation: null }, signal);
     })();
   }
 }

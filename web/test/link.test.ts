@@ -4,31 +4,11 @@ import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { Link } from '../src/link.js';
 import { onWatched, watched } from '../src/runtime/watched.js';
 import type { Reply } from '../src/protocol.js';
-
-/** A worker that says what a test makes it say. */
-class Silent {
-  static last: Silent;
-  onmessage: ((event: { data: Reply }) => void) | null = null;
-  terminated = 0;
-
-  constructor() {
-    Silent.last = this;
-  }
-
-  postMessage(): void {}
-
-  terminate(): void {
-    this.terminated++;
-  }
-
-  say(data: Reply): void {
-    this.onmessage?.({ data });
-  }
-}
+import { FakeWorker } from './fake-worker.js';
 
 beforeEach(() => {
   vi.useFakeTimers();
-  vi.stubGlobal('Worker', Silent);
+  vi.stubGlobal('Worker', FakeWorker);
 });
 
 afterEach(() => {
@@ -46,11 +26,11 @@ function ask(link: Link): Promise<unknown> {
 test.each(['template', 'tokenizer'] as const)('a %s that never ends', async doing => {
   const link = new Link();
   const answer = ask(link);
-  Silent.last.say({ type: 'watched', id: 0, doing });
+  FakeWorker.last.say({ type: 'watched', id: 0, doing });
   vi.advanceTimersByTime(9_000);
-  expect(Silent.last.terminated).toBe(0);
+  expect(FakeWorker.last.terminated).toBe(0);
   vi.advanceTimersByTime(2_000);
-  expect(Silent.last.terminated).toBe(1);
+  expect(FakeWorker.last.terminated).toBe(1);
   expect(await answer).toMatchObject({ kind: 'PromptError', code: `${doing}.too-slow` });
   expect(await ask(link)).toMatchObject({ code: `${doing}.too-slow` });
 });
@@ -58,11 +38,11 @@ test.each(['template', 'tokenizer'] as const)('a %s that never ends', async doin
 test('one that ends in time, before a long answer', async () => {
   const link = new Link();
   const answer = ask(link);
-  Silent.last.say({ type: 'watched', id: 0, doing: 'template' });
-  Silent.last.say({ type: 'watched', id: 0, doing: null });
+  FakeWorker.last.say({ type: 'watched', id: 0, doing: 'template' });
+  FakeWorker.last.say({ type: 'watched', id: 0, doing: null });
   vi.advanceTimersByTime(600_000);
-  expect(Silent.last.terminated).toBe(0);
-  Silent.last.say({ type: 'loaded', id: 1, info: {} } as unknown as Reply);
+  expect(FakeWorker.last.terminated).toBe(0);
+  FakeWorker.last.say({ type: 'loaded', id: 1, info: {} } as unknown as Reply);
   await answer;
 });
 

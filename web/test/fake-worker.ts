@@ -1,0 +1,27 @@
+/** A worker for tests: it records what it is sent, and says what a test makes it say. */
+
+import type { Reply } from '../src/protocol.js';
+
+export class FakeWorker {
+  static last: FakeWorker;
+  onmessage: ((event: { data: Reply }) => void) | null = null;
+  onerror: ((event: { message: string }) => void) | null = null;
+  readonly sent: { readonly type: string; readonly id?: number }[] = [];
+  terminated = 0;
+
+  constructor() {
+    FakeWorker.last = this;
+  }
+
+  postMessage(message: FakeWorker['sent'][number]): void {
+    this.sent.push(message);
+  }
+
+  terminate(): void {
+    this.terminated++;
+  }
+
+  say(data: Reply): void {
+    this.onmessage?.({ data });
+  }
+}

@@ -1,0 +1,165 @@
+/** An answer as a stream: its pieces, its end, and all the ways in which it ends early. */
+
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import type { Caption } from '../src/caption.js';
+import { Link } from '../src/link.js';
+import { Model } from '../src/model.js';
+import type { Asked, CaptionData, Info } from '../src/protocol.js';
+import { FakeWorker } from './fake-worker.js';
+
+const ID = 1; // of the first request of a link
+const caption = { text: 'a red square', tokenIds: [1, 2, 3] } as unknown as CaptionData;
+
+beforeEach(() => {
+  vi.stubGlobal('Worker', FakeWorker);
+});
+
+afterEach(() => {
+  vi.unstubAllGlobals();
+});
+
+const piece = (text: string) => FakeWorker.last.say({ type: 'piece', id: ID, text });
+const answered = () => FakeWorker.last.say({ type: 'answered', id: ID, caption, said: 'said' });
+const aborts = () => FakeWorker.last.sent.filter(one => one.type === 'abort');
+
+function open(signal?: AbortSignal) {
+  const model = new Model(new Link(), { device: 'webgpu' } as Info);
+  const asked = { pictures: [] } as unknown as Asked;
+  const said: string[] = [];
+  const stream = model.stream(asked, signal, text => said.push(text));
+  return { model, stream, said };
+}
+
+/** Read a stream to its end or its error. */
+async function read(stream: AsyncGenerator<string, Caption>) {
+  const pieces: string[] = [];
+  try {
+    for (;;) {
+      const next = await stream.next();
+      if (next.done) return { pieces, whole: next.value.text };
+      pieces.push(next.value);
+    }
+  } catch (error) {
+    return { pieces, error };
+  }
+}
+
+test('pieces come as they are made, then the whole', async () => {
+  const { stream, said } = open();
+  const first = stream.next();
+  piece('a red');
+  expect(await first).toEqual({ done: false, value: 'a red' });
+  const rest = read(stream);
+  piece(' square');
+  answered();
+  expect(await rest).toEqual({ pieces: [' square'], whole: 'a red square' });
+  expect(said).toEqual(['said']);
+});
+
+test('what came while nobody read is given in order, and the end is told before the last', async () => {
+  const { stream, said } = open();
+  const first = stream.next();
+  for (const text of ['a', ' red', ' square']) piece(text);
+  answered();
+  expect((await first).value).toBe('a');
+  expect((await stream.next()).value).toBe(' red');
+  expect(said).toEqual([]);
+  expect((await stream.next()).value).toBe(' square');
+  expect(said).toEqual(['said']);
+  expect((await stream.next()).done).toBe(true);
+  expect(said).toEqual(['said']);
+});
+
+test('an answer without any text ends too', async () => {
+  const { stream, said } = open();
+  const whole = read(stream);
+  answered();
+  expect(await whole).toEqual({ pieces: [], whole: 'a red square' });
+  expect(said).toEqual(['said']);
+});
+
+test('leaving the loop early aborts the work, and late pieces harm nothing', async () => {
+  const { stream, said } = open();
+  const first = stream.next();
+  piece('a');
+  await first;
+  await stream.return(undefined as never);
+  expect(aborts()).toEqual([{ type: 'abort', id: ID }]);
+  piece(' red'); // it was on its way
+  FakeWorker.last.say({ type: 'aborted', id: ID });
+  await Promise.resolve();
+  expect((await stream.next()).done).toBe(true);
+  expect(said).toEqual([]);
+});
+
+test('leaving the loop after the last piece aborts nothing', async () => {
+  const { stream } = open();
+  const first = stream.next();
+  piece('a');
+  answered();
+  await first;
+  await stream.return(undefined as never);
+  expect(aborts()).toEqual([]);
+});
+
+test('a worker that fails ends the stream, after the pieces that it made', async () => {
+  const { model, stream, said } = open();
+  const first = stream.next();
+  piece('a');
+  piece(' red');
+  FakeWorker.last.onerror?.({ message: 'out of memory' });
+  expect((await first).value).toBe('a');
+  const error = { kind: 'WorkerError', code: 'worker.failed' };
+  expect(await read(stream)).toMatchObject({ pieces: [' red'], error });
+  expect(FakeWorker.last.terminated).toBe(1);
+  expect(said).toEqual([]);
+  const again = model.stream({ pictures: [] } as unknown as Asked, undefined);
+  expect(await read(again)).toMatchObject({ pieces: [], error });
+});
+
+test('a model that is disposed ends the stream', async () => {
+  const { model, stream } = open();
+  const found = read(stream);
+  model.link.close();
+  expect(await found).toMatchObject({ pieces: [], error: { code: 'model.not-loaded' } });
+});
+
+test('an error of the worker keeps its code', async () => {
+  const { stream } = open();
+  const found = read(stream);
+  const error = { kind: 'PromptError', code: 'prompt.too-long', message: 'm', hint: 'h' } as const;
+  FakeWorker.last.say({ type: 'failed', id: ID, error });
+  expect(await found).toMatchObject({ pieces: [], error });
+});
+
+test("an abort ends with the signal's own reason", async () => {
+  const controller = new AbortController();
+  const { stream } = open(controller.signal);
+  const found = read(stream);
+  controller.abort('enough');
+  expect(aborts()).toEqual([{ type: 'abort', id: ID }]);
+  FakeWorker.last.say({ type: 'aborted', id: ID });
+  expect(await found).toEqual({ pieces: [], error: 'enough' });
+});
+
+test('an abort counts also where the worker was done before it heard of that', async () => {
+  const controller = new AbortController();
+  const { stream, said } = open(controller.signal);
+  const first = stream.next();
+  piece('a');
+  piece(' red');
+  answered();
+  await first;
+  controller.abort('enough');
+  expect(await read(stream)).toEqual({ pieces: [], error: 'enough' });
+  expect(said).toEqual([]);
+});
+
+test('another device that takes over is known afterwards', async () => {
+  const { model, stream } = open();
+  const found = read(stream);
+  FakeWorker.last.say({ type: 'changed', id: ID, info: { device: 'wasm' } as Info });
+  answered();
+  await found;
+  expect(model.info.device).toBe('wasm');
+});
