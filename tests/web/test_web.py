@@ -26,6 +26,7 @@ from tests.shapes_qwen import MODELS
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
 from tests.web import talks
+from tests.web.endless import endless
 from tests.web.matrix import damaged, matrix
 from tests.web.pictures import write_pictures
 from vlmport.builtin import builtin_models
@@ -290,6 +291,7 @@ def environment(
         "VLMPORT_WEB_TRANSFORMERS": str(
             TRANSFORMERS / "node_modules/@huggingface/transformers/dist"
         ),
+        "VLMPORT_WEB_ENDLESS": json.dumps(endless(talkers["tiles"], folder / "endless")),
         "VLMPORT_WEB_TINY": sizes["tiny"],
         "VLMPORT_WEB_LARGE": sizes["large"],
         "VLMPORT_WEB_PICTURES": str(EXAMPLES),

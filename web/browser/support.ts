@@ -83,6 +83,8 @@ export const folders = {
   /** Bundles that answer questions, by name; 'tiles' cuts pictures into tiles. */
   talkers: () => JSON.parse(setting('VLMPORT_WEB_TALKERS')) as Record<string, string>,
   tiles: () => folders.talkers().tiles!,
+  /** 'tiles' with a template that never ends: 'always', or where 'asked' for it. */
+  endless: () => JSON.parse(setting('VLMPORT_WEB_ENDLESS')) as Record<'always' | 'asked', string>,
   /** What transformers.js is made of, with ONNX Runtime beside it. */
   transformers: () => setting('VLMPORT_WEB_TRANSFORMERS'),
   page: here('built'),
