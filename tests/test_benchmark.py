@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from tests.errors import raises
 from vlmport import cli
 from vlmport.benchmark import FIGURES, Report, bench
 from vlmport.benchmark.machine import describe_machine, interleaved, peak_memory
@@ -82,7 +83,7 @@ def test_a_process_of_its_own_gives_time_and_memory(bundle: Bundle) -> None:
 
 def test_a_process_that_fails_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmport.benchmark.COLD_TOKENS", 10**6)
-    with pytest.raises(BundleError, match=r"a caption in a process of its own failed: .*context"):
+    with raises(BundleError, "benchmark.process-failed", "context"):
         bench(bundle, precisions=["q4"], lengths=(), **QUICK)
 
 

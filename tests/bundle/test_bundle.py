@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import write_json
+from tests.errors import raises
 from vlmport.bundle import (
     CHUNK_BYTES,
     MANIFEST,
@@ -237,7 +238,7 @@ def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_folder_without_one_is_no_bundle(tmp_path: Path) -> None:
     assert not is_bundle(tmp_path)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BundleError, match=r"no vlmport\.json, so this is not a vlmport bundle"):
+        with raises(BundleError, "bundle.no-manifest", "vlmport.json"):
             Bundle.open(folder)
 
 
@@ -388,7 +389,7 @@ def test_parity_is_added(own_bundle_folder: Path) -> None:
 def test_a_parity_that_json_cannot_hold_is_refused(own_bundle_folder: Path, value: Any) -> None:
     before = (own_bundle_folder / MANIFEST).read_bytes()
     parity = {"reference": "torch", "passed": False, "rows": [{"worst": value}]}
-    with pytest.raises(BundleError, match=r"vlmport\.json: can't be written") as caught:
+    with raises(BundleError, "bundle.unwritable", "vlmport.json") as caught:
         write_parity(own_bundle_folder, parity)
     assert caught.value.hint
     with pytest.raises(BundleError, match="must contain"):

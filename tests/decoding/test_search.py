@@ -9,6 +9,7 @@ import pytest
 
 from tests.decoding.running import Request, assert_equal, compare, logits_for, run
 from tests.decoding.tables import table
+from tests.errors import raises
 from vlmport.errors import DeviceError, OptionError
 from vlmport.runtime.decoding.search import Choice
 
@@ -152,7 +153,7 @@ def test_broken_logits_are_the_decoders_fault(options: dict[str, Any], bad: Any)
     rows[0, 5] = bad if bad != "all -inf" else 0
     if bad == "all -inf":
         rows[:] = -np.inf
-    with pytest.raises(DeviceError, match="not finite at token 0"):
+    with raises(DeviceError, "device.not-finite", "0"):
         search.choose(rows)
     assert search.steps == 0
 
@@ -161,7 +162,7 @@ def test_broken_logits_are_the_decoders_fault(options: dict[str, Any], bad: Any)
 def test_options_that_leave_no_token_say_so(options: dict[str, Any]):
     logits = table(4)
     request = Request({**options, "suppress_tokens": list(range(24))})
-    with pytest.raises(OptionError, match="leave no token to choose at token 0") as caught:
+    with raises(OptionError, "option.no-token-left", "0") as caught:
         run(request.search(logits), logits)
     assert caught.value.hint
 

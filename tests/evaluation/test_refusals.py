@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import vlmport
+from tests.errors import raises
 from tests.evaluation.test_evaluate import manifest, run
 from vlmport.errors import BundleError, EvaluationError
 from vlmport.evaluation import evaluate
@@ -40,7 +41,7 @@ def test_bad_arguments_are_said_before_the_work(own: Path, tmp_path: Path) -> No
 
 
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not a vlmport bundle"):
+    with raises(BundleError, "bundle.no-manifest"):
         evaluate(tmp_path)
     with pytest.raises(EvaluationError, match="without pictures"):
         evaluate(tmp_path, captions="x.json")

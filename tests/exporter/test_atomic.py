@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.checkpoints import write_prefix_checkpoint, write_weights
+from tests.errors import raises
 from tests.exporter.comparing import contents
 from vlmport.errors import ExportError, TokenizerError, VlmportError, WeightError
 from vlmport.exporter import export, folder, golden
@@ -174,7 +175,7 @@ def test_the_disk_that_is_full_is_said_so(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_disk(tiny_checkpoint, monkeypatch)
-    with pytest.raises(ExportError, match="the disk is full; nothing was left there"):
+    with raises(ExportError, "export.disk-full", "nothing was left"):
         export(tiny_checkpoint, tmp_path / "out")
     monkeypatch.undo()
     too_little_space(tiny_checkpoint, monkeypatch)
@@ -283,7 +284,7 @@ def test_a_bundle_that_appeared_meanwhile_stays(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     """Two exports to one place: without force the second does not replace the first."""
-    with pytest.raises(ExportError, match="there is a bundle already"):
+    with raises(ExportError, "export.bundle-exists"):
         write_late(tmp_path / "out", tiny_bundle)
     assert contents(tmp_path / "out") == contents(tiny_bundle)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

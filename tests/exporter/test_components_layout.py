@@ -21,6 +21,7 @@ from tests.checkpoints import (
     write_tokenizer,
     write_weights,
 )
+from tests.errors import raises
 from vlmport.bundle import Bundle
 from vlmport.bundle.layouts import COMPONENTS
 from vlmport.checkpoint import Checkpoint
@@ -283,15 +284,15 @@ def test_auto_takes_the_fast_form_for_many_rows_and_for_one(four: Bundle) -> Non
 
 
 def test_an_unknown_layout(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"unknown layout 'component' \(did you mean 'comp") as e:
+    with raises(ExportError, "layout.unknown", "'component'", "'comp") as e:
         export(tiny_checkpoint, tmp_path / "out", layout="component")
     assert e.value.hint == "a model of the family 'prefix' has: hub, components"
 
 
 def test_the_runtime_says_which_layout_it_is(four: Bundle, tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"written in the layout 'components', expected 'hub'"):
+    with raises(BundleError, "bundle.other-layout", "'components'", "'hub'"):
         VLM.open(four)
-    with pytest.raises(BundleError, match=r"written in the layout 'hub', expected 'components'"):
+    with raises(BundleError, "bundle.other-layout", "'hub'", "'components'"):
         FourFiles.open(tiny_bundle)
 
 
@@ -299,7 +300,7 @@ def test_a_layout_of_a_later_version(four: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(four.folder, tmp_path / "later"))
     manifest = json.loads((folder / "vlmport.json").read_text())
     (folder / "vlmport.json").write_text(json.dumps(manifest | {"layout": "fused9"}))
-    with pytest.raises(BundleError, match="layout 'fused9'; this vlmport knows hub, components"):
+    with raises(BundleError, "bundle.newer-version", "'fused9'"):
         Bundle.open(folder)
 
 
@@ -308,5 +309,5 @@ def test_a_component_too_few(four: Bundle, tmp_path: Path) -> None:
     manifest = json.loads((folder / "vlmport.json").read_text())
     del manifest["components"]["prefix_init"]
     (folder / "vlmport.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="layout components: no component prefix_init"):
+    with raises(BundleError, "bundle.malformed", "components", "prefix_init"):
         Bundle.open(folder)

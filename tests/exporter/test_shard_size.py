@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from tests.qwen_checkpoints import write_qwen3
 from vlmport.errors import ExportError
 from vlmport.exporter import export, writing
@@ -43,7 +44,7 @@ def test_what_is_no_size(text: str | int) -> None:
 def test_sizes_that_browsers_do_not_hold(
     tmp_path: Path, tiny_checkpoint: Path, text: str | int
 ) -> None:
-    with pytest.raises(ExportError, match=r"may hold 2000000000 bytes \(2GB\)") as caught:
+    with raises(ExportError, "option.wrong-value", "2000000000", "(2GB)") as caught:
         export(tiny_checkpoint, tmp_path / "out", max_shard_size=text)
     assert "leave the size out" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
@@ -82,12 +83,12 @@ def test_no_more_files_than_clients_read(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "DATA_FILES", 5)
-    with pytest.raises(ExportError, match=r"files of weights, clients read up to 5") as caught:
+    with raises(ExportError, "export.too-many-files", "5") as caught:
         export(tiny_checkpoint, tmp_path / "out", precisions="fp32", max_shard_size=1)
     assert caught.value.hint == "allow larger ones"
     assert not (tmp_path / "out").exists()
     for name in ("INLINE_BYTES", "DATA_FILE_BYTES"):
         monkeypatch.setattr(writing, name, 1000)
-    with pytest.raises(ExportError, match="files of weights") as caught:
+    with raises(ExportError, "export.too-many-files") as caught:
         export(tiny_checkpoint, tmp_path / "out", precisions="fp32")
     assert "fewer bits" in (caught.value.hint or "")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from vlmport.errors import ConfigError, VlmportError, WeightError
 from vlmport.files.json_files import load_json
 
@@ -53,12 +54,12 @@ def test_load_json_says_what_is_wrong(tmp_path: Path, data: bytes, expected: str
 
 
 def test_load_json_missing_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with raises(ConfigError, "source.missing-file"):
         load_json(tmp_path / "config.json")
     with pytest.raises(ConfigError) as caught:
         load_json(tmp_path)
     assert caught.value.code == "source.not-a-file"
-    with pytest.raises(WeightError, match="no such file"):
+    with raises(WeightError, "source.missing-file"):
         load_json(tmp_path / "x.json", error=WeightError)
 
 

@@ -13,6 +13,7 @@ from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from tests.errors import raises
 from vlmport import cli
 from vlmport.errors import BundleError
 from vlmport.files.onnx_file import read_model, read_onnx
@@ -244,7 +245,7 @@ def test_names_that_no_file_system_takes(external: Path, name: str) -> None:
     model = onnx.load(external, load_external_data=False)
     model.graph.initializer[0].external_data[0].value = name
     external.write_bytes(model.SerializeToString())
-    with pytest.raises(BundleError, match="missing"):
+    with raises(BundleError, "bundle.missing-file"):
         read_onnx(external).check()
 
 

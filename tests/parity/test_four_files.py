@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.errors import raises
 from tests.parity.conftest import Case
 from tests.parity.surgery import (
     append_to_output,
@@ -319,5 +320,5 @@ def test_another_models_reference(four: FourCase) -> None:
     class Other:
         """Has no tower of its own to show."""
 
-    with pytest.raises(SourceError, match="the reference is another model's"):
+    with raises(SourceError, "verify.other-checkpoint"):
         run_four_files_ladder(Other(), four.bundle, ["fp32"], [])  # pyright: ignore

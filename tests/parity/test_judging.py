@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from vlmport.bundle import Manifest
 from vlmport.errors import ImageError, VlmportError
 from vlmport.parity import judging
@@ -184,7 +185,7 @@ def test_a_row_is_what_was_found_beside_its_limits() -> None:
 def test_an_error_of_the_bundle_is_a_finding() -> None:
     def find() -> judging.Found:
         with bundle_runs():
-            raise ImageError("no picture", hint="give another")
+            raise ImageError("no picture", hint="give another", code="image.unreadable")
 
     row = row_of("red", "q8", "tokens", LIMITS, find)
     assert row.error == "ImageError: no picture"
@@ -204,13 +205,13 @@ def test_a_defect_of_ours_is_none(error: BaseException) -> None:
 
 def test_an_error_of_the_reference_is_none() -> None:
     def find() -> judging.Found:
-        raise ImageError("the reference's", hint="-")
+        raise ImageError("the reference's", hint="-", code="image.unreadable")
 
-    with pytest.raises(VlmportError, match="the reference's"):
+    with raises(VlmportError, "image.unreadable", "the reference's"):
         row_of("red", "q8", "tokens", LIMITS, find)
 
 
 def test_errors_that_the_bundle_raises_keep_their_cause() -> None:
     with pytest.raises(BrokenError) as caught, bundle_runs():
-        raise ImageError("no picture", hint="give another")
+        raise ImageError("no picture", hint="give another", code="image.unreadable")
     assert isinstance(caught.value.__cause__, ImageError)

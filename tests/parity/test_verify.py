@@ -20,6 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.errors import raises
 from tests.parity.conftest import Case
 from tests.parity.surgery import edit_tensor
 from vlmport import cli
@@ -163,9 +164,9 @@ def test_another_checkpoint_is_refused_early(tiny: Case, tmp_path: Path) -> None
 def test_what_is_refused(tiny: Case, tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         verify(tiny.bundle, tmp_path / "nowhere")
-    with pytest.raises(BundleError, match=r"no vlmport\.json"):
+    with raises(BundleError, "bundle.no-manifest", "vlmport.json"):
         verify(tmp_path, tiny.checkpoint)
-    with pytest.raises(BundleError, match="'q8' is not in this bundle"):
+    with raises(BundleError, "precision.not-in-bundle", "'q8'"):
         verify(tiny.bundle, tiny.checkpoint, precisions=["q8"])
     with pytest.raises(ImageError):
         verify(tiny.bundle, tiny.checkpoint, images=[tmp_path / "nothing.png"])
@@ -183,7 +184,7 @@ def test_another_pillow(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_revision_is_for_the_hub(tiny: Case) -> None:
-    with pytest.raises(SourceError, match="a local folder has no revision 'v1'"):
+    with raises(SourceError, "source.no-revision", "'v1'"):
         verify(tiny.bundle, tiny.checkpoint, revision="v1")
 
 

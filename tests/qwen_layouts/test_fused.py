@@ -11,6 +11,7 @@ import onnx
 import pytest
 from rich.console import Console
 
+from tests.errors import raises
 from tests.parity.surgery import copied, edit_graph, edit_tensor
 from tests.qwen_checkpoints import write_qwen3
 from tests.qwen_layouts.conftest import NEW_TOKENS, REQUESTS, Model
@@ -192,16 +193,16 @@ def test_image_tokens_must_come_by_whole_pictures(models: dict[str, Model]) -> N
     features = np.zeros((20, 96), np.float32)
     ids = np.append(graphs.prompt_ids(), 5)
     assert graphs.logits(ids, features).shape == (21, 288)
-    with pytest.raises(PromptError, match="19 image tokens in the prompt, 20 features"):
+    with raises(PromptError, "prompt.wrong-features", "19", "20"):
         graphs.logits(ids[1:], features)
-    with pytest.raises(PromptError, match="no whole number of pictures of 20"):
+    with raises(PromptError, "prompt.wrong-features", "20"):
         graphs.logits(ids[1:], features[1:])
     feeds = {
         "input_ids": ids[None, 1:],
         "attention_mask": np.ones((1, 20), np.int64),
         "image_embeds": np.zeros((1, 20, 96), np.float32),
     }
-    with pytest.raises(PromptError, match="image tokens are not a multiple of 20") as caught:
+    with raises(PromptError, "prompt.refused", "20") as caught:
         graphs.run(TEXT, feeds)
     assert caught.value.hint is not None
     assert "takes 20 of them" in caught.value.hint
@@ -242,7 +243,7 @@ def test_a_picture_that_leaves_no_room_for_words_is_refused(tmp_path: Path) -> N
 
 
 def test_other_layouts_take_no_size(models: dict[str, Model], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="layout 'hub' has no one image size"):
+    with raises(ExportError, "layout.wrong-image-size", "'hub'"):
         export(models["qwen3_vl"].checkpoint, tmp_path / "out", layout=HUB, image_size="80x64")
 
 
@@ -252,7 +253,7 @@ def test_a_size_is_width_first() -> None:
 
 
 def test_the_runtime_names_the_layout_that_it_runs(models: dict[str, Model]) -> None:
-    with pytest.raises(BundleError, match="written in the layout 'fused', expected 'hub'"):
+    with raises(BundleError, "bundle.other-layout", "'fused'", "'hub'"):
         VLM.open(models["qwen3_vl"].fused)
 
 

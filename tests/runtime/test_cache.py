@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.errors import PromptError
 from vlmport.runtime.graphs.cache import KeyValueCache
@@ -321,10 +322,10 @@ def test_growing_keeps_what_is_there(components: Components):
 
 def test_the_context_is_the_limit_and_nothing_runs(components: Components):
     cache = KeyValueCache(components.decoder, 1, 4, 8)
-    with pytest.raises(PromptError, match="9 tokens, the model's context is 8"):
+    with raises(PromptError, "prompt.too-long", "9", "8"):
         cache.prefill(0, embeds_of(9))
     cache.prefill(0, embeds_of(8))
-    with pytest.raises(PromptError, match="context is 8"):
+    with raises(PromptError, "prompt.too-long", "8"):
         cache.step(embeds_of(1)[None])
     assert cache.lengths == [8]
 

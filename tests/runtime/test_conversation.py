@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from tests.runtime import toy
 from tests.runtime.talking import CANONICAL, Work, fresh, picture
 from tests.shared_testdata import shared_testdata
@@ -183,7 +184,7 @@ def test_a_prompt_that_ends_within_a_picture(tiny_bundle: Path) -> None:
         answer = chat.ask(max_new_tokens=6)
         assert answer.counts["cached_tokens"] == answer.counts["prompt_tokens"] - 1 == 24
         assert answer.token_ids == vlm.caption(picture(0), max_new_tokens=6).token_ids
-        with pytest.raises(PromptError, match="this captioner takes pictures and no text"):
+        with raises(PromptError, "template.refuses"):
             chat.ask("Why?")
         assert len(chat.messages) == 2
 

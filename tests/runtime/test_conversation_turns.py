@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from tests.runtime import toy
 from tests.runtime.talking import Work, fresh, picture, texts
 from vlmport.bundle import Bundle
@@ -107,7 +108,7 @@ def test_a_stream_during_which_the_conversation_goes_on(vlm: VLM, meanwhile: str
     else:
         chat.attach(toy.picture(0))
     said = texts(chat.messages)
-    with pytest.raises(PromptError, match="the conversation went on while") as caught:
+    with raises(PromptError, "conversation.went-on") as caught:
         list(stream)
     assert caught.value.hint
     assert texts(chat.messages) == said
@@ -132,9 +133,9 @@ def test_a_broken_decoder_leaves_no_trace(vlm: VLM, monkeypatch: pytest.MonkeyPa
     embed = vlm.components.embed
     with monkeypatch.context() as patch:
         patch.setattr(vlm.components, "embed", lambda ids: embed(ids) * np.float32(np.nan))
-        with pytest.raises(DeviceError, match="not finite"):
+        with raises(DeviceError, "device.not-finite"):
             chat.ask("bar", max_new_tokens=4)
-        with pytest.raises(DeviceError, match="not finite"):
+        with raises(DeviceError, "device.not-finite"):
             list(chat.stream("bar", max_new_tokens=4))
     assert (chat.cached_tokens, texts(chat.messages)) == (cached, said)
     answer = chat.ask("bar", max_new_tokens=4)
@@ -151,7 +152,7 @@ def test_too_long_a_conversation_is_refused_before_anything_runs(
     said, cached = texts(chat.messages), chat.cached_tokens
     chat.attach(toy.picture(1))
     for ask in (chat.ask, chat.stream):
-        with pytest.raises(PromptError, match="tokens, the model's context is 60"):
+        with raises(PromptError, "conversation.full", "60"):
             ask("on the bar")
     assert work.take() == (0, [])
     assert (texts(chat.messages), chat.cached_tokens, chat.attached) == (said, cached, 1)
@@ -183,7 +184,7 @@ def test_a_picture_without_a_question_is_captioned(tiled: VLM) -> None:
     assert chat.messages[:1] == [
         {**tiled.components.manifest.prompt.caption[0], "content": chat.messages[0]["content"]}
     ]
-    with pytest.raises(PromptError, match="0 pictures given, 1 image part"):
+    with raises(PromptError, "prompt.image-count", "0", "1"):
         chat.ask()
     with pytest.raises(PromptError, match="a question is a text, got list"):
         chat.ask([picture(0)])  # type: ignore[arg-type]
@@ -209,9 +210,9 @@ def test_what_is_wrong_leaves_the_conversation(vlm: VLM, tmp_path: Path) -> None
             chat.ask("x", [image])  # type: ignore[list-item]
         with pytest.raises(ImageError):
             chat.attach(image)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="unknown option 'max_token'"):
+    with raises(OptionError, "option.unknown", "'max_token'"):
         chat.stream("x", max_token=4)
-    with pytest.raises(PromptError, match="its image is None"):
+    with raises(PromptError, "prompt.image-none"):
         chat.ask("x", [None])  # type: ignore[list-item]
     assert (texts(chat.messages), chat.attached) == (said, 0)
 
@@ -224,7 +225,7 @@ def test_a_reset_keeps_the_system_message_alone(vlm: VLM) -> None:
     assert texts(chat.messages) == [("system", ["be brief"])]
     assert (chat.attached, chat.cached_tokens) == (0, 0)
     assert chat.ask("the", [toy.picture(0)]).token_ids == first.token_ids
-    with pytest.raises(PromptError, match="content is 5"):
+    with raises(PromptError, "prompt.wrong-value", "5"):
         vlm.conversation(5)  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.errors import DeviceError, OptionError, PromptError
 from vlmport.runtime.decoding.options import GenerationOptions
@@ -174,11 +175,11 @@ def test_the_context_ends_a_row(own_bundle):
     requests = [new_request(components, embeds_of(length), options) for length in (15, 20)]
     assert [len(tokens) for tokens in run(components, *requests)] == [6, 1]
     assert [stop_reason(request) for request in requests] == ["length", "length"]
-    with pytest.raises(PromptError, match="the prompt has 21 tokens, the model's context is 20"):
+    with raises(PromptError, "prompt.too-long", "21", "20"):
         Generation(components, [request_of(21)])
-    with pytest.raises(PromptError, match="the prompt is empty"):
+    with raises(PromptError, "prompt.empty"):
         Generation(components, [request_of(0)])
-    with pytest.raises(PromptError, match="7 tokens after 15, the model's context is 20") as caught:
+    with raises(PromptError, "prompt.too-long", "7", "15", "20") as caught:
         Generation(components, [request_of(15, tokens=7)])
     assert caught.value.hint == "at most 6"
 
@@ -197,7 +198,7 @@ def test_the_cache_grows_when_a_text_is_long(components: Components, monkeypatch
 def test_scores_that_are_no_numbers_are_refused(components: Components):
     embeds = embeds_of(6)
     embeds[2] = np.nan
-    with pytest.raises(DeviceError, match="scores are not finite at token 0") as caught:
+    with raises(DeviceError, "device.not-finite", "0") as caught:
         run(components, Request(embeds, search_of(5), 5))
     assert "--probe" in caught.value.hint
 
@@ -237,7 +238,7 @@ def test_a_request_under_the_bundles_defaults(components: Components):
 
 def test_min_new_tokens_is_never_cut_in_silence(own_bundle, vlm: VLM):
     """Neither by the bundle's default length, which is 12, nor by the context."""
-    with pytest.raises(OptionError, match="more than this model's default max_new_tokens=12") as e:
+    with raises(OptionError, "option.contradiction", "max_new_tokens=12") as e:
         vlm.caption(toy.picture(), min_new_tokens=40)
     assert e.value.hint == "give max_new_tokens too, at least 40"
     assert vlm.features.misses == 0  # said before anything was encoded
@@ -246,7 +247,7 @@ def test_min_new_tokens_is_never_cut_in_silence(own_bundle, vlm: VLM):
     components = Components.open(own_bundle(context=20), threads=1)
     options = GenerationOptions(100, min_new_tokens=7)
     assert new_request(components, embeds_of(14), options).max_new_tokens == 7
-    with pytest.raises(OptionError, match="the context allows 6 after a prompt of 15 tokens"):
+    with raises(OptionError, "option.no-room", "6", "15"):
         new_request(components, embeds_of(15), options)
 
 

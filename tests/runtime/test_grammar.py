@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.checkpoints import write_tokenizer
+from tests.errors import raises
 from tests.runtime.test_streamed_text import byte_fallback, metaspace
 from tests.shared_testdata import shared_testdata
 from vlmport.builtin import builtin_folder
@@ -221,6 +222,6 @@ def test_without_llguidance(monkeypatch: pytest.MonkeyPatch):
     tokenizer, stop = tokenizer_of("shapes")
     grammars = Grammars(tokenizer, 349, (stop,))
     assert grammars.of(GenerationOptions()) is None
-    with pytest.raises(DependencyError, match="need llguidance") as caught:
+    with raises(DependencyError, "dependency.missing") as caught:
         grammars.of(GenerationOptions(regex="a"))
     assert caught.value.hint == "pip install 'vlmport[grammar]'"

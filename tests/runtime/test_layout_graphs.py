@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper as h
 
+from tests.errors import raises
 from tests.runtime import toy
 from tests.runtime.toy_decoder import KV_HEADS, LAYERS
 from vlmport.bundle import Bundle
@@ -143,10 +144,10 @@ def test_an_output_that_is_not_there(bundle: Bundle) -> None:
     class Wanting(Graphs):
         outputs: ClassVar = {EMBED: "hidden_states"}
 
-    with pytest.raises(BundleError, match="no output 'hidden_states'; it has inputs_embeds"):
+    with raises(BundleError, "bundle.wrong-graph", "'hidden_states'", "inputs_embeds"):
         Wanting.open(bundle).run(EMBED, {"input_ids": np.array([[1]])})
 
 
 def test_a_decoder_without_a_cache(graphs: Graphs) -> None:
-    with pytest.raises(BundleError, match=r"no output 'new.…'; it has logits"):
+    with raises(BundleError, "bundle.wrong-graph", "'new.…'"):
         graphs.presents(DECODER, {"logits": np.zeros(1)})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError
@@ -169,7 +170,7 @@ def test_where_a_guess_could_change_the_text_it_is_refused(vlm: VLM, monkeypatch
 
 def test_a_float16_decoder_is_refused(own_bundle):
     vlm = VLM.open(own_bundle(cache_dtype=TensorProto.FLOAT16), threads=1)
-    with pytest.raises(OptionError, match="computes in float16") as caught:
+    with raises(OptionError, "option.not-for-this-model", "float16") as caught:
         vlm.caption(toy.picture(), prompt_lookup_num_tokens=3)
     assert "q4" in caught.value.hint
 

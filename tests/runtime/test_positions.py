@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto as T
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError, PromptError
@@ -187,6 +188,6 @@ def test_positions_of_another_rank_than_the_decoder_takes(own_bundle, tmp_path: 
 
 def test_a_prompt_beyond_the_context_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     vlm = VLM.open(toy.write_bundle(tmp_path, positions_rank=3, context=30), threads=1)
-    with pytest.raises(PromptError, match="tokens, the model's context is 30"):
+    with raises(PromptError, "prompt.too-long", "30"):
         vlm.caption(toy.picture(0, 40, 40))
     assert vlm.components.opened == ("image_processor",)

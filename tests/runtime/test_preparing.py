@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError, OptionWarning
@@ -259,5 +260,5 @@ def test_scores_of_a_broken_decoder_are_an_error_in_beams_too(
 
     monkeypatch.setattr(Components, "embed", broken)
     for options in ({}, {"num_beams": 2}, {"do_sample": True}):
-        with pytest.raises(DeviceError, match="not finite at token 1"):
+        with raises(DeviceError, "device.not-finite", "1"):
             vlm.caption(RGB, min_new_tokens=4, **options)

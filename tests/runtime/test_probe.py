@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Bundle, GoldenImage
 from vlmport.errors import BundleError
@@ -173,7 +174,7 @@ def test_numbers_that_are_none(bundle: Bundle, expected):
     components = faulty(bundle, encode_image=undefined)
     report = check_golden(components, GOLDEN, expected)
     assert "logits are not finite" in str(report)
-    with pytest.raises(BundleError, match="not finite"):
+    with raises(BundleError, "export.invalid-graph", "not finite"):
         record_golden(components, GOLDEN)
 
 
@@ -199,10 +200,10 @@ def test_logits_of_another_vocabulary(components, expected):
 
 def test_a_golden_longer_than_the_context_is_refused_before_it_takes_memory(components, expected):
     golden = dataclasses.replace(GOLDEN, copies=10**11)
-    with pytest.raises(BundleError, match="takes 1400000000000 tokens, the context is 200"):
+    with raises(BundleError, "bundle.wrong-golden", "1400000000000", "200"):
         check_golden(components, golden, expected)
     long = dataclasses.replace(expected, tokens=expected.tokens * 10)
-    with pytest.raises(BundleError, match="takes 229 tokens, the context is 200"):
+    with raises(BundleError, "bundle.wrong-golden", "229", "200"):
         check_golden(components, GOLDEN, long)
 
 
@@ -212,7 +213,7 @@ def test_a_short_context_is_probed_as_far_as_it_reaches(own_bundle, expected):
 
 
 def test_a_precision_without_a_golden(components: Components):
-    with pytest.raises(BundleError, match="no golden is recorded for precision 'fp32'") as caught:
+    with raises(BundleError, "bundle.wrong-golden", "'fp32'") as caught:
         check_golden(components)
     assert "probe one of (none)" in caught.value.hint
 
@@ -220,7 +221,7 @@ def test_a_precision_without_a_golden(components: Components):
 @pytest.mark.parametrize("rgb", ["AAAA", "not base64!"])
 def test_a_damaged_golden_picture(rgb: str):
     golden = dataclasses.replace(GOLDEN, image=GoldenImage(16, 12, rgb))
-    with pytest.raises(BundleError, match="not 12x16x3 bytes"):
+    with raises(BundleError, "bundle.wrong-golden", "12x16x3"):
         golden_image(golden)
 
 

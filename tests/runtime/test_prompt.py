@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from tests.runtime import toy
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import PromptSpec
@@ -159,7 +160,7 @@ def test_splicing(data: st.DataObject):
 
 def test_pictures_without_placeholders(prompter: Prompter):
     ids = prompter.encode("user:<image><image>")
-    with pytest.raises(PromptError, match="1 picture for 2 placeholders '<image>'") as caught:
+    with raises(PromptError, "prompt.placeholder-count", "1", "2", "'<image>'") as caught:
         prompter.splice(ids, [np.array([1])])
     assert caught.value.code == "prompt.placeholder-count"
     with pytest.raises(PromptError, match="3 pictures for 2 placeholders") as caught:
@@ -207,7 +208,7 @@ def test_the_template_language_is_that_of_transformers(template: str, want: str)
 )
 def test_a_template_that_fails_or_reaches_out(bundle, tmp_path: Path, template: str):
     prompter = own_prompter(bundle, tmp_path, {"chat_template": template})
-    with pytest.raises(PromptError, match="the chat template refuses") as caught:
+    with raises(PromptError, "template.refuses") as caught:
         prompter.render([user(text_part("x"))])
     assert caught.value.hint
     if "raise" in template:
@@ -223,7 +224,7 @@ def own_prompter(bundle, folder: Path, config: dict[str, Any]) -> Prompter:
 def test_where_the_template_comes_from(bundle, tmp_path: Path):
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert own_prompter(bundle, tmp_path, {"chat_template": named}).render([]) == "d"
-    with pytest.raises(PromptError, match="no chat template"):
+    with raises(PromptError, "template.missing"):
         own_prompter(bundle, tmp_path, {}).render([])
     (tmp_path / "chat_template.jinja").write_text("file {{ bos_token }}")
     config = {"bos_token": {"content": "<s>", "special": True}}
@@ -231,11 +232,11 @@ def test_where_the_template_comes_from(bundle, tmp_path: Path):
 
 
 def test_tokenizer_files_that_are_missing_or_broken(bundle, tmp_path: Path):
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json") as caught:
+    with raises(TokenizerError, "tokenizer.missing-file", "tokenizer.json") as caught:
         Prompter(tmp_path, bundle.manifest.prompt)
     assert caught.value.hint == "download or export the bundle again"
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: ") as caught:
+    with raises(TokenizerError, "tokenizer.unreadable", "tokenizer.json") as caught:
         Prompter(tmp_path, bundle.manifest.prompt)
     assert caught.value.hint
     (tmp_path / "tokenizer.json").write_bytes((bundle.folder / "tokenizer.json").read_bytes())

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Manifest
 from vlmport.errors import OptionError, PromptError
@@ -240,9 +241,9 @@ def test_guesses_are_refused_where_they_could_change_the_text(
     manifest: Manifest, graphs: dict[str, Any]
 ) -> None:
     components = of(manifest, **graphs)
-    with pytest.raises(OptionError, match="prompt_lookup_num_tokens at q8"):
+    with raises(OptionError, "option.not-for-this-model", "prompt_lookup_num_tokens", "q8"):
         asked(components, [5, 6], prompt_lookup_num_tokens=4)
-    with pytest.raises(OptionError, match="prompt_lookup_num_tokens at q8"):
+    with raises(OptionError, "option.not-for-this-model", "prompt_lookup_num_tokens", "q8"):
         check_default(components, "prompt_lookup_num_tokens", 4)
     asked(components, [5, 6])
     check_default(components, "prompt_lookup_num_tokens", None)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.errors import PromptError
 from vlmport.runtime.decoding.search import Choice, Hypothesis
@@ -229,7 +230,7 @@ def test_a_cancelled_request_frees_its_rows(components: Components, monkeypatch)
 
 def test_a_request_that_may_leave_the_context_is_not_added(components: Components):
     generation = Generation(components)
-    with pytest.raises(PromptError, match="7 tokens after 195, the model's context is 200"):
+    with raises(PromptError, "prompt.too-long", "7", "195", "200"):
         generation.add(request_of(1, 7, 0, length=195))
     assert generation.requests == []
 

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
+from tests.errors import raises
 from tests.runtime import toy
 from vlmport.errors import BundleError, DeviceError, OptionError
 from vlmport.runtime.graphs import sessions
@@ -24,17 +25,17 @@ def test_the_cpu_is_always_there():
 
 def test_a_device_that_this_onnx_runtime_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
-    with pytest.raises(DeviceError, match="CUDAExecutionProvider") as caught:
+    names = ("'cuda:1'", "CUDAExecutionProvider", "CPUExecutionProvider")
+    with raises(DeviceError, "device.not-available", *names) as caught:
         Device.parse("cuda:1")
-    assert "has CPUExecutionProvider" in str(caught.value)
     assert "onnxruntime-gpu" in caught.value.hint
-    with pytest.raises(DeviceError, match="DmlExecutionProvider"):
+    with raises(DeviceError, "device.not-available", "DmlExecutionProvider"):
         Device.parse("dml")
 
 
 @pytest.mark.parametrize("name", ["cudda", "tpu", "cuda:x", ""])
 def test_an_unknown_device(name: str):
-    with pytest.raises(DeviceError, match="is unknown") as caught:
+    with raises(DeviceError, "device.unknown") as caught:
         Device.parse(name)
     assert "known: cpu, cuda" in caught.value.hint
     if name == "cudda":
@@ -59,12 +60,12 @@ def test_no_silent_fallback_to_the_cpu(bundle, monkeypatch: pytest.MonkeyPatch):
             return [CPU]
 
     monkeypatch.setattr(ort, "InferenceSession", Fallen)
-    with pytest.raises(DeviceError, match="asked for cuda, ONNX Runtime took CPUExecutionProvider"):
+    with raises(DeviceError, "device.failed", "cuda", "CPUExecutionProvider"):
         open_session(bundle.path("onnx/embed_tokens.onnx"), Device("cuda"))
 
 
 def test_a_missing_graph(tmp_path: Path):
-    with pytest.raises(BundleError, match="missing"):
+    with raises(BundleError, "bundle.missing-file"):
         open_session(tmp_path / "absent.onnx")
 
 
@@ -73,7 +74,7 @@ def test_a_corrupt_graph(bundle, tmp_path: Path, keep: float):
     data = bundle.path("onnx/decoder_model_merged.onnx").read_bytes()
     path = tmp_path / "broken.onnx"
     path.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
-    with pytest.raises(BundleError, match="can't open it") as caught:
+    with raises(BundleError, "graph.not-opened") as caught:
         open_session(path)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
@@ -103,19 +104,19 @@ def test_external_data_that_is_not_whole(tmp_path: Path, damage: str):
         data.unlink()
     else:
         data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(BundleError, match="external data is missing or does not fit"):
+    with raises(BundleError, "bundle.missing-file"):
         open_session(path)
 
 
 def test_there_is_one_cpu():
-    with pytest.raises(DeviceError, match="device 'cpu:3': cpu has no index") as caught:
+    with raises(DeviceError, "device.unknown", "'cpu:3'") as caught:
         Device.parse("cpu:3")
     assert caught.value.hint == "give 'cpu' alone"
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, "2", 2.0])
 def test_bad_thread_counts(bundle, threads: int):
-    with pytest.raises(OptionError, match=r"threads=.*, expected a whole number of at least 1"):
+    with raises(OptionError, "option.wrong-value", "threads=", "1"):
         open_session(bundle.path("onnx/embed_tokens.onnx"), threads=threads)
     with pytest.raises(OptionError, match="threads="):  # at once, not with the first picture
         Components.open(bundle, threads=threads)

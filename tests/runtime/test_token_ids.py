@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from tokenizers import AddedToken, Tokenizer
 
 from tests.checkpoints import write_json
+from tests.errors import raises
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from vlmport.errors import CheckpointWarning, PromptError, TokenizerError
 from vlmport.exporter import export
@@ -123,7 +124,7 @@ def test_a_graph_with_fewer_rows_than_the_head_has(
     components = cut(bundle, tmp_path / "cut", precision, 70)
     embeds = components.embed(np.array([[5, 69, 7]]))[0]
     request = new_request(components, embeds, GenerationOptions(max_new_tokens=40))
-    with pytest.raises(PromptError, match="past the embedding, which has 70 rows") as caught:
+    with raises(PromptError, "prompt.token-past-embedding", "70") as caught:
         Generation(components, [request]).run()
     assert caught.value.code == "prompt.token-past-embedding"
     (wrong,) = request.tokens[-1:]

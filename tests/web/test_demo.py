@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.errors import raises
 from tests.processes import started
 from vlmport import demo
 from vlmport.bundle import Bundle
@@ -205,7 +206,7 @@ def test_a_port_that_is_taken(server: demo.DemoServer) -> None:
 
 def test_a_page_that_is_not_built(page: Path, tiny_bundle: Path) -> None:
     (page / "index.html").unlink()
-    with pytest.raises(DependencyError, match="the page is not built") as error:
+    with raises(DependencyError, "demo.page-not-built") as error:
         demo.make_server(Bundle.open(tiny_bundle), 0)
     assert "npm run build" in str(error.value.hint)
 
