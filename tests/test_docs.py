@@ -104,6 +104,13 @@ def test_each_python_block_names_what_exists(document: Path) -> None:
                 assert node.attr in vlmport.__all__, node.attr
 
 
+def test_the_page_of_the_python_api_has_every_public_name() -> None:
+    page = (ROOT / "docs/python-api.md").read_text("utf-8")
+    described = set(re.findall(r"^::: vlmport\.(\w+)$", page, re.MULTILINE))
+    errors = {name for name in vlmport.__all__ if name.endswith(("Error", "Warning"))}
+    assert described - {"errors"} == set(vlmport.__all__) - {"__version__"} - errors
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 120
 
