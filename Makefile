@@ -39,6 +39,7 @@ check: $(VENV)/installed-dev $(NODE_MODULES) docs
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m tests.errors_reference --check
 	$(BIN)/python -m tests.cli_reference --check
+	$(BIN)/python -m tests.manifest_reference --check
 	cd web && npm run --silent check
 
 # Warnings are errors (not with --quiet, which hides them from --strict). The variable hides a notice

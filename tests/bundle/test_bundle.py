@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import manifest_reference
 from tests.checkpoints import write_json
 from tests.errors import raises
 from vlmport.bundle import (
@@ -35,6 +36,7 @@ from vlmport.bundle import (
 )
 from vlmport.bundle import folder as bundle_folder
 from vlmport.bundle.downloads import check_once
+from vlmport.bundle.records import fields, from_json, to_json
 from vlmport.errors import BundleError
 from vlmport.loading import resolve
 
@@ -101,6 +103,30 @@ def test_every_field_of_the_dataclass_is_in_the_schema(document: dict[str, Any])
     assert set(document) == (fields - optional) | {"format", "version"}
     schema = json.loads((ROOT / "docs/vlmport.schema.json").read_text("utf-8"))
     assert set(schema["properties"]) == fields | {"format", "version"}
+
+
+def test_the_schema_and_the_typescript_types_are_generated() -> None:
+    for path, text in manifest_reference.files().items():
+        assert path.read_text("utf-8") == text, "run python -m tests.manifest_reference"
+
+
+def test_a_key_is_absent_where_its_field_has_the_default(document: dict[str, Any]) -> None:
+    optional = {
+        "layout": "genai",
+        "image_options": {"split": True},
+        "ignored_weights": {"a": ("b",)},
+    }
+    manifest = from_json(Manifest, document)
+    assert not set(optional) & set(to_json(manifest))
+    written = to_json(dataclasses.replace(manifest, **optional))
+    assert written["ignored_weights"] == {"a": ["b"]}
+    assert from_json(Manifest, written) == dataclasses.replace(manifest, **optional)
+
+
+def test_a_size_that_is_no_field_is_left_out(document: dict[str, Any], tmp_path: Path) -> None:
+    dims = document["dims"] | {"of_a_newer_version": 7}
+    write_json(tmp_path / MANIFEST, document | {"dims": dims})
+    assert to_json(read_manifest(tmp_path / MANIFEST).dims).keys() == fields(Dims).keys()
 
 
 # Refusals

@@ -1,21 +1,25 @@
-"""The hashes of a bundle's files: of the whole, and of each 8 MiB, by which a browser downloads."""
+"""Hash a bundle's files, whole and in chunks of 8 MiB; a browser downloads chunk by chunk."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeAlias
+
+from vlmport.bundle.records import Schema
 
 CHUNK_BYTES = 8 * 1024 * 1024
+Sha256: TypeAlias = Annotated[str, Schema(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """Size in bytes, SHA-256 of the whole and of each 8 MiB."""
 
-    size: int
-    sha256: str
-    chunks: tuple[str, ...]
+    size: Annotated[int, Schema(minimum=0)]
+    sha256: Sha256
+    chunks: Annotated[tuple[Sha256, ...], Schema("SHA-256 of each 8 MiB in turn")]
 
 
 def hash_file(path: Path) -> FileEntry:

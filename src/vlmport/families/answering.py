@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from tokenizers import Tokenizer
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
+from vlmport.bundle.manifest import CaptionMessage
 from vlmport.checkpoint import Checkpoint, HeadNames, LazyTensor
 from vlmport.errors import ConfigError
 from vlmport.families.base import (
@@ -154,8 +155,11 @@ class AnsweringFamily(Family):
 
     @property
     def prompt(self) -> PromptSpec:
-        parts = [{"type": "image"}, {"type": "text", "text": self.question}]
-        token, caption = self.config.image_token_id, {"role": "user", "content": parts}
+        token = self.config.image_token_id
+        caption: CaptionMessage = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": self.question}],
+        }
         return PromptSpec(self.token_keys[IMAGE_TOKEN_ID], token, token, (caption,))
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from vlmport.bundle import CacheLayout, Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.bundle.layouts import HUB, ImageSize
+from vlmport.bundle.manifest import Filter
 from vlmport.checkpoint import Checkpoint, LazyTensor
 from vlmport.graph.builder import GraphBuilder
 from vlmport.graph.decoder_config import DecoderConfig
@@ -45,6 +46,12 @@ SAMPLING_KEYS = frozenset(
     }
 )
 
+FILTERS: Mapping[Resample, Filter] = {
+    Resample.LANCZOS: "lanczos",
+    Resample.BILINEAR: "bilinear",
+    Resample.BICUBIC: "bicubic",
+}
+
 
 def without_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
     """A sub-config without the sampling options of transformers 4."""
@@ -64,8 +71,8 @@ def decoder_dims(text: DecoderConfig) -> Dims:
 
 
 def pixel_spec(resample: int) -> PixelSpec:
-    """Whose pixels an image processor gives, by Pillow's code of its filter."""
-    return PixelSpec(Resample(resample).name.lower(), f"Pillow {PILLOW_VERSION}")
+    """The manifest's entry for an image processor, by Pillow's code of its filter."""
+    return PixelSpec(FILTERS[Resample(resample)], f"Pillow {PILLOW_VERSION}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,22 @@
 /**
- * vlmport.json: read, validated and asked here and nowhere else (the twin of vlmport/bundle/manifest.py).
+ * Read and validate vlmport.json, here and nowhere else (the twin of vlmport/bundle/manifest_file.py).
  *
- * Everything that the runtime knows of a model stands here or in the graphs' inputs and outputs.
+ * Everything that the runtime knows of a model is in it or in the graphs' inputs and outputs.
  */
 
 import { VlmportError, firstLine } from '../errors.js';
+import type { FileEntry, Manifest } from './manifest-types.js';
 import { type Json, firstProblem } from './schema.js';
 import schema from './vlmport.schema.json' with { type: 'json' };
+
+export type {
+  FileEntry,
+  Golden,
+  GoldenExpectation,
+  ImageOptions,
+  Manifest,
+  Variant,
+} from './manifest-types.js';
 
 export const MANIFEST = 'vlmport.json';
 export const VERSION = 1;
@@ -16,65 +26,10 @@ const HUB = 'hub';
 const NEEDED = ['image_processor', 'vision_encoder', 'embed_tokens', 'decoder_model_merged'];
 export const ANY = 'any'; // the precision of a component that has only one form
 
-/** One component at one precision: its graph and the graph's external data files. */
-export interface Variant {
-  readonly model: string;
-  readonly data: readonly string[];
-}
-
-/** Size in bytes, SHA-256 of the whole and of each 8 MiB. */
-export interface FileEntry {
-  readonly size: number;
-  readonly sha256: string;
-  readonly chunks: readonly string[];
-}
-
-export interface GoldenExpectation {
-  readonly tokens: readonly number[];
-  readonly logit_ids: readonly number[];
-  readonly logits: readonly number[];
-  readonly tolerance: number;
-}
-
-/** Inputs of the image processor beside the picture. */
-export type ImageOptions = Readonly<Record<string, boolean | number>>;
-
-export interface Golden {
-  readonly image: { readonly width: number; readonly height: number; readonly rgb: string };
-  readonly copies: number;
-  readonly prefill_tokens: number;
-  readonly options?: ImageOptions;
-  readonly expected: Readonly<Record<string, GoldenExpectation>>;
-}
-
+/** A message of a chat, its parts without images. */
 export interface Message {
   readonly role: string;
   readonly content: string | readonly { readonly type: string; readonly text?: string }[];
-}
-
-/** The contents of vlmport.json, version 1, by its own names. */
-export interface Manifest {
-  readonly version: number;
-  readonly producer: string;
-  readonly name: string;
-  readonly components: Readonly<Record<string, Readonly<Record<string, Variant>>>>;
-  readonly auto: Readonly<Record<string, Readonly<Record<string, string>>>>;
-  readonly files: Readonly<Record<string, FileEntry>>;
-  readonly dims: { readonly context_length: number; readonly vocab_size: number };
-  readonly cache: { readonly past: string; readonly present: string };
-  readonly prompt: {
-    readonly image_placeholder: string;
-    readonly placeholder_token_id: number;
-    readonly image_token_id: number;
-    readonly caption: readonly Message[];
-  };
-  readonly generation: {
-    readonly stop_token_ids: readonly number[];
-    readonly max_new_tokens: number;
-    readonly defaults: Readonly<Record<string, Json>>;
-  };
-  readonly image_options?: ImageOptions;
-  readonly golden: Golden;
 }
 
 /** Read and validate vlmport.json. Throws BundleError. */

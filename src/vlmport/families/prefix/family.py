@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from vlmport.bundle import Dims, GenerationSpec, PixelSpec, PromptSpec
 from vlmport.bundle.layouts import COMPONENTS
+from vlmport.bundle.manifest import CaptionMessage
 from vlmport.checkpoint import (
     Checkpoint,
     HeadNames,
@@ -238,7 +239,7 @@ class PrefixCaptioner(Family):
 
     @property
     def prompt(self) -> PromptSpec:
-        caption = {"role": "user", "content": [{"type": "image"}]}
+        caption: CaptionMessage = {"role": "user", "content": [{"type": "image"}]}
         return PromptSpec(IMAGE_TOKEN, self.image_token_id, self.image_token_id, (caption,))
 
     @property
