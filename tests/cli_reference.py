@@ -29,7 +29,7 @@ HEAD = """\
 | exit code | meaning |
 | --: | --- |
 | 0 | done |
-| 1 | a check failed (`verify`, `eval`, `inspect --probe`), or nobody reads the output any more |
+| 1 | a check failed (`verify`, `eval`, `inspect --probe`), or the reader of the output has ended |
 | 2 | bad input; one line says what is wrong, and a hint says what to do |
 | 130, 143, 129 | ended by Ctrl-C, SIGTERM, SIGHUP |
 """
@@ -41,13 +41,14 @@ class Row:
 
     name: str
     meaning: str
+    heading: str  # of its section in --help
 
 
 def row(parameter: Any, context: Any) -> Row:
     """The row of a parameter, from what --help prints of it."""
     name, text = parameter.get_help_record(context)
     name = name.replace("int range", "int").replace("|", "\\|")
-    return Row(f"`{name}`", _sentence(text))
+    return Row(f"`{name}`", _sentence(text), getattr(parameter, "rich_help_panel", None) or "")
 
 
 def _sentence(text: str | None) -> str:
@@ -92,7 +93,10 @@ def page() -> str:
         lines.append("")
     lines += ["## Options of caption, ask and chat", ""]
     lines += ["[Decoding](decoding.md#options) explains those that choose tokens."]
-    return "\n".join([*lines, *table("option", shared)]) + "\n"
+    for heading in dict.fromkeys(one.heading for one in shared):
+        lines += ["", f"### {heading}"]
+        lines += table("option", [one for one in shared if one.heading == heading])
+    return "\n".join(lines) + "\n"
 
 
 def _context(command: Any, name: str) -> Any:

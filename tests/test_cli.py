@@ -274,7 +274,7 @@ def test_verify_exits_by_its_result(
     arguments = ["verify", tiny_bundle, "--reference", "ckpt", "-p", "fp32,q4", "--json", file]
     assert run(*arguments).exit_code == 1
     assert json.loads(file.read_text(encoding="utf-8")) == {"passed": False}
-    assert (asked["bundle"], asked["reference"]) == (tiny_bundle, "ckpt")
+    assert (asked["bundle"].folder, asked["reference"]) == (tiny_bundle, "ckpt")
     assert asked["precisions"] == ["fp32", "q4"]
     FakeReport.passed = True
     assert run(*arguments).exit_code == 0

@@ -118,15 +118,13 @@ def test_decoding_options_and_a_system_message(bundle: Path, pictures: list[str]
     assert done.stdout == "".join(f"{one.text.strip()}\n" for one in (want, *want.alternatives))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--no-split"], ["--image-option", "do-image-splitting=false"]], ids=str
-)
+@pytest.mark.parametrize("name", ["do_image_splitting", "do-image-splitting"])
 @pytest.mark.parametrize("command", ["ask", "caption", "chat"])
 def test_pictures_that_are_not_cut(
-    bundle: Path, vlm: VLM, pictures: list[str], command: str, arguments: list[str]
+    bundle: Path, vlm: VLM, pictures: list[str], command: str, name: str
 ) -> None:
     whole = {"do_image_splitting": False}
-    options = [*few(bundle), *arguments]
+    options = [*few(bundle), "--image-option", f"{name}=false"]
     if command == "chat":
         done = run("chat", "--image", pictures[0], *options, input="What?\n")
         want = answer(vlm, "What?", pictures[:1], image_options=whole)
@@ -141,15 +139,19 @@ def test_pictures_that_are_not_cut(
 @pytest.mark.parametrize(
     ("arguments", "said", "hint"),
     [
-        (["absent.png", "What?"], "absent.png: no such file", "all but the last argument"),
+        (["absent.png", "What?"], "absent.png: no such file", "all arguments but the last"),
         (["what", "is", "this"], "what: no such file", "put the question in quotes"),
-        (["photo.jpg"], "photo.jpg: no such file", "the question comes last"),
+        (["photo.jpg"], "photo.jpg: no such file", "a question comes last"),
         (["{0}", "{1}"], "no question: the last argument", "put the question last"),
         (["{0}", "."], "the last argument '.' is a folder", "put the question last"),
         (["{0}", " "], "the question is empty", "vlmport ask"),
-        (["{0}", "What?", "--stream", "--json"], "contradict each other", "choose one"),
-        (["{0}", "What?", "--image-option", "do_image_splitting=no"], "not JSON", "for example"),
-        (["{0}", "What?", "--image-option", "split=false"], "option 'split' is unknown", "has:"),
+        (["{0}", "What?", "--stream", "--json"], "contradict each other", "leave one"),
+        (["{0}", "What?", "--image-option", "do_image_splitting=no"], "not JSON", "in JSON"),
+        (
+            ["{0}", "What?", "--image-option", "split=false"],
+            "no image option 'split'",
+            "do_image_splitting",
+        ),
         (["{0}", "What?", "--top-p", "2"], "top_p=2.0", "hint"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
@@ -188,7 +190,7 @@ def test_turns_from_a_pipe(bundle: Path, vlm: VLM, pictures: list[str]) -> None:
         chat.ask("Which?", [pictures[1]], **options),
     ]
     assert done.stdout == "".join(f"{one.text.strip()}\n" for one in want)
-    assert done.stderr == "1 picture for the next question\n"
+    assert done.stderr == "1 image attached to the next question\n"
     assert done.exit_code == 0
     assert len({one.text for one in want}) == 3
 
@@ -197,7 +199,7 @@ def test_a_reset_forgets(bundle: Path) -> None:
     done = run("chat", *few(bundle), "--system", "Be brief.", input="What?\nWhy?\n/reset\nWhat?\n")
     first, second, third = done.stdout.splitlines()
     assert first == third != second
-    assert "all forgotten" in done.stderr
+    assert "the conversation is forgotten" in done.stderr
 
 
 def test_help_and_quit(bundle: Path) -> None:
@@ -264,7 +266,7 @@ def test_a_picture_waits_until_a_question_is_answered(
     chat = vlm.conversation()
     want = [chat.ask("What?", [pictures[0]], max_new_tokens=6), chat.ask("Why?", max_new_tokens=6)]
     assert done.stdout == "".join(f"{one.text.strip()}\n" for one in want)
-    assert "0 pictures for the next question" in done.stderr
+    assert "0 images attached to the next question" in done.stderr
 
 
 def test_beams_are_printed_whole(bundle: Path, vlm: VLM) -> None:
@@ -291,7 +293,7 @@ def test_addresses_keep_their_slashes(bundle: Path, vlm: VLM, pictures: list[str
     [
         (["--image", "absent.png"], "absent.png: no such file"),
         (["--top-p", "2"], "top_p=2.0"),
-        (["--image-option", "split=1"], "option 'split' is unknown"),
+        (["--image-option", "split=1"], "no image option 'split'"),
     ],
     ids=str,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmport import cli
-from vlmport.cli.decoding_options import DECODING
+from vlmport.cli.decoding_options import DECODING, read_decoding
 from vlmport.runtime.decoding.options import CHECKS
 from vlmport.runtime.model import VLM
 
@@ -134,7 +136,7 @@ def test_a_schema_comes_from_a_file(tiny_bundle: Path, picture: str, tmp_path: P
         (["--option", "=1"], "--option =1: expected NAME=VALUE"),
         (["--num-beams", "2", "--option", "num-beams=3"], "num_beams is given twice"),
         (["--option", "min_length=2", "--option", "min_length=3"], "min_length is given twice"),
-        (["--logprobs", "2"], "--logprobs: nothing would show them"),
+        (["--logprobs", "2"], "--logprobs has an effect with --json only"),
         (["--regex", "(a"], "regex='(a'"),
         (["--early-stopping", "soon"], "soon"),
     ],
@@ -150,7 +152,22 @@ def test_what_is_wrong_is_said_in_a_line(
 
 
 def test_every_option_is_one_of_generate() -> None:
-    assert set(DECODING) - {"generation"} <= set(CHECKS)
+    names = {one.name for one in DECODING.params}
+    assert names == set(inspect.signature(read_decoding).parameters)
+    assert names - {"generation"} <= set(CHECKS)
+
+
+@pytest.mark.parametrize("command", ["caption", "ask", "chat"])
+def test_help_has_sections_with_every_option(command: str) -> None:
+    text = run(command, "--help").stdout
+    headings = re.findall(r"^(\S[^:\n]*):$", text, re.MULTILINE)
+    assert [one for one in headings if one != "Arguments"] == [
+        "Options", "Model", "Images", "Length of the answer", "Sampling", "Beam search",
+        "Content of the answer", "Speed", "More",
+    ]  # fmt: skip
+    for parameter in DECODING.params:
+        assert f"\n  {parameter.opts[0]}" in text
+        assert parameter.help.endswith((".", ")"))
 
 
 def test_a_default_that_is_left_out_is_said_in_a_line(

@@ -15,9 +15,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/vlmport"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH = {"torch", "transformers", "peft", "torchvision"}
-# Words of one family or of the models in it. The registry is families/, and checkpoint/ only
-# speaks of a family where it gives an example.
-FAMILY_WORDS = re.compile(r"prefix_conditioning|siglip|llava|distilvit|smolvlm|qwen|llama", re.I)
+# Words of one family, of the models in it, and its options of the image processor. The registry is
+# families/, and checkpoint/ only speaks of a family where it gives an example.
+IMAGE_OPTIONS = ("do_image_splitting", "min_pixels", "max_pixels")
+FAMILY_WORDS = re.compile(
+    r"prefix_conditioning|siglip|llava|distilvit|smolvlm|qwen|llama|no-split"
+    + f"|(?-i:{'|'.join(IMAGE_OPTIONS)})",  # MAX_PIXELS is another: the most that Pillow opens
+    re.I,
+)
 GENERIC = [
     "benchmark",
     "bundle",
@@ -101,7 +106,7 @@ ALLOWED = {
     "bundle": {"errors", "files"},
     "checkpoint": {"errors", "files", "text"},
     "errors.py": set(),
-    "evaluation": {"errors", "files", "bundle", "builtin", "runtime", "__version__"},
+    "evaluation": {"errors", "files", "bundle", "builtin", "runtime", "loading", "__version__"},
     "exporter": {
         "errors", "bundle", "text", "checkpoint", "graph", "families", "runtime", "builtin",
         "__version__",
@@ -110,7 +115,7 @@ ALLOWED = {
     "files": {"errors"},
     "graph": {"errors", "bundle", "checkpoint"},
     "parity": {
-        "errors", "bundle", "text", "checkpoint", "families", "runtime", "builtin",
+        "errors", "bundle", "text", "checkpoint", "families", "runtime", "builtin", "loading",
     },
     "runtime": {"errors", "files", "bundle", "text"},
     "signals.py": set(),

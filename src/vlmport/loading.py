@@ -15,7 +15,7 @@ from vlmport.builtin import CAPTIONER, builtin_folder, builtin_models
 from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bundle, read_manifest
 from vlmport.bundle.cache import cache_folder, entry_name, open_entry, prune
 from vlmport.bundle.downloads import check_once
-from vlmport.bundle.precisions import canonical
+from vlmport.bundle.precisions import canonical, split_precisions
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import OptionError
@@ -26,7 +26,7 @@ from vlmport.runtime.model import VLM
 if TYPE_CHECKING:
     from vlmport.exporter import Progress
 
-__all__ = ["builtin_models", "cache_folder", "load", "resolve"]
+__all__ = ["builtin_models", "cache_folder", "load", "open_bundle", "resolve", "to_export"]
 
 
 def load(
@@ -150,6 +150,34 @@ def resolve(
         raise
     prune(out)
     return bundle
+
+
+def open_bundle(
+    bundle: Bundle | str | Path,
+    *,
+    precisions: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Bundle:
+    """Open a bundle, its folder, or a built-in model, which is exported into the cache.
+
+    Args:
+        bundle: a bundle, its folder, or a built-in name.
+        precisions: names or mixes that will be used of it.
+        progress: called during an export, as for `load`.
+
+    Raises as `resolve` does.
+    """
+    if isinstance(bundle, Bundle):
+        return bundle
+    if builtin_folder(bundle) is None:
+        return Bundle.open(bundle)
+    return resolve(bundle, precisions=to_export(precisions), progress=progress)
+
+
+def to_export(names: Sequence[str]) -> tuple[str, ...]:
+    """Choose the precisions to export of a checkpoint that is used at these, or mixes of them."""
+    plain = [name for name in names if "=" not in name and name != "auto"]
+    return split_precisions([*DEFAULT_PRECISIONS, *plain])
 
 
 def _open_remote(

@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OPTIONS = (
     *("--json", "--stream", "--precision", "-p", "--device", "--threads", "--max-new-tokens"),
     *("--num-beams", "--do-sample", "--seed", "--temperature", "--top-k", "--stop-string"),
-    *("--option", "--image-option", "--no-split", "--adapter", "--revision", "--system"),
+    *("--option", "--image-option", "--adapter", "--revision", "--system"),
     *("--json-schema", "--regex", "--logprobs", "--probe", "--layout", "--image-size", "--force"),
     *("--max-shard-size", "--limit", "--metric", "--captions", "--tokens", "--rounds", "--help"),
     *("--ignore-weights", "--verify-hashes", "--drop-oldest", "--image", "--port"),

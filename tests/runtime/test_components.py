@@ -89,7 +89,7 @@ def test_image_options_are_inputs_of_the_graph(components: Components):
     np.testing.assert_allclose(doubled, plain * 2)
     with raises(OptionError, "option.unknown", "'gian'", "'gain'") as caught:
         components.process_image(toy.picture(), {"gian": 2})
-    assert "this bundle has: gain" in caught.value.hint
+    assert "image options: gain" in caught.value.hint
     with raises(OptionError, "option.unknown", "'image'"):
         components.process_image(toy.picture(), {"image": 2})
     with pytest.raises(OptionError, match="gain='a lot'"):

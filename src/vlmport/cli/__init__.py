@@ -1,8 +1,8 @@
-"""The command line: thin faces over the Python functions of the same names, a module a command.
+"""The command line: one module for each command, which calls the Python function of its name.
 
-Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed
-(`verify`, `eval`, `inspect --probe`) or nobody reads the output any more, 2 bad input, 130 Ctrl-C,
-143 SIGTERM, 129 SIGHUP.
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done; 1 a check failed
+(`verify`, `eval`, `inspect --probe`), or the reader of the output has ended; 2 bad input;
+130 Ctrl-C; 143 SIGTERM; 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ from vlmport.cli.process import run_app as run_app
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     run_app()

@@ -1,4 +1,4 @@
-"""How answers are printed: as text for people, or as a row of JSON."""
+"""Print answers: as text, or as a row of JSON."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from vlmport.runtime.model import Response
 
 
-def json_row(asked: Mapping[str, Any], name: str, caption: Response) -> str:
-    """What was asked and everything about the answer, whose text has this name.
+def json_row(asked: Mapping[str, Any], name: str, response: Response) -> str:
+    """Write a row of JSON: what was asked, and the fields of the answer, with its text as `name`.
 
-    What was not asked for is left out.
+    Fields that are empty because nobody asked for them are left out.
     """
 
     def given(fields: dict[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in fields.items() if value not in (None, ())}
         return kept | {name: fields[name] for name in ("stop_reason", "complete")}
 
-    fields = dataclasses.asdict(caption)
+    fields = dataclasses.asdict(response)
     others = tuple(given(one) for one in fields["alternatives"])
     row = {**asked, name: fields.pop("text")}
     return to_json(row | given(fields | {"alternatives": others}))
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text without the space before and after it, which many models write."""
+    """Yield the pieces of a text without the space at its ends, which many models write."""
     held = None  # None until there is text
     for piece in pieces:
         piece = piece.lstrip() if held is None else held + piece

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vlmport import __version__
 from vlmport.cli.console import report, say, warnings_of_ours
@@ -17,7 +17,7 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 class OneLineErrors(TyperGroup):
-    """Prints an error that the user can mend as one line and a hint, without a traceback."""
+    """Commands whose errors are one line and a hint, without a traceback."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _usage_errors():
@@ -27,7 +27,7 @@ class OneLineErrors(TyperGroup):
         try:
             with warnings_of_ours(), _usage_errors():
                 return super().invoke(ctx)
-        except OutputError as error:  # the last thing that is said, by process.py
+        except OutputError as error:  # process.py reports it, at the end
             raise typer.Exit(error.exit_code) from error
         except VlmportError as error:
             report(error)
@@ -37,20 +37,43 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
+class SectionedCommand(TyperCommand):
+    """A command whose --help has a section for each `rich_help_panel`, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            heading = getattr(parameter, "rich_help_panel", None)
+            if (row := parameter.get_help_record(ctx)) is not None:
+                heading = heading or ("Arguments" if is_argument else "Options")
+                sections.setdefault(heading, []).append(row)
+        for heading, rows in sections.items():
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Print what is wrong with the arguments as one line and a hint, as every other error."""
+    """Print an error of the arguments as one line and a hint, as every other error."""
     try:
         yield
     except Exception as error:
-        # click's, by whatever name typer has it; without arguments it prints the help instead.
+        # An error of click, under typer's name for it. Without arguments, typer prints the help.
         is_usage = hasattr(error, "format_message") and hasattr(error, "ctx")
         if not is_usage or type(error).__name__ == "NoArgsIsHelpError":
             raise
         usage: Any = error
         command = "vlmport" if usage.ctx is None else usage.ctx.command_path
         said = " ".join(usage.format_message().split()).removesuffix(".")
-        report(OptionError(said, hint=f"`{command} -h` shows its use", code="command.usage"))
+        report(
+            OptionError(
+                said,
+                hint=f"`{command} --help` lists its arguments and options",
+                code="command.usage",
+            )
+        )
         raise typer.Exit(OptionError.exit_code) from error
 
 
@@ -60,7 +83,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Export small vision-language models to ONNX, prove the export right, run it anywhere.",
+    help="Export small vision-language models to ONNX, verify the export, and run it anywhere.",
 )
 
 

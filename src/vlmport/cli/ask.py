@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,59 +18,55 @@ from vlmport.cli.arguments import (
     Device,
     ImageOptions,
     Model,
-    NoSplit,
     Precision,
     Revision,
     Threads,
     VerifyHashes,
+    check_output,
     read_image_options,
 )
-from vlmport.cli.decoding_options import with_decoding
+from vlmport.cli.decoding_options import GeneratingCommand, decoding_of
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
-from vlmport.errors import ImageError, OptionError, PromptError, quoted
+from vlmport.errors import ImageError, PromptError, quoted
 from vlmport.runtime.images.uris import is_address
 
-# What ends so and holds no space is meant as a file.
+# A last argument that ends like this, without a space, is meant as a file.
 SUFFIXES = re.compile(r"\S+\.(png|jpe?g|webp|avif|gif|bmp|tiff?|heic|svg|pdf|mp4)", re.I)
 
 
-@app.command()
-@with_decoding
+@app.command(cls=GeneratingCommand)
 def ask(
+    ctx: typer.Context,
     *,
     arguments: Annotated[
         list[str],
-        typer.Argument(help="Pictures, if any, and the question last.", metavar="[IMAGE]... TEXT"),
+        typer.Argument(help="Images, if any, then the question.", metavar="[IMAGE]... TEXT"),
     ],
     model: Model = ANSWERER,
     system: Annotated[
-        str | None, typer.Option(help="A system message before the question.", metavar="TEXT")
+        str | None, typer.Option(help="System message before the question.", metavar="TEXT")
     ] = None,
     precision: Precision = "auto",
     device: Device = "cpu",
-    stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the text as it is generated.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
     verify_hashes: VerifyHashes = False,
     image_option: ImageOptions = None,
-    no_split: NoSplit = False,
-    decoding: dict[str, Any],
 ) -> None:
-    """Ask one question about pictures, or about none.
+    """Ask one question about images.
 
-    The last argument is the question, all before it are pictures. A picture alone is captioned.
+    The last argument is the question, the arguments before it are images. There may
+    be no image. A single image without a question is captioned.
     """
-    if stream and as_json:
-        raise OptionError(
-            "--stream and --json contradict each other",
-            hint="choose one",
-            code="option.contradiction",
-        )
+    check_output(stream=stream, as_json=as_json)
     images, question = read_arguments(arguments)
-    options = read_image_options(image_option, no_split)
+    options, decoding = read_image_options(image_option), decoding_of(ctx)
     vlm = open_model(
         model,
         precision=precision,
@@ -97,9 +93,9 @@ def ask(
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The pictures, and the question: the last argument, unless a file or folder has that name.
+    """Split the arguments into images and the question: the last, unless a file has that name.
 
-    Raises ImageError for a picture that is not there, PromptError for pictures without a question.
+    Raises ImageError for an image that does not exist, PromptError for images without a question.
     """
     *images, question = arguments
     asked: str | None = question
@@ -108,20 +104,20 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     elif not question.strip():
         raise PromptError(
             "the question is empty",
-            hint='vlmport ask photo.jpg "What is this?"',
+            hint='for example vlmport ask photo.jpg "What is this?"',
             code="prompt.no-question",
         )
     elif SUFFIXES.fullmatch(question):
         raise ImageError(
             f"{question}: no such file",
-            hint="the question comes last, after the pictures",
+            hint="check the path; a question comes last, after the images",
             code="image.not-found",
         )
     for image in images:
         if not _exists(image):
             raise ImageError(
                 f"{image}: no such file",
-                hint="all but the last argument are pictures; put the question in quotes",
+                hint="all arguments but the last are images; put the question in quotes",
                 code="image.not-found",
             )
     if asked is None and len(images) > 1:
@@ -129,15 +125,14 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         kind = "an address" if is_address(question) else kind
         raise PromptError(
             f"no question: the last argument {quoted(question)} is {kind}",
-            hint="put the question last; `vlmport caption` captions several pictures",
+            hint="put the question last; `vlmport caption` captions several images",
             code="prompt.no-question",
         )
     return images, asked
 
 
 def _exists(name: str) -> bool:
-    """Whether something is there under this name, or it is an address, which is said later; a
-    question may be too long for a name."""
+    """Whether a file has this name, or it is an address. A question may be too long for a name."""
     if is_address(name):
         return True
     try:

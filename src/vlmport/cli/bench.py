@@ -7,53 +7,56 @@ from typing import Annotated
 
 import typer
 
-from vlmport.cli.app import app
-from vlmport.cli.arguments import Threads
+from vlmport.cli.app import SectionedCommand, app
+from vlmport.cli.arguments import Source, Threads, split_names
 from vlmport.cli.console import bench_progress, export_progress, say
 
+Precisions = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        "-p",
+        help="Precisions, with commas, or one mix (default: auto and all of the bundle).",
+    ),
+]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--tokens",
+        help="Number of tokens of a prompt; can be repeated (default: 100 and 1100).",
+        metavar="N",
+    ),
+]
+Rounds = Annotated[int, typer.Option(help="Number of rounds; medians are reported.", min=1)]
+NewTokens = Annotated[
+    int, typer.Option(help="Number of tokens to decode after each prompt.", min=2)
+]
+Cold = Annotated[
+    bool, typer.Option(help="Also start a process for each precision: first caption, memory.")
+]
 
-@app.command()
+
+@app.command(cls=SectionedCommand)
 def bench(
-    bundle: Annotated[
-        str,
-        typer.Argument(
-            help="Bundle; a checkpoint, Hub id or built-in name is exported.", metavar="BUNDLE"
-        ),
-    ],
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision",
-            "-p",
-            help="Precisions, with commas, or one mix; by default auto and all of the bundle.",
-        ),
-    ] = None,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--tokens",
-            help="Tokens of a prompt; can be repeated. [default: 100, 1100]",
-            metavar="N",
-        ),
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Medians are of so many rounds.", min=1)] = 5,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded at each length.", min=2)] = 32,
+    bundle: Source,
+    precision: Precisions = None,
+    lengths: Lengths = None,
+    rounds: Rounds = 5,
+    new_tokens: NewTokens = 32,
+    cold: Cold = True,
     threads: Threads = None,
-    cold: Annotated[bool, typer.Option(help="Also start a process for each precision.")] = True,
 ) -> None:
-    """Measure how fast a bundle is on this CPU: a table, then one line of JSON."""
+    """Measure how fast a bundle is on this CPU.
+
+    Prints a table, then one line of JSON.
+    """
     from vlmport.benchmark import LENGTHS
     from vlmport.benchmark import bench as measure
-    from vlmport.bundle.precisions import DEFAULT_PRECISIONS, split_precisions
-    from vlmport.loading import resolve
+    from vlmport.loading import resolve, to_export
 
-    if precision is not None and "=" in precision:  # a mix has commas of its own
-        names = (precision,)
-    else:
-        names = split_precisions(precision or "")
-    exported = [*DEFAULT_PRECISIONS, *(n for n in names if "=" not in n and n != "auto")]
+    names = split_names(precision)
     with export_progress() as exporting:
-        opened = resolve(bundle, precisions=split_precisions(exported), progress=exporting)
+        opened = resolve(bundle, precisions=to_export(names), progress=exporting)
     with bench_progress() as progress:
         report = measure(
             opened,

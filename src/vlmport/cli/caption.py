@@ -14,49 +14,50 @@ from vlmport.cli.arguments import (
     Device,
     ImageOptions,
     Model,
-    NoSplit,
     Precision,
     Revision,
     Threads,
     VerifyHashes,
+    check_output,
     read_image_options,
 )
 from vlmport.cli.console import report
-from vlmport.cli.decoding_options import with_decoding
+from vlmport.cli.decoding_options import GeneratingCommand, decoding_of
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
-from vlmport.errors import ImageError, OptionError, PromptError, VlmportError, cut
+from vlmport.errors import ImageError, PromptError, VlmportError, cut
 
 if TYPE_CHECKING:
     from vlmport.runtime.model import VLM
 
 
-@app.command()
-@with_decoding
+@app.command(cls=GeneratingCommand)
 def caption(
+    ctx: typer.Context,
     *,
-    images: Annotated[list[str], typer.Argument(help="Pictures.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Image files.", metavar="IMAGE")],
     model: Model = CAPTIONER,
     precision: Precision = "auto",
     device: Device = "cpu",
-    stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the text as it is generated.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each image.")
+    ] = False,
     threads: Threads = None,
     adapter: Adapter = None,
     revision: Revision = None,
     verify_hashes: VerifyHashes = False,
     image_option: ImageOptions = None,
-    no_split: NoSplit = False,
-    decoding: dict[str, Any],
 ) -> None:
-    """Caption pictures."""
-    if stream and as_json:
-        raise OptionError(
-            "--stream and --json contradict each other",
-            hint="choose one",
-            code="option.contradiction",
-        )
-    decoding["image_options"] = read_image_options(image_option, no_split)
+    """Caption images.
+
+    An image that can't be read is reported, and the others are captioned. With several images, each
+    line begins with the name of its file.
+    """
+    check_output(stream=stream, as_json=as_json)
+    options = decoding_of(ctx) | {"image_options": read_image_options(image_option)}
     vlm = open_model(
         model,
         precision=precision,
@@ -68,9 +69,9 @@ def caption(
     )
     with vlm:
         worst = (
-            _stream_captions(vlm, images, decoding)
+            _stream_captions(vlm, images, options)
             if stream
-            else _print_captions(vlm, images, decoding, as_json=as_json)
+            else _print_captions(vlm, images, options, as_json=as_json)
         )
     if worst is not None:
         raise typer.Exit(worst.exit_code)
@@ -79,7 +80,7 @@ def caption(
 def _print_captions(
     vlm: VLM, paths: list[str], options: dict[str, Any], *, as_json: bool
 ) -> VlmportError | None:
-    """A bad picture is reported and the others are captioned all the same."""
+    """Print captions batch by batch. Returns the last error, after the others are captioned."""
     failure: VlmportError | None = None
     for path, result in zip(paths, vlm.caption_each(paths, **options), strict=True):
         if isinstance(result, VlmportError):
@@ -95,7 +96,7 @@ def _print_captions(
 
 
 def _stream_captions(vlm: VLM, paths: list[str], options: dict[str, Any]) -> VlmportError | None:
-    """Caption one by one, each piece of text as it comes."""
+    """Print each piece of text as it comes. Returns the last error."""
     failure: VlmportError | None = None
     for path in paths:
         try:

@@ -19,7 +19,6 @@ from vlmport.cli.arguments import (
     Device,
     ImageOptions,
     Model,
-    NoSplit,
     Precision,
     Revision,
     Threads,
@@ -27,7 +26,7 @@ from vlmport.cli.arguments import (
     read_image_options,
 )
 from vlmport.cli.console import report, say
-from vlmport.cli.decoding_options import with_decoding
+from vlmport.cli.decoding_options import GeneratingCommand, decoding_of
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
 from vlmport.errors import OutputError, PromptError, VlmportError, did_you_mean
@@ -38,24 +37,24 @@ if TYPE_CHECKING:
 PROMPT = "> "
 CHAT_PATIENCE = 60.0  # seconds: Ctrl-C stops an answer, and a long prompt takes its time
 COMMANDS = {
-    "/image": "/image PATH   give a picture along with the next question; without PATH: none",
-    "/reset": "/reset        forget all that was said",
-    "/help": "/help         this list",
-    "/quit": "/quit         end, as Ctrl-D does; Ctrl-C stops an answer",
+    "/image": "/image PATH   attach an image to the next question; without PATH, remove all",
+    "/reset": "/reset        forget the conversation",
+    "/help": "/help         show this list",
+    "/quit": "/quit         end (Ctrl-D too); Ctrl-C stops an answer",
 }
 
 
-@app.command()
-@with_decoding
+@app.command(cls=GeneratingCommand)
 def chat(
+    ctx: typer.Context,
     *,
     image: Annotated[
         list[str] | None,
-        typer.Option(help="A picture for the first question; can be repeated.", metavar="PATH"),
+        typer.Option(help="Image for the first question; can be repeated.", metavar="PATH"),
     ] = None,
     model: Model = ANSWERER,
     system: Annotated[
-        str | None, typer.Option(help="A system message before all else.", metavar="TEXT")
+        str | None, typer.Option(help="System message before the first question.", metavar="TEXT")
     ] = None,
     precision: Precision = "auto",
     device: Device = "cpu",
@@ -64,18 +63,20 @@ def chat(
     revision: Revision = None,
     verify_hashes: VerifyHashes = False,
     image_option: ImageOptions = None,
-    no_split: NoSplit = False,
     drop_oldest: Annotated[
         bool,
         typer.Option(
             "--drop-oldest",
-            help="Forget the oldest questions and answers where the context is full.",
+            help="Forget the oldest questions and answers when the context is full.",
         ),
     ] = False,
-    decoding: dict[str, Any],
 ) -> None:
-    """Talk about pictures: a line a question, from a terminal or a pipe. /help lists commands."""
-    options = read_image_options(image_option, no_split)
+    """Hold a conversation about images.
+
+    Each line of the input, a terminal or a pipe, is a question. A line that begins with / is a
+    command; /help lists them.
+    """
+    options, decoding = read_image_options(image_option), decoding_of(ctx)
     vlm = open_model(
         model,
         precision=precision,
@@ -101,7 +102,7 @@ def chat(
 
 
 class Talk:
-    """A conversation line by line: answers on stdout, all else on stderr."""
+    """A conversation line by line: answers go to stdout, messages to stderr."""
 
     def __init__(
         self, conversation: Conversation, options: Mapping[str, Any], *, streams: bool = True
@@ -109,10 +110,9 @@ class Talk:
         self.conversation, self.options, self.streams = conversation, options, streams
 
     def run(self, *, interactive: bool) -> VlmportError | None:
-        """Until the input or a /quit ends it.
+        """Answer lines until the input ends, or until /quit.
 
-        On a terminal what goes wrong is said and that is all. A pipe has nobody who reads it: the
-        last error is returned.
+        Errors are printed. From a pipe, the last of them is returned too, for the exit code.
         """
         failure: VlmportError | None = None
         if interactive:
@@ -129,12 +129,12 @@ class Talk:
             except KeyboardInterrupt:
                 if not interactive:
                     raise
-                say("stopped; the conversation is as it was")
+                say("stopped; the conversation is as it was before the question")
                 signals.heard()
         return None if interactive else failure
 
     def take(self, line: str) -> bool:
-        """Do what a line says. False where it says to end. Raises VlmportError."""
+        """Run a line: a question or a command. Returns False for /quit. Raises VlmportError."""
         name, _, rest = line.partition(" ")
         if not line:
             return True
@@ -144,20 +144,20 @@ class Talk:
         if name not in COMMANDS:
             raise PromptError(
                 f"unknown command {name}{did_you_mean(name, COMMANDS)}",
-                hint="/help lists them",
+                hint="/help lists the commands",
                 code="chat.unknown-command",
             )
         if name == "/image":
-            self.picture(rest.strip())
+            self.attach(rest.strip())
         if name == "/reset":
             self.conversation.reset()
-            say("all forgotten")
+            say("the conversation is forgotten")
         if name == "/help":
             say("\n".join(COMMANDS.values()))
         return name != "/quit"
 
-    def picture(self, path: str) -> None:
-        """Attach a picture, or put away those that are."""
+    def attach(self, path: str) -> None:
+        """Attach an image, or without a path remove those that are attached."""
         if not path:
             self.conversation.detach()
         else:
@@ -165,7 +165,7 @@ class Talk:
                 path = path[1:-1]  # as terminals paste a path with spaces
             self.conversation.attach(os.path.expanduser(path))
         count = self.conversation.attached
-        say(f"{count} picture{'' if count == 1 else 's'} for the next question")
+        say(f"{count} image{'' if count == 1 else 's'} attached to the next question")
 
     def answer(self, question: str) -> None:
         """Ask, and print the answer as it comes."""
@@ -175,13 +175,13 @@ class Talk:
         except VlmportError as error:
             if error.code != "conversation.full":
                 raise
-            hint = "/reset begins a new one; `vlmport chat --drop-oldest` forgets the oldest turns"
+            hint = "/reset starts a new one; `vlmport chat --drop-oldest` forgets the oldest turns"
             raise PromptError(str(error), hint=hint, code=error.code) from error
         dropped = (before + 2 - len(self.conversation.messages)) // 2
         if dropped:
             say(f"the context was full: questions forgotten, the oldest first: {dropped}")
         if self.conversation.fills_context:
-            say("the answer ends where the context is full; /reset begins a new conversation")
+            say("the context is full, so the answer was cut; /reset starts a new conversation")
 
     def _print_answer(self, question: str) -> None:
         if not self.streams:
@@ -197,7 +197,7 @@ class Talk:
 
 
 def read_lines(interactive: bool) -> Iterator[str]:
-    """Lines of stdin. Only on a terminal is there a prompt, and Ctrl-C forgets the line."""
+    """Read lines of stdin. On a terminal, show a prompt, and let Ctrl-C forget the line."""
     if interactive and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, input() then edits lines and knows the ones before
@@ -208,9 +208,11 @@ def read_lines(interactive: bool) -> Iterator[str]:
             break
         except (KeyboardInterrupt, PromptError) as error:
             if not interactive or isinstance(error.__cause__, OSError):
-                raise  # a terminal that is gone gives no other line
+                raise  # a terminal that is closed gives no other line
             say("")
-            report(error) if isinstance(error, PromptError) else say("Ctrl-D or /quit ends")
+            report(error) if isinstance(error, PromptError) else say(
+                "Ctrl-D or /quit ends the conversation"
+            )
             signals.heard()
             continue
         yield line
@@ -228,13 +230,13 @@ def _read_line(interactive: bool) -> str:
     except UnicodeDecodeError as error:
         raise PromptError(
             f"the input is not {error.encoding.upper()}: {error.reason}",
-            hint="convert it, or set PYTHONIOENCODING",
+            hint="convert the input to UTF-8, or set PYTHONIOENCODING",
             code="prompt.wrong-encoding",
         ) from error
     except OSError as error:
         raise PromptError(
             f"standard input can't be read: {error.strerror or error}",
-            hint="give questions in a file or a pipe: vlmport chat < questions.txt",
+            hint="give questions from a file or a pipe: vlmport chat < questions.txt",
             code="prompt.unreadable",
         ) from error
     if not line:

@@ -1,11 +1,14 @@
-"""What the commands say on stderr: one line a message, bars while they work."""
+"""Messages of the commands: a line each on stderr, and bars while they work."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console that gives a terminal no control characters but its own."""
+    """A console that writes no control characters to a terminal but its own."""
 
     @property
     def file(self) -> IO[str]:
@@ -46,7 +49,7 @@ stdout, stderr = SafeConsole(), SafeConsole(stderr=True)
 
 
 def report(error: VlmportError) -> None:
-    """One line, and a hint under it, on stderr."""
+    """Print an error on stderr: one line, and its hint under it."""
     message = " ".join(str(error).splitlines())
     say(f"error[{error.code}]: {message}", style="red")
     if error.hint:
@@ -54,13 +57,18 @@ def report(error: VlmportError) -> None:
 
 
 def say(text: str, style: str | None = None) -> None:
-    """One line on stderr, as it is: paths may hold brackets, and only terminals wrap."""
+    """Print a line on stderr as it is: paths may hold brackets, and only terminals wrap."""
     stderr.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def command_line(parts: Sequence[str]) -> str:
+    """Join a command so that the user's shell reads it as these parts."""
+    return subprocess.list2cmdline(parts) if os.name == "nt" else shlex.join(parts)
 
 
 @contextlib.contextmanager
 def warnings_of_ours() -> Iterator[None]:
-    """Each is one line, without the place in the code that it comes from."""
+    """Print each of our warnings as one line, without a place in the code."""
     with warnings.catch_warnings():
         show = warnings.showwarning
         warnings.simplefilter("always", AnswerWarning)  # each answer has its own
@@ -77,7 +85,7 @@ def warnings_of_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def export_progress() -> Iterator[Progress | None]:
-    """A bar on stderr that appears with the first bytes; none where stderr is no terminal."""
+    """Show a bar on stderr from the first bytes on; none where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -95,17 +103,17 @@ def export_progress() -> Iterator[Progress | None]:
 
 
 def verify_progress() -> contextlib.AbstractContextManager[Counted | None]:
-    """A bar on stderr while the ladder is climbed; none where stderr is no terminal."""
+    """Show a bar on stderr during the checks; none where stderr is no terminal."""
     return _counting("verifying")
 
 
 def eval_progress() -> contextlib.AbstractContextManager[Counted | None]:
-    """A bar on stderr while pictures are captioned; none where stderr is no terminal."""
+    """Show a bar on stderr while images are captioned; none where stderr is no terminal."""
     return _counting("measuring")
 
 
 def bench_progress() -> contextlib.AbstractContextManager[Counted | None]:
-    """A bar on stderr while a bundle is timed; none where stderr is no terminal."""
+    """Show a bar on stderr while a bundle is timed; none where stderr is no terminal."""
     return _counting("timing")
 
 

@@ -1,104 +1,162 @@
-"""The options of decoding, once for all commands that generate: Hugging Face's names."""
+"""The options that choose tokens, for all commands that generate: Hugging Face's names.
+
+They are the parameters of `read_decoding`. A `GeneratingCommand` has them in addition to its own,
+and `decoding_of` gives what was typed, as keyword arguments for `VLM.generate`.
+"""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from vlmport.cli.app import SectionedCommand
 from vlmport.errors import OptionError, cut
 
-Number, Count, Flag = float | None, int | None, bool | None
+KEY = "vlmport.decoding"  # in the context's `meta`
+LENGTH, SAMPLING, BEAMS = "Length of the answer", "Sampling", "Beam search"
+CONTENT, SPEED = "Content of the answer", "Speed"
 
 
-def _option(help_text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, metavar=metavar)
+def _in(heading: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, metavar=metavar, rich_help_panel=heading)
 
 
-# An option that is not given is the bundle's default. Ranges are checked where they are for all.
-DECODING: Mapping[str, Any] = {
-    "max_new_tokens": Annotated[Count, _option("At most so many tokens.")],
-    "min_new_tokens": Annotated[Count, _option("At least so many tokens.")],
-    "num_beams": Annotated[Count, _option("Beam search with so many beams.")],
-    "num_return_sequences": Annotated[Count, _option("Print so many answers, best first.")],
-    "length_penalty": Annotated[Number, _option("Of beams: above 0 longer ones are better.")],
-    "early_stopping": Annotated[
-        Literal["true", "false", "never"] | None, _option("When beam search stops.")
-    ],
-    "do_sample": Annotated[Flag, _option("Draw tokens instead of taking the best.")],
-    "seed": Annotated[Count, _option("Of what is drawn; without one it differs each time.")],
-    "temperature": Annotated[Number, _option("Above 1 more varied, below less.")],
-    "top_k": Annotated[Count, _option("Draw among so many; 0 is all (50).")],
-    "top_p": Annotated[Number, _option("Draw among the best of this probability.")],
-    "min_p": Annotated[Number, _option("Draw what has this part of the best's probability.")],
-    "typical_p": Annotated[Number, _option("Draw among the most typical of this probability.")],
-    "repetition_penalty": Annotated[Number, _option("Above 1, used tokens get less likely.")],
-    "no_repeat_ngram_size": Annotated[Count, _option("No n-gram of so many tokens twice.")],
-    "stop_strings": Annotated[
+def read_decoding(
+    *,
+    max_new_tokens: Annotated[int | None, _in(LENGTH, "Maximum number of new tokens.")] = None,
+    min_new_tokens: Annotated[int | None, _in(LENGTH, "Minimum number of new tokens.")] = None,
+    stop_strings: Annotated[
         list[str] | None,
-        _option("End before this text; can be repeated.", "--stop-string", metavar="TEXT"),
-    ],
-    "logprobs": Annotated[
-        Count, _option("With --json: each token's log-probability, and so many others.")
-    ],
-    "json_schema": Annotated[
-        Path | None, _option("Answer in JSON of this schema.", metavar="FILE")
-    ],
-    "regex": Annotated[str | None, _option("Answer with what matches this.", metavar="REGEX")],
-    "skip_special_tokens": Annotated[Flag, _option("Leave special tokens out of the text.")],
-    "prompt_lookup_num_tokens": Annotated[
-        Count, _option("Guess so many tokens at a time from the text so far.")
-    ],
-    "max_matching_ngram_size": Annotated[
-        Count, _option("The longest n-gram that the guess looks up.")
-    ],
-    "generation": Annotated[
+        _in(
+            LENGTH,
+            "End the answer before this text; can be repeated.",
+            "--stop-string",
+            metavar="TEXT",
+        ),
+    ] = None,
+    do_sample: Annotated[
+        bool | None, _in(SAMPLING, "Sample tokens at random instead of taking the most likely.")
+    ] = None,
+    seed: Annotated[
+        int | None, _in(SAMPLING, "Random seed for sampling (default: a new one each time).")
+    ] = None,
+    temperature: Annotated[
+        float | None, _in(SAMPLING, "Below 1 is less random, above 1 more (default 1).")
+    ] = None,
+    top_k: Annotated[
+        int | None, _in(SAMPLING, "Sample from the k most likely tokens (default 50, 0 = all).")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        _in(SAMPLING, "Sample from the fewest likely tokens that have this total probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        _in(SAMPLING, "Drop tokens less likely than this fraction of the most likely one."),
+    ] = None,
+    typical_p: Annotated[
+        float | None,
+        _in(SAMPLING, "Sample from the most typical tokens that have this total probability."),
+    ] = None,
+    num_beams: Annotated[
+        int | None, _in(BEAMS, "Number of beams (default 1: no beam search).")
+    ] = None,
+    num_return_sequences: Annotated[
+        int | None,
+        _in(BEAMS, "Number of answers to print, best first. Sampling can give several too."),
+    ] = None,
+    length_penalty: Annotated[
+        float | None, _in(BEAMS, "Above 0 prefers long answers, below 0 short ones (default 1).")
+    ] = None,
+    early_stopping: Annotated[
+        Literal["true", "false", "never"] | None,
+        _in(
+            BEAMS,
+            "Stop when there are as many answers as beams (true), when a better one is unlikely "
+            "(false, the default), or when none is possible (never).",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, _in(CONTENT, "Above 1 makes tokens that occurred less likely (default 1).")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, _in(CONTENT, "Use no sequence of this many tokens twice (default 0: allow it).")
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        _in(CONTENT, "Answer in JSON that fits the schema in this file.", metavar="FILE"),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        _in(CONTENT, "Answer with a text that matches this regular expression.", metavar="REGEX"),
+    ] = None,
+    skip_special_tokens: Annotated[
+        bool | None, _in(CONTENT, "Leave special tokens out of the text (default).")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        _in(CONTENT, "With --json: report each token's log-probability and n alternatives."),
+    ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        _in(SPEED, "Draft n tokens at a time from the text so far, to save time."),
+    ] = None,
+    max_matching_ngram_size: Annotated[
+        int | None, _in(SPEED, "Maximum length of the match that a draft continues (default 2).")
+    ] = None,
+    generation: Annotated[
         list[str] | None,
-        _option(
-            "Any other option of generate, its value in JSON; can be repeated.",
+        _in(
+            "More",
+            "Any other option of Hugging Face's generate, its value in JSON; can be repeated.",
             "--option",
             metavar="NAME=VALUE",
         ),
-    ],
-}
+    ] = None,
+) -> dict[str, Any]:
+    """Return the options that were given, as keyword arguments for `VLM.generate`.
 
-
-def with_decoding(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command these options. Those that are given come to it as `decoding`, a dict.
+    An option that is not given has the bundle's default. GenerationOptions checks ranges.
 
     Raises OptionError for a schema file or a value that can't be read.
     """
-    own = inspect.signature(command, eval_str=True)
-    parameters = {name: one for name, one in own.parameters.items() if name != "decoding"}
-    for name, annotation in DECODING.items():
-        parameters[name] = inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-        )
+    return _read(locals())
 
-    @functools.wraps(command)
-    def run(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in DECODING}
-        if given["logprobs"] is not None and not arguments.get("as_json"):
+
+_app = typer.Typer(add_completion=False)
+_app.command()(read_decoding)
+DECODING: Any = typer.main.get_command(_app)  # a command that is never run: its params are shared
+
+
+class GeneratingCommand(SectionedCommand):
+    """A command with the options of `read_decoding` in addition to its own."""
+
+    def __init__(self, *arguments: Any, params: list[Any] | None = None, **options: Any):
+        super().__init__(*arguments, params=[*(params or ()), *DECODING.params], **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        given = {one.name: ctx.params.pop(one.name) for one in DECODING.params}
+        if given["logprobs"] is not None and not ctx.params.get("as_json"):
             raise OptionError(
-                "--logprobs: nothing would show them",
-                hint="caption and ask do, with --json",
+                "--logprobs has an effect with --json only",
+                hint="give --json too, to caption or ask",
                 code="option.contradiction",
             )
-        command(**arguments, decoding=_read(given))
+        ctx.meta[KEY] = DECODING.callback(**given)
+        return super().invoke(ctx)
 
-    del run.__wrapped__
-    run.__signature__ = own.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {name: one.annotation for name, one in parameters.items()}
-    return run
+
+def decoding_of(ctx: typer.Context) -> dict[str, Any]:
+    """The options of decoding that were given to a GeneratingCommand."""
+    return dict(ctx.meta[KEY])
 
 
 def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for `generate`, of what was given."""
+    """Leave out what was not given, and read the values that are files or JSON."""
     given = {name: value for name, value in arguments.items() if value is not None}
     for text in given.pop("generation", ()):
         name, is_, value = text.partition("=")
@@ -106,16 +164,17 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if not (is_ and name):
             raise OptionError(
                 f"--option {cut(text)}: expected NAME=VALUE",
-                hint="for example max_length=100",
+                hint="for example --option max_length=100",
                 code="option.wrong-value",
             )
         if name in given:
             raise OptionError(
                 f"{name} is given twice",
-                hint="leave one of the two out",
+                hint="give it once",
                 code="option.contradiction",
             )
-        given[name] = _json(f"--option {cut(text)}", value)
+        hint = "for example --option bad_words_ids=[[5],[17,4]]"
+        given[name] = _json(f"--option {cut(text)}", value, hint)
     if (early := given.get("early_stopping")) in ("true", "false"):
         given["early_stopping"] = early == "true"
     if (path := given.get("json_schema")) is not None and isinstance(path, Path):
@@ -124,19 +183,17 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(
                 f"--json-schema {path}: can't be read",
-                hint="name a JSON file",
+                hint="give a file with a JSON schema",
                 code="source.unreadable",
             ) from error
-        given["json_schema"] = _json(f"--json-schema {path}", text)
+        given["json_schema"] = _json(f"--json-schema {path}", text, "check the file")
     return given
 
 
-def _json(where: str, text: str) -> Any:
+def _json(where: str, text: str, hint: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise OptionError(
-            f"{where}: not JSON: {error}",
-            hint="for example bad_words_ids=[[5],[17,4]]",
-            code="option.not-json",
+            f"{where}: not JSON: {error}", hint=hint, code="option.not-json"
         ) from error

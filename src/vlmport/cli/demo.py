@@ -9,18 +9,23 @@ import typer
 
 from vlmport import signals
 from vlmport.builtin import CAPTIONER
-from vlmport.cli.app import app
+from vlmport.cli.app import SectionedCommand, app
 from vlmport.cli.arguments import Model
 from vlmport.cli.console import export_progress
 from vlmport.cli.output import show
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def demo(
     model: Model = CAPTIONER,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8000,
+    port: Annotated[
+        int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)
+    ] = 8000,
 ) -> None:
-    """Serve a page that captions in the browser, with a model in it."""
+    """Run a model in the browser.
+
+    Serves a web page on this machine, for this machine only, until Ctrl-C.
+    """
     from vlmport.demo import make_server
     from vlmport.loading import resolve
 
@@ -31,5 +36,5 @@ def demo(
     with contextlib.closing(server):
         try:
             server.serve_forever()
-        except KeyboardInterrupt:  # how it is meant to end
+        except KeyboardInterrupt:  # Ctrl-C is the way to end it
             signals.heard()

@@ -2,69 +2,80 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlmport.cli.app import app
+from vlmport.cli.app import SectionedCommand, app
 from vlmport.cli.arguments import Adapter, Revision
-from vlmport.cli.console import export_progress, say
+from vlmport.cli.console import command_line, export_progress, say
+
+Source = Annotated[
+    str, typer.Argument(help="Checkpoint folder, Hub id or built-in name.", metavar="SRC")
+]
+Out = Annotated[Path, typer.Argument(help="Folder of the new bundle.", metavar="OUT")]
+Precisions = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        "-p",
+        help="Precisions, with commas, of fp32, fp16, q8, q4 and q4f16 (default: fp32,q8,q4, "
+        "without those that this model can't have).",
+    ),
+]
+LayoutName = Annotated[
+    str,
+    typer.Option(
+        help="Form of the folder: hub; components (a captioner's four files); fused (two graphs "
+        "without a cache); genai (onnxruntime-genai's)."
+    ),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        help="For --layout fused: the size of all images, in pixels.",
+        metavar="WIDTHxHEIGHT",
+    ),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        help="Maximum size of a file of weights, such as 500MB (default and maximum: 2GB).",
+        metavar="SIZE",
+    ),
+]
+IgnoredWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-weights",
+        help="Leave out tensors that the model does not need, such as 'model.talker.*'; can be "
+        "repeated.",
+        metavar="GLOB",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def export(
-    source: Annotated[
-        str, typer.Argument(help="Checkpoint folder, Hub id or built-in name.", metavar="SRC")
-    ],
-    out: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="OUT")],
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision",
-            "-p",
-            help="Of fp32, fp16, q8, q4, q4f16, with commas; by default fp32,q8,q4, as far as this "
-            "model can have them.",
-        ),
-    ] = None,
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="Form of folder: hub; components (a captioner's four files); fused (two graphs "
-            "without a cache); genai (onnxruntime-genai's)."
-        ),
-    ] = "hub",
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            "--image-size",
-            help="Of the layout fused: the size of every picture.",
-            metavar="WIDTHxHEIGHT",
-        ),
-    ] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            "--max-shard-size",
-            help="Most that a file of weights may hold, such as 500MB; at most 2GB, the default.",
-            metavar="SIZE",
-        ),
-    ] = None,
+    source: Source,
+    out: Out,
+    precision: Precisions = None,
+    layout: LayoutName = "hub",
+    image_size: ImageSize = None,
+    max_shard_size: ShardSize = None,
+    ignore_weights: IgnoredWeights = None,
+    force: Force = False,
     adapter: Adapter = None,
-    ignore_weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ignore-weights",
-            help="Leave out tensors that the model does not need, such as 'model.talker.*'; can be "
-            "repeated.",
-            metavar="GLOB",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Export a checkpoint to a bundle: graphs, tokenizer, manifest, model card."""
+    """Export a checkpoint to a bundle.
+
+    A bundle is a folder: ONNX graphs, weights, tokenizer, manifest (vlmport.json) and model card.
+    """
     from vlmport.exporter import export as export_bundle
 
     with export_progress() as progress:
@@ -82,11 +93,8 @@ def export(
             progress=progress,
         )
     size = sum(entry.size for entry in bundle.manifest.files.values())
-    precisions = ", ".join(bundle.manifest.precisions)
-    next_step = ["vlmport", "verify", str(out), "--reference", source]
-    if adapter is not None:
-        next_step += ["--adapter", adapter]
-    if revision is not None:
-        next_step += ["--revision", revision]
-    say(f"{out}: {precisions}, {size / 1e6:.1f} MB")
-    say(f"next: {shlex.join(next_step)}")
+    say(f"{out}: {', '.join(bundle.manifest.precisions)}, {size / 1e6:.1f} MB")
+    verify = ["vlmport", "verify", str(out), "--reference", source]
+    given = {"--adapter": adapter, "--revision": revision}
+    options = [part for name, value in given.items() if value is not None for part in (name, value)]
+    say(f"next: {command_line([*verify, *options])}")

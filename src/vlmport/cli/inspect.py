@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmport.builtin import builtin_folder
-from vlmport.cli.app import EXIT_FAILED, app
+from vlmport.cli.app import EXIT_FAILED, SectionedCommand, app
 from vlmport.cli.arguments import Device
-from vlmport.cli.console import export_progress, report, say, stdout
+from vlmport.cli.console import command_line, export_progress, report, say, stdout
 from vlmport.errors import BundleError, OptionError
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A bundle, an ONNX file, a folder with some, or a built-in name.", metavar="PATH"
+            help="Bundle, ONNX file, folder of ONNX files, or built-in name.", metavar="PATH"
         ),
     ],
     probe: Annotated[
         bool,
-        typer.Option("--probe", help="Of a bundle: check all hashes, run the stored golden input."),
+        typer.Option(
+            "--probe",
+            help="Check the hashes of a bundle, run its golden input, and compare the results.",
+        ),
     ] = False,
     device: Device = "cpu",
 ) -> None:
-    """Show what is in a bundle or an ONNX file: inputs and outputs, sizes, results."""
+    """Show what is in a bundle or an ONNX file.
+
+    Prints inputs, outputs, sizes, and the recorded results of verify and eval.
+    """
     from vlmport.bundle import Bundle, is_bundle
     from vlmport.inspection import describe, describe_onnx, probe_bundle
 
@@ -52,7 +57,7 @@ def inspect(
         return
     if probe:
         raise OptionError(
-            f"{path}: no vlmport.json, so there is no input to probe it with",
+            f"{path}: --probe needs a bundle, and this has no vlmport.json",
             hint="leave out --probe, or export the bundle again",
             code="bundle.no-manifest",
         )
@@ -70,7 +75,7 @@ def _exists(path: Path) -> bool:
 
 
 def _list_files(folder: Path) -> None:
-    """A folder of another program's, with ONNX files in it."""
+    """List the ONNX files of a folder that is no bundle."""
     from vlmport.bundle import is_bundle
     from vlmport.files.onnx_file import find_onnx
     from vlmport.inspection import describe_folder
@@ -80,7 +85,7 @@ def _list_files(folder: Path) -> None:
     above = folder.resolve().parent
     what = f"part of {above}" if is_bundle(above) else "not a vlmport bundle (no vlmport.json)"
     say(f"{folder}: {what}; {len(files)} ONNX files")
-    say(f"next: {shlex.join(['vlmport', 'inspect', str(files[0])])}")
+    say(f"next: {command_line(['vlmport', 'inspect', str(files[0])])}")
     for problem in problems:
         report(problem)
     if problems:

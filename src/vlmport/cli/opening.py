@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def open_model(source: str, **options: Any) -> VLM:
-    """`vlmport.load` with a bar on stderr where a checkpoint is exported first.
+    """Call `vlmport.load`, with a bar on stderr while a checkpoint is exported.
 
     Raises as it does.
     """
     from vlmport.loading import load
 
-    warnings.filterwarnings("ignore", module="PIL")  # what can't be read is an error of our own
+    warnings.filterwarnings("ignore", module="PIL")  # an unreadable image is an error of ours
     with export_progress() as progress:
         return load(source, progress=progress, **options)

@@ -1,10 +1,10 @@
-"""Standard streams that a command can rely on, whatever the process was started with.
+"""Standard streams that work however the process was started.
 
 - A character that the encoding lacks is replaced by "?". JSON is written with \\u escapes instead.
-- Where a write fails (a full disk, a reader that is gone, a stream that was closed), later text is
-  dropped and the problem is kept, so that what a command writes elsewhere is not lost.
-- A terminal is given no control characters of a caption, a file's name or an error: replaced by
-  U+FFFD. Files and pipes get the text as it is.
+- When a write fails (a full disk, a reader that ended, a closed stream), later text is dropped and
+  the problem is kept, so that what a command writes elsewhere is not lost.
+- A terminal gets no control characters of a caption, a file's name or an error: they are replaced
+  by U+FFFD. Files and pipes get the text as it is.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vlmport.errors import OutputError
 UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CLOSED_PIPE = "output.closed-pipe"
-GONE = (errno.EPIPE, errno.ESHUTDOWN)  # nobody reads any more
+GONE = (errno.EPIPE, errno.ESHUTDOWN)  # the reader has ended
 
 
 def visible(text: str) -> str:
-    """Replace each character that a terminal would obey instead of showing it."""
+    """Replace each character that a terminal would obey instead of show."""
     return UNSAFE.sub(REPLACEMENT, text)
 
 
@@ -130,8 +130,8 @@ def standard_streams() -> Iterator[None]:
 def _open_all() -> list[int]:
     """Open what is closed, so that no other file gets its number and what is written there.
 
-    It is opened the wrong way round: reading from it or writing to it fails, as it should. Returns
-    those that are made to block and did not: a write of much text would fail half-way.
+    It is opened in the opposite direction: reading from it or writing to it fails, as it should.
+    Returns those that are made to block and did not: a write of much text would fail half-way.
     """
     made_blocking = []
     for number, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)):
@@ -149,7 +149,7 @@ def _open_all() -> list[int]:
 
 
 def _output(stream: Any, *, safe: bool) -> Any:
-    """The stream again as an Output; one without bytes beneath it stays as it is."""
+    """Wrap a stream as an Output; one that has no bytes under it stays as it is."""
     if stream is None:
         raw = open(os.open(os.devnull, os.O_RDONLY), "wb")  # noqa: SIM115
         return Output(raw, "utf-8", safe=safe, line_buffering=not safe)
@@ -169,17 +169,17 @@ def show(text: str = "", end: str = "\n") -> None:
 
 
 def output_problem() -> OutputError | None:
-    """What hindered writing to stdout so far, as an error of ours."""
+    """Return the problem of writing to stdout so far, as an error of ours."""
     problem = getattr(sys.stdout, "problem", None)
     if problem is None:
         return None
     if problem.errno in GONE or (os.name == "nt" and problem.errno == errno.EINVAL):
-        error = OutputError("standard output: nobody reads it any more", code=CLOSED_PIPE)
+        error = OutputError("standard output: its reader has ended", code=CLOSED_PIPE)
         error.exit_code = 1
         return error
     full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return OutputError(
         f"standard output can't be written: {problem.strerror or problem}",
-        hint="free some space, and run it again" if full else "is it open, and for writing?",
+        hint="free some space, and run it again" if full else "check where it is redirected to",
         code="output.unwritable",
     )

@@ -1,4 +1,4 @@
-"""One run of the command line as a process: its streams, its signals, its exit code."""
+"""Run the command line as a process: its streams, its signals, its exit code."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vlmport.cli.console import report, say
 from vlmport.cli.output import CLOSED_PIPE, output_problem, standard_streams
 from vlmport.errors import VlmportError
 
-TRACEBACK = "VLMPORT_TRACEBACK"  # set by who looks for a defect
+TRACEBACK = "VLMPORT_TRACEBACK"  # set to print the traceback of a defect
 
 
 def run_app() -> NoReturn:
-    """Run the command that `sys.argv` names, and leave with its exit code."""
+    """Run the command in `sys.argv`, and exit with its code."""
     with standard_streams(), signals.ending_by_signals():
         code = _after_output(_exit_code())
     sys.exit(code)
 
 
 def _exit_code() -> int:
-    """Run it; whatever it ends by becomes an exit code, and a line on stderr."""
+    """Run the command; turn any end of it into an exit code and a line on stderr."""
     try:
         app(prog_name="vlmport")
         code = 0
@@ -34,14 +34,14 @@ def _exit_code() -> int:
         # Libraries turn an interrupted import or call into errors of their own.
         code = _unexpected(error) if signals.received() is None else EXIT_FAILED
     number = signals.received()
-    if number is None or code == EXIT_INTERRUPTED:  # then "interrupted" is said already
+    if number is None or code == EXIT_INTERRUPTED:  # then "interrupted" is printed already
         return code
     say(signals.NAMES[number])
     return signals.exit_code(number)
 
 
 def _unexpected(error: BaseException) -> int:
-    """Say in a line what nobody foresaw; the traceback is for who asks for it."""
+    """Report an error that is not ours in a line; the traceback only on request."""
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     report(_explain(error))
@@ -52,7 +52,7 @@ def _explain(error: BaseException) -> VlmportError:
     if isinstance(error, MemoryError):
         return VlmportError(
             "out of memory",
-            hint="close other programs, or take a smaller model",
+            hint="close other programs, or use a smaller model or precision",
             code="program.out-of-memory",
         )
     if isinstance(error, OSError):
@@ -66,13 +66,13 @@ def _explain(error: BaseException) -> VlmportError:
     text = next(iter(str(error).splitlines()), "")[:200]
     return VlmportError(
         f"unexpected {type(error).__name__}: {text}",
-        hint=f"this is a defect of vlmport: report it with what {TRACEBACK}=1 shows",
+        hint=f"this is a defect of vlmport: report it with the output of {TRACEBACK}=1",
         code="program.defect",
     )
 
 
 def _after_output(code: int) -> int:
-    """The code once stdout is flushed: what could not be written there is a problem too."""
+    """Flush stdout, and return the exit code: a failed write counts too."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # a stream that is not ours
@@ -80,7 +80,7 @@ def _after_output(code: int) -> int:
     problem = output_problem()
     if problem is None or code > 2:  # more is ended by a signal
         return code
-    if problem.code == CLOSED_PIPE:  # as other programs do, without a word
+    if problem.code == CLOSED_PIPE:  # as other programs do, without a message
         return code or problem.exit_code
     report(problem)
     return problem.exit_code

@@ -32,6 +32,7 @@ from vlmport.evaluation.examples import (
     drawn_scenes,
 )
 from vlmport.evaluation.report import Answers, Report, accuracy_markdown, limit_of
+from vlmport.loading import open_bundle
 from vlmport.runtime.decoding.options import whole_number
 from vlmport.runtime.model import BATCH_SIZE, VLM, Response
 
@@ -79,7 +80,7 @@ def evaluate(
         report.figures, report.passed
 
     Args:
-        bundle: a bundle, or its folder.
+        bundle: a bundle, its folder, or a built-in name.
         pictures: a folder of images with reference captions. None (default) draws the 1,000
             held-out scenes that the built-in models are measured on.
         captions: the file of reference captions; None finds captions.json, metadata.csv or
@@ -124,7 +125,9 @@ def evaluate(
             code="option.contradiction",
         )
     # One that was opened before knows nothing of what was recorded since.
-    bundle = Bundle.open(bundle.folder if isinstance(bundle, Bundle) else bundle)
+    bundle = open_bundle(
+        bundle.folder if isinstance(bundle, Bundle) else bundle, precisions=precisions or ()
+    )
     whole_number("batch_size", batch_size, 1)
     default = "exact_match" if pictures is None else "rouge_l"
     chosen = parse_metrics(metrics or [default])

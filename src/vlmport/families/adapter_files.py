@@ -74,8 +74,8 @@ def with_adapter_files(checkpoint: Checkpoint, family: F, adapter: Path) -> tupl
     if differing:
         warn(
             CheckpointWarning(
-                f"{adapter}: {some_names(differing)} differ from the base model's: the adapter's "
-                "are used",
+                f"{adapter}: the adapter's files replace those of the base model that differ: "
+                f"{some_names(differing)}",
                 code="adapter.files-differ",
             )
         )

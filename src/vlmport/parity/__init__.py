@@ -21,6 +21,7 @@ from vlmport.bundle import Bundle
 from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI, HUB
 from vlmport.checkpoint import locate, locate_adapter
 from vlmport.errors import DependencyError, SourceError
+from vlmport.loading import open_bundle
 from vlmport.parity.judging import Progress
 from vlmport.parity.ladders.components import run_four_files_ladder
 from vlmport.parity.ladders.fused import run_fused_ladder
@@ -65,7 +66,7 @@ def verify(
     The result goes into vlmport.json and the model card. It needs `pip install "vlmport[verify]"`.
 
     Args:
-        bundle: a bundle, or its folder.
+        bundle: a bundle, its folder, or a built-in name.
         reference: the checkpoint that the bundle was exported from: a folder, a Hub id or a
             built-in name.
         precisions: names of the precisions to verify; None (default) for all of the bundle.
@@ -88,7 +89,7 @@ def verify(
         BundleError, ConfigError, WeightError, AdapterError, ImageError: a damaged or unsupported
             bundle, checkpoint, adapter or image.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    bundle = open_bundle(bundle, precisions=precisions or ())
     names = list(precisions or bundle.manifest.precisions)
     for name in names:
         bundle.manifest.choose(name)

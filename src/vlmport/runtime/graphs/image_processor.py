@@ -71,8 +71,8 @@ def option_feeds(
     for name, value in options.items():
         if name not in known:
             raise OptionError(
-                f"image option {quoted(name)} is unknown{did_you_mean(name, known)}",
-                hint=f"this bundle has: {', '.join(known) or 'none'}",
+                f"this bundle has no image option {quoted(name)}{did_you_mean(name, known)}",
+                hint=f"its image options: {', '.join(known) or 'none'}",
                 code="option.unknown",
             )
         dtype = DTYPES[known[name].type]
@@ -96,7 +96,7 @@ def out_of_memory(component: str, error: Exception) -> ImageError | DeviceError:
     if component in (IMAGE, VISION):
         return ImageError(
             f"not enough memory for this picture ({component}: {detail})",
-            hint="scale it down, give a smaller max_pixels where the model has it, or free memory",
+            hint="scale it down, set image options that scale it down, or free memory",
             code="image.out-of-memory",
         )
     return DeviceError(

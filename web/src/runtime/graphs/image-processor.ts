@@ -54,8 +54,8 @@ export function optionFeeds(ort: Ort, session: Session, options: ImageOptions): 
     Object.entries(options).map(([name, value]) => {
       const input = known.find(one => one.name === name);
       if (!input?.isTensor) {
-        const message = `image option '${cut(name)}' is unknown${didYouMean(name, names)}`;
-        const hint = `this bundle has: ${names.join(', ') || 'none'}`;
+        const message = `this bundle has no image option '${cut(name)}'${didYouMean(name, names)}`;
+        const hint = `its image options: ${names.join(', ') || 'none'}`;
         throw new VlmportError('OptionError', 'option.unknown', message, hint);
       }
       if (!fitsType(value, input.type)) {
