@@ -138,7 +138,7 @@ def climb(source: Path, out: Path, precisions: list[str], requests: str | None) 
     from rich.console import Console
 
     from vlmport.bundle import Bundle
-    from vlmport.parity.ladders.hub import run_ladder
+    from vlmport.parity.ladders import run_ladder
     from vlmport.parity.pictures import drawn_pictures
     from vlmport.parity.references import load_reference
     from vlmport.parity.report import Report

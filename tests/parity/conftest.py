@@ -14,8 +14,7 @@ from vlmport.bundle import Bundle
 from vlmport.exporter import export
 from vlmport.parity.asked import Request
 from vlmport.parity.judging import max_new_tokens
-from vlmport.parity.ladders.hub import Ladder
-from vlmport.parity.limits import RUNGS
+from vlmport.parity.ladders.hub import HubLadder
 from vlmport.parity.pictures import Picture, drawn_pictures
 from vlmport.parity.protocol import Reference
 from vlmport.parity.references import load_reference
@@ -41,7 +40,7 @@ class Case:
     def climb(self, bundle: Bundle, precision: str = "fp32") -> Report:
         """The ladder on a bundle of this checkpoint, whole or broken."""
         model = VLM.open(bundle, precision=precision)
-        ladder = Ladder(model, self.reference, self.request, self.truth, (0, 1))
+        ladder = HubLadder(model, self.reference, self.request, self.truth, (0, 1))
         return Report(self.reference.versions, tuple(ladder.climb(precision)))
 
 
@@ -88,7 +87,7 @@ def assert_first_broken(report: Report, rung: str) -> None:
     """It is this rung, and every rung below it passed."""
     assert report.first_broken is not None, "nothing broke"
     assert report.first_broken.rung == rung, report.summary
-    assert [row.rung for row in report.rows] == list(RUNGS)
+    assert [row.rung for row in report.rows] == list(HubLadder.names())
 
 
 def value(report: Report, rung: str, name: str) -> float:

@@ -32,8 +32,8 @@ from vlmport.errors import BundleError, SourceError
 from vlmport.exporter import export
 from vlmport.inspection import probe_bundle
 from vlmport.parity import verify
-from vlmport.parity.ladders.components import FourFilesLadder, run_four_files_ladder
-from vlmport.parity.limits import FOUR_FILES_RUNGS
+from vlmport.parity.ladders import run_ladder
+from vlmport.parity.ladders.components import FourFilesLadder
 from vlmport.parity.protocol import HiddenStates
 from vlmport.parity.report import Report
 from vlmport.runtime.layouts.components import BEGIN, GO_ON, IMAGE, PROJECTION, VISION, FourFiles
@@ -72,7 +72,7 @@ def assert_first_broken(report: Report, rung: str) -> None:
     """It is this rung, and every rung below it passed."""
     assert report.first_broken is not None, "nothing broke"
     assert report.first_broken.rung == rung, report.summary
-    assert [row.rung for row in report.rows] == list(FOUR_FILES_RUNGS)
+    assert [row.rung for row in report.rows] == list(FourFilesLadder.names())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_green(tmp_path: Path, changes: dict[str, Any]) -> None:
     bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32", layout=COMPONENTS)
     report = verify(bundle, checkpoint)
     assert report.passed, report.summary
-    assert len(report.rows) == 3 * len(FOUR_FILES_RUNGS)
+    assert len(report.rows) == 3 * len(FourFilesLadder.rungs)
     again = Bundle.open(bundle.folder)
     assert again.manifest.parity == report.to_json()
     assert again.manifest.layout == COMPONENTS
@@ -111,7 +111,7 @@ def test_half_is_green(four: FourCase, tmp_path: Path) -> None:
 def test_rounded_vision_is_green(four: FourCase, precision: str) -> None:
     """A random decoder fails at few bits by nature; the rungs below it do not."""
     rows = four.climb(four.bundle, precision).rows
-    below = rows[: FOUR_FILES_RUNGS.index("first_logits")]
+    below = rows[: FourFilesLadder.names().index("first_logits")]
     assert all(row.passed for row in below), [row.describe() for row in below]
 
 
@@ -321,4 +321,4 @@ def test_another_models_reference(four: FourCase) -> None:
         """Has no tower of its own to show."""
 
     with raises(SourceError, "verify.other-checkpoint"):
-        run_four_files_ladder(Other(), four.bundle, ["fp32"], [])  # pyright: ignore
+        run_ladder(Other(), four.bundle, ["fp32"], [])  # pyright: ignore

@@ -27,8 +27,8 @@ from vlmport.families.idefics3.pixel_shuffle import Connector
 from vlmport.families.idefics3.tiling import Tiles, TileTokens, Tiling
 from vlmport.parity import verify
 from vlmport.parity.judging import max_new_tokens
-from vlmport.parity.ladders.hub import run_ladder
-from vlmport.parity.limits import RUNGS
+from vlmport.parity.ladders import run_ladder
+from vlmport.parity.ladders.hub import HubLadder
 from vlmport.parity.pictures import drawn_pictures
 from vlmport.parity.references import load_reference
 from vlmport.parity.report import Report
@@ -117,7 +117,7 @@ def test_green(checkpoint: Path, tiny: Case) -> None:
     """All rungs at five sizes, split and whole, several pictures and turns, text alone."""
     report = verify(tiny.bundle, checkpoint)
     assert report.passed, report.summary
-    assert len(report.rows) == REQUESTS * len(RUNGS)
+    assert len(report.rows) == REQUESTS * len(HubLadder.rungs)
     assert len({row.image for row in report.rows}) == REQUESTS
 
 

@@ -20,8 +20,9 @@ from vlmport.bundle import Bundle
 from vlmport.errors import VerificationError
 from vlmport.exporter import export
 from vlmport.parity import verify
-from vlmport.parity.ladders.hub import run_ladder
-from vlmport.parity.limits import FOUR_BITS, RUNGS
+from vlmport.parity.ladders import run_ladder
+from vlmport.parity.ladders.hub import HubLadder
+from vlmport.parity.limits import LOGITS
 from vlmport.parity.references import load_reference
 from vlmport.parity.report import Report
 from vlmport.parity.truth import Truth
@@ -37,7 +38,7 @@ def test_green(tmp_path: Path, projection: Any, spelling: Any) -> None:
     bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32")
     report = verify(bundle, checkpoint)
     assert report.passed, report.summary
-    assert len(report.rows) == 3 * len(RUNGS)
+    assert len(report.rows) == 3 * len(HubLadder.rungs)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_slightly_wrong_everywhere(
     bundle = export(checkpoint, tmp_path / "bundle", precisions="fp32")
     report = tiny.climb(bundle)
     assert_first_broken(report, rung)
-    assert {row.rung for row in report.failures} <= {rung, "cached_decode", *RUNGS[-2:]}
+    assert {row.rung for row in report.failures} <= {rung, "cached_decode", *HubLadder.names()[-2:]}
 
 
 def test_four_bits_unpacked_wrongly(tiny: Case, broken: Bundle) -> None:
@@ -170,7 +171,7 @@ def test_four_bits_unpacked_wrongly(tiny: Case, broken: Bundle) -> None:
         precision="q4",
     )
     damaged = tiny.climb(broken, "q4")
-    limit = FOUR_BITS["first_logits"]["kl"]
+    limit = LOGITS.four_bits["kl"]
     assert limit.holds(value(whole, "first_logits", "kl"))
     assert not limit.holds(value(damaged, "first_logits", "kl"))
     assert_first_broken(damaged, "first_logits")
@@ -193,7 +194,7 @@ def test_caches_exchanged_in_four_bits(tiny: Case, broken: Bundle) -> None:
     edit_graph(broken, DECODER, lambda m: swap_outputs(m, "present.0.key", "present.1.key"), "q4")
     (row,) = (row for row in tiny.climb(broken, "q4").failures if row.rung == "cached_decode")
     assert [one.name for one in row.measures if not one.passed] == ["self kl", "bound kl"]
-    assert tiny.climb(tiny.bundle, "q4").rows[RUNGS.index("cached_decode")].passed
+    assert tiny.climb(tiny.bundle, "q4").rows[HubLadder.names().index("cached_decode")].passed
 
 
 def test_eight_bit_tower_without_a_weight(tiny: Case, broken: Bundle) -> None:

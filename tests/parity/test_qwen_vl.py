@@ -19,8 +19,8 @@ from vlmport.checkpoint import Checkpoint
 from vlmport.exporter import export
 from vlmport.families import family_of
 from vlmport.parity import verify
-from vlmport.parity.ladders.hub import run_ladder
-from vlmport.parity.limits import RUNGS
+from vlmport.parity.ladders import run_ladder
+from vlmport.parity.ladders.hub import HubLadder
 from vlmport.parity.pictures import drawn_pictures
 from vlmport.parity.references import load_reference
 from vlmport.parity.report import Report
@@ -44,7 +44,7 @@ def test_green(qwens: dict[str, Family], name: str) -> None:
     family = qwens[name]
     report = verify(family.bundle, family.checkpoint)
     assert report.passed, report.summary
-    assert len(report.rows) == REQUESTS * len(RUNGS)
+    assert len(report.rows) == REQUESTS * len(HubLadder.rungs)
     assert len({row.image for row in report.rows}) == REQUESTS
 
 

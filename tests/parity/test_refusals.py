@@ -19,7 +19,7 @@ from tests.qwen_checkpoints import write_qwen3
 from vlmport import cli
 from vlmport.errors import ImageError, VerificationError
 from vlmport.parity.asked import Request
-from vlmport.parity.ladders.hub import run_ladder
+from vlmport.parity.ladders import run_ladder
 from vlmport.parity.pictures import Picture, drawn_pictures
 from vlmport.parity.report import Report, parity_markdown
 from vlmport.runtime.graphs.components import Components

@@ -24,9 +24,10 @@ from vlmport.graph.parameters import (
     quantize_columns,
 )
 from vlmport.parity import verify
-from vlmport.parity.limits import LIKELY_CAUSES, WEIGHTS
+from vlmport.parity.limits import WEIGHTS
 from vlmport.parity.report import Row
 from vlmport.parity.rounding import rounding_error, weight_rows
+from vlmport.parity.rungs import CAUSES
 
 ROUNDED = [precision for precision in SUFFIXES if precision != "fp32"]
 SHAPES = builtin_models()["shapes"]
@@ -77,7 +78,7 @@ def test_verify_says_so_first(broken: Bundle) -> None:
     assert not report.passed
     assert report.first_broken is not None
     assert report.first_broken.rung == "weights"
-    assert report.likely_cause == LIKELY_CAUSES["weights"]
+    assert report.likely_cause == CAUSES["weights"]
 
 
 def test_a_scale_that_is_no_number_is_found(broken: Bundle) -> None:

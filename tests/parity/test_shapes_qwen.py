@@ -8,7 +8,8 @@ from tests.shapes_qwen import EXAMPLES, MODELS
 from vlmport.builtin import builtin_models
 from vlmport.exporter import export
 from vlmport.parity import verify
-from vlmport.parity.limits import RUNGS, WEIGHTS_RUNG
+from vlmport.parity.ladders.hub import HubLadder
+from vlmport.parity.rungs import WEIGHTS_RUNG
 
 PRECISIONS = ("fp32", "fp16", "q8", "q4")
 
@@ -22,6 +23,6 @@ def test_green_in_every_precision(name: str, tmp_path_factory: pytest.TempPathFa
     report = verify(bundle, checkpoint, images=pictures)
     assert report.passed, report.summary
     assert {row.precision for row in report.rows} == set(PRECISIONS)
-    assert {row.rung for row in report.rows} == {WEIGHTS_RUNG, *RUNGS}
+    assert {row.rung for row in report.rows} == {WEIGHTS_RUNG, *HubLadder.names()}
     asked = {row.image for row in report.rows if row.rung == "greedy_tokens"}
     assert {"red_square.png", "two pictures, two turns", "text alone"} <= asked

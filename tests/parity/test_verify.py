@@ -25,24 +25,15 @@ from tests.parity.conftest import Case
 from tests.parity.surgery import edit_tensor
 from vlmport import cli
 from vlmport.bundle import SUFFIXES, Bundle
+from vlmport.bundle.layouts import LAYOUTS
 from vlmport.errors import BundleError, DependencyError, ImageError, SourceError
 from vlmport.parity import metrics, parity_markdown, verify
-from vlmport.parity.limits import (
-    FOUR_FILES_RUNGS,
-    FUSED_RUNGS,
-    LIKELY_CAUSES,
-    LIMITS,
-    ORDER,
-    ROUNDED,
-    RUNGS,
-    WEIGHTS_RUNG,
-    Limit,
-    four_files_limits_of,
-    fused_limits_of,
-    genai_limits_of,
-)
+from vlmport.parity.ladders import LADDERS
+from vlmport.parity.ladders.hub import HubLadder
+from vlmport.parity.limits import Limit
 from vlmport.parity.pictures import SIZES, drawn_pictures, named_pictures
 from vlmport.parity.report import Measure, Report, Row
+from vlmport.parity.rungs import CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG
 from vlmport.runtime.graphs.components import Components
 
 
@@ -84,7 +75,7 @@ def test_a_failure_is_written_and_explained(tiny: Case, broken: Bundle) -> None:
     assert not report.passed
     assert report.first_broken is not None
     assert report.first_broken.rung == "vision_features"
-    assert report.likely_cause == LIKELY_CAUSES["vision_features"]
+    assert report.likely_cause == CAUSES["vision_features"]
     assert "first broken: vision_features, fp32, drawn 640x427: worst " in report.summary
     assert "likely cause: a weight of the vision tower" in out.getvalue()
     parity = Bundle.open(broken.folder, check_hashes=True).manifest.parity
@@ -99,7 +90,7 @@ def test_rungs_are_whole_however_narrow_the_terminal(width: int, beside: int) ->
     rows = [
         Row("a", precision, rung, (Measure("typical", 4.23e-7, Limit(5e-6, "std", "")),))
         for precision in SUFFIXES
-        for rung in RUNGS
+        for rung in HubLadder.names()
     ]
     out = io.StringIO()
     Report("transformers", tuple(rows)).print(Console(file=out, width=width))
@@ -108,7 +99,7 @@ def test_rungs_are_whole_however_narrow_the_terminal(width: int, beside: int) ->
     heads = [line.replace("┃", " ").split()[1:] for line in lines if "┃ rung" in line]
     assert [name for some in heads for name in some] == list(SUFFIXES)
     assert max(map(len, heads)) == min(beside, len(SUFFIXES))
-    for rung in RUNGS:
+    for rung in HubLadder.names():
         assert sum(line.startswith(f"│ {rung} ") for line in lines) == len(heads)
     assert lines[-1] == f"passed: all {len(rows)} checks"
 
@@ -231,39 +222,45 @@ def test_random_weights_are_a_likely_cause_where_fp32_passed() -> None:
     bad = Measure("kl", 0.5, Limit(0.2, "nats", ""))
     good = Row("a", "fp32", "first_logits", ())
     report = Report("x", (good, Row("a", "q4", "first_logits", (bad,))))
-    assert report.likely_cause == f"{ROUNDED}; else {LIKELY_CAUSES['first_logits']}"
-    assert Report("x", report.rows[1:]).likely_cause == LIKELY_CAUSES["first_logits"]
+    assert report.likely_cause == f"{ROUNDED}; else {CAUSES['first_logits']}"
+    assert Report("x", report.rows[1:]).likely_cause == CAUSES["first_logits"]
     broken_too = Row("a", "fp32", "end_to_end", (bad,))
     assert ROUNDED not in str(Report("x", (*report.rows, broken_too)).likely_cause)
 
 
 def test_without_torch(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("prefix", "loading"):
-        monkeypatch.delitem(sys.modules, f"vlmport.parity.references.{module}")
+    for module in ("families.prefix.reference", "parity.references.loading"):
+        monkeypatch.delitem(sys.modules, f"vlmport.{module}")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DependencyError) as caught:
         verify(tiny.bundle, tiny.checkpoint)
     assert caught.value.hint == 'pip install "vlmport[verify]"'
 
 
-def test_every_rung_has_limits_and_a_cause() -> None:
-    assert set(LIMITS) == set(SUFFIXES)
-    for limits in LIMITS.values():
-        assert set(limits) == set(RUNGS)
-        for rung in RUNGS:
-            assert all(limit.reason for limit in limits[rung].values()), rung
-    layouts = (
-        (four_files_limits_of, FOUR_FILES_RUNGS),
-        (fused_limits_of, FUSED_RUNGS),
-        (genai_limits_of, RUNGS),
-    )
-    for precision, (limits_of_layout, rungs) in itertools.product(SUFFIXES, layouts):
-        limits = limits_of_layout(precision)
-        assert set(limits) == set(rungs)
-        for rung in rungs:
-            assert limits[rung], rung
-            assert all(limit.reason for limit in limits[rung].values()), rung
-    assert set(LIKELY_CAUSES) == {*RUNGS, *FOUR_FILES_RUNGS, *FUSED_RUNGS, WEIGHTS_RUNG}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rung_has_limits_and_a_cause(layout: str) -> None:
+    """At every precision that there is; one more wants limits of its own."""
+    assert set(SUFFIXES) == {"fp32", "fp16", "q8", "q4", "q4f16"}
+    for rung, precision in itertools.product(LADDERS[layout].rungs, SUFFIXES):
+        limits = rung.limits.at(precision)
+        assert limits, rung
+        assert all(limit.reason for limit in limits.values()), rung
+        assert rung.cause
+
+
+def test_every_cause_is_that_of_a_rung() -> None:
+    names = {name for ladder in LADDERS.values() for name in ladder.names()}
+    assert set(CAUSES) == {WEIGHTS_RUNG, *names}
+
+
+def test_a_mix_is_judged_as_four_bits_and_pixels_by_their_filter() -> None:
+    limits = {rung.name: rung.limits for rung in HubLadder.rungs}
+    mix = "vision=q8,decoder=q4"
+    assert limits["cached_decode"].at(mix) == limits["cached_decode"].at("q4")
+    assert limits["cached_decode"].at(mix) != limits["cached_decode"].at("q8")
+    for precision in SUFFIXES:
+        assert set(limits["pixels"].at(precision, "lanczos")) == {"wrong", "levels"}
+        assert set(limits["pixels"].at(precision, "bicubic")) == {"wrong"}
 
 
 def test_pictures_have_three_sizes_and_do_not_change() -> None:
@@ -300,9 +297,10 @@ def test_nothing_compared_is_no_pass() -> None:
     assert not Report("x", ()).passed
 
 
-@pytest.mark.parametrize("ladder", [RUNGS, FOUR_FILES_RUNGS])
-def test_every_rung_has_its_place_in_the_order(ladder: tuple[str, ...]) -> None:
-    assert [rung for rung in ORDER if rung in ladder] == list(ladder)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rung_has_its_place_in_the_order(layout: str) -> None:
+    names = LADDERS[layout].names()
+    assert [rung for rung in ORDER if rung in names] == list(names)
 
 
 def test_the_lowest_rung_is_named_whatever_its_row() -> None:

@@ -24,7 +24,6 @@ from vlmport.families import family_of
 from vlmport.families.base import SizedLayout
 from vlmport.inspection import probe_bundle
 from vlmport.parity.ladders.fused import FusedLadder, fused_truth
-from vlmport.parity.limits import FUSED_RUNGS
 from vlmport.parity.report import Report
 from vlmport.runtime.layouts.fused import TEXT, VISION, Fused
 from vlmport.runtime.model import VLM
@@ -81,7 +80,7 @@ def test_every_rung_is_green(model: Model, name: str) -> None:
     """Pixels, features, positions inside, logits and tokens equal PyTorch's."""
     report = climb(model, model.fused, name)
     assert report.passed, report.summary
-    assert [row.rung for row in report.rows] == list(FUSED_RUNGS)
+    assert [row.rung for row in report.rows] == list(FusedLadder.names())
 
 
 def test_a_request_without_a_picture_says_so(models: dict[str, Model]) -> None:
@@ -99,7 +98,7 @@ def test_half_is_green(model: Model) -> None:
 def test_the_rungs_below_logits_are_green_at_8_bits(model: Model) -> None:
     """A random decoder fails at few bits by nature; what is below it does not."""
     rows = climb(model, model.fused, "one picture", "q8").rows
-    below = rows[: FUSED_RUNGS.index("first_logits")]
+    below = rows[: FusedLadder.names().index("first_logits")]
     assert all(row.passed for row in below), [row.describe() for row in below]
 
 

@@ -12,10 +12,10 @@ from vlmport.bundle import Bundle
 from vlmport.bundle.layouts import FUSED, GENAI
 from vlmport.errors import SourceError
 from vlmport.parity import verify
-from vlmport.parity.limits import FUSED_RUNGS, RUNGS
+from vlmport.parity.ladders import LADDERS
 
 REQUESTS = 14
-CASES = {FUSED: ("qwen3_vl", FUSED_RUNGS), GENAI: ("qwen2_5_vl", RUNGS)}
+CASES = {FUSED: "qwen3_vl", GENAI: "qwen2_5_vl"}
 
 
 @pytest.mark.parametrize("layout", CASES)
@@ -23,8 +23,7 @@ def test_a_layout_is_green_and_recorded(
     models: dict[str, Model], tmp_path: Path, layout: str
 ) -> None:
     """Every request that the reference makes, strips and the smallest pictures among them."""
-    kind, rungs = CASES[layout]
-    model = models[kind]
+    model, rungs = models[CASES[layout]], LADDERS[layout].names()
     bundle = copied(getattr(model, layout), tmp_path / layout)
     assert bundle.manifest.parity is None
     report = verify(bundle, model.checkpoint, precisions=["fp32"])

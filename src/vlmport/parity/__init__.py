@@ -18,15 +18,11 @@ from rich.console import Console
 
 from vlmport.builtin import builtin_folder
 from vlmport.bundle import Bundle
-from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI, HUB
 from vlmport.checkpoint import locate, locate_adapter
 from vlmport.errors import DependencyError, SourceError
 from vlmport.loading import open_bundle
 from vlmport.parity.judging import Progress
-from vlmport.parity.ladders.components import run_four_files_ladder
-from vlmport.parity.ladders.fused import run_fused_ladder
-from vlmport.parity.ladders.genai import run_genai_ladder
-from vlmport.parity.ladders.hub import run_ladder
+from vlmport.parity.ladders import run_ladder
 from vlmport.parity.pictures import drawn_pictures, named_pictures
 from vlmport.parity.protocol import Reference
 from vlmport.parity.recording import UnrecordedError, record
@@ -38,13 +34,6 @@ if TYPE_CHECKING:
     from vlmport.runtime.images.reading import ImageSource
 
 __all__ = ["Measure", "Report", "Row", "UnrecordedError", "parity_markdown", "verify"]
-
-LADDERS = {
-    HUB: run_ladder,
-    COMPONENTS: run_four_files_ladder,
-    FUSED: run_fused_ladder,
-    GENAI: run_genai_ladder,
-}
 
 
 def verify(
@@ -98,9 +87,8 @@ def verify(
     folder = locate(builtin_folder(reference) or reference, revision)
     truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
-    climb = LADDERS[bundle.manifest.layout]
     weights = tuple(row for name in names for row in weight_rows(bundle, name))
-    ladder = climb(truth, bundle, names, truth.requests(pictures), progress)
+    ladder = run_ladder(truth, bundle, names, truth.requests(pictures), progress)
     report = Report(truth.versions, ladder + weights)
     if console is not None:
         report.print(console)

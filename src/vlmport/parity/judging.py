@@ -1,4 +1,4 @@
-"""What all ladders share: findings, and the judgement of generated tokens."""
+"""Turn the bundle's errors into findings, and judge the tokens that it generated."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vlmport.parity import metrics
 from vlmport.parity.limits import Limit
 from vlmport.parity.protocol import Reference
 from vlmport.parity.report import Measure, Row
+from vlmport.parity.rungs import Found
 from vlmport.parity.truth import Truth
 from vlmport.runtime.graphs.sessions import ORT_ERRORS
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 32
 Progress = Callable[[int, int, str], None]  # rungs done, all rungs, what is next
-Found = tuple[dict[str, float], str | None]  # measures, and a detail for the reader
 
 
 class BrokenError(Exception):
@@ -32,7 +32,7 @@ class BrokenError(Exception):
 
 @contextlib.contextmanager
 def bundle_runs() -> Iterator[None]:
-    """Round each call of the bundle's side: an error there is a finding, the reference's is not."""
+    """Wrap every call into the bundle: its errors are findings, the reference's are not."""
     try:
         yield
     except (VlmportError, *ORT_ERRORS) as error:
@@ -42,7 +42,7 @@ def bundle_runs() -> Iterator[None]:
 def row_of(
     name: str, precision: str, rung: str, limits: Mapping[str, Limit], find: Callable[[], Found]
 ) -> Row:
-    """One rung: what was found beside its limits, or the error that the bundle raised."""
+    """Compare on one rung: make a row of the measures with limits, or of the bundle's error."""
     try:
         values, detail = find()
     except BrokenError as error:
@@ -52,16 +52,16 @@ def row_of(
 
 
 def max_new_tokens(manifest: Manifest) -> int:
-    """The bundle's own default, within reason."""
+    """Return the bundle's own maximum of new tokens, but no more than MAX_NEW_TOKENS."""
     return min(MAX_NEW_TOKENS, manifest.generation.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Tokens against the reference's, and what the reference thinks of them.
+    """Compare the bundle's tokens with the reference's, and ask how likely that finds them.
 
     Attributes:
-        logits: the bundle's own where it chose the n-th of the truth's tokens.
+        logits: gives the bundle's logits from which it chose the n-th of the truth's tokens.
     """
 
     reference: Reference
@@ -70,7 +70,7 @@ class Judge:
     logits: Callable[[int], Float[np.ndarray, " V"]]
 
     def tokens(self, tokens: Sequence[int]) -> Found:
-        """How many differ, and the regret of it; a detail says where they part."""
+        """Count the tokens that differ, and their regret; the detail names the first difference."""
         ours = np.asarray(tokens, np.int64)
         if self.truth.is_cut:
             ours = ours[: len(self.truth.made.tokens)]
@@ -81,7 +81,7 @@ class Judge:
         return {"wrong": wrong, "regret": self._regret(ours)}, detail
 
     def stops(self, tokens: Sequence[int]) -> Found:
-        """The same, and the bundle's stop ids against the reference's."""
+        """Judge tokens, and compare the bundle's stop ids with the reference's."""
         values, detail = self.tokens(tokens)
         stops = frozenset(self.manifest.generation.stop_token_ids)
         expected = frozenset(self.reference.stop_token_ids)
@@ -91,9 +91,11 @@ class Judge:
         return values | {"stop ids": len(stops ^ expected)}, detail
 
     def _regret(self, tokens: Int[np.ndarray, " N"]) -> float:
-        """Nats a token by which the reference likes its own choices better, and an end before
-        max_new_tokens without a stop token of its own as one more choice, in full. Infinite where
-        the text goes on after such a token: `generate` never does."""
+        """Return by how many nats a token the reference finds its own choices more likely.
+
+        An end before max_new_tokens without a stop token of the reference counts as one more
+        choice, in full. Infinite where the text goes on after a stop token: `generate` never does.
+        """
         stops, image = self.reference.stop_token_ids, self.manifest.prompt.image_token_id
         ended = tokens[-1] not in stops and len(tokens) < max_new_tokens(self.manifest)
         if np.isin(tokens[:-1], stops).any():
@@ -109,7 +111,7 @@ class Judge:
         return regret + metrics.end_regret(logits[-1], stops) if ended else regret
 
     def _first_difference(self, tokens: Int[np.ndarray, " N"]) -> str:
-        """Where the tokens part, with the margins of both sides at that place."""
+        """Describe the first difference, with the margins of both sides at that token."""
         made = self.truth.made
         shorter = min(len(tokens), len(made.tokens))
         at = next((i for i in range(shorter) if tokens[i] != made.tokens[i]), shorter)
@@ -124,6 +126,6 @@ class Judge:
 
 
 def _wrong_tokens(ours: Int[np.ndarray, " N"], truth: Int[np.ndarray, " M"]) -> int:
-    """Places at which the tokens differ; those that one side lacks count."""
+    """Count the places at which tokens differ; tokens that one side lacks count too."""
     shorter = min(len(ours), len(truth))
     return int(np.sum(ours[:shorter] != truth[:shorter])) + abs(len(ours) - len(truth))

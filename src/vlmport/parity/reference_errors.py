@@ -1,7 +1,7 @@
 """Exceptions of the reference's side, in one line.
 
 What it can't read, a picture or a conversation, the bundle may refuse as well: RefusedError, and a
-row says whether both do (climbing.py). Where it can't be run, nothing is said of the bundle:
+row says whether both do (ladders/base.py). Where it can't be run, nothing is said of the bundle:
 VerificationError.
 """
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vlmport.parity.limits import LIKELY_CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG, Limit
+from vlmport.parity.limits import Limit
+from vlmport.parity.rungs import CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG
 
 NOTHING = "nothing was compared, both sides refuse every request"
 RUNG_WIDTH, CELL_WIDTH = 19, 28  # of the printed table's columns, at least; lines among them
@@ -107,7 +108,7 @@ class Report:
         exact = [row.passed for row in self.rows if row.precision == "fp32"]
         rung = self.first_broken.rung
         nature = exact and all(exact) and rung != WEIGHTS_RUNG
-        return (f"{ROUNDED}; else " if nature else "") + LIKELY_CAUSES[rung]
+        return (f"{ROUNDED}; else " if nature else "") + CAUSES[rung]
 
     @property
     def summary(self) -> str:

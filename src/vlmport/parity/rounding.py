@@ -19,8 +19,9 @@ import onnx_ir as ir
 from vlmport.bundle import ANY, Bundle
 from vlmport.errors import some_names
 from vlmport.parity import metrics
-from vlmport.parity.limits import WEIGHTS, WEIGHTS_RUNG
+from vlmport.parity.limits import WEIGHTS
 from vlmport.parity.report import Measure, Row
+from vlmport.parity.rungs import WEIGHTS_RUNG
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped

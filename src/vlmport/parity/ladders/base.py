@@ -1,9 +1,7 @@
-"""What the ladders of all layouts share: how rungs are climbed, and the figures of those that
-several ladders have.
+"""Share what the ladders of all layouts have in common: how they are climbed, and their figures.
 
-A ladder is one request on a bundle of one layout at one precision, beside what the reference makes
-of it. The module of each layout holds what differs: which rungs there are, and how the bundle's
-side comes to its results.
+A ladder is one request, asked of a bundle in one layout at one precision and compared with what the
+reference makes of it. The module of each layout has its rungs, and runs its graphs.
 
 P prompt tokens, S prompt and new tokens, D hidden, V vocabulary.
 """
@@ -14,26 +12,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from vlmport.bundle import Manifest
+from vlmport.bundle import Bundle, Manifest
 from vlmport.parity import metrics
 from vlmport.parity.asked import Request
 from vlmport.parity.judging import (
     BrokenError,
-    Found,
     Judge,
     Progress,
     bundle_runs,
     max_new_tokens,
     row_of,
 )
-from vlmport.parity.limits import Limit
 from vlmport.parity.protocol import Reference
 from vlmport.parity.reference_errors import RefusedError
 from vlmport.parity.report import Row
+from vlmport.parity.rungs import Found, Rung
 from vlmport.parity.truth import PictureTruth, Truth
 from vlmport.runtime.graphs.image_processor import ProcessedImage
 from vlmport.runtime.messages import check_messages
@@ -47,7 +45,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class Runtime(Protocol):
-    """What runs a bundle at one precision, and holds its sessions until it is closed."""
+    """Something that runs a bundle at one precision, and holds its sessions until it is closed."""
 
     def close(self) -> None: ...
 
@@ -57,20 +55,35 @@ Theirs = TypeVar("Theirs", bound=Reference)
 
 
 @dataclass(frozen=True)
-class Climber(ABC, Generic[Ours, Theirs]):
-    """The bundle's side at one precision, and the reference's, for one request.
-
-    The rung `pixels` is the method `_pixels`, and so on.
+class Answer:
+    """The bundle's answer to a request, without any help from the reference.
 
     Attributes:
-        rungs: in their order, from the bottom.
+        tokens: the generated ones, a stop token included.
+        prompt_ids: the ids of the prompt; None in a layout without a prompt.
+        prompt_tokens: how many the runtime counted; None for as many as prompt_ids.
+    """
+
+    tokens: Sequence[int]
+    prompt_ids: Int[np.ndarray, " P"] | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Ladder(ABC, Generic[Ours, Theirs]):
+    """Compare a bundle at one precision with the reference, for one request.
+
+    Attributes:
+        layout: the name of the layout whose bundles this ladder is for.
+        rungs: from the bottom up. The last one runs the bundle alone.
         request: as it is asked of the bundle.
-        truth: what the reference makes of it.
+        truth: the reference's result for it.
         share: (k, n): embedding rows k, k+n, k+2n, … are compared with this request, so that n
             requests cover the whole table.
     """
 
-    rungs: ClassVar[tuple[str, ...]]
+    layout: ClassVar[str]
+    rungs: ClassVar[tuple[Rung, ...]]
 
     runtime: Ours
     reference: Theirs
@@ -78,33 +91,67 @@ class Climber(ABC, Generic[Ours, Theirs]):
     truth: Truth
     share: Share
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the rungs, from the bottom up."""
+        return tuple(rung.name for rung in cls.rungs)
+
+    @classmethod
+    @abstractmethod
+    def open(cls, bundle: Bundle, precision: str) -> Ours:
+        """Open the bundle's side at a precision."""
+
+    @classmethod
+    def prepare(
+        cls, reference: Reference, bundle: Bundle, precisions: Sequence[str]
+    ) -> Callable[[Request, Share], Callable[[Ours], Ladder[Ours, Theirs]]]:
+        """Return a function that asks the reference about one request.
+
+        It gives in turn a function from the bundle's side to the ladder, so that the reference is
+        asked once for all precisions.
+
+        Args:
+            precisions: those that will be climbed.
+
+        Raises SourceError for a reference of another kind of model.
+        """
+
+        def ask(request: Request, share: Share) -> Callable[[Ours], Ladder[Ours, Theirs]]:
+            truth = truth_of(reference, bundle.manifest, request)
+            theirs: Any = reference
+            return partial(cls, reference=theirs, request=request, truth=truth, share=share)
+
+        return ask
+
+    @staticmethod
+    @abstractmethod
+    def alone(runtime: Any, request: Request) -> Answer:
+        """Run the bundle alone, from images and messages to tokens. Raises as the bundle does."""
+
     @property
     @abstractmethod
     def manifest(self) -> Manifest:
-        """The bundle's."""
-
-    @abstractmethod
-    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
-        """Rung → measure → limit."""
+        """The manifest of the bundle."""
 
     @abstractmethod
     def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
-        """The bundle's own where it chooses the token after the prompt and `at` of the truth's."""
+        """The bundle's logits of the token after the prompt and `at` of the reference's tokens."""
 
     def climb(self, precision: str) -> Iterator[Row]:
-        """Every rung in order, whether or not one before it broke."""
-        limits = self.limits(precision)
+        """Compare on every rung in order, whether or not one before it broke."""
+        resample = self.manifest.pixels.resample
         for rung in self.rungs:
-            find = getattr(self, f"_{rung}")
-            yield row_of(self.request.name, precision, rung, limits[rung], find)
+            limits = rung.limits.at(precision, resample)
+            yield row_of(self.request.name, precision, rung.name, limits, partial(rung.find, self))
 
     @property
     def judge(self) -> Judge:
-        """Of tokens that the bundle made."""
+        """The judge of tokens that the bundle generated."""
         return Judge(self.reference, self.truth, self.manifest, self.next_logits)
 
     @property
     def max_new_tokens(self) -> int:
+        """Maximum number of new tokens."""
         return max_new_tokens(self.manifest)
 
     @property
@@ -115,21 +162,12 @@ class Climber(ABC, Generic[Ours, Theirs]):
 
     @property
     def tail(self) -> int:
-        """Rows of the truth's logits from which a token is predicted: the prompt's last, and one
-        for each token after it."""
+        """Number of the truth's rows of logits that predict a new token: the prompt's last row, and
+        one for each token after it."""
         return len(self.truth.ids) - len(self.truth.prompt_ids) + 1
 
-    def processed(
-        self, process: Callable[[np.ndarray, Mapping[str, Any]], ProcessedImage]
-    ) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
-        """The bundle's side of each picture, and the reference's."""
-        for picture, truth in zip(self.request.pictures, self.truth.pictures, strict=True):
-            with bundle_runs():
-                processed = process(picture.rgb, self.request.options)
-            yield processed, truth
-
     def pixel_figures(self, pairs: Iterable[tuple[Tensors, Tensors]]) -> Found:
-        """Of the vision encoder's inputs by name, ours and the truth of each picture.
+        """Compare the vision encoder's inputs by name with the reference's, for each image.
 
         Grey levels tell a weight that was rounded to its neighbour from another filter.
         """
@@ -148,9 +186,9 @@ class Climber(ABC, Generic[Ours, Theirs]):
     def merged_figures(
         self, merge: Callable[[Int[np.ndarray, " S"]], Float[np.ndarray, "S D"]]
     ) -> Found:
-        """Of embeddings with the truth's features among them, which `merge` makes of ids.
+        """Compare embeddings with the truth's image features among them, as `merge` makes them.
 
-        Text before and after the pictures: a share of the vocabulary, half on each side.
+        The text before and after the images is a share of the vocabulary, half on each side.
         """
         token = self.manifest.prompt.image_token_id
         words = self.words[self.words != token]
@@ -166,20 +204,47 @@ class Climber(ABC, Generic[Ours, Theirs]):
             "wrong features": metrics.unequal(ours[~text], expected[~text]),
         }, None
 
-    def prompt_found(
-        self, found: Found, ids: Int[np.ndarray, " S"], tokens: int | None = None
-    ) -> Found:
-        """What was found of the tokens, and how many ids of the prompt differ.
-
-        Args:
-            tokens: how many the prompt had that was answered; None for as many as ids.
-        """
-        (values, detail), truth = found, self.truth.prompt_ids
-        tokens = len(ids) if tokens is None else tokens
+    def end_to_end(self) -> Found:
+        """Compare the tokens of the bundle alone, and its prompt id by id."""
+        with bundle_runs():
+            answer = self.alone(self.runtime, self.request)
+        values, detail = self.judge.tokens(answer.tokens)
+        ids, truth = answer.prompt_ids, self.truth.prompt_ids
+        if ids is None:
+            return values, detail
+        tokens = len(ids) if answer.prompt_tokens is None else answer.prompt_tokens
         if wrong := max(metrics.unequal(ids, truth), abs(tokens - len(truth))):
             told = f"a prompt of {tokens} tokens, expected {len(truth)}; {wrong} ids differ"
             detail = f"{told}; {detail}" if detail else told
         return values | {"prompt": wrong}, detail
+
+
+class ProcessorLadder(Ladder[Ours, Theirs]):
+    """A ladder of a layout whose image processor gives the ids of an image with its pixels."""
+
+    @abstractmethod
+    def process_image(self, rgb: np.ndarray, options: Mapping[str, Any]) -> ProcessedImage:
+        """Process one image with the bundle's graph."""
+
+    def prompt_ids(self) -> Found:
+        """Compare the ids of each image; those of the text around them belong to the last rung."""
+        wrong, details = 0, []
+        for ours, truth in self._processed():
+            if unequal := metrics.unequal(ours.prompt_ids, truth.ids):
+                wrong += unequal
+                details.append(f"{len(ours.prompt_ids)} ids, expected {len(truth.ids)}")
+        return {"wrong": wrong}, "; ".join(details) or None
+
+    def pixels(self) -> Found:
+        """Compare the vision encoder's inputs of each image."""
+        return self.pixel_figures((ours.inputs, truth.pixels) for ours, truth in self._processed())
+
+    def _processed(self) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
+        """Process each image with the bundle, and pair it with the reference's result."""
+        for picture, truth in zip(self.request.pictures, self.truth.pictures, strict=True):
+            with bundle_runs():
+                processed = self.process_image(picture.rgb, self.request.options)
+            yield processed, truth
 
 
 @dataclass(frozen=True)
@@ -187,10 +252,10 @@ class Refused:
     """A request that the reference refuses, in the place of its ladder.
 
     Attributes:
-        name: the request's.
+        name: the request's name.
         reason: why the reference refuses it.
-        rung: of the row: the one that runs the bundle alone.
-        alone: runs the bundle alone, from pictures and messages to tokens.
+        rung: the rung of its row, which is the one that runs the bundle alone.
+        alone: runs the bundle alone, from images and messages to tokens.
     """
 
     name: str
@@ -199,7 +264,7 @@ class Refused:
     alone: Callable[[], object]
 
     def climb(self, precision: str) -> Iterator[Row]:
-        """One row: passed where the bundle refuses the request too."""
+        """Make one row, which passed where the bundle refuses the request too."""
         try:
             with bundle_runs():
                 self.alone()
@@ -211,43 +276,28 @@ class Refused:
         yield Row(self.name, precision, self.rung, (), error=told)
 
 
-def refused(
-    request: Request, reason: str, rung: str, alone: Callable[[Ours, Request], object]
-) -> Callable[[Ours], Refused]:
-    """Prepare a Refused of the bundle's side."""
-    return lambda runtime: Refused(request.name, reason, rung, lambda: alone(runtime, request))
-
-
 def prompt_of(
     request: Request,
     manifest: Manifest,
     prompter: Prompter,
     pictures: Sequence[Int[np.ndarray, " T"]],
 ) -> Int[np.ndarray, " S"]:
-    """The ids of a request's prompt as the bundle's template and tokenizer make them.
+    """Make the ids of a request's prompt with the bundle's template and tokenizer.
 
     Args:
-        pictures: the ids of each picture. Raises as the runtime does.
+        pictures: the ids of each image.
+
+    Raises as the runtime does.
     """
     asked = manifest.prompt.caption if request.is_caption else request.messages
     chat = check_messages(asked, [picture.rgb for picture in request.pictures])
     return prompter.splice(prompter.ids(chat.messages), list(pictures))
 
 
-def prompt_id_figures(pairs: Iterable[tuple[ProcessedImage, PictureTruth]]) -> Found:
-    """Of the ids of each picture. Those of the text around them are the last rung's."""
-    wrong, details = 0, []
-    for processed, truth in pairs:
-        if unequal := metrics.unequal(processed.prompt_ids, truth.ids):
-            wrong += unequal
-            details.append(f"{len(processed.prompt_ids)} ids, expected {len(truth.ids)}")
-    return {"wrong": wrong}, "; ".join(details) or None
-
-
 def feature_figures(
     pairs: Iterable[tuple[Float[np.ndarray, "T D"], Float[np.ndarray, "T D"]]],
 ) -> Found:
-    """Of features, ours and the truth: the worst of all pairs by each measure."""
+    """Compare features with the truth: by each measure, the worst of all pairs (ours, truth)."""
     found = [closeness(ours, truth)[0] for ours, truth in pairs]
     if not found:
         return {"worst": 0.0, "typical": 0.0, "cosine": 1.0}, "no picture"
@@ -255,7 +305,7 @@ def feature_figures(
 
 
 def worst_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """By each measure the worst of several: the least cosine, the largest of all else."""
+    """Take the worst of several values of each measure: the least cosine, else the largest."""
     return {
         name: (metrics.least if name == "cosine" else metrics.largest)(one[name] for one in found)
         for name in found[0]
@@ -265,7 +315,7 @@ def worst_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def embedding_figures(
     ours: Float[np.ndarray, "S D"], truth: Float[np.ndarray, "S D"]
 ) -> dict[str, float]:
-    """Of rows of the embedding, by every measure that some precision has a limit on."""
+    """Compare rows of the embedding by every measure that some precision has a limit on."""
     return {
         "wrong": metrics.unequal(ours, truth),
         "cosine": metrics.least_cosine(ours, truth),
@@ -278,7 +328,7 @@ def embedding_figures(
 def closeness(
     ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"], tail: int = 0
 ) -> Found:
-    """How far rows are apart by every measure; of the last `tail` rows as logits too."""
+    """Compare rows by every measure of distance; the last `tail` rows as logits too."""
     values: dict[str, float] = {
         "worst": metrics.worst_error(ours, truth),
         "typical": metrics.typical_error(ours, truth),
@@ -291,45 +341,51 @@ def closeness(
 
 
 def truth_of(reference: Reference, manifest: Manifest, request: Request) -> Truth:
-    """What the reference makes of a request, with as many new tokens as the bundle makes."""
+    """Ask the reference about a request, for as many new tokens as the bundle makes."""
     return Truth.of(reference, request, max_new_tokens(manifest), manifest.prompt.image_token_id)
 
 
 def climb_all(
-    rungs: Sequence[str],
+    kind: type[Ladder[Any, Any]],
+    reference: Reference,
+    bundle: Bundle,
     precisions: Sequence[str],
     requests: Sequence[Request],
-    prepare: Callable[[Request, Share], Callable[[Ours], Climber[Ours, Any]]],
-    open_at: Callable[[str], Ours],
-    alone: Callable[[Ours, Request], object],
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> tuple[Row, ...]:
-    """All rungs for every precision and every request.
+    """Climb one kind of ladder for every precision and every request.
 
-    One precision at a time, so that beside the reference only its sessions are in memory.
+    One precision is run at a time, so that only its sessions are in memory next to the reference.
 
     Args:
-        prepare: asks the reference about one request, once, and gives what makes a ladder of it
-            and the bundle's side. Raises RefusedError where the reference refuses it.
-        open_at: the bundle's side at a precision.
-        alone: runs the bundle alone, from pictures and messages to tokens.
-        progress: is told of each rung: how many are done, of how many, and what is next.
+        progress: called before and after each rung with (done rungs, all rungs, what is next).
+
+    Raises SourceError for a reference of another kind of model.
     """
     tell = progress or (lambda done, total, what: None)
-    total = len(rungs) * len(requests) * len(precisions)
-    prepared: list[Callable[[Ours], Climber[Ours, Any] | Refused]] = []
+    total = len(kind.rungs) * len(requests) * len(precisions)
+    ask = kind.prepare(reference, bundle, precisions)
+    prepared: list[Callable[[Any], Ladder[Any, Any] | Refused]] = []
     for number, request in enumerate(requests):
         tell(0, total, f"reference, {request.name}")
         try:
-            prepared.append(prepare(request, (number, len(requests))))
+            prepared.append(ask(request, (number, len(requests))))
         except RefusedError as refusal:
-            prepared.append(refused(request, str(refusal), rungs[-1], alone))
+            prepared.append(_refused(kind, request, str(refusal)))
     rows: list[Row] = []
     for precision in precisions:
-        with closing(open_at(precision)) as runtime:
+        with closing(kind.open(bundle, precision)) as runtime:
             for request, ladder_on in zip(requests, prepared, strict=True):
                 tell(len(rows), total, f"{precision}, {request.name}")
                 for row in ladder_on(runtime).climb(precision):
                     rows.append(row)
                     tell(len(rows), total, f"{precision}, {request.name}")
     return tuple(rows)
+
+
+def _refused(
+    kind: type[Ladder[Any, Any]], request: Request, reason: str
+) -> Callable[[Any], Refused]:
+    """Return a function from the bundle's side to a Refused."""
+    rung = kind.rungs[-1].name
+    return lambda runtime: Refused(request.name, reason, rung, lambda: kind.alone(runtime, request))

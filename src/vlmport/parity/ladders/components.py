@@ -1,38 +1,39 @@
-"""The ladder of the layout `components`: from the picture through its four files to the tokens.
+"""Climb from the image to the tokens through the four files of the layout `components`.
 
-As in ladder.py, each rung gives the bundle what the *reference* made on the rung before, and only
-the last one runs the bundle alone. The text's embedding has no file of its own: it is cut out of
-the graphs that begin and go on.
+Each rung gives the bundle what the *reference* made on the rung before, and only the last one runs
+the bundle alone. The text's embedding has no file of its own: it is cut out of the two graphs that
+read ids.
 
 P prefix rows, S prefix rows and new tokens, N patches, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmport.bundle import Bundle, Manifest
+from vlmport.bundle.layouts import COMPONENTS
 from vlmport.errors import SourceError
-from vlmport.parity import metrics
+from vlmport.parity import limits, metrics
 from vlmport.parity.asked import Request
 from vlmport.parity.embedding_of import look_up
-from vlmport.parity.judging import Found, Progress, bundle_runs, max_new_tokens
+from vlmport.parity.judging import bundle_runs, max_new_tokens
 from vlmport.parity.ladders.base import (
-    Climber,
+    Answer,
+    Ladder,
     Share,
-    climb_all,
     closeness,
     embedding_figures,
     truth_of,
     worst_of,
 )
-from vlmport.parity.limits import FOUR_FILES_RUNGS, Limit, four_files_limits_of
 from vlmport.parity.protocol import HiddenStates, PrefixReference, Reference
-from vlmport.parity.report import Row
+from vlmport.parity.rungs import Found, Rung
 from vlmport.runtime.layouts.components import BEGIN, GO_ON, FourFiles
 
 if TYPE_CHECKING:
@@ -42,36 +43,68 @@ NO_IDS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class FourFilesLadder(Climber[FourFiles, PrefixReference]):
-    """The ladder of the four files.
+class FourFilesLadder(Ladder[FourFiles, PrefixReference]):
+    """Compare the four files with the reference.
 
     Attributes:
-        hidden: what the reference's tower makes of the picture.
+        hidden: the hidden states of the image in the reference's tower.
     """
 
-    rungs = FOUR_FILES_RUNGS
+    layout = COMPONENTS
 
     hidden: HiddenStates
+
+    @classmethod
+    def open(cls, bundle: Bundle, precision: str) -> FourFiles:
+        return FourFiles.open(bundle, precision=precision)
+
+    @classmethod
+    def prepare(
+        cls, reference: Reference, bundle: Bundle, precisions: Sequence[str]
+    ) -> Callable[[Request, Share], Callable[[FourFiles], FourFilesLadder]]:
+        if not isinstance(reference, PrefixReference):
+            raise SourceError(
+                f"{bundle.folder}: the layout {COMPONENTS!r} is for models that read an image as a "
+                "prefix, and the reference is not such a model",
+                hint="give the checkpoint that `vlmport export` was given",
+                code="verify.other-checkpoint",
+            )
+
+        def ask(request: Request, share: Share) -> Callable[[FourFiles], FourFilesLadder]:
+            truth = truth_of(reference, bundle.manifest, request)
+            hidden = reference.hidden_states(truth.pictures[0].pixels)
+            return partial(
+                cls, reference=reference, request=request, truth=truth, share=share, hidden=hidden
+            )
+
+        return ask
+
+    @staticmethod
+    def alone(runtime: FourFiles, request: Request) -> Answer:
+        pixels = runtime.pixels(request.pictures[0].rgb)
+        return Answer(greedy(runtime, runtime.project(runtime.encode(pixels).hidden)))
 
     @property
     def manifest(self) -> Manifest:
         return self.runtime.manifest
 
-    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
-        return four_files_limits_of(precision, self.manifest.pixels.resample)
+    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
+        return self.runtime.begin(self.truth.features, self.truth.made.tokens[:at])[0][-1]
 
-    def _pixels(self) -> Found:
+    def pixels(self) -> Found:
+        """Compare the vision encoder's input."""
         with bundle_runs():
             ours = self.runtime.pixels(self.request.pictures[0].rgb)
         return self.pixel_figures([({"pixel_values": ours}, self.truth.pictures[0].pixels)])
 
-    def _hidden_states(self) -> Found:
+    def hidden_states(self) -> Found:
+        """Compare the last hidden states of the vision encoder."""
         with bundle_runs():
             ours = self.runtime.encode(self._truths_pixels).hidden
         return closeness(ours, self.hidden.last)
 
-    def _pooler_output(self) -> Found:
-        """Present where the reference has one, and only there."""
+    def pooler_output(self) -> Found:
+        """Compare the pooled vector; a bundle has one only where the model has a pooling head."""
         with bundle_runs():
             ours = self.runtime.encode(self._truths_pixels).pooled
         truth = self.hidden.pooled
@@ -84,13 +117,14 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
             return values, "the vision encoder has no pooler_output"
         return closeness(ours[None], truth[None])
 
-    def _projected_prefix(self) -> Found:
+    def projected_prefix(self) -> Found:
+        """Compare the projection of the reference's hidden states."""
         with bundle_runs():
             ours = self.runtime.project(self.hidden.last)
         return closeness(ours, self.truth.features)
 
-    def _embeddings(self) -> Found:
-        """A share of the vocabulary, as both graphs look it up."""
+    def embeddings(self) -> Found:
+        """Compare a share of the embedding, as both graphs that read ids have it."""
         expected = self.reference.embeds(self.words, self.truth.features[:0])
         found = []
         for component in (BEGIN, GO_ON):
@@ -99,21 +133,22 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
             found.append(embedding_figures(ours, expected))
         return worst_of(found), None
 
-    def _first_logits(self) -> Found:
-        """The prefix alone: no prompt ids at all."""
+    def first_logits(self) -> Found:
+        """Compare the logits of the prefix alone, without any prompt ids."""
         truth = self.truth.logits[: len(self.truth.prompt_ids)]
         with bundle_runs():
             ours, _ = self.runtime.begin(self.truth.features, NO_IDS)
         return closeness(ours, truth, tail=1)
 
-    def _prompted_logits(self) -> Found:
-        """The prefix and, as prompt ids, the reference's tokens."""
+    def prompted_logits(self) -> Found:
+        """Compare the logits of the prefix with the reference's tokens as prompt ids."""
         with bundle_runs():
             ours, _ = self.runtime.begin(self.truth.features, self._new_ids)
         return closeness(ours, self.truth.logits, tail=self.tail)
 
-    def _cached_decode(self) -> Found:
-        """The prefix, two tokens at once, then token by token, against one pass of each side."""
+    def cached_decode(self) -> Found:
+        """Feed the prefix, two tokens at once, then token by token; compare with one pass of each
+        side."""
         truth, ids, tail = self.truth.logits, self._new_ids, self.tail
         with bundle_runs():
             logits, cache = self.runtime.begin(self.truth.features, NO_IDS)
@@ -131,22 +166,11 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
             "self kl": metrics.mean_divergence(ours[-tail:], whole[-tail:]),
         }, None
 
-    def _greedy_tokens(self) -> Found:
-        """A plain loop over the two graphs, from the reference's prefix."""
-        return self.judge.stops(self._greedy(self.truth.features))
-
-    def _end_to_end(self) -> Found:
-        """From the picture to the tokens by the bundle alone."""
+    def greedy_tokens(self) -> Found:
+        """Judge the tokens of a plain loop over the two graphs, from the reference's prefix."""
         with bundle_runs():
-            tokens = alone(self.runtime, self.request)
-        return self.judge.tokens(tokens)
-
-    def _greedy(self, prefix: Float[np.ndarray, "P D"]) -> list[int]:
-        with bundle_runs():
-            return greedy(self.runtime, prefix)
-
-    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
-        return self.runtime.begin(self.truth.features, self.truth.made.tokens[:at])[0][-1]
+            tokens = greedy(self.runtime, self.truth.features)
+        return self.judge.stops(tokens)
 
     @property
     def _truths_pixels(self) -> Float[np.ndarray, "1 3 h w"]:
@@ -157,46 +181,22 @@ class FourFilesLadder(Climber[FourFiles, PrefixReference]):
         """The reference's tokens but the last, which is never fed back."""
         return self.truth.ids[len(self.truth.prompt_ids) :]
 
-
-def alone(graphs: FourFiles, request: Request) -> list[int]:
-    """From the picture to the tokens. Raises as the bundle does."""
-    pixels = graphs.pixels(request.pictures[0].rgb)
-    return greedy(graphs, graphs.project(graphs.encode(pixels).hidden))
+    rungs = (
+        Rung("pixels", pixels, limits.PIXELS),
+        Rung("hidden_states", hidden_states, limits.FEATURES),
+        Rung("pooler_output", pooler_output, limits.POOLER_OUTPUT),
+        Rung("projected_prefix", projected_prefix, limits.FEATURES),
+        Rung("embeddings", embeddings, limits.EMBEDDINGS),
+        Rung("first_logits", first_logits, limits.LAST_LOGITS),
+        Rung("prompted_logits", prompted_logits, limits.LOGITS),
+        Rung("cached_decode", cached_decode, limits.GROWING_CACHE),
+        Rung("greedy_tokens", greedy_tokens, limits.GREEDY_TOKENS),
+        Rung("end_to_end", Ladder.end_to_end, limits.END_WITHOUT_PROMPT),
+    )
 
 
 def greedy(graphs: FourFiles, prefix: Float[np.ndarray, "P D"]) -> list[int]:
-    """The tokens after a prefix, as many as the bundle makes at most."""
+    """Generate the tokens after a prefix, up to the bundle's maximum."""
     manifest = graphs.manifest
     stops = manifest.generation.stop_token_ids
     return graphs.greedy(prefix, NO_IDS, max_new_tokens(manifest), stops)[0]
-
-
-def run_four_files_ladder(
-    reference: Reference,
-    bundle: Bundle,
-    precisions: Sequence[str],
-    requests: Sequence[Request],
-    progress: Progress | None = None,
-) -> tuple[Row, ...]:
-    """All rungs for every precision and every request.
-
-    `progress` is told of each rung: how many are done, of how many, and what is next.
-    Raises SourceError for a reference of another kind of model.
-    """
-    if not isinstance(reference, PrefixReference):
-        raise SourceError(
-            f"{bundle.folder}: its layout is that of a picture as prefix, the reference is another "
-            "model's",
-            hint="give the checkpoint that `vlmport export` was given",
-            code="verify.other-checkpoint",
-        )
-
-    def prepare(request: Request, share: Share) -> Callable[[FourFiles], FourFilesLadder]:
-        truth = truth_of(reference, bundle.manifest, request)
-        hidden = reference.hidden_states(truth.pictures[0].pixels)
-        return lambda files: FourFilesLadder(files, reference, request, truth, share, hidden)
-
-    def open_at(precision: str) -> FourFiles:
-        return FourFiles.open(bundle, precision=precision)
-
-    return climb_all(FourFilesLadder.rungs, precisions, requests, prepare, open_at, alone, progress)

@@ -1,8 +1,8 @@
-"""The ladder: nine comparisons from the pictures to the tokens.
+"""Climb from the image to the tokens in nine comparisons, for the layout that the runtime runs.
 
-Each rung gives the bundle what the *reference* made on the rung before, so that an error shows
-on its own rung and nowhere else; only the last rung runs the bundle alone, from the pictures to
-the tokens as a user gets them.
+Each rung gives the bundle what the *reference* made on the rung before, so that an error shows on
+its own rung and nowhere else. Only the last rung runs the bundle alone, from images and messages to
+the tokens that a user gets.
 
 P prompt tokens, S prompt and new tokens, T image tokens, D hidden, V vocabulary.
 """
@@ -10,29 +10,19 @@ P prompt tokens, S prompt and new tokens, T image tokens, D hidden, V vocabulary
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlmport.bundle import Bundle, Manifest
-from vlmport.parity import metrics
+from vlmport.bundle.layouts import HUB
+from vlmport.parity import limits, metrics
 from vlmport.parity.asked import Request
-from vlmport.parity.judging import Found, Progress, bundle_runs, max_new_tokens
-from vlmport.parity.ladders.base import (
-    Climber,
-    Share,
-    climb_all,
-    feature_figures,
-    prompt_id_figures,
-    prompt_of,
-    truth_of,
-)
-from vlmport.parity.limits import RUNGS, Limit, limits_of
+from vlmport.parity.judging import bundle_runs, max_new_tokens
+from vlmport.parity.ladders.base import Answer, ProcessorLadder, feature_figures, prompt_of
 from vlmport.parity.protocol import Reference
-from vlmport.parity.report import Row
-from vlmport.parity.truth import PictureTruth
+from vlmport.parity.rungs import Found, Rung
 from vlmport.runtime.decoding.options import CHECKS, REFUSED, GenerationOptions
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.cache import KeyValueCache
@@ -43,14 +33,32 @@ from vlmport.runtime.request import new_request
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from vlmport.runtime.response import Response
 
+class HubLadder(ProcessorLadder[VLM, Reference]):
+    """Compare the Hub's layout, as the runtime runs it, with the reference."""
 
-@dataclass(frozen=True)
-class Ladder(Climber[VLM, Reference]):
-    """The ladder of the Hub's layout, which the runtime itself runs."""
+    layout = HUB
 
-    rungs = RUNGS
+    @classmethod
+    def open(cls, bundle: Bundle, precision: str) -> VLM:
+        return VLM.open(bundle, precision=precision)
+
+    @staticmethod
+    def alone(runtime: VLM, request: Request) -> Answer:
+        """Answer greedily, whatever the bundle's defaults are."""
+        manifest, features = runtime.components.manifest, runtime.features
+        known = [one for one in manifest.generation.defaults if one in CHECKS or one in REFUSED]
+        options: dict[str, Any] = dict.fromkeys(known)
+        options["max_new_tokens"] = max_new_tokens(manifest)
+        images = [picture.rgb for picture in request.pictures]
+        features.options = request.options
+        if request.is_caption:
+            answer = runtime.caption(images[0], **options)
+        else:
+            answer = runtime.generate(request.messages, images, **options)
+        pictures = [features.process(image).prompt_ids for image in images]
+        ids = prompt_of(request, manifest, runtime.prompter, pictures)
+        return Answer(answer.token_ids, ids, answer.counts["prompt_tokens"])
 
     @property
     def components(self) -> Components:
@@ -60,20 +68,14 @@ class Ladder(Climber[VLM, Reference]):
     def manifest(self) -> Manifest:
         return self.components.manifest
 
-    def limits(self, precision: str) -> Mapping[str, Mapping[str, Limit]]:
-        return limits_of(precision, self.manifest.pixels.resample)
+    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
+        return self._decode(0, len(self.truth.prompt_ids) + at, keep=1)[0][-1]
 
-    def _prompt_ids(self) -> Found:
-        return prompt_id_figures(self._processed())
+    def process_image(self, rgb: np.ndarray, options: Mapping[str, Any]) -> ProcessedImage:
+        return self.components.process_image(rgb, options)
 
-    def _pixels(self) -> Found:
-        return self.pixel_figures((ours.inputs, truth.pixels) for ours, truth in self._processed())
-
-    def _processed(self) -> Iterator[tuple[ProcessedImage, PictureTruth]]:
-        return self.processed(self.components.process_image)
-
-    def _vision_features(self) -> Found:
-        """Of each picture by itself."""
+    def vision_features(self) -> Found:
+        """Compare the features of each image, encoded by itself."""
         return feature_figures(self._encoded())
 
     def _encoded(self) -> Iterator[tuple[Float[np.ndarray, "T D"], Float[np.ndarray, "T D"]]]:
@@ -82,8 +84,8 @@ class Ladder(Climber[VLM, Reference]):
                 ours = self.components.encode_image(picture.pixels)
             yield ours, picture.features
 
-    def _merged_embeds(self) -> Found:
-        """As the runtime merges them."""
+    def merged_embeds(self) -> Found:
+        """Compare embeddings of text and images, as the runtime merges them."""
         features, token = self.truth.features, self.manifest.prompt.image_token_id
 
         def merge(ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
@@ -91,9 +93,9 @@ class Ladder(Climber[VLM, Reference]):
 
         return self.merged_figures(merge)
 
-    def _position_ids(self) -> Found:
-        """Of a prompt that ends with the picture, and of one with text after it; and where the
-        first new token stands. Steps count on from there: the next rungs but one see that."""
+    def position_ids(self) -> Found:
+        """Compare the positions of the prompt, of the prompt with the answer after it, and of the
+        first new token. Later steps count on from there, which `cached_decode` sees."""
         truth, P = self.truth, len(self.truth.prompt_ids)
         with bundle_runs():
             whole = self.components.position_ids(truth.ids, truth.pixels)
@@ -105,9 +107,12 @@ class Ladder(Climber[VLM, Reference]):
         detail = f"the next position is {P + prompt.offset}, expected {P + truth.offset}"
         return {"wrong": wrong + 1}, detail
 
-    def _first_logits(self) -> Found:
-        """One pass without a cache. KL and agreement where a token is predicted: at the prompt's
-        last position and at the reference's tokens after it; before, nobody asks."""
+    def first_logits(self) -> Found:
+        """Compare one pass without a cache.
+
+        KL and agreement count only where a token is predicted: at the prompt's last position and at
+        the reference's tokens after it.
+        """
         with bundle_runs():
             ours, _ = self._decode(0, len(self.truth.ids))
         truth, first = self.truth.logits, len(self.truth.prompt_ids) - 1
@@ -118,9 +123,9 @@ class Ladder(Climber[VLM, Reference]):
             "top1": metrics.agreement(ours[first:], truth[first:]),
         }, None
 
-    def _cached_decode(self) -> Found:
-        """The prompt in two chunks, then token by token, with a cache that grows and with the
-        runtime's own, against one pass of each side."""
+    def cached_decode(self) -> Found:
+        """Feed the prompt in two chunks, then token by token, with a cache that grows and with the
+        runtime's own; compare with one pass of each side."""
         S, truth, first = len(self.truth.ids), self.truth.logits, len(self.truth.prompt_ids) - 1
         with bundle_runs():
             ours, bound = self._grown_decode(), self._bound_decode()
@@ -144,7 +149,7 @@ class Ladder(Climber[VLM, Reference]):
         }, None
 
     def _grown_decode(self) -> Float[np.ndarray, "S V"]:
-        """By the graph's plain form: each pass is fed the presents of the one before."""
+        """Decode with the graph alone: each pass is fed the presents of the one before."""
         P, S = len(self.truth.prompt_ids), len(self.truth.ids)
         past, parts = None, []
         for start, stop in itertools.pairwise(sorted({0, P // 2, *range(P, S + 1)})):
@@ -153,8 +158,8 @@ class Ladder(Climber[VLM, Reference]):
         return np.concatenate(parts)
 
     def _bound_decode(self) -> Float[np.ndarray, "S V"]:
-        """By the cache that ships: the middle one of three rows of unequal lengths, which step
-        together; positions of steps are the cache's own. Its buffers grow on the way."""
+        """Decode with the runtime's cache, as the middle one of three rows of unequal lengths that
+        step together. The cache counts the positions of the steps, and its buffers grow."""
         truth, P, S = self.truth, len(self.truth.prompt_ids), len(self.truth.ids)
         limit = self.components.manifest.dims.context_length
         cache = KeyValueCache(self.components.decoder, rows=3, capacity=P + 1, limit=limit)
@@ -170,8 +175,8 @@ class Ladder(Climber[VLM, Reference]):
             parts.append(logits[1:2].copy())
         return np.concatenate(parts)
 
-    def _greedy_tokens(self) -> Found:
-        """The runtime's own loop, fed the reference's embeddings of the prompt."""
+    def greedy_tokens(self) -> Found:
+        """Judge the tokens of the runtime's own loop, from the reference's embeddings."""
         P = len(self.truth.prompt_ids)
         with bundle_runs():
             request = new_request(
@@ -184,25 +189,10 @@ class Ladder(Climber[VLM, Reference]):
             Generation(self.components, [request]).run()
         return self.judge.stops(request.tokens)
 
-    def _end_to_end(self) -> Found:
-        """From the pictures to the tokens as a user has them. The prompt's text is compared here,
-        id by id."""
-        request = self.request
-        with bundle_runs():
-            answer = alone(self.runtime, request)
-            features = self.runtime.features
-            pictures = [features.process(picture.rgb).prompt_ids for picture in request.pictures]
-            ids = prompt_of(request, self.manifest, self.runtime.prompter, pictures)
-        found = self.judge.tokens(answer.token_ids)
-        return self.prompt_found(found, ids, answer.counts["prompt_tokens"])
-
-    def next_logits(self, at: int) -> Float[np.ndarray, " V"]:
-        return self._decode(0, len(self.truth.prompt_ids) + at, keep=1)[0][-1]
-
     def _decode(
         self, start: int, stop: int, past: Mapping[str, np.ndarray] | None = None, keep: int = 0
     ) -> tuple[Float[np.ndarray, "n V"], dict[str, np.ndarray]]:
-        """Rows start … stop of the truth's embeddings, after a cache of `start` tokens."""
+        """Decode rows start … stop of the truth's embeddings, after a cache of `start` tokens."""
         logits, presents = self.components.decode(
             self.truth.embeds[None, start:stop],
             np.ones((1, stop), np.int64),
@@ -212,39 +202,14 @@ class Ladder(Climber[VLM, Reference]):
         )
         return logits[0], presents
 
-
-def alone(model: VLM, request: Request) -> Response:
-    """From pictures and messages to the tokens, greedily whatever the bundle's defaults are.
-
-    Raises as the runtime does.
-    """
-    manifest = model.components.manifest
-    known = [one for one in manifest.generation.defaults if one in CHECKS or one in REFUSED]
-    options: dict[str, Any] = {**dict.fromkeys(known), "max_new_tokens": max_new_tokens(manifest)}
-    images = [picture.rgb for picture in request.pictures]
-    model.features.options = request.options
-    if request.is_caption:
-        return model.caption(images[0], **options)
-    return model.generate(request.messages, images, **options)
-
-
-def run_ladder(
-    reference: Reference,
-    bundle: Bundle,
-    precisions: Sequence[str],
-    requests: Sequence[Request],
-    progress: Progress | None = None,
-) -> tuple[Row, ...]:
-    """All rungs for every precision and every request.
-
-    `progress` is told of each rung: how many are done, of how many, and what is next.
-    """
-
-    def prepare(request: Request, share: Share) -> Callable[[VLM], Ladder]:
-        truth = truth_of(reference, bundle.manifest, request)
-        return lambda model: Ladder(model, reference, request, truth, share)
-
-    def open_at(precision: str) -> VLM:
-        return VLM.open(bundle, precision=precision)
-
-    return climb_all(Ladder.rungs, precisions, requests, prepare, open_at, alone, progress)
+    rungs = (
+        Rung("prompt_ids", ProcessorLadder.prompt_ids, limits.PROMPT_IDS),
+        Rung("pixels", ProcessorLadder.pixels, limits.PIXELS),
+        Rung("vision_features", vision_features, limits.FEATURES),
+        Rung("merged_embeds", merged_embeds, limits.MERGED_EMBEDS),
+        Rung("position_ids", position_ids, limits.POSITION_IDS),
+        Rung("first_logits", first_logits, limits.LOGITS),
+        Rung("cached_decode", cached_decode, limits.CACHED_DECODE),
+        Rung("greedy_tokens", greedy_tokens, limits.GREEDY_TOKENS),
+        Rung("end_to_end", ProcessorLadder.end_to_end, limits.END_TO_END),
+    )
