@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from tests.decoding.reference import Expected, Table, generate
+from vlmport.runtime.decoding import new_search
+from vlmport.runtime.decoding.beams import BeamSearch
 from vlmport.runtime.decoding.options import GenerationOptions
-from vlmport.runtime.decoding.search import Search, new_search
+from vlmport.runtime.decoding.search import IndependentSearch, Search
 
 IDLE = -5e8  # a sum that stands for "none": transformers fills its answers up with such
 
@@ -23,7 +25,7 @@ class Request:
     prompt_ids: Sequence[int] = (1, 2, 3, 2)
     processors_see_prompt: bool = True
     stop_token_ids: Sequence[int] = (0,)
-    pad_token_id: int = 0
+    pad_token_id: int = 0  # of transformers alone
     max_new_tokens: int = 10
     is_stopped: Callable[[Sequence[int]], bool] | None = None
     mask: Callable[[Sequence[int]], np.ndarray] | None = None
@@ -34,15 +36,24 @@ class Request:
 
     def search(self, table: Table) -> Search:
         options = GenerationOptions.of(self.options)
-        return new_search(options, vocab_size=table.vocab_size, **self.rest)
+        rest = {name: value for name, value in self.rest.items() if name != "pad_token_id"}
+        return new_search(options, vocab_size=table.vocab_size, **rest)
 
     def expected(self, table: Table) -> Expected:
         return generate(table, self.options, **self.rest)
 
 
+def rows_of(search: Search) -> tuple[tuple[int, ...], ...]:
+    """The new tokens of each row of the last choice, as the search itself has them."""
+    if isinstance(search, BeamSearch):
+        return () if search.done else tuple(beam.tokens for beam in search._state.running)
+    assert isinstance(search, IndependentSearch)
+    return tuple(search._state.sequences[one].tokens for one in search._state.going)
+
+
 def logits_for(table: Table, search: Search) -> np.ndarray:
     """The rows that a search asks for next."""
-    rows = search.sequences if search.steps else [()]
+    rows = rows_of(search) if search.steps else [()]
     return np.stack([table(tokens) for tokens in rows])
 
 
@@ -51,12 +62,12 @@ def run(search: Search, table: Table) -> Search:
     before: Sequence[tuple[int, ...]] = [()]
     while not search.done:
         choice = search.choose(logits_for(table, search))
-        assert len(choice.tokens) == len(choice.parents) == len(search.sequences) <= search.rows
+        assert len(choice.tokens) == len(choice.parents) == len(rows_of(search)) <= search.rows
         for token, parent, tokens in zip(
-            choice.tokens, choice.parents, search.sequences, strict=True
+            choice.tokens, choice.parents, rows_of(search), strict=True
         ):
             assert tokens == (*before[parent], token)
-        before = search.sequences
+        before = rows_of(search)
     return search
 
 

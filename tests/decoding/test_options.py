@@ -270,10 +270,10 @@ def test_a_default_that_a_model_cannot_serve_is_left_out():
 
 
 def test_lengths_that_count_the_prompt():
-    assert GenerationOptions(max_length=50).most_new_tokens(20) == 30
-    assert GenerationOptions(max_length=50).most_new_tokens(60) == 0
-    assert GenerationOptions(7).most_new_tokens(60) == 7
-    assert GenerationOptions().most_new_tokens(60) is None
-    assert GenerationOptions(min_length=50).least_new_tokens(20) == 30
-    assert GenerationOptions(min_length=50).least_new_tokens(60) == 0
-    assert GenerationOptions(min_new_tokens=4).least_new_tokens(20) == 4
+    assert GenerationOptions(max_length=50).max_new_tokens_after(20) == 30
+    assert GenerationOptions(max_length=50).max_new_tokens_after(60) == 0
+    assert GenerationOptions(7).max_new_tokens_after(60) == 7
+    assert GenerationOptions().max_new_tokens_after(60) is None
+    assert GenerationOptions(min_length=50).min_new_tokens_after(20) == 30
+    assert GenerationOptions(min_length=50).min_new_tokens_after(60) == 0
+    assert GenerationOptions(min_new_tokens=4).min_new_tokens_after(20) == 4

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.decoding.running import Request, assert_equal, compare, logits_for, run
+from tests.decoding.running import Request, assert_equal, compare, logits_for, rows_of, run
 from tests.decoding.tables import table
 from tests.errors import raises
 from vlmport.errors import DeviceError, OptionError
@@ -58,12 +58,12 @@ def test_an_interrupt_leaves_the_search_as_it_was(options: dict[str, Any]):
     search = Request(options, mask=interrupting).search(logits)
     interrupts = 0
     while not search.done:
-        before = (search.steps, search.last, search.sequences, search.results())
+        before = (search.steps, search.last, rows_of(search), search.results())
         try:
             choice = search.choose(logits_for(logits, search))
         except KeyboardInterrupt:
             interrupts += 1
-            assert before == (search.steps, search.last, search.sequences, search.results())
+            assert before == (search.steps, search.last, rows_of(search), search.results())
         else:
             assert (search.steps, search.last) == (before[0] + 1, choice)
     assert interrupts > 1
@@ -91,7 +91,7 @@ def test_results_before_the_end_are_what_there_is(options: dict[str, Any]):
             assert scores == sorted(scores, reverse=True)
     assert seen_unfinished
     assert search.last == Choice((), ())
-    assert search.sequences == ()
+    assert rows_of(search) == ()
 
 
 @every_mode

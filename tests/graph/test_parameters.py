@@ -28,7 +28,6 @@ from vlmport.graph.parameters import (
     Quantizer,
     Weight,
     append_rows,
-    dequantize_blocks,
     quantize_blocks,
     quantize_columns,
 )
@@ -46,6 +45,18 @@ matrices = arrays.arrays(
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def dequantize_blocks(
+    quantized: np.ndarray, scales: np.ndarray, form: Format, columns: int
+) -> np.ndarray:
+    """Compute the matrix that the kernels see: the inverse of `quantize_blocks` up to rounding."""
+    assert form.bits in (4, 8)
+    if form.bits == 4:
+        quantized = np.stack([quantized & 15, quantized >> 4], axis=-1)
+    levels = quantized.reshape(*scales.shape, form.block_size).astype(np.float32)
+    matrix = (levels - (1 << (form.bits - 1))) * scales[:, :, None]
+    return matrix.reshape(len(scales), -1)[:, :columns]
 
 
 def round_trip(matrix: np.ndarray, form: Format) -> np.ndarray:

@@ -180,7 +180,7 @@ def positions_of_steps_that_restart(patch: pytest.MonkeyPatch, prompt_tokens: in
     plain = KeyValueCache.step
 
     def restarting(self, embeds):
-        self.offsets = [-prompt_tokens] * self.rows
+        self.rope_deltas = [-prompt_tokens] * self.rows
         return plain(self, embeds)
 
     patch.setattr(KeyValueCache, "step", restarting)

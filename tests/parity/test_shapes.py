@@ -17,7 +17,7 @@ from vlmport.bundle import SUFFIXES, Bundle
 from vlmport.exporter import export
 from vlmport.parity import verify
 from vlmport.parity.pictures import named_pictures
-from vlmport.runtime.decoding.hypotheses import Ending
+from vlmport.runtime.decoding.search import StopCondition
 
 SHAPES = builtin_models()["shapes"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -101,20 +101,20 @@ def test_a_stop_id_too_many(shapes: Case, broken: Bundle, precision: str) -> Non
 
 
 def test_a_runtime_that_never_stops(shapes: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(ending: Ending, tokens: tuple[int, ...]) -> str | None:
+    def full(ending: StopCondition, tokens: tuple[int, ...]) -> str | None:
         return "length" if len(tokens) >= ending.max_new_tokens else None
 
-    monkeypatch.setattr(Ending, "reason", full)
+    monkeypatch.setattr(StopCondition, "reason", full)
     report = shapes.climb(shapes.bundle, "q4")
     assert_first_broken(report, "greedy_tokens")
     assert failing(report, "greedy_tokens") == {"regret"}
 
 
 def test_a_runtime_that_stops_too_soon(shapes: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(ending: Ending, tokens: tuple[int, ...]) -> str | None:
+    def full(ending: StopCondition, tokens: tuple[int, ...]) -> str | None:
         return "length" if len(tokens) >= 5 else None
 
-    monkeypatch.setattr(Ending, "reason", full)
+    monkeypatch.setattr(StopCondition, "reason", full)
     report = shapes.climb(shapes.bundle, "q4")
     assert_first_broken(report, "greedy_tokens")
     assert 1 < value(report, "greedy_tokens", "regret") < float("inf")

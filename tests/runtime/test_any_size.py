@@ -51,8 +51,8 @@ def full_pass(
 ) -> np.ndarray:
     """Log-probabilities f64[n, V] of each of these tokens, from one pass over prompt and tokens."""
     chat = check_messages(messages, list(images))
-    pictures = [vlm.features.encoded(vlm.asker.picture(one)) for one in chat.images]
-    text = vlm.asker.text_ids(chat.messages)
+    pictures = [vlm.features.encoded(vlm.preparer.image(one)) for one in chat.images]
+    text = vlm.preparer.text_ids(chat.messages)
     prompt = vlm.prompter.splice(text, [one.prompt_ids for one in pictures])
     ids = np.concatenate([prompt, np.array(tokens[:-1], np.int64)])
     components = vlm.components
@@ -147,10 +147,10 @@ def test_the_comparison_can_fail(vlm: VLM, monkeypatch: pytest.MonkeyPatch, brok
 
     plain = preparing.new_request
 
-    def wrong(*args: Any, positions: np.ndarray, offset: int, **rest: Any) -> Any:
+    def wrong(*args: Any, positions: np.ndarray, rope_delta: int, **rest: Any) -> Any:
         if broken == "offset":
-            return plain(*args, positions=positions, offset=0, **rest)
-        return plain(*args, positions=positions - positions[:, :1], offset=offset, **rest)
+            return plain(*args, positions=positions, rope_delta=0, **rest)
+        return plain(*args, positions=positions - positions[:, :1], rope_delta=rope_delta, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "new_request", wrong)
@@ -160,7 +160,7 @@ def test_the_comparison_can_fail(vlm: VLM, monkeypatch: pytest.MonkeyPatch, brok
 
 
 def test_a_picture_keeps_what_positions_need(vlm: VLM) -> None:
-    seen = vlm.features.encoded(vlm.asker.picture(picture(0)))
+    seen = vlm.features.encoded(vlm.preparer.image(picture(0)))
     assert set(seen.inputs) == {"image_grid_thw"}
     assert vlm.components.position_inputs == {"image_grid_thw"}
 
@@ -196,7 +196,7 @@ def test_more_image_tokens_than_the_context_holds(
     vlm = VLM.open(vlm.components.bundle, threads=1)
     with raises(PromptError, "prompt.too-long", "120") as caught:
         vlm.generate([asked("which?", 3)], [picture(n, 300, 300) for n in range(3)])
-    assert "smaller pictures" in caught.value.hint
+    assert "smaller images" in str(caught.value.hint)
     assert vlm.components.opened == ("image_processor",)
 
 

@@ -255,7 +255,7 @@ def test_growth_that_was_interrupted_at_any_line_is_done_again(components: Compo
         finally:
             sys.settrace(None)
         cache.reserve_rows(rows)
-        assert len(cache.lengths) == len(cache.offsets) >= rows
+        assert len(cache.lengths) == len(cache.rope_deltas) >= rows
         np.testing.assert_allclose(cache.step(token[None])[0], full, atol=TOLERANCE)
         if not interrupted:
             break
@@ -299,14 +299,14 @@ def test_more_rows_keep_what_is_there(components: Components):
 def test_a_kept_row_outlives_its_cache(components: Components):
     embeds = embeds_of(12)
     cache = new_cache(components, rows=2)
-    cache.offsets[1] = 5
+    cache.rope_deltas[1] = 5
     cache.prefill(1, embeds[:11])
     want = cache.prefill(1, embeds[11:])
     cache.lengths[1] = 11
-    kept = cache.keep(1)
+    kept = cache.save(1)
     other = new_cache(components, capacity=4)
     other.restore(0, kept)
-    assert (other.lengths, other.offsets) == ([11], [5])
+    assert (other.lengths, other.rope_deltas) == ([11], [5])
     np.testing.assert_array_equal(other.prefill(0, embeds[11:]), want)
 
 
@@ -334,12 +334,12 @@ def test_positions_go_on_at_the_offset(components: Components):
     """An offset of 3 equals positions that start 3 later: rotary angles are relative."""
     embeds = embeds_of(9)
     plain, moved = new_cache(components), new_cache(components)
-    moved.offsets[0] = 3
+    moved.rope_deltas[0] = 3
     want = plain.prefill(0, embeds[:8])
     np.testing.assert_allclose(moved.prefill(0, embeds[:8]), want, atol=TOLERANCE)
     got = moved.step(embeds[None, 8:]).copy()
     np.testing.assert_allclose(got, plain.step(embeds[None, 8:]), atol=TOLERANCE)
-    moved.lengths[0], moved.offsets[0] = 8, 0  # and a jump is seen
+    moved.lengths[0], moved.rope_deltas[0] = 8, 0  # and a jump is seen
     assert np.abs(moved.step(embeds[None, 8:]) - got).max() > 1e-3
 
 

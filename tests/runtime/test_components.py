@@ -138,7 +138,7 @@ def test_embedding(components: Components):
 
 def test_positions_count_from_zero(components: Components):
     found = components.position_ids(np.array([5, 6, 7]))
-    assert (found.ids.tolist(), found.offset) == ([0, 1, 2], 0)
+    assert (found.ids.tolist(), found.rope_delta) == ([0, 1, 2], 0)
     assert components.position_inputs == frozenset()
 
 

@@ -20,9 +20,9 @@ from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle, PromptSpec
 from vlmport.errors import PromptError
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.graphs.cache import KeptRow
+from vlmport.runtime.graphs.cache import SavedRow
 from vlmport.runtime.model import VLM
-from vlmport.runtime.preparing import Held
+from vlmport.runtime.preparing import ReusablePrefix
 from vlmport.runtime.prompt import Prompter
 
 
@@ -110,18 +110,18 @@ def test_the_same_ids_over_another_picture_are_not_alike(vlm: VLM, same: bool) -
     """The prompt again, with a picture of the same size."""
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the"}]}]
     images = [toy.picture(0), toy.picture(0 if same else 1)]
-    decoding = vlm.asker.decoding({})
-    first = vlm.asker.prompt(asked, images[:1], decoding)
+    decoding = vlm.preparer.decoding({})
+    first = vlm.preparer.prepare(asked, images[:1], decoding)
     generation = Generation(vlm.components, [first.request])
     generation.run()
-    row = generation.keep(first.request)
+    row = generation.save(first.request)
     ids = np.concatenate([first.ids, first.request.tokens])[: row.length]
-    second = vlm.asker.ready(
-        vlm.asker.text_ids(asked),
-        [vlm.asker.picture(images[1])],
+    second = vlm.preparer.assemble(
+        vlm.preparer.text_ids(asked),
+        [vlm.preparer.image(images[1])],
         decoding,
         0.0,
-        Held(row, ids, first.image_rows),
+        ReusablePrefix(row, ids, first.image_rows),
     )
     before = int(np.flatnonzero(first.ids == toy.IMAGE)[0])
     assert (second.ids == first.ids).all()
@@ -137,8 +137,8 @@ def test_what_a_prompt_shares_with_a_row() -> None:
     image = 9
 
     def shared(held: list[int], keys: str, ids: list[int], others: str) -> int:
-        row = KeptRow(len(held), 0, ())
-        one = Held(row, np.array(held), tuple(key.encode() for key in keys))
+        row = SavedRow(len(held), 0, ())
+        one = ReusablePrefix(row, np.array(held), tuple(key.encode() for key in keys))
         return one.shared(np.array(ids), [key.encode() for key in others], image)
 
     assert shared([1, 2, 3], "", [1, 2, 3, 4], "") == 3
@@ -293,7 +293,7 @@ def test_eight_bits_round_by_the_call(tiled_bundle: Bundle, work: Work) -> None:
 
 def test_unequal_prompts_and_tilings_together_say_what_each_says_alone(tiled: VLM) -> None:
     """Text alone, one and two pictures, a question after an answer; split and whole."""
-    decoding = tiled.asker.decoding({"max_new_tokens": 9})
+    decoding = tiled.preparer.decoding({"max_new_tokens": 9})
     chat = tiled.conversation()
     chat.ask("What is it?", [picture(0)], regex=CANONICAL)
 
@@ -310,7 +310,7 @@ def test_unequal_prompts_and_tilings_together_say_what_each_says_alone(tiled: VL
 
     def prompts() -> Iterator[Any]:
         for messages, images, options in asked:
-            yield tiled.asker.prompt(messages, images, decoding, options)
+            yield tiled.preparer.prepare(messages, images, decoding, options)
 
     together = tiled._run(list(prompts()))
     assert len({one.counts["prompt_tokens"] for one in together}) == 4

@@ -186,7 +186,7 @@ def test_a_picture_without_a_question_is_captioned(tiled: VLM) -> None:
     ]
     with raises(PromptError, "prompt.image-count", "0", "1"):
         chat.ask()
-    with pytest.raises(PromptError, match="a question is a text, got list"):
+    with raises(PromptError, "prompt.wrong-value", "question", "list"):
         chat.ask([picture(0)])  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="images must be a list of pictures"):
         chat.ask("x", picture(0))  # type: ignore[arg-type]

@@ -42,16 +42,16 @@ ASKED: list[tuple[dict[str, Any], list[np.ndarray]]] = [
 
 
 def test_a_batch_says_what_each_of_its_requests_says_alone(vlm: VLM) -> None:
-    decoding = vlm.asker.decoding({"max_new_tokens": TOKENS})
+    decoding = vlm.preparer.decoding({"max_new_tokens": TOKENS})
 
     def prompts() -> Iterator[Any]:
         for message, images in ASKED:
-            yield vlm.asker.prompt([message], images, decoding)
+            yield vlm.preparer.prepare([message], images, decoding)
 
     assert vlm.components.decoder.row_by_row
     assert vlm.components.decoder.positions_rank == 3
     made = list(prompts())
-    offsets = [one.request.offset for one in made]
+    offsets = [one.request.rope_delta for one in made]
     assert offsets[0] != offsets[1] < offsets[2] == 0
     together = vlm._run(made)
     alone = [vlm._run([one])[0] for one in prompts()]

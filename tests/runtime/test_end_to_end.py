@@ -246,7 +246,7 @@ def test_options_may_differ_within_a_batch(model: Both):
     pictures = list(itertools.islice(itertools.cycle(model.pictures), len(every)))
 
     def prompt(rgb: np.ndarray, options: dict[str, Any]) -> Any:
-        return vlm.asker.prompt(messages, [rgb], vlm.asker.decoding(options))
+        return vlm.preparer.prepare(messages, [rgb], vlm.preparer.decoding(options))
 
     together = vlm._run([prompt(rgb, one) for rgb, one in zip(pictures, every, strict=True)])
     for rgb, options, caption in zip(pictures, every, together, strict=True):

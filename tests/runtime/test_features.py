@@ -75,12 +75,11 @@ def test_of_the_inputs_only_those_of_positions_are_kept() -> None:
     assert cache.nbytes == picture.nbytes == BYTES
 
 
-def test_options_of_a_call_come_before_those_of_the_cache_and_part_images() -> None:
+def test_an_image_under_other_options_is_another() -> None:
     cache, graphs = new_cache()
-    cache.options = {"max_pixels": 100, "do_pad": True}
-    see(cache, 1)
-    see(cache, 1, max_pixels=200)
-    see(cache, 1, max_pixels=100)  # as the cache's own
+    see(cache, 1, max_pixels=100, do_pad=True)
+    see(cache, 1, max_pixels=200, do_pad=True)
+    see(cache, 1, do_pad=True, max_pixels=100)  # the first again
     assert graphs.processed == [
         {"max_pixels": 100, "do_pad": True},
         {"max_pixels": 200, "do_pad": True},

@@ -22,9 +22,10 @@ from tests.runtime.test_streamed_text import byte_fallback, metaspace
 from tests.shared_testdata import shared_testdata
 from vlmport.builtin import builtin_folder
 from vlmport.errors import DependencyError, OptionError
+from vlmport.runtime.decoding import new_search
 from vlmport.runtime.decoding.grammar import Grammar, Grammars
 from vlmport.runtime.decoding.options import GenerationOptions
-from vlmport.runtime.decoding.search import Hypothesis, new_search
+from vlmport.runtime.decoding.search import Hypothesis
 
 PERSON = {
     "type": "object",
@@ -73,7 +74,6 @@ def say(name: str, noise: int, **options) -> list[tuple[str, Hypothesis]]:
         prompt_ids=[],
         processors_see_prompt=False,
         stop_token_ids=(stop,),
-        pad_token_id=0,
         max_new_tokens=200,
         vocab_size=vocab_size,
         mask=grammar.fresh().mask if grammar else None,

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from tests.runtime.llama import llama_logits, random_tensors, write_llama_bundle
 from tests.shared_testdata import shared_testdata
 from vlmport.bundle import Bundle
+from vlmport.runtime.decoding import new_search
 from vlmport.runtime.decoding.options import GenerationOptions
-from vlmport.runtime.decoding.search import new_search
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import Request
@@ -43,7 +43,6 @@ def greedy(bundle: Bundle, *prompts: list[int], new_tokens: int) -> list[list[in
             prompt_ids=ids,
             processors_see_prompt=True,
             stop_token_ids=(),
-            pad_token_id=0,
             max_new_tokens=new_tokens,
             vocab_size=components.decoder.vocab_size,
         )

@@ -164,7 +164,9 @@ def test_where_a_guess_could_change_the_text_it_is_refused(vlm: VLM, monkeypatch
         )
     of = Decoder.of
     monkeypatch.setattr(Decoder, "of", lambda *a, **k: of(*a, **{**k, "row_by_row": True}))
-    with pytest.raises(OptionError, match="rounds by all tokens of a call; a guess could change"):
+    with raises(
+        OptionError, "option.not-for-this-model", "prompt_lookup_num_tokens", "tokens of a call"
+    ):
         vlm.caption(toy.picture(), prompt_lookup_num_tokens=3)
 
 
@@ -198,4 +200,4 @@ def test_a_stop_token_is_not_guessed(own_bundle):
     request = request_of(components, [5, 7, 9, 5], prompt_lookup_num_tokens=3, max_new_tokens=9)
     request.search.choose(np.eye(toy.VOCAB, dtype="f4")[5:6])  # it has said 5 again
     request.choices.append(request.search.last)
-    assert request.guess() == []  # 7 followed: the text would end
+    assert request.draft() == []  # 7 followed: the text would end

@@ -161,7 +161,7 @@ def test_a_conversation_goes_on_after_a_word_that_spells_the_placeholder(vlm: VL
     picture = np.zeros((8, 8, 3), np.uint8)
     chat = vlm.conversation("<image>")
     chat.ask("<image>?", [picture], max_new_tokens=3)
-    chat._state.messages[-1]["content"][0]["text"] = "an <image>"
+    chat._history.messages[-1]["content"][0]["text"] = "an <image>"
     again = chat.ask("And <image>", max_new_tokens=3)
     assert again.counts["image_tokens"] == 4
     assert (

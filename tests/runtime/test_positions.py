@@ -46,8 +46,8 @@ def places(ids: np.ndarray) -> tuple[np.ndarray, int]:
 
 def greedy(vlm: VLM, images: list[np.ndarray], messages: list, steps: int) -> list[int]:
     """In numpy: the whole sequence anew for each token, positions as the toy's graph has them."""
-    pictures = [vlm.asker.picture(image) for image in images]
-    text = vlm.asker.text_ids(messages)
+    pictures = [vlm.preparer.image(image) for image in images]
+    text = vlm.preparer.text_ids(messages)
     ids = vlm.prompter.splice(text, [picture.prompt_ids for picture in pictures])
     embeds = WEIGHTS["embed"][ids]
     rows = [vlm.features.encoded(picture).rows for picture in pictures]
@@ -70,7 +70,7 @@ def test_a_prompt_of_several_pictures(vlm: VLM) -> None:
     ids = np.array([5, toy.IMAGE, toy.IMAGE, 6])
     positions = vlm.components.position_ids(ids)
     assert positions.ids.tolist() == [[0, 1, 1, 1]] * 3
-    assert positions.offset == -2
+    assert positions.rope_delta == -2
 
 
 def test_the_mask_and_the_pictures_are_given_only_where_they_are_asked_for(vlm: VLM) -> None:
@@ -168,9 +168,9 @@ def test_without_pictures_what_is_made_of_them_is_empty(placed: Bundle, tmp_path
     components = Components.open(broken(placed, tmp_path, counts_cells), threads=1)
     assert components.position_inputs == {"cells"}
     ids = np.array([1, 2, 3])
-    assert components.position_ids(ids).offset == 0
+    assert components.position_ids(ids).rope_delta == 0
     cells = {"cells": np.array([[3, 4]]), "patches": np.zeros((12, 48))}
-    assert components.position_ids(ids, [cells, cells]).offset == 4
+    assert components.position_ids(ids, [cells, cells]).rope_delta == 4
     for odd in (np.ones((1, 2), "f4"), np.ones(2, np.int64)):
         with pytest.raises(BundleError, match=r"is tensor\(int64\) \['num_pictures', 2\], the im"):
             components.position_ids(ids, [cells, {"cells": odd}])

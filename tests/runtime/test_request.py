@@ -15,13 +15,13 @@ from tests.runtime import toy
 from vlmport.bundle import Manifest
 from vlmport.errors import OptionError, PromptError
 from vlmport.runtime.decoding.options import GenerationOptions
-from vlmport.runtime.graphs.cache import KeptRow
+from vlmport.runtime.graphs.cache import SavedRow
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import (
     Lookup,
     Request,
+    answer_length,
     check_default,
-    most_new_tokens,
     new_request,
     room_for_tokens,
 )
@@ -98,7 +98,7 @@ def test_the_number_of_new_tokens(
     components: Components, tokens: int, options: dict[str, int], most: int
 ) -> None:
     told = GenerationOptions.of(options)
-    assert most_new_tokens(components, tokens, told) == most
+    assert answer_length(components, tokens, told) == most
     assert new_request(components, embeds(tokens), told).max_new_tokens == most
 
 
@@ -115,7 +115,7 @@ def test_lengths_that_contradict_each_other(
     components: Components, tokens: int, options: dict[str, int], names: list[str]
 ) -> None:
     with pytest.raises(OptionError) as caught:
-        most_new_tokens(components, tokens, GenerationOptions.of(options))
+        answer_length(components, tokens, GenerationOptions.of(options))
     assert all(name in str(caught.value) for name in names)
     assert caught.value.hint
 
@@ -133,18 +133,18 @@ def test_a_prompt_that_leaves_little_room(
     components: Components, tokens: int, wanted: int, refused: bool
 ) -> None:
     options = GenerationOptions(wanted)
-    assert most_new_tokens(components, tokens, options) == min(wanted, 41 - tokens)
+    assert answer_length(components, tokens, options) == min(wanted, 41 - tokens)
     if not refused:
-        assert most_new_tokens(components, tokens, options, leaves_room=True)
+        assert answer_length(components, tokens, options, leaves_room=True)
         return
     with pytest.raises(PromptError) as caught:
-        most_new_tokens(components, tokens, options, leaves_room=True)
+        answer_length(components, tokens, options, leaves_room=True)
     assert caught.value.code == "prompt.too-long"
 
 
 def test_what_the_cache_holds_already_counts(components: Components) -> None:
     """The prompt of a turn is what is new in it."""
-    kept = KeptRow(30, 0, ())
+    kept = SavedRow(30, 0, ())
     request = new_request(components, embeds(6), GenerationOptions(20), prefix=kept)
     assert (request.length, request.max_new_tokens) == (36, 5)
     assert new_request(components, embeds(6), GenerationOptions(20)).length == 6
@@ -191,7 +191,7 @@ def guess(components: Components, ids: list[int], made: Sequence[int], **options
     request = asked(components, ids, prompt_lookup_num_tokens=4, **options)
     for token in made:
         request.choose(logits(token))
-    return request.guess()
+    return request.draft()
 
 
 def test_a_guess_is_what_followed_before(components: Components) -> None:
@@ -224,7 +224,7 @@ def test_without_the_option_nothing_is_guessed(components: Components) -> None:
     request = asked(components, [5, 6, 7])
     request.choose(logits(5))
     assert request.lookup is None
-    assert request.guess() == []
+    assert request.draft() == []
 
 
 def test_without_ids_a_guess_looks_at_new_tokens_alone(components: Components) -> None:
@@ -232,7 +232,7 @@ def test_without_ids_a_guess_looks_at_new_tokens_alone(components: Components) -
     request = new_request(components, embeds(3), options)
     for token in (20, 21, 20):
         request.choose(logits(token))
-    assert request.guess() == [21, 20]
+    assert request.draft() == [21, 20]
     assert Lookup(4, 2).until == ()
 
 

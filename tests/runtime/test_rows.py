@@ -241,7 +241,7 @@ def test_a_kept_row_is_where_the_next_request_begins(components: Components):
     first = Request(whole[:10], RandomSearch(whole[:10], 1, 5, 0), 5)
     generation = Generation(components, [first])
     generation.run()
-    kept = generation.keep(first)
+    kept = generation.save(first)
     made = [choice.tokens[0] for choice in first.choices[:-1]]
     assert kept.length == 10 + len(made)
     so_far = np.concatenate([whole[:10], WEIGHTS["embed"][made]])
@@ -262,7 +262,7 @@ def test_what_is_kept_before_the_end(components: Components, rows: int, steps: i
     for _ in range(steps):
         generation.step()
     generation.cache.lengths[0] += 2  # as where guesses are not judged yet
-    kept = generation.keep(request)
+    kept = generation.save(request)
     assert kept.length == (10 if rows > 1 else 10 + steps - 1)
     made = list(search.texts[0])[: kept.length - 10]
     so_far = np.concatenate([whole, WEIGHTS["embed"][made], whole[:3]])

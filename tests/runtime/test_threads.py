@@ -18,7 +18,7 @@ from vlmport.errors import OptionError
 from vlmport.runtime.decoding import grammar as grammar_module
 from vlmport.runtime.graphs import components as components_module
 from vlmport.runtime.graphs.components import Components
-from vlmport.runtime.images.features import FeatureCache, Picture
+from vlmport.runtime.images.features import FeatureCache, PromptImage
 from vlmport.runtime.model import VLM
 
 THREADS = 8
@@ -105,13 +105,13 @@ def test_the_cache_counts_what_it_holds() -> None:
         for turn in range(200):
             n = turn * 7 % 30
             inputs = MANY | {"0": np.zeros(n + 1, np.int8)}
-            picture = Picture(bytes([n]), none, inputs, None)
+            picture = PromptImage(bytes([n]), none, inputs, None)
             assert cache.encoded(picture).rows.shape == (1, n + 1)
             if n == 0 and number == 0:
                 cache.clear()
 
     together(work)
-    assert cache.nbytes == sum(one.nbytes for one in cache._kept.values()) <= cache.max_bytes
+    assert cache.nbytes == sum(one.nbytes for one in cache._images.values()) <= cache.max_bytes
     assert cache.hits + cache.misses == THREADS * 200
     cache.clear()
     assert cache.nbytes == 0

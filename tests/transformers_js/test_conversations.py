@@ -101,8 +101,9 @@ def pixel_values(folder: Path, shown: list[Path], split: bool) -> np.ndarray:
 
 def ours(folder: Path, messages: Any, shown: list[Path], split: bool, mix: str) -> list[int]:
     with VLM.open(folder, precision=mix, threads=1) as model:
-        model.features.options = {"do_image_splitting": split}
-        return list(model.generate(messages, shown, max_new_tokens=TOKENS).token_ids)
+        options = {"do_image_splitting": split}
+        answer = model.generate(messages, shown, image_options=options, max_new_tokens=TOKENS)
+        return list(answer.token_ids)
 
 
 @pytest.mark.parametrize("split", [True, False])

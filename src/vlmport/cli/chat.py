@@ -88,7 +88,7 @@ def chat(
     )
     signals.be_patient(CHAT_PATIENCE)
     with vlm:
-        wanted = vlm.asker.decoding(decoding).options
+        wanted = vlm.preparer.decoding(decoding).options
         talk = Talk(
             vlm.conversation(system, image_options=options, drop_oldest=drop_oldest),
             decoding,

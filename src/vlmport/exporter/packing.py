@@ -37,7 +37,7 @@ def largest_first(bundle: Bundle, precision: str) -> Iterator[Bundle]:
         def swapped(variant: Variant) -> Variant:
             if not variant.data:
                 return variant
-            open_session(bundle.path(variant.model), sparing=True)
+            open_session(bundle.path(variant.model), low_memory=True)
             copy = str(PurePosixPath(variant.model).with_name(_copy_name(variant.model)))
             copies.callback(bundle.path(copy).unlink, missing_ok=True)
             model = onnx.load(bundle.path(variant.model), load_external_data=False)

@@ -96,7 +96,7 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
     with tempfile.TemporaryDirectory(prefix=".float32-", dir=path.parent) as wide:
         whole = Path(wide, "model.onnx")
         ir.save(model, whole, external_data="weights", size_threshold_bytes=1024)
-        session = open_session(whole, sparing=True)
+        session = open_session(whole, low_memory=True)
     wanted = [one.name for one in session.get_outputs() if one.name.endswith(SUFFIX)]
     inputs = {
         one.name: feeds[one.name] if one.name in feeds else _empty(one.shape)

@@ -217,18 +217,3 @@ def _in_cache(matrix: np.ndarray) -> Iterator[slice]:
     """The rows, as many at a time as stay in a processor's cache: several times faster."""
     step = max(1, CACHED // max(1, matrix.shape[1]))
     return (slice(start, start + step) for start in range(0, len(matrix), step))
-
-
-def dequantize_blocks(
-    quantized: UInt8[np.ndarray, "N blocks bytes"],
-    scales: Float[np.ndarray, "N blocks"],
-    form: Format,
-    columns: int,
-) -> Float[np.ndarray, "N K"]:
-    """The matrix that the kernels see; the inverse of `quantize_blocks` up to rounding."""
-    assert form.bits in (4, 8)
-    if form.bits == 4:
-        quantized = np.stack([quantized & 15, quantized >> 4], axis=-1)
-    levels = quantized.reshape(*scales.shape, form.block_size).astype(np.float32)
-    matrix = (levels - (1 << (form.bits - 1))) * scales[:, :, None]
-    return matrix.reshape(len(scales), -1)[:, :columns]

@@ -1,14 +1,14 @@
 """A conversation: turns that build on each other, and a cache that is carried on.
 
-The cache's row is kept from turn to turn with the ids that it was made of. A new prompt is the
-whole conversation, rendered anew; as far as its ids (and, under image tokens, its pictures) are
-those of the row, nothing is encoded or prefilled again. A template that writes history otherwise
-than it was generated costs time, never a token.
+The row of the cache is kept from turn to turn with the ids that it was computed from. A new prompt
+is the whole conversation, rendered again. As far as its ids (and, under image tokens, its images)
+are those of the row, nothing is encoded or prefilled again. If a template renders an answer
+differently from how it was generated, that costs time, but never changes a token.
 
 Traps:
-- What a conversation is stands in one `_State`, replaced whole when an answer is complete: an
-  interrupt or an error leaves the old one.
-- Of a picture its features are held, not its pixels: tiles are tens of megabytes a picture.
+- The conversation so far is one `_History`, replaced in one assignment when an answer is complete:
+  an interrupt or an error leaves the old one.
+- An image is kept as features, not as pixels: the tiles of one image are tens of megabytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from vlmport.errors import PromptError, quoted
 from vlmport.runtime.decoding.generate_options import GenerateOptions
 from vlmport.runtime.generate import Generation
-from vlmport.runtime.images.features import Picture
+from vlmport.runtime.images.features import PromptImage
 from vlmport.runtime.messages import Message, check_images, check_messages
-from vlmport.runtime.preparing import Asker, Held, Prompt, refuse_several
+from vlmport.runtime.preparing import PreparedRequest, Preparer, ReusablePrefix, refuse_several
 from vlmport.runtime.response import Response
 
 if TYPE_CHECKING:
@@ -35,28 +35,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    """What has been said.
+class _History:
+    """The conversation so far.
 
     Attributes:
-        messages: every content a list of parts, pictures within as they were given.
-        pictures: the same pictures, encoded.
-        attached: pictures for the next question, with what was given.
+        messages: every content is a list of parts; images in it are as they were given.
+        images: the same images, encoded.
+        attached: images for the next question, as they were given and processed.
     """
 
     messages: tuple[Message, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    attached: tuple[tuple[Any, Picture], ...] = ()
+    images: tuple[PromptImage, ...] = ()
+    attached: tuple[tuple[Any, PromptImage], ...] = ()
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A question that is being answered."""
+class _OpenTurn:
+    """A question that is being answered.
 
-    before: _State
-    kept: tuple[Message, ...]  # of what was said before
+    Attributes:
+        before: the conversation when the question was asked.
+        kept: the earlier messages that are still part of the prompt.
+    """
+
+    before: _History
+    kept: tuple[Message, ...]
     message: Message
-    prompt: Prompt
+    prepared: PreparedRequest
 
 
 class Conversation:
@@ -77,7 +82,7 @@ class Conversation:
 
     def __init__(
         self,
-        asker: Asker,
+        preparer: Preparer,
         system: str | None = None,
         *,
         image_options: Mapping[str, Any] | None = None,
@@ -85,19 +90,19 @@ class Conversation:
     ):
         """Raises OptionError for image options that the image processor does not have."""
         if image_options:
-            asker.components.check_image_options(image_options)
-        self._asker, self._image_options = asker, dict(image_options or {})
+            preparer.components.check_image_options(image_options)
+        self._preparer, self._image_options = preparer, dict(image_options or {})
         self._drop_oldest = drop_oldest
         self._start: tuple[Message, ...] = ()
         if system is not None:
             self._start = tuple(_checked([{"role": "system", "content": system}]))
-        self._state = _State(self._start)
-        self._held: Held | None = None
+        self._history = _History(self._start)
+        self._reusable: ReusablePrefix | None = None
         self.last: Response | None = None
 
     def __repr__(self) -> str:
         start = len(self._start)
-        questions, images = (len(self._state.messages) - start) // 2, len(self._state.pictures)
+        questions, images = (len(self._history.messages) - start) // 2, len(self._history.images)
         facts = [f"questions={questions}", f"images={images}"]
         if start:
             facts.insert(0, f"system={quoted(self._start[0]['content'][0]['text'], 40)}")
@@ -108,24 +113,24 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """The messages so far, in the form that `VLM.generate` takes, with the images as given."""
-        return [_copied(message) for message in self._state.messages]
+        return [_copied(message) for message in self._history.messages]
 
     @property
     def attached(self) -> int:
         """Number of images attached to the next question."""
-        return len(self._state.attached)
+        return len(self._history.attached)
 
     @property
     def cached_tokens(self) -> int:
         """Number of tokens in the cache, which the next question does not prefill again."""
-        return 0 if self._held is None else len(self._held.ids)
+        return 0 if self._reusable is None else len(self._reusable.ids)
 
     @property
     def fills_context(self) -> bool:
         """True if the last answer was cut because the model's context is full."""
         counts = {} if self.last is None or self.last.complete else self.last.counts
         used = sum(counts.get(name, 0) for name in ("prompt_tokens", "new_tokens"))
-        return used > self._asker.components.manifest.dims.context_length
+        return used > self._preparer.components.manifest.dims.context_length
 
     def attach(self, image: ImageSource) -> None:
         """Attach an image to the next question, before those that `ask` is given.
@@ -136,17 +141,17 @@ class Conversation:
         Raises:
             ImageError: it can't be read or processed.
         """
-        picture = self._asker.picture(image, self._image_options)
-        attached = (*self._state.attached, (image, picture))
-        self._state = replace(self._state, attached=attached)
+        processed = self._preparer.image(image, self._image_options)
+        attached = (*self._history.attached, (image, processed))
+        self._history = replace(self._history, attached=attached)
 
     def detach(self) -> None:
         """Remove the images that are attached to the next question."""
-        self._state = replace(self._state, attached=())
+        self._history = replace(self._history, attached=())
 
     def reset(self) -> None:
         """Forget everything but the system message: attached images and the cache too."""
-        self._state, self._held, self.last = _State(self._start), None, None
+        self._history, self._reusable, self.last = _History(self._start), None, None
 
     def ask(
         self,
@@ -173,13 +178,13 @@ class Conversation:
             OptionError: an option is unknown, out of its range, or contradicts another.
         """
         turn = self._begin(question, images, options)
-        generation = Generation(self._asker.components, [turn.prompt.request])
+        generation = Generation(self._preparer.components, [turn.prepared.request])
         try:
             generation.run()
         except KeyboardInterrupt:
-            self._hold(turn, generation)
+            self._keep_row(turn, generation)
             raise
-        self._asker.warn_of_a_cut(turn.prompt)
+        self._preparer.warn_of_a_cut(turn.prepared)
         return self._end(turn, generation)
 
     def stream(
@@ -206,22 +211,22 @@ class Conversation:
                 piece. PromptError at the end where another question was asked meanwhile: one
                 stream at a time.
         """
-        refuse_several(self._asker.decoding(options).options)
+        refuse_several(self._preparer.decoding(options).options)
         return self._pieces(self._begin(question, images, options))
 
-    def _pieces(self, turn: _Turn) -> Generator[str, None, None]:
-        request = turn.prompt.request
-        generation = Generation(self._asker.components, [request])
+    def _pieces(self, turn: _OpenTurn) -> Generator[str, None, None]:
+        request = turn.prepared.request
+        generation = Generation(self._preparer.components, [request])
         ended = False
         try:
-            for piece in self._asker.pieces(turn.prompt, generation):
+            for piece in self._preparer.pieces(turn.prepared, generation):
                 if request.search.done:
                     self._end(turn, generation)
                     ended = True
                 yield piece
         except (KeyboardInterrupt, GeneratorExit):
             if not ended:
-                self._hold(turn, generation)
+                self._keep_row(turn, generation)
             raise
         finally:
             request.cancel()
@@ -230,55 +235,55 @@ class Conversation:
 
     def _begin(
         self, question: str | None, images: Sequence[ImageSource], options: Mapping[str, Any]
-    ) -> _Turn:
-        """Everything before the first run of the decoder."""
-        before, decoding = self._state, self._asker.decoding(options)
+    ) -> _OpenTurn:
+        """Do everything that comes before the first run of the decoder."""
+        before, decoding = self._history, self._preparer.decoding(options)
         given = [image for image, _ in before.attached]
         message = self._message(question, given, images)
-        kept, pictures = before.messages, before.pictures
+        kept, earlier = before.messages, before.images
         text = self._text_ids(kept, message)
         start = time.perf_counter()
-        new = [self._asker.picture(one, self._image_options) for one in images]
-        own = [*(picture for _, picture in before.attached), *new]
+        new = [self._preparer.image(one, self._image_options) for one in images]
+        own = [*(image for _, image in before.attached), *new]
         while True:
             rest = kept[len(self._start) :]  # questions and answers, one after the other
             drops = self._drop_oldest and bool(rest)
             try:
-                prompt = self._asker.ready(
-                    text, [*pictures, *own], decoding, start, self._held, leaves_room=drops
+                prepared = self._preparer.assemble(
+                    text, [*earlier, *own], decoding, start, self._reusable, leaves_room=drops
                 )
-                return _Turn(before, kept, message, prompt)
+                return _OpenTurn(before, kept, message, prepared)
             except PromptError as error:
                 too_long = error.code == "prompt.too-long"
-                if not (too_long and rest and self._fits(message, own)):
+                if not (too_long and rest and self._fits_alone(message, own)):
                     raise
                 if not drops:
                     raise self._full(error) from error
             kept = (*self._start, *rest[2:])
-            pictures = pictures[_count_images(rest[:2]) :]
+            earlier = earlier[_count_images(rest[:2]) :]
             text = self._text_ids(kept, message)
 
-    def _fits(self, message: Message, pictures: Sequence[Picture]) -> bool:
+    def _fits_alone(self, message: Message, images: Sequence[PromptImage]) -> bool:
         """Whether a question would fit into the context of a new conversation."""
         text = self._text_ids(self._start, message)
-        ids = self._asker.prompter.splice(text, [picture.prompt_ids for picture in pictures])
-        return len(ids) <= self._asker.components.manifest.dims.context_length
+        ids = self._preparer.prompter.splice(text, [image.prompt_ids for image in images])
+        return len(ids) <= self._preparer.components.manifest.dims.context_length
 
     def _text_ids(self, before: Sequence[Message], message: Message) -> Int64[np.ndarray, " S"]:
-        return self._asker.text_ids(check_messages([*before, message]).messages)
+        return self._preparer.text_ids(check_messages([*before, message]).messages)
 
     @staticmethod
     def _full(error: PromptError) -> PromptError:
         return PromptError(
             f"the conversation is full: with this question {error}",
-            hint="reset() begins a new one; with drop_oldest=True the oldest turns are forgotten",
+            hint="call reset() to begin a new one, or use drop_oldest=True",
             code="conversation.full",
         )
 
     def _message(
         self, question: str | None, attached: Sequence[Any], images: Sequence[Any]
     ) -> Message:
-        """A user's message; with no question, the bundle's own for a caption."""
+        """Make a user's message; without a question, the bundle's message for a caption."""
         check_images(images)
         if question is not None and not isinstance(question, str):
             raise PromptError(
@@ -292,7 +297,7 @@ class Conversation:
                 {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
             ]
         else:
-            asked = self._asker.components.manifest.prompt.caption
+            asked = self._preparer.components.manifest.prompt.caption
         if len(asked) != 1:
             raise PromptError(
                 f"this bundle has no caption prompt of one message, but one of {len(asked)}",
@@ -302,35 +307,35 @@ class Conversation:
         (message,) = _checked(asked, [*attached, *images])
         return message
 
-    def _end(self, turn: _Turn, generation: Generation) -> Response:
+    def _end(self, turn: _OpenTurn, generation: Generation) -> Response:
         """The question and its answer are part of the conversation from here on.
 
-        Raises PromptError where the conversation is not what it was when the question was asked.
+        Raises PromptError where the conversation has changed since the question was asked.
         """
-        if self._state is not turn.before:
+        if self._history is not turn.before:
             raise PromptError(
                 "the conversation changed while this answer was generated",
                 hint="read a stream to its end, or close it, before the next question",
                 code="conversation.went-on",
             )
-        answer = self._asker.history(turn.prompt)
-        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        messages = (*turn.kept, turn.message, said)
-        self._hold(turn, generation)
-        self._state = _State(messages, turn.prompt.pictures)
-        self.last = self._asker.caption(turn.prompt, generation.seconds)
+        text = self._preparer.history(turn.prepared)
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        messages = (*turn.kept, turn.message, answer)
+        self._keep_row(turn, generation)
+        self._history = _History(messages, turn.prepared.images)
+        self.last = self._preparer.response(turn.prepared, generation.seconds)
         return self.last
 
-    def _hold(self, turn: _Turn, generation: Generation) -> None:
-        """Keep what the cache holds, if it is the whole prompt."""
-        prompt, row = turn.prompt, generation.keep(turn.prompt.request)
-        if self._state is turn.before and row.length >= len(prompt.ids):
-            ids = np.concatenate([prompt.ids, np.array(prompt.request.tokens, np.int64)])
-            self._held = Held(row, ids[: row.length], prompt.image_rows)
+    def _keep_row(self, turn: _OpenTurn, generation: Generation) -> None:
+        """Keep the row of the cache for the next turn, if it contains the whole prompt."""
+        prepared, row = turn.prepared, generation.save(turn.prepared.request)
+        if self._history is turn.before and row.length >= len(prepared.ids):
+            ids = np.concatenate([prepared.ids, np.array(prepared.request.tokens, np.int64)])
+            self._reusable = ReusablePrefix(row, ids[: row.length], prepared.image_rows)
 
 
 def _checked(messages: Sequence[Message], images: Sequence[Any] = ()) -> list[Message]:
-    """Messages with their pictures in their parts."""
+    """Check messages, and put their images into their parts."""
     chat = check_messages(messages, images)
     rest = iter(chat.images)
     return [

@@ -1,37 +1,39 @@
-"""The loop: requests in, tokens out, the rows of all of them together.
+"""The generation loop: requests in, tokens out, the rows of all requests in one batch.
 
 A request is prefilled once, into one row of the cache. From then on each of its rows feeds one
-token a step, all rows of all requests in one call of the decoder, and each request's search
+token per step, all rows of all requests in one call of the decoder, and each request's search
 chooses from the logits of its rows. Requests come and go between steps.
 
-The state is what each request has chosen (`Request.choices`) and which row of the cache holds
-what (`Generation._held`). Each changes at once, after the work that it stands for, and all else
-follows from them. So a KeyboardInterrupt at any point leaves requests that can be
-read, and a generation that can go on: what was interrupted is done again.
+The state is the choices of each request (`Request.choices`) and the contents of each row of the
+cache (`Generation._rows`). Each changes in one assignment, after the work that it records, and
+everything else is derived from them. So a KeyboardInterrupt at any point leaves requests that can
+be read, and a generation that can go on: the interrupted work is done again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from vlmport.errors import PromptError
-from vlmport.runtime.graphs.cache import KeptRow, KeyValueCache
+from vlmport.runtime.graphs.cache import KeyValueCache, SavedRow
 from vlmport.runtime.graphs.components import Components
-from vlmport.runtime.request import Request, room_for_tokens
+from vlmport.runtime.request import Request, check_fits_context
 
 Made = TypeVar("Made")
 FIRST_CAPACITY = 256  # new tokens that the cache has room for before it first grows
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What a row of the cache holds: the prompt of a request, and what its row `index` after
-    `applied` choices was made of, but for the last token, which is fed next."""
+class _ActiveRow:
+    """The contents of one row of the cache.
+
+    They are a request's prompt and the tokens of its row `index` after `applied` choices, without
+    the last token, which is fed next.
+    """
 
     request: Request
     index: int = 0
@@ -42,13 +44,14 @@ class _Held:
         return self.request.length + self.applied - 1
 
     @property
-    def goes_straight_on(self) -> bool:
-        """Whether its request has this one row, and keeps it."""
+    def continues_alone(self) -> bool:
+        """Whether its request has only this row, and keeps it."""
         fresh = self.request.choices[self.applied :]
         return not self.request.done and all(choice.parents == (0,) for choice in fresh)
 
     @property
     def token(self) -> int:
+        """The last token, which is fed next."""
         return self.request.choices[self.applied - 1].tokens[self.index]
 
 
@@ -60,13 +63,13 @@ class Generation:
     """
 
     def __init__(self, components: Components, requests: Iterable[Request] = ()):
-        """Raises PromptError for a request that may leave the context, before anything runs."""
+        """Raises PromptError for a request that may exceed the context, before anything runs."""
         requests = list(requests)
         for request in requests:
-            check_room(components, request)
+            check_fits_context(components, request)
         self.components = components
         self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self._held = [_Held(request) for request in requests]  # by row of the cache
+        self._rows = [_ActiveRow(request) for request in requests]  # by row of the cache
         longest = max((request.length for request in requests), default=0)
         ahead = min(FIRST_CAPACITY, max((one.max_new_tokens for one in requests), default=1))
         rows = sum(request.search.rows for request in requests)
@@ -74,32 +77,32 @@ class Generation:
         self.cache = KeyValueCache(components.decoder, rows, longest + ahead, limit)
 
     def add(self, request: Request) -> None:
-        """Take on one more request; a step of its own prefills it.
+        """Add one more request; a later step prefills it.
 
-        Raises PromptError where it may leave the context.
+        Raises PromptError where it may exceed the context.
         """
-        check_room(self.components, request)
-        self._held = [*self._held, _Held(request)]
+        check_fits_context(self.components, request)
+        self._rows = [*self._rows, _ActiveRow(request)]
 
     @property
     def requests(self) -> list[Request]:
-        """Those that are not done, in no order."""
-        return list(dict.fromkeys(held.request for held in self._held if not held.request.done))
+        """The requests that are not done, in no order."""
+        return list(dict.fromkeys(row.request for row in self._rows if not row.request.done))
 
     @property
     def done(self) -> bool:
-        return all(held.request.done for held in self._held)
+        return all(row.request.done for row in self._rows)
 
-    def keep(self, request: Request) -> KeptRow:
-        """A copy of what the cache holds of a request: of its prompt, and of its new tokens but
-        the last where it has one row.
+    def save(self, request: Request) -> SavedRow:
+        """Copy what the cache contains of a request: its prompt, and its new tokens without the
+        last one if it has one row.
 
-        At any time, after an interrupt too, until the step after the one in which it was done.
+        Works at any time, after an interrupt too, until the step after the request's last one.
         """
-        row = next(row for row, held in enumerate(self._held) if held.request is request)
+        at = next(at for at, row in enumerate(self._rows) if row.request is request)
         made = max(0, len(request.choices) - 1) if request.search.rows == 1 else 0
-        kept = self.cache.keep(row)
-        return kept.first(min(kept.length, request.length + made))
+        saved = self.cache.save(at)
+        return saved.first(min(saved.length, request.length + made))
 
     def run(self) -> None:
         """Generate to the end. After an interrupt it goes on where it stopped."""
@@ -107,79 +110,92 @@ class Generation:
             self.step()
 
     def __iter__(self) -> Iterator[Request]:
-        """Each request each time it has got on, until all are done."""
+        """Yield each request each time it has new tokens, until all are done."""
         while not self.done:
             yield from self.step()
 
     def step(self) -> list[Request]:
-        """Prefill one request that waits, else decode one step of all; those that got on."""
+        """Prefill one waiting request, or decode one step of all; return those that advanced."""
         waiting = [
-            row
-            for row, held in enumerate(self._held)
-            if not held.request.choices and not held.request.done
+            at
+            for at, row in enumerate(self._rows)
+            if not row.request.choices and not row.request.done
         ]
         if waiting:
             return [self._timed("prefill", self._prefill, waiting[0])]
         return self._timed("decode", self._decode)
 
-    def _prefill(self, row: int) -> Request:
+    def _prefill(self, at: int) -> Request:
         """Run a request's prompt, and choose its first token."""
-        request = self._held[row].request
-        self.cache.reserve_rows(len(self._held))
-        self.cache.lengths[row], self.cache.offsets[row] = 0, request.offset
+        request = self._rows[at].request
+        self.cache.reserve_rows(len(self._rows))
+        self.cache.lengths[at], self.cache.rope_deltas[at] = 0, request.rope_delta
         if request.prefix is not None:
-            self.cache.restore(row, request.prefix)
-            self.cache.offsets[row] = request.offset
-        logits = self.cache.prefill(row, request.embeds, request.positions)
+            self.cache.restore(at, request.prefix)
+            self.cache.rope_deltas[at] = request.rope_delta
+        logits = self.cache.prefill(at, request.embeds, request.positions)
         request.choose(logits)
         return request
 
     def _decode(self) -> list[Request]:
-        """One token more for each row; several where a lone row guesses right."""
+        """Add one token to each row, or several to a single row whose draft was right."""
         self._place()
-        held = self._held
-        if not held:
+        rows = self._rows
+        if not rows:
             return []
-        for row, one in enumerate(held):
-            self.cache.lengths[row] = one.length
-            self.cache.offsets[row] = one.request.offset
-        if len(held) == 1 and (guess := held[0].request.guess()):
-            return [self._try(held[0], guess)]
-        last = np.array([[one.token] for one in held], np.int64)
+        for at, row in enumerate(rows):
+            self.cache.lengths[at] = row.length
+            self.cache.rope_deltas[at] = row.request.rope_delta
+        if len(rows) == 1 and (draft := rows[0].request.draft()):
+            return [self._verify_draft(rows[0], draft)]
+        last = np.array([[row.token] for row in rows], np.int64)
         logits = self.cache.step(self.components.embed(last))
-        if len(held) == 1:
-            held[0].request.choose(logits)
-            return [held[0].request]
-        rows: dict[Request, list[int]] = {}
-        for row, one in sorted(enumerate(held), key=lambda pair: pair[1].index):
-            rows.setdefault(one.request, []).append(row)
-        for request, own in rows.items():
-            together = own == list(range(own[0], own[0] + len(own)))  # then a view is enough
-            its = logits[own[0] : own[-1] + 1] if together else logits[own]
-            request.choose(its)
-        return list(rows)
+        if len(rows) == 1:
+            rows[0].request.choose(logits)
+            return [rows[0].request]
+        places: dict[Request, list[int]] = {}
+        for at, row in sorted(enumerate(rows), key=lambda pair: pair[1].index):
+            places.setdefault(row.request, []).append(at)
+        for request, own in places.items():
+            adjacent = own == list(range(own[0], own[0] + len(own)))  # then a view is enough
+            request.choose(logits[own[0] : own[-1] + 1] if adjacent else logits[own])
+        return list(places)
 
-    def _try(self, held: _Held, guess: list[int]) -> Request:
-        """Feed a guess after the last token: each choice that it foresaw saves a step."""
-        request = held.request
-        embeds = self.components.embed(np.array([[held.token, *guess]], np.int64))[0]
+    def _verify_draft(self, row: _ActiveRow, draft: list[int]) -> Request:
+        """Run a speculative draft in one call, and keep the tokens that the search chooses too."""
+        request = row.request
+        embeds = self.components.embed(np.array([[row.token, *draft]], np.int64))[0]
         logits = self.cache.prefill(0, embeds, keep=0)
-        for i, foreseen in enumerate([*guess, None]):
-            self.cache.lengths[0] = held.length + i + 1
+        for i, drafted in enumerate([*draft, None]):
+            self.cache.lengths[0] = row.length + i + 1
             request.choose(logits[i : i + 1])
-            if request.done or request.choices[-1].tokens[0] != foreseen:
+            if request.done or request.choices[-1].tokens[0] != drafted:
                 break
         return request
 
     def _place(self) -> None:
-        """Give each row that goes on a row of the cache, the first ones, so that what is finished
-        costs nothing; copy what goes on twice."""
-        before = self._held
-        if len(before) == 1 and before[0].goes_straight_on:
-            self._held = [_Held(before[0].request, 0, len(before[0].request.choices))]
+        """Move the rows that go on to the first rows of the cache, as the last choices say.
+
+        Rows of finished requests and dropped beams go; a row with two continuations is copied. For
+        example, request A has three beams, B is done and C is greedy. A chose the parents
+        (1, 1, 0): its new rows A0 and A1 continue the old A1, its new row A2 the old A0.
+
+            row of the cache      0    1    2    3    4
+            contents before      A0   A1   A2   B0   C0
+            new rows                    A0   A1   A2   C0
+            their sources               1    1    0    4
+            contents after       A2   A0   A1   C0
+
+        A2 and A0 stay where their sources are. A1 needs a copy of row 1 and gets the free row 2:
+        only the tokens since the old A1 and A2 parted are copied (`_shared_tokens`). C0 is copied
+        to row 3, the last free one of the first four.
+        """
+        before = self._rows
+        if len(before) == 1 and before[0].continues_alone:
+            self._rows = [_ActiveRow(before[0].request, 0, len(before[0].request.choices))]
             return
-        at = {(one.request, one.index): row for row, one in enumerate(before)}
-        applied = {one.request: one.applied for one in before if not one.request.done}
+        at = {(row.request, row.index): place for place, row in enumerate(before)}
+        applied = {row.request: row.applied for row in before if not row.request.done}
         after, sources = [], []
         for request, start in applied.items():
             fresh = request.choices[start:]
@@ -189,23 +205,10 @@ class Generation:
                 for choice in fresh[1:]:
                     ancestors = [ancestors[parent] for parent in choice.parents]
             for index, ancestor in enumerate(ancestors if fresh else sorted(ancestors)):
-                after.append(_Held(request, index, len(request.choices)))
+                after.append(_ActiveRow(request, index, len(request.choices)))
                 sources.append(at[request, ancestor])
-
-        def shared(source: int, target: int) -> int:
-            """The prompt, and the tokens until two rows of a request parted."""
-            if target >= len(before) or before[target].request is not before[source].request:
-                return 0
-            one, other = before[source].index, before[target].index
-            step, request = before[source].applied, before[source].request
-            while step and one != other:
-                step -= 1
-                parents = request.choices[step].parents
-                one, other = parents[one], parents[other]
-            return request.length + step
-
-        rows = self.cache.reorder(sources, shared)
-        self._held = [one for _, one in sorted(zip(rows, after, strict=True), key=lambda p: p[0])]
+        rows = self.cache.reorder(sources, lambda a, b: _shared_tokens(before, a, b))
+        self._rows = [one for _, one in sorted(zip(rows, after, strict=True), key=lambda p: p[0])]
 
     def _timed(self, phase: str, work: Callable[..., Made], *args: Any) -> Made:
         start = time.perf_counter()
@@ -215,13 +218,15 @@ class Generation:
             self.seconds[phase] += time.perf_counter() - start
 
 
-def check_room(components: Components, request: Request) -> None:
-    """Raise PromptError where a request may leave the context."""
-    room = room_for_tokens(components, request.length)
-    if request.max_new_tokens > room:
-        raise PromptError(
-            f"{request.max_new_tokens} tokens after {request.length}, the model's context is "
-            f"{components.manifest.dims.context_length}",
-            hint=f"at most {room}",
-            code="prompt.too-long",
-        )
+def _shared_tokens(rows: Sequence[_ActiveRow], source: int, target: int) -> int:
+    """Count the tokens that two rows have in common: the prompt, and what two rows of one request
+    have until they parted."""
+    if target >= len(rows) or rows[target].request is not rows[source].request:
+        return 0
+    one, other = rows[source].index, rows[target].index
+    step, request = rows[source].applied, rows[source].request
+    while step and one != other:
+        step -= 1
+        parents = request.choices[step].parents
+        one, other = parents[one], parents[other]
+    return request.length + step

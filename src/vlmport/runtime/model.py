@@ -17,7 +17,7 @@ from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.images.features import MAX_BYTES, FeatureCache
 from vlmport.runtime.messages import Message
-from vlmport.runtime.preparing import Asker, Prompt, refuse_several
+from vlmport.runtime.preparing import PreparedRequest, Preparer, refuse_several
 from vlmport.runtime.prompt import Prompter
 from vlmport.runtime.response import Answer, Caption, Response
 
@@ -45,7 +45,7 @@ class VLM:
 
     Attributes:
         components: the graphs, as ONNX Runtime sessions.
-        asker: chat template, tokenizer, and the cache of recently encoded images.
+        preparer: chat template, tokenizer, and the cache of recently encoded images.
     """
 
     def __init__(self, components: Components, *, image_cache_bytes: int = MAX_BYTES):
@@ -54,7 +54,7 @@ class VLM:
         Raises OptionError where `image_cache_bytes` is no whole number from 0 on.
         """
         self.components = components
-        self.asker = Asker(components, image_cache_bytes)
+        self.preparer = Preparer(components, image_cache_bytes)
 
     def __repr__(self) -> str:
         manifest = self.components.manifest
@@ -101,12 +101,12 @@ class VLM:
     @property
     def prompter(self) -> Prompter:
         """The chat template and the tokenizer."""
-        return self.asker.prompter
+        return self.preparer.prompter
 
     @property
     def features(self) -> FeatureCache:
         """The cache of recently encoded images."""
-        return self.asker.features
+        return self.preparer.features
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -194,9 +194,11 @@ class VLM:
         captions: list[Response] = []
         for batch in self._batches(images, batch_size, image_options, options):
             for prompt in batch:
-                if not isinstance(prompt, Prompt):
+                if not isinstance(prompt, PreparedRequest):
                     raise prompt
-            captions += self._run([prompt for prompt in batch if isinstance(prompt, Prompt)])
+            captions += self._run(
+                [prompt for prompt in batch if isinstance(prompt, PreparedRequest)]
+            )
         return captions
 
     def caption_each(
@@ -228,12 +230,12 @@ class VLM:
         return self._results(self._batches(images, batch_size, image_options, options))
 
     def _results(
-        self, batches: Iterable[Sequence[Prompt | ImageError | PromptError]]
+        self, batches: Iterable[Sequence[PreparedRequest | ImageError | PromptError]]
     ) -> Iterator[Response | ImageError | PromptError]:
         for batch in batches:
-            captions = iter(self._run([one for one in batch if isinstance(one, Prompt)]))
+            captions = iter(self._run([one for one in batch if isinstance(one, PreparedRequest)]))
             for one in batch:
-                yield next(captions) if isinstance(one, Prompt) else one
+                yield next(captions) if isinstance(one, PreparedRequest) else one
 
     def _batches(
         self,
@@ -241,17 +243,17 @@ class VLM:
         batch_size: int,
         image_options: Mapping[str, Any] | None,
         options: Mapping[str, Any],
-    ) -> Iterator[list[Prompt | ImageError | PromptError]]:
+    ) -> Iterator[list[PreparedRequest | ImageError | PromptError]]:
         """Prepare prompts for captions, batch by batch; a bad image gives its error instead."""
         size = whole_number("batch_size", batch_size, 1)
-        decoding = self.asker.decoding(options)
+        decoding = self.preparer.decoding(options)
         if image_options:
             self.components.check_image_options(image_options)
         asked = self.components.manifest.prompt.caption
 
-        def prepared(image: ImageSource) -> Prompt | ImageError | PromptError:
+        def prepared(image: ImageSource) -> PreparedRequest | ImageError | PromptError:
             try:
-                return self.asker.prompt(asked, [image], decoding, image_options)
+                return self.preparer.prepare(asked, [image], decoding, image_options)
             except (ImageError, PromptError) as error:
                 return error
 
@@ -288,8 +290,8 @@ class VLM:
                 prompt does not fit into the context.
             OptionError: an option is unknown, out of its range, or contradicts another.
         """
-        decoding = self.asker.decoding(options)
-        return self._run([self.asker.prompt(messages, images, decoding, image_options)])[0]
+        decoding = self.preparer.decoding(options)
+        return self._run([self.preparer.prepare(messages, images, decoding, image_options)])[0]
 
     def conversation(
         self,
@@ -318,7 +320,7 @@ class VLM:
             PromptError: the system message is no text.
         """
         return Conversation(
-            self.asker, system, image_options=image_options, drop_oldest=drop_oldest
+            self.preparer, system, image_options=image_options, drop_oldest=drop_oldest
         )
 
     def stream(
@@ -361,20 +363,20 @@ class VLM:
             )
         if messages is None:
             messages, images = self.components.manifest.prompt.caption, [cast(Any, image)]
-        decoding = self.asker.decoding(options)
+        decoding = self.preparer.decoding(options)
         refuse_several(decoding.options)
-        return self._pieces(self.asker.prompt(messages, images, decoding, image_options))
+        return self._pieces(self.preparer.prepare(messages, images, decoding, image_options))
 
-    def _pieces(self, prompt: Prompt) -> Iterator[str]:
+    def _pieces(self, prompt: PreparedRequest) -> Iterator[str]:
         generation = Generation(self.components, [prompt.request])
         try:
-            yield from self.asker.pieces(prompt, generation)
+            yield from self.preparer.pieces(prompt, generation)
         finally:
             prompt.request.cancel()
 
-    def _run(self, prompts: Sequence[Prompt]) -> list[Response]:
+    def _run(self, prompts: Sequence[PreparedRequest]) -> list[Response]:
         generation = Generation(self.components, [prompt.request for prompt in prompts])
         generation.run()
         for prompt in prompts:
-            self.asker.warn_of_a_cut(prompt)
-        return [self.asker.caption(prompt, generation.seconds) for prompt in prompts]
+            self.preparer.warn_of_a_cut(prompt)
+        return [self.preparer.response(prompt, generation.seconds) for prompt in prompts]

@@ -104,7 +104,7 @@ def run_golden(components: Components, golden: Golden, new_tokens: int = NEW_TOK
     for buffer in cache.buffers:
         buffer.fill(UNTOUCHED)
     watch = CacheWatch(cache)
-    cache.offsets[0] = prompt.positions.offset
+    cache.rope_deltas[0] = prompt.positions.rope_delta
     logits = [cache.prefill(0, prompt.embeds, prompt.positions.ids)[-1].copy()]
     faults += watch.changes(0, len(ids), "the prompt")
     tokens = [int(logits[0].argmax())]

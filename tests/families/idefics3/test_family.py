@@ -343,9 +343,8 @@ def test_a_picture_is_encoded_once_for_each_option(tiny: VLM) -> None:
     asked = [user(IMAGE, text("x"))]
     before = tiny.features.misses
     for split in (True, False, True):
-        tiny.features.options = {"do_image_splitting": split}
-        tiny.generate(asked, [blank(20, 20)], max_new_tokens=1)
-    tiny.features.options = {}
+        options = {"do_image_splitting": split}
+        tiny.generate(asked, [blank(20, 20)], image_options=options, max_new_tokens=1)
     assert tiny.features.misses == before + 2
 
 

@@ -86,7 +86,7 @@ def test_the_same_tokens(sides: Sides, name: str, split: bool) -> None:
     model, theirs = sides
     messages, sizes = CONVERSATIONS[name]
     pictures = [picture(*size) for size in sizes]
-    model.features.options = {"do_image_splitting": split}
-    answer = model.generate(messages, pictures, max_new_tokens=TOKENS)
+    options = {"do_image_splitting": split}
+    answer = model.generate(messages, pictures, image_options=options, max_new_tokens=TOKENS)
     assert list(answer.token_ids) == theirs(messages, pictures, split)
     assert len(set(answer.token_ids)) > 2

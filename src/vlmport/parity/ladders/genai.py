@@ -93,7 +93,7 @@ class GenaiLadder(ProcessorLadder[GenaiGraphs, Reference]):
         with bundle_runs():
             ours = self.runtime.positions(truth.prompt_ids, truth.pixels)
         expected = truth.position_ids[..., : len(truth.prompt_ids)]
-        wrong = metrics.unequal(ours.ids, expected) + int(ours.offset != truth.offset)
+        wrong = metrics.unequal(ours.ids, expected) + int(ours.rope_delta != truth.offset)
         return {"wrong": wrong}, None
 
     def first_logits(self) -> Found:

@@ -50,13 +50,14 @@ class HubLadder(ProcessorLadder[VLM, Reference]):
         known = [one for one in manifest.generation.defaults if one in CHECKS or one in REFUSED]
         options: dict[str, Any] = dict.fromkeys(known)
         options["max_new_tokens"] = max_new_tokens(manifest)
-        images = [picture.rgb for picture in request.pictures]
-        features.options = request.options
+        images, image_options = [picture.rgb for picture in request.pictures], request.options
         if request.is_caption:
-            answer = runtime.caption(images[0], **options)
+            answer = runtime.caption(images[0], image_options=image_options, **options)
         else:
-            answer = runtime.generate(request.messages, images, **options)
-        pictures = [features.process(image).prompt_ids for image in images]
+            answer = runtime.generate(
+                request.messages, images, image_options=image_options, **options
+            )
+        pictures = [features.process(image, image_options).prompt_ids for image in images]
         ids = prompt_of(request, manifest, runtime.prompter, pictures)
         return Answer(answer.token_ids, ids, answer.counts["prompt_tokens"])
 
@@ -102,9 +103,9 @@ class HubLadder(ProcessorLadder[VLM, Reference]):
             prompt = self.components.position_ids(truth.prompt_ids, truth.pixels)
         wrong = metrics.unequal(whole.ids, truth.position_ids)
         wrong += metrics.unequal(prompt.ids, truth.position_ids[..., :P])
-        if prompt.offset == truth.offset:
+        if prompt.rope_delta == truth.offset:
             return {"wrong": wrong}, None
-        detail = f"the next position is {P + prompt.offset}, expected {P + truth.offset}"
+        detail = f"the next position is {P + prompt.rope_delta}, expected {P + truth.offset}"
         return {"wrong": wrong + 1}, detail
 
     def first_logits(self) -> Found:
@@ -163,7 +164,7 @@ class HubLadder(ProcessorLadder[VLM, Reference]):
         truth, P, S = self.truth, len(self.truth.prompt_ids), len(self.truth.ids)
         limit = self.components.manifest.dims.context_length
         cache = KeyValueCache(self.components.decoder, rows=3, capacity=P + 1, limit=limit)
-        cache.offsets[1] = truth.offset
+        cache.rope_deltas[1] = truth.offset
         cache.prefill(0, truth.embeds[: (P + 1) // 2])
         cache.prefill(2, truth.embeds[:P])
         parts = []
@@ -184,7 +185,7 @@ class HubLadder(ProcessorLadder[VLM, Reference]):
                 self.truth.embeds[:P],
                 GenerationOptions(max_new_tokens=self.max_new_tokens),
                 positions=self.truth.position_ids[..., :P],
-                offset=self.truth.offset,
+                rope_delta=self.truth.offset,
             )
             Generation(self.components, [request]).run()
         return self.judge.stops(request.tokens)

@@ -134,8 +134,8 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for name in CHECKS:
-            tidy = _tidy(name, getattr(self, name))
-            object.__setattr__(self, name, tidy)  # a frozen dataclass may still tidy itself
+            normal = _normalize(name, getattr(self, name))
+            object.__setattr__(self, name, normal)  # a frozen dataclass may still tidy itself
         _refuse_contradictions(self)
 
     def __repr__(self) -> str:
@@ -176,33 +176,33 @@ class GenerationOptions:
         for name in [one for one in defaults if one in CHECKS or one in REFUSED]:
             try:
                 for one, value in _without_refused({name: defaults[name]}).items():
-                    asked[one] = _tidy(one, value)
+                    asked[one] = _normalize(one, value)
                     if check_default is not None and one not in given:
                         check_default(one, asked[one])
             except OptionError as error:
                 asked.pop(name, None)
                 wrong[name] = error
-        idle = {*given, *_idle(asked, wanted)}
-        for name in sorted(wrong.keys() - idle):
+        ignored = {*given, *_ignored(asked, wanted)}
+        for name in sorted(wrong.keys() - ignored):
             warning = OptionWarning(
                 f"{WHERE} {wrong[name]}; left out", code="option.default-left-out"
             )
             warn(warning)
-        merged = {name: value for name, value in asked.items() if name not in idle} | wanted
+        merged = {name: value for name, value in asked.items() if name not in ignored} | wanted
         if not wanted.keys() >= {"do_sample", "num_beams"}:  # the call did not ask for both
             samples, beams = (merged.get(name) for name in ("do_sample", "num_beams"))
             if samples and (beams or 1) > 1:
                 merged.setdefault("seed", new_seed())
         return cls(**merged)
 
-    def most_new_tokens(self, prompt_tokens: int) -> int | None:
-        """What max_new_tokens, else max_length, allows after such a prompt; None is no limit."""
+    def max_new_tokens_after(self, prompt_tokens: int) -> int | None:
+        """Return max_new_tokens, or what max_length leaves after the prompt; None is no limit."""
         if self.max_new_tokens is not None or self.max_length is None:
             return self.max_new_tokens
         return max(self.max_length - prompt_tokens, 0)
 
-    def least_new_tokens(self, prompt_tokens: int) -> int:
-        """What min_new_tokens, else min_length, asks for after such a prompt."""
+    def min_new_tokens_after(self, prompt_tokens: int) -> int:
+        """Return min_new_tokens, or what min_length asks for after the prompt."""
         return self.min_new_tokens or max(self.min_length - prompt_tokens, 0)
 
 
@@ -287,36 +287,40 @@ def _near(name: str) -> str:
     return "" if instead(name) else did_you_mean(name, CHECKS)
 
 
-def _tidy(name: str, value: Any) -> Any:
+def _normalize(name: str, value: Any) -> Any:
     """The value, checked. None asks for nothing."""
     return NOTHING[name] if value is None else CHECKS[name](name, value)
 
 
-def _idle(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
-    """The defaults that have no meaning beside what the call wants and the other defaults."""
-    both = {**DEFAULTS, **asked, **{name: _tidy(name, value) for name, value in wanted.items()}}
+def _ignored(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
+    """Return the defaults that have no effect with the call's options and the other defaults."""
+    both = {
+        **DEFAULTS,
+        **asked,
+        **{name: _normalize(name, value) for name, value in wanted.items()},
+    }
     samples, beams, returned = both["do_sample"], both["num_beams"], both["num_return_sequences"]
     forced, most = both["forced_eos_token_id"], both["max_new_tokens"]
-    idle = {"max_length"}  # it counts image tokens too; the bundle's max_new_tokens stands for it
+    ignored = {"max_length"}  # the bundle's max_new_tokens replaces it: it counts image tokens
     if not samples:
-        idle.update(SAMPLING)
+        ignored.update(SAMPLING)
     if beams == 1:
-        idle.update(BEAMS)
+        ignored.update(BEAMS)
     if returned > beams and not (samples and beams == 1):
-        idle.add("num_return_sequences")
+        ignored.add("num_return_sequences")
     if beams > 1 or returned > 1:
-        idle.add("prompt_lookup_num_tokens")
+        ignored.add("prompt_lookup_num_tokens")
     if wanted.keys() & {"max_new_tokens", "max_length"}:
-        idle.update(("max_new_tokens", "min_new_tokens", "min_length"))
+        ignored.update(("max_new_tokens", "min_new_tokens", "min_length"))
     if wanted.keys() & {"min_new_tokens", "min_length"} or "min_new_tokens" in asked:
-        idle.add("min_length")
+        ignored.add("min_length")
     if "min_length" in wanted or (most is not None and both["min_new_tokens"] > most):
-        idle.add("min_new_tokens")
+        ignored.add("min_new_tokens")
     if forced and set(forced) <= set(both["suppress_tokens"]):
-        idle.add("suppress_tokens" if "forced_eos_token_id" in wanted else "forced_eos_token_id")
+        ignored.add("suppress_tokens" if "forced_eos_token_id" in wanted else "forced_eos_token_id")
     if both["json_schema"] is not None and both["regex"] is not None:
-        idle.add("json_schema" if "regex" in wanted else "regex")
-    return idle
+        ignored.add("json_schema" if "regex" in wanted else "regex")
+    return ignored
 
 
 def _refuse_contradictions(options: GenerationOptions) -> None:
@@ -330,7 +334,7 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
     """What may not be asked together: whether it is, what to say, what to do."""
     o = options
     most, least, forced = o.max_new_tokens, o.min_new_tokens, o.forced_eos_token_id
-    drawing, of_beams = _said(o, SAMPLING), _said(o, BEAMS)
+    drawing, of_beams = _set_options(o, SAMPLING), _set_options(o, BEAMS)
     several = o.num_beams > 1 or o.num_return_sequences > 1
     return [
         (
@@ -391,6 +395,6 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
     ]
 
 
-def _said(options: GenerationOptions, names: Sequence[str]) -> list[str]:
+def _set_options(options: GenerationOptions, names: Sequence[str]) -> list[str]:
     """Those of the names whose option asks for something."""
     return [name for name in names if getattr(options, name) not in (DEFAULTS[name], NOTHING[name])]

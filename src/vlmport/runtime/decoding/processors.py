@@ -98,7 +98,7 @@ def new_processors(
 
     prompt = np.array(prompt_ids if processors_see_prompt else (), np.int64)
     stops = below(stop_token_ids)
-    least = o.least_new_tokens(len(prompt_ids))
+    least = o.min_new_tokens_after(len(prompt_ids))
     found: list[Processor | None] = [
         biased(dict(o.sequence_bias)) if o.sequence_bias else None,
         penalized_prompt(1 / o.encoder_repetition_penalty, below(prompt.tolist()))

@@ -62,16 +62,16 @@ class _BoundStep:
 
 
 @dataclass(frozen=True)
-class KeptRow:
+class SavedRow:
     """A row on its own: keys and values of the first `length` tokens, [K, length, head_dim]."""
 
     length: int
-    offset: int
+    rope_delta: int
     tensors: tuple[np.ndarray, ...]
 
-    def first(self, length: int) -> KeptRow:
+    def first(self, length: int) -> SavedRow:
         """Its first tokens; the memory is the same."""
-        return KeptRow(length, self.offset, tuple(one[:, :length] for one in self.tensors))
+        return SavedRow(length, self.rope_delta, tuple(one[:, :length] for one in self.tensors))
 
 
 class KeyValueCache:
@@ -89,7 +89,7 @@ class KeyValueCache:
         self.limit = limit
         self.capacity = min(capacity, limit)
         self.lengths = [0] * rows
-        self.offsets = [0] * rows
+        self.rope_deltas = [0] * rows
         self.buffers = [port.empty(rows, self.capacity) for port in decoder.ports]
         self.on_host = decoder.session.get_providers()[0] == CPU
         self._in_float32 = decoder.logits_dtype == np.float32
@@ -132,7 +132,7 @@ class KeyValueCache:
             self.buffers[i] = grown
         self.capacity = capacity
         # Lengths last: they say how many rows there are, so that what is interrupted is done again.
-        self.offsets = self.offsets[:old] + [0] * (rows - old)
+        self.rope_deltas = self.rope_deltas[:old] + [0] * (rows - old)
         self.lengths = self.lengths + [0] * (rows - old)
 
     def reorder(
@@ -159,9 +159,9 @@ class KeyValueCache:
                 free.remove(source)
         for i, source in enumerate(sources):
             if placed[i] is None:
-                likest = {target: shared(source, target) for target in sorted(free)}
-                target = max(likest, key=likest.__getitem__)
-                self.copy_row(source, target, min(likest[target], self.lengths[target]))
+                shared_prefix = {target: shared(source, target) for target in sorted(free)}
+                target = max(shared_prefix, key=shared_prefix.__getitem__)
+                self.copy_row(source, target, min(shared_prefix[target], self.lengths[target]))
                 placed[i] = target
                 free.remove(target)
         return [row for row in placed if row is not None]
@@ -172,24 +172,24 @@ class KeyValueCache:
         self.lengths[target] = start  # so much holds if what follows is interrupted
         for buffer in self.buffers:
             buffer[target, :, start:used] = buffer[source, :, start:used]
-        self.offsets[target] = self.offsets[source]
+        self.rope_deltas[target] = self.rope_deltas[source]
         self.lengths[target] = used
 
-    def keep(self, row: int) -> KeptRow:
+    def save(self, row: int) -> SavedRow:
         """A copy of a row, which outlives this cache."""
         used = self.lengths[row]
-        return KeptRow(
+        return SavedRow(
             used,
-            self.offsets[row],
+            self.rope_deltas[row],
             tuple(buffer[row, :, :used].copy() for buffer in self.buffers),
         )
 
-    def restore(self, row: int, kept: KeptRow) -> None:
+    def restore(self, row: int, saved: SavedRow) -> None:
         """Make a row what was kept. Raises PromptError beyond the context."""
-        self.reserve(kept.length)
-        for buffer, tensor in zip(self.buffers, kept.tensors, strict=True):
-            buffer[row, :, : kept.length] = tensor
-        self.lengths[row], self.offsets[row] = kept.length, kept.offset
+        self.reserve(saved.length)
+        for buffer, tensor in zip(self.buffers, saved.tensors, strict=True):
+            buffer[row, :, : saved.length] = tensor
+        self.lengths[row], self.rope_deltas[row] = saved.length, saved.rope_delta
 
     def prefill(
         self,
@@ -213,7 +213,7 @@ class KeyValueCache:
         S, past = len(embeds), self.lengths[row]
         self.reserve(past + S)
         if positions is None:
-            positions = np.arange(past, past + S) + self.offsets[row]
+            positions = np.arange(past, past + S) + self.rope_deltas[row]
         assert positions is not None
         logits = np.empty((1, 0, 0), np.float32)
         for start, stop in itertools.pairwise(self._cuts(S, keep)):
@@ -268,11 +268,11 @@ class KeyValueCache:
         """One call of the decoder, for B rows from `first` on."""
         B = len(embeds)
         rows = slice(first, first + B)
-        lengths, offsets = self.lengths[rows], self.offsets[rows]
+        lengths, rope_deltas = self.lengths[rows], self.rope_deltas[rows]
         total = max(lengths) + 1
         bound = self._steps.get((first, B)) or self._bind_step(rows, embeds.shape[-1])
         bound.feeds["inputs_embeds"][...] = embeds
-        positions = [length + offset for length, offset in zip(lengths, offsets, strict=True)]
+        positions = [length + delta for length, delta in zip(lengths, rope_deltas, strict=True)]
         bound.feeds["position_ids"][..., 0] = positions
         if total not in bound.masks:
             bound.masks_from(total)

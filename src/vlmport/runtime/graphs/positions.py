@@ -35,7 +35,7 @@ class Positions:
     """
 
     ids: Int64[np.ndarray, "... S"]
-    offset: int = 0
+    rope_delta: int = 0
 
 
 def counted(ids: Int[np.ndarray, " S"]) -> Positions:

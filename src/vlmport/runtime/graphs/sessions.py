@@ -132,14 +132,14 @@ def available_devices() -> list[str]:
 
 
 def open_session(
-    path: Path, device: Device = HOST, *, threads: int | None = None, sparing: bool = False
+    path: Path, device: Device = HOST, *, threads: int | None = None, low_memory: bool = False
 ) -> ort.InferenceSession:
     """Open a graph by its path.
 
     Args:
         threads: bounds the threads within an operator; None for all cores.
-        sparing: run the graph as it is written, from its file of weights: for a single pass, which
-            is not worth a second copy of them. It is slow then, and rounds in other places.
+        low_memory: run the graph unoptimized, from its mapped weights, without a second copy of
+            them: for a single pass. It is slow, and rounds in other places.
 
     Raises BundleError for a missing or corrupt graph or its data, DeviceError when the device
     did not come up, OptionError for a thread count below 1.
@@ -156,7 +156,7 @@ def open_session(
     try:
         session = ort.InferenceSession(
             path,
-            _session_options(threads, sparing),
+            _session_options(threads, low_memory),
             providers=_providers(device),
             enable_fallback=0,
         )
@@ -171,14 +171,14 @@ def open_session(
     return session
 
 
-def _session_options(threads: int | None, sparing: bool) -> ort.SessionOptions:
+def _session_options(threads: int | None, low_memory: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions; no second copy on stderr
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    if sparing:
+    if low_memory:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False

@@ -1,4 +1,4 @@
-"""Image features by content, so that a picture that was seen is not encoded again."""
+"""Cache image features by content, so that an image is encoded once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ MAX_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture whose place in the prompt is known.
+class PromptImage:
+    """A processed image, whose tokens in the prompt are known.
 
     Attributes:
-        inputs: what the image processor gave; once there are features, only what positions are
-            computed from.
+        key: the content hash of its pixels and options.
+        inputs: the image processor's outputs; once the image is encoded, only those that the
+            positions are computed from.
+        features: None until the image is encoded.
     """
 
     key: bytes
@@ -37,7 +39,7 @@ class Picture:
 
     @property
     def rows(self) -> Float[np.ndarray, "T D"]:
-        """The features of an encoded picture."""
+        """The features of an encoded image."""
         assert self.features is not None, "not encoded yet"
         return self.features
 
@@ -48,87 +50,89 @@ class Picture:
 
 
 class FeatureCache:
-    """The most recently used pictures, up to `max_bytes` of features; 0 keeps none.
+    """The most recently used images, up to `max_bytes` of features; 0 keeps none.
 
-    Threads may share it. What is kept and counted changes under a lock; pictures are encoded
-    outside it, so that one that two threads ask for at the same time may be encoded twice.
+    Threads may share it. Its contents and counters change under a lock; images are encoded outside
+    of the lock, so an image that two threads ask for at the same time may be encoded twice.
 
     Attributes:
-        options: of the image processor, for every picture; those of a call count before them.
-        hits, misses: how often a picture was here, and how often it was encoded.
+        hits, misses: how often an image was in the cache, and how often it was encoded.
     """
 
     def __init__(self, components: Components, max_bytes: int = MAX_BYTES):
-        """Raises OptionError where `max_bytes` is no whole number from 0 on."""
+        """Raises OptionError unless `max_bytes` is a whole number of at least 0."""
         self.components = components
         self.max_bytes = whole_number("image_cache_bytes", max_bytes, 0)
-        self.options: Mapping[str, Any] = {}
         self.hits = self.misses = 0
-        self._kept: OrderedDict[bytes, Picture] = OrderedDict()
+        self._images: OrderedDict[bytes, PromptImage] = OrderedDict()
         self._lock = threading.Lock()
 
     def process(
         self, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
-    ) -> Picture:
-        """Run the image processor, unless the picture is known. Its prompt ids are then known,
-        so that a prompt can be refused before the vision encoder has cost anything."""
-        options = {**self.options, **(options or {})}
-        key = content_hash(rgb, options)
-        if (kept := self._find(key)) is not None:
-            return kept
-        processed = self.components.process_image(rgb, options)
-        return Picture(key, processed.prompt_ids, processed.inputs, None)
+    ) -> PromptImage:
+        """Run the image processor, unless the image is in the cache.
 
-    def encoded(self, picture: Picture) -> Picture:
-        """The picture with its features and without its pixels, from the cache or from the vision
-        encoder. One that was encoded before stays so, in the cache or not."""
-        if picture.features is None:
-            picture = self._find(picture.key) or picture
-        known = picture.features is not None
+        The image's prompt ids are known afterwards, so a prompt that is too long can be refused
+        before the vision encoder runs.
+        """
+        options = options or {}
+        key = content_hash(rgb, options)
+        if (found := self._find(key)) is not None:
+            return found
+        processed = self.components.process_image(rgb, options)
+        return PromptImage(key, processed.prompt_ids, processed.inputs, None)
+
+    def encoded(self, image: PromptImage) -> PromptImage:
+        """Return the image with its features and without its pixels, from the cache or from the
+        vision encoder. An image that is encoded already is returned as it is."""
+        if image.features is None:
+            image = self._find(image.key) or image
+        known = image.features is not None
         if not known:
-            features = self.components.encode_image(picture.inputs)
+            features = self.components.encode_image(image.inputs)
             needed = self.components.position_inputs
-            left = {name: value for name, value in picture.inputs.items() if name in needed}
-            picture = Picture(picture.key, picture.prompt_ids, left, features)
+            inputs = {name: value for name, value in image.inputs.items() if name in needed}
+            image = PromptImage(image.key, image.prompt_ids, inputs, features)
         with self._lock:
             self.hits += known
             self.misses += not known
-            self._keep(picture)
-        return picture
+            self._add(image)
+        return image
 
-    def _find(self, key: bytes) -> Picture | None:
+    def _find(self, key: bytes) -> PromptImage | None:
         with self._lock:
-            return self._kept.get(key)
+            return self._images.get(key)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """The number of bytes in the cache."""
         with self._lock:
             return self._size()
 
     def _size(self) -> int:
-        return sum(picture.nbytes for picture in self._kept.values())
+        return sum(image.nbytes for image in self._images.values())
 
-    def _keep(self, picture: Picture) -> None:
-        """Put a picture last, in place of what had its key; needs the lock."""
-        if picture.nbytes > self.max_bytes:
+    def _add(self, image: PromptImage) -> None:
+        """Put an image into the cache, perhaps again; needs the lock."""
+        if image.nbytes > self.max_bytes:
             return
-        self._kept[picture.key] = picture
-        self._kept.move_to_end(picture.key)
-        size = self._size()  # added up each time: an interrupt can't leave a wrong count
+        self._images[image.key] = image
+        self._images.move_to_end(image.key)
+        size = self._size()  # summed each time, so that an interrupt can't leave a wrong count
         while size > self.max_bytes:
-            size -= self._kept.popitem(last=False)[1].nbytes
+            size -= self._images.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
+        """Remove all images."""
         with self._lock:
-            self._kept.clear()
+            self._images.clear()
 
 
 def content_hash(
     rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
 ) -> bytes:
-    """SHA-256 of shape, options and pixels."""
-    told = json.dumps([rgb.shape, dict(options or {})], sort_keys=True, default=repr)
-    digest = hashlib.sha256(told.encode() + b"\0")
+    """Compute the SHA-256 of shape, options and pixels."""
+    header = json.dumps([rgb.shape, dict(options or {})], sort_keys=True, default=repr)
+    digest = hashlib.sha256(header.encode() + b"\0")
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.digest()

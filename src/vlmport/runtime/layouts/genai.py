@@ -86,7 +86,7 @@ class GenaiGraphs(LayoutGraphs):
             return found
         places = np.zeros((*found.ids.shape[:-1], len(ids)), np.int64)
         places[..., kept] = found.ids
-        return Positions(places, found.offset - int(np.sum(~kept)))
+        return Positions(places, found.rope_delta - int(np.sum(~kept)))
 
     def decode(
         self,
@@ -146,7 +146,7 @@ class GenaiGraphs(LayoutGraphs):
         logits, cache = self.decode(embeds, positions.ids, None, prompt_ids)
         rows, tokens = [logits], [int(logits.argmax())]
         while tokens[-1] not in ends and len(tokens) < max_new_tokens:
-            at = len(embeds) + len(tokens) - 1 + positions.offset
+            at = len(embeds) + len(tokens) - 1 + positions.rope_delta
             step = np.full((*positions.ids.shape[:-1], 1), at, np.int64)
             embedded = self.embed(np.array(tokens[-1:]))
             logits, cache = self.decode(embedded, step, cache, prompt_ids)
