@@ -1,4 +1,4 @@
-"""`python -m vlmport`, and the console script. A signal while modules are imported is heard too."""
+"""`python -m vlmport`, and the console script. It handles signals during imports too."""
 
 from __future__ import annotations
 

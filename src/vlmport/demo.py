@@ -1,16 +1,16 @@
 """`vlmport demo`: serve the browser page and a bundle on this machine, for this machine.
 
 Traps:
-- WebAssembly threads need a cross-origin isolated page: every answer carries COOP and COEP.
+- WebAssembly threads need a cross-origin isolated page: every response carries COOP and COEP.
 - A broken download is resumed by byte range, which `http.server` does not know.
-- The page may load nothing from elsewhere, and a worker gets its rules with its own file, not from
-  the page: every answer has the Content-Security-Policy. WebAssembly needs its own word there.
-- A connection that sends half a request, or none, would keep its thread for ever: each has a time
+- The page may load nothing from other hosts, and a worker gets its rules with its own file, not
+  from the page: every response has the Content-Security-Policy, with `wasm-unsafe-eval`.
+- A connection that sends half a request, or none, would keep its thread forever: each has a time
   limit for its request, and the number of connections is limited.
-- In the Hub's cache a bundle's files are links to its folder of blobs. A link that leads anywhere
-  else is not followed: a bundle from anywhere could name the user's own files.
-- Another site could reach a server on 127.0.0.1 under a name of its own that points here: a
-  request that names another host is refused.
+- In the Hub's cache a bundle's files are links to its folder of blobs. A link to any other place is
+  not followed: a downloaded bundle could name the user's own files.
+- Another site could reach a server on 127.0.0.1 by a name of its own that resolves to it (DNS
+  rebinding): a request that names another host is refused.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from vlmport.errors import DependencyError, OptionError
 HOST = "127.0.0.1"
 BLOCK_BYTES = 1024 * 1024
 CONNECTIONS = 64
-REQUEST_SECONDS = 15.0  # for the head of a request, and idle between two
-STALLED_SECONDS = 60.0  # without a byte that the browser takes
+REQUEST_SECONDS = 15.0  # limit for the head of a request, and between two requests
+STALLED_SECONDS = 60.0  # limit for one write while the browser reads nothing
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -67,9 +67,13 @@ FOREVER = "public, max-age=31536000, immutable"
 
 
 def make_server(bundle: Bundle, port: int) -> DemoServer:
-    """A server that listens but does not answer yet; port 0 takes any free one.
+    """Make a server that listens on a port; `serve_forever` makes it answer.
 
-    Raises OptionError for a port that is taken, DependencyError for a page that was not built.
+    Args:
+        bundle: the bundle that the page runs.
+        port: the port on 127.0.0.1; 0 takes a free one.
+
+    Raises OptionError for a port that is in use, DependencyError where the page was not built.
     """
     bundle.needs_layout(HUB)
     page = page_folder()
@@ -84,19 +88,19 @@ def make_server(bundle: Bundle, port: int) -> DemoServer:
     except (OSError, OverflowError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         raise OptionError(
-            f"port {port}: {'another program listens there' if taken else error}",
-            hint="--port 0 takes any free one",
+            f"port {port}: {'another program uses it' if taken else error}",
+            hint="--port 0 takes a free one",
             code="demo.port-unavailable",
         ) from error
 
 
 def page_folder() -> Path:
-    """Where the built page lies in this package."""
+    """The folder of the built page in this package."""
     return Path(str(resources.files("vlmport") / "web_page"))
 
 
 class DemoServer(ThreadingHTTPServer):
-    """The page at /, the bundle's files at /bundle/."""
+    """A server of the page at /, and of the bundle's files at /bundle/."""
 
     daemon_threads = True
     request_queue_size = 16
@@ -108,10 +112,10 @@ class DemoServer(ThreadingHTTPServer):
         self._listed = {MANIFEST, *bundle.manifest.files}
         self._homes = _homes(bundle.folder)
         self._taken, self._lock = 0, threading.Lock()
-        self.waiting: dict[socket.socket, float] = {}  # connection → until when it has to ask
+        self.waiting: dict[socket.socket, float] = {}  # connection → time limit of its request
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own; past CONNECTIONS of them not at all."""
+        """Answer in a new thread; close the connection where CONNECTIONS of them run."""
         with self._lock:
             free = self._taken < CONNECTIONS
             self._taken += free
@@ -129,7 +133,7 @@ class DemoServer(ThreadingHTTPServer):
                 self._taken -= 1
 
     def service_actions(self) -> None:
-        """Close what has not asked for anything in its time, twice a second."""
+        """Close connections that sent no request in time; called twice a second."""
         now = time.monotonic()
         for connection, until in list(self.waiting.items()):
             if until < now:
@@ -137,24 +141,26 @@ class DemoServer(ThreadingHTTPServer):
                     connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
 
     def server_bind(self) -> None:
-        """Bind; http.server would also ask the network for the name of this address."""
+        """Bind, without the look-up of a host name that http.server makes."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, int(self.server_address[1])
 
     @property
     def places_taken(self) -> int:
-        """How many connections have a thread now."""
+        """Number of connections that have a thread now."""
         return self._taken
 
     def close(self) -> None:
+        """Stop to listen."""
         self.server_close()
 
     @property
     def url(self) -> str:
+        """The address of the page."""
         return f"http://{HOST}:{self.server_address[1]}/"
 
     def find(self, path: str) -> Path | None:
-        """The file behind a path; None where there is none, or none that is to be seen."""
+        """Find the file for a path; None where there is none, or none that may be served."""
         if path.startswith("/bundle/"):
             name = path.removeprefix("/bundle/")
             if name not in self._listed:
@@ -163,18 +169,18 @@ class DemoServer(ThreadingHTTPServer):
         return _inside(self.page / (path.lstrip("/") or "index.html"), [self.page.resolve()])
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that closes a connection is no error."""
+        """Print nothing: a browser that closes a connection is no error."""
 
 
 def _homes(folder: Path) -> list[Path]:
-    """Where a bundle's files may lie: in its folder, or among the blobs of the Hub's cache."""
+    """The folders that may hold a bundle's files: its own, and the blobs of the Hub's cache."""
     real = folder.resolve()
     blobs = real.parent.parent / "blobs"
     return [real, blobs] if real.parent.name == "snapshots" else [real]
 
 
 def _inside(path: Path, homes: list[Path]) -> Path | None:
-    """The path; None where no file is, or where its links lead elsewhere."""
+    """Return the path; None where there is no file, or where a link leads out of the folders."""
     try:
         file = path.resolve()
         inside = any(file.is_relative_to(home) for home in homes)
@@ -205,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         if not self._is_for_us():
-            self.send_error(HTTPStatus.FORBIDDEN, "this server is for this machine")
+            self.send_error(HTTPStatus.FORBIDDEN, "this server answers this machine only")
         elif (file := self.server.find(unquote(urlsplit(self.path).path))) is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         elif (span := parse_range(self.headers.get("Range"), file.stat().st_size)) is None:
@@ -223,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, path: Path, start: int, stop: int, *, with_body: bool) -> None:
         try:
             file = path.open("rb")
-        except OSError:  # not to be read
+        except OSError:  # not readable
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         with file:
@@ -253,13 +259,14 @@ class _Handler(BaseHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the page itself says what it does."""
+        """Print nothing: the page shows what it does."""
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """(start, stop) of a Range header; the whole file without one, None where none of it exists.
+    """Read (start, stop) from a Range header; None where no byte of the range exists.
 
-    Several ranges at once, and what is no range at all, are ignored, as RFC 9110 allows.
+    Without a header it is the whole file. So it is for several ranges, and for a header that is no
+    range, as RFC 9110 allows.
     """
     match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", (header or "").strip())
     if match is None or match.group(0) == "bytes=-":
@@ -276,7 +283,7 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def content_type(file: Path) -> str:
-    """By the file's name; the system's table may lack WebAssembly or know a wrong type."""
+    """Choose the type by the file's name; the system's table may lack or mistake WebAssembly."""
     if file.suffix in TYPES:
         return TYPES[file.suffix]
     kind, _ = mimetypes.guess_type(file.name)

@@ -1,8 +1,7 @@
-"""Every error that a user can cause.
+"""The errors that a user can cause, and warnings.
 
-Each carries what was expected, what was found, where, and a `hint` that says what to do next.
-The command line prints the two lines and leaves with `exit_code`; it never shows a traceback
-for one of these.
+The message of an error says what was expected, what was found, and where; `hint` says what to do
+next. The command line prints these two lines and exits with `exit_code`, without a traceback.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class VlmportError(Exception):
         self.code = code
 
     def to_json(self) -> dict[str, str]:
-        """Code, message and, where there is one, hint."""
+        """Return code, message and, where there is one, hint as a dict."""
         hint = {} if self.hint is None else {"hint": self.hint}
         return {"code": self.code, "message": str(self), **hint}
 
@@ -61,75 +60,75 @@ class VlmportWarning(UserWarning):
 
 
 class OptionWarning(VlmportWarning):
-    """A default of generation_config.json that is not supported, and is left out."""
+    """A default of generation_config.json is not supported, and is left out."""
 
 
 class AnswerWarning(VlmportWarning):
-    """An answer that is not complete."""
+    """An answer is not complete."""
 
 
 class CheckpointWarning(VlmportWarning):
-    """Files of a checkpoint that disagree; the message says which of them counts."""
+    """Files of a checkpoint disagree; the message says which of them is used."""
 
 
 class ExportWarning(VlmportWarning):
-    """Something that an export leaves out, or that a killed export left behind."""
+    """An export leaves something out, or a killed export left something behind."""
 
 
 class SourceError(VlmportError):
-    """A model source (built-in name, folder, Hub id) that can't be found or read."""
+    """A model source (built-in name, folder, Hub id) can't be found or read."""
 
 
 class ConfigError(VlmportError):
-    """A configuration file with a missing key, or with a value that vlmport does not support."""
+    """A configuration file lacks a key, or has a value that vlmport does not support."""
 
 
 class WeightError(VlmportError):
-    """Weights that are missing, surplus, misshapen or unreadable; the message names them."""
+    """Weights are missing, surplus, of a wrong shape or unreadable; the message names them."""
 
 
 class AdapterError(WeightError):
-    """A LoRA adapter that does not fit its base model."""
+    """A LoRA adapter does not fit its base model."""
 
 
 class TokenizerError(VlmportError):
-    """A tokenizer or chat template that is missing or unreadable."""
+    """A tokenizer or chat template is missing or unreadable."""
 
 
 class ExportError(VlmportError):
-    """An export that can't be made: the target exists, the disk is full, an unknown precision."""
+    """An export is not possible: the target exists, the disk is full, an unknown precision."""
 
 
 class BundleError(VlmportError):
-    """A bundle that is incomplete, damaged or of a newer version."""
+    """A bundle is incomplete, damaged or of a newer version."""
 
 
 class ImageError(VlmportError):
-    """An image that can't be read, or is too large."""
+    """An image can't be read, or is too large."""
 
 
 class PromptError(VlmportError):
-    """Messages, template or image placeholders that don't fit together."""
+    """Messages, chat template and images do not fit together, or into the context."""
 
 
 class DeviceError(VlmportError):
-    """A device that the installed ONNX Runtime does not offer."""
+    """The installed ONNX Runtime does not have a device, or it failed."""
 
 
 class OptionError(VlmportError):
-    """A generation option out of its range, or two that contradict each other."""
+    """An option is unknown, out of its range, or contradicts another."""
 
 
 class DependencyError(VlmportError):
-    """A package that is needed and not installed, or installed in another version."""
+    """A package that is needed is not installed, or is installed in another version."""
 
 
 class EvaluationError(VlmportError):
-    """Images or reference captions that a bundle can't be measured on."""
+    """A bundle can't be measured on these images or reference captions."""
 
 
 class OutputError(VlmportError):
-    """Standard output that can't be written, or that no program reads any more."""
+    """Standard output can't be written, or its reader has ended."""
 
 
 class VerificationError(VlmportError):
@@ -151,7 +150,7 @@ def warn(warning: VlmportWarning) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the nearest known name, else an empty string."""
+    """Return " (did you mean 'x'?)" for the nearest known name, else an empty string."""
     if len(name) > LONGEST:  # no name of ours is near it, and to compare takes seconds
         return ""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -159,23 +158,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def some_names(names: Iterable[str], limit: int = 8, width: int = 200) -> str:
-    """The names, quoted and sorted, each cut at `width` characters; past `limit` the rest is
-    counted."""
+    """Join names, quoted and sorted, each cut at `width` characters; past `limit` count them."""
     ordered = sorted(names)
     shown = ", ".join(cut(repr(name), width) for name in ordered[:limit])
     return shown + (f", … and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 def some_problems(problems: Sequence[str], limit: int = 6, width: int = 200) -> str:
-    """The first of them, each cut at `width` characters, and how many more: whatever a file holds,
-    a message about it is short."""
+    """Join problems, each cut at `width` characters; past `limit` count them.
+
+    Whatever a file holds, a message about it is short.
+    """
     shown = [cut(one, width) for one in problems[:limit]]
     rest = len(problems) - limit
     return "; ".join(shown) + (f"; … and {rest} more" if rest > 0 else "")
 
 
 def quoted(value: object, width: int = LONGEST) -> str:
-    """A value as Python writes it, cut at `width` characters: for a message that repeats it."""
+    """Write a value as Python does, cut at `width` characters, for a message."""
     try:
         return cut(repr(value), width)
     except Exception:  # a number of more than 4300 digits, or an object that can't be written
@@ -183,19 +183,18 @@ def quoted(value: object, width: int = LONGEST) -> str:
 
 
 def cut(text: str, width: int = LONGEST) -> str:
-    """A text, cut at `width` characters."""
+    """Cut a text at `width` characters."""
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _bounded(text: str) -> str:
-    """A message that repeats no value of any length: paths, addresses and what else has no space
-    are cut, and so is a message that is longer than any of ours."""
+    """Cut long values in a message (paths, addresses, all without a space), and a long message."""
     text = _RUN.sub(lambda run: cut(run[0]), text)
     return text if len(text) <= MESSAGE else f"{text[:139]} … {text[-58:]}"
 
 
 def _unpickled(kind: type[Exception], args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
-    """An error from another process: pickle alone would call its class without the code."""
+    """Make an error from a pickle, which alone would call its class without the code."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)
     return error

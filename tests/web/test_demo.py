@@ -198,8 +198,9 @@ def test_another_sites_name_is_refused(server: demo.DemoServer) -> None:
 
 def test_a_port_that_is_taken(server: demo.DemoServer) -> None:
     port = server.server_address[1]
-    with pytest.raises(OptionError, match=f"port {port}: another program listens there"):
+    with pytest.raises(OptionError, match=f"port {port}: another program") as caught:
         demo.make_server(server.bundle, port)
+    assert caught.value.code == "demo.port-unavailable"
     with pytest.raises(OptionError, match="port 99999"):
         demo.make_server(server.bundle, 99999)
 

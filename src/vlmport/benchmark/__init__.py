@@ -1,9 +1,9 @@
-"""How fast a bundle is on this machine, and what it takes: `vlmport bench`.
+"""Measure how fast a bundle is on this machine, and the memory it takes: `vlmport bench`.
 
     report = bench("bundle")
     report.figures["q4"]["decode_tokens_per_s@100"]
 
-docs/benchmarks.md says what each figure is.
+docs/benchmarks.md explains each figure.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """The figures of a bundle.
 
     Attributes:
-        machine, settings: on what, and how.
-        figures: precision → figure → median; '@n' ends the figures of n tokens.
-        notes: what was left out, and why.
+        bundle: its name.
+        machine, settings: what was measured on, and how.
+        figures: precision → figure → median. Names of figures of n tokens end in '@n'.
+        notes: lengths that were left out, and why.
     """
 
     bundle: str
@@ -65,7 +66,7 @@ class Report:
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The table: a row for each figure, a column for each precision, as wide as need be."""
+        """Format the table: a row for each figure, a column for each precision."""
         rows = [["", *self.figures]]
         for name in next(iter(self.figures.values()), {}):
             kind, _, length = name.partition("@")
@@ -80,6 +81,7 @@ class Report:
         ]
 
     def to_json(self) -> dict[str, Any]:
+        """The report as a dict for JSON."""
         return {
             "bundle": self.bundle,
             "machine": dict(self.machine),
@@ -100,84 +102,110 @@ def bench(
     cold: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure a bundle on this machine's CPU, its precisions in turn.
+    """Measure how fast a bundle is on this machine's CPU, all its precisions in turn.
 
     Args:
+        bundle: a bundle, or its folder.
         precisions: names, 'auto' or mixes such as 'vision=q8,decoder=q4'; None for 'auto' and all
-            that the whole bundle exists in.
-        lengths: tokens of the prompts; those that the model's context has no room for are left out
-            with a note.
-        rounds: each gives every figure once; medians are reported.
-        new_tokens: decoded at each length.
-        threads: of ONNX Runtime; None for one per core.
-        cold: also start a process for each precision, for the time to a first caption and memory.
+            of the bundle.
+        lengths: numbers of tokens of the prompts. Those that do not fit into the model's context
+            are left out, and `notes` says so.
+        rounds: number of rounds; each gives every figure once, and medians are reported.
+        new_tokens: number of tokens to decode after each prompt.
+        threads: number of threads of ONNX Runtime; None for one per core.
+        cold: also start a process for each precision, which gives the seconds to the first caption
+            and the memory.
+        progress: called with (done steps, all steps, what is being measured).
 
-    Raises BundleError for a bad bundle or a precision that it lacks, OptionError for a number out
-    of its range.
+    Returns:
+        The report.
+
+    Raises:
+        BundleError: the bundle is damaged, or lacks a precision.
+        OptionError: a number is out of its range.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    rounds, new_tokens = (
-        whole_number("rounds", rounds, 1),
-        whole_number("new_tokens", new_tokens, 2),
-    )
-    wanted = sorted({whole_number("lengths", length, 1) for length in lengths})
+    rounds = whole_number("rounds", rounds, 1)
+    new_tokens = whole_number("new_tokens", new_tokens, 2)
+    fitting, notes = _fitting(opened, lengths, new_tokens)
     names = list(dict.fromkeys(precisions or _all_precisions(opened)))
-    context = opened.manifest.dims.context_length
+    # Open all first: an error comes before minutes of work.
+    components = {
+        name: TimedComponents.open(opened, precision=name, threads=threads) for name in names
+    }
+    steps = Steps(progress)
+    figures = _medians(components, fitting, new_tokens, rounds, steps, later=cold * len(names))
+    for name in names:
+        if cold:
+            start = functools.partial(_cold, opened, name, threads)
+            figures[name] |= _step(steps, f"{name}, cold", start)()
+        figures[name]["size_mb"] = _size(opened, components[name]) / 1e6
+    settings = {
+        "rounds": rounds,
+        "new_tokens": new_tokens,
+        "picture": [WIDTH, HEIGHT],
+        "cold_tokens": COLD_TOKENS,
+    }
+    return Report(opened.manifest.name, describe_machine(threads), settings, figures, notes)
+
+
+def _fitting(
+    bundle: Bundle, lengths: Sequence[int], new_tokens: int
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Sort the lengths that fit into the context from those that do not, with a note for each."""
+    wanted = sorted({whole_number("lengths", length, 1) for length in lengths})
+    context = bundle.manifest.dims.context_length
     fitting = tuple(length for length in wanted if length + new_tokens <= context)
     notes = tuple(
         f"{length} tokens and {new_tokens} more are past the model's context of {context}"
         for length in wanted
         if length not in fitting
     )
-    # All are opened first, so that what is wrong is said before minutes of work.
-    components = {
-        name: TimedComponents.open(opened, precision=name, threads=threads) for name in names
-    }
+    return fitting, notes
+
+
+def _medians(
+    components: Mapping[str, TimedComponents],
+    lengths: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    steps: Steps,
+    *,
+    later: int,
+) -> dict[str, dict[str, float]]:
+    """Measure each figure of each precision in turn, `rounds` times: precision → figure → median.
+
+    Args:
+        later: number of steps that follow, for the progress.
+    """
     benches = {}
-    steps = Steps(progress)
     for name, one in components.items():
         steps.say(f"opening {name}")
-        benches[name] = Bench(one, gradient(), fitting, new_tokens)
+        benches[name] = Bench(one, gradient(), lengths, new_tokens)
     calls = {
-        (name, figure): _step(steps, f"{figure} of {name}", call)
+        (name, figure): _step(steps, f"{figure} of {name}", one.measures[figure])
         for figure in next(iter(benches.values())).measures
-        for name, call in ((name, one.measures[figure]) for name, one in benches.items())
+        for name, one in benches.items()
     }
-    steps.total = (1 + rounds) * len(calls) + cold * len(names)
+    steps.total = (1 + rounds) * len(calls) + later
     interleaved(calls, 1)  # the first round is slower, and not counted
-    figures: dict[str, dict[str, float]] = {name: {} for name in names}
+    figures: dict[str, dict[str, float]] = {name: {} for name in components}
     for (name, figure), values in interleaved(calls, rounds).items():
         figures[name][figure] = round(median(values), 4)
     for one in benches.values():
         one.vlm.close()
-    for name in names:
-        if cold:
-            start = functools.partial(_cold, opened, name, threads)
-            figures[name] |= _step(steps, f"{name}, cold", start)()
-        figures[name]["size_mb"] = _size(opened, components[name]) / 1e6
-    return Report(
-        opened.manifest.name,
-        describe_machine(threads),
-        {
-            "rounds": rounds,
-            "new_tokens": new_tokens,
-            "picture": [WIDTH, HEIGHT],
-            "cold_tokens": COLD_TOKENS,
-        },
-        figures,
-        notes,
-    )
+    return figures
 
 
 def _all_precisions(bundle: Bundle) -> tuple[str, ...]:
-    """All that the whole bundle exists in, and first 'auto' where it is a mix of them."""
+    """List the precisions of the bundle, and first 'auto' where it is a mix of them."""
     choose, whole = bundle.manifest.choose, bundle.manifest.precisions
     auto = choose("auto")
     return whole if any(choose(name) == auto for name in whole) else ("auto", *whole)
 
 
 class Steps:
-    """Counts what is done."""
+    """A count of the steps that are done, for the progress."""
 
     def __init__(self, progress: Progress | None):
         self.progress, self.done, self.total = progress, 0, 0
@@ -199,9 +227,9 @@ def _step(steps: Steps, what: str, work: Callable[[], Made]) -> Callable[[], Mad
 
 
 def _cold(bundle: Bundle, precision: str, threads: int | None) -> dict[str, float]:
-    """Seconds from starting Python to the end of a caption, and that process's peak memory.
+    """Measure the seconds from the start of Python to a caption, and the peak memory.
 
-    The system may still hold the files: it is Python, ONNX Runtime and the graphs that are cold.
+    The system may have the files in its cache: Python, ONNX Runtime and the graphs start cold.
     """
     numbers = (threads or 0, WIDTH, HEIGHT, COLD_TOKENS)
     command = [sys.executable, "-m", "vlmport.benchmark.cold", str(bundle.folder), precision]
@@ -217,8 +245,8 @@ def _cold(bundle: Bundle, precision: str, threads: int | None) -> dict[str, floa
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().rpartition("\n")[2]
         raise BundleError(
-            f"{precision}: a caption in a process of its own failed: {said}",
-            hint="does `vlmport caption` work? is there memory for a second copy of the model?",
+            f"{precision}: a caption in a new process failed: {said}",
+            hint="try `vlmport caption`; check that a second copy of the model fits into memory",
             code="benchmark.process-failed",
         ) from error
     seconds = time.perf_counter() - start
@@ -227,6 +255,6 @@ def _cold(bundle: Bundle, precision: str, threads: int | None) -> dict[str, floa
 
 
 def _size(bundle: Bundle, components: TimedComponents) -> int:
-    """Bytes of the files that this precision needs."""
+    """Add up the sizes in bytes of the files that this precision needs."""
     files = bundle.manifest.files
     return sum(files[name].size for name in bundle.manifest.files_of(components.choice))

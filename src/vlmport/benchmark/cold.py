@@ -1,8 +1,8 @@
-"""One caption in a process of its own: from nothing to text, and the most memory it took.
+"""Caption once in a new process, and print the peak memory.
 
     python -m vlmport.benchmark.cold BUNDLE PRECISION THREADS WIDTH HEIGHT TOKENS
 
-THREADS is 0 for one a core. Prints one line of JSON when the caption is there.
+THREADS is 0 for one per core. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 
 
 def main() -> None:
+    """Caption the picture that the arguments ask for."""
     folder, precision, *numbers = sys.argv[1:]
     threads, width, height, tokens = map(int, numbers)
 

@@ -1,7 +1,7 @@
-"""What a figure was measured on, and how several things are measured side by side.
+"""Describe the machine, and measure several calls in turn.
 
-Figures of one machine mean little on another, and those of a busy one mean little at all. So what
-is compared is run in turn, many times, and medians are given.
+Figures of one machine mean little on another, and those of a busy machine mean little at all. So
+calls that are compared run in turn, many times, and medians are given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 Key = TypeVar("Key")
 
-# What decides which kernels a CPU runs, of the flags that Linux lists.
+# The flags, of those that Linux lists, by which ONNX Runtime chooses kernels.
 INSTRUCTIONS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8",
     "asimd", "asimddp", "i8mm", "bf16", "sve",
@@ -28,7 +28,7 @@ INSTRUCTIONS = (
 def describe_machine(
     threads: int | None, packages: Iterable[str] = ("vlmport", "onnxruntime", "numpy")
 ) -> dict[str, Any]:
-    """CPU, threads, load, and the versions of packages; what can't be told is left out."""
+    """List CPU, threads, load, and versions of packages; unknown facts are left out."""
     model, flags = _cpu()
     facts = {
         "cpu": model or platform.processor() or platform.machine(),
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
-    """The CPU's name and its instruction sets, where Linux says so."""
+    """Read the CPU's name and its instruction sets; empty on other systems than Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -65,9 +65,9 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has held; None where the system does not say.
+    """Peak memory of this process in bytes; None where the system does not tell.
 
-    Linux's own figure is preferred: `ru_maxrss` of a child begins with that of its parent.
+    Linux's own figure comes first: `ru_maxrss` of a child begins with that of its parent.
     """
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -84,9 +84,10 @@ def peak_memory() -> int | None:
 
 
 def interleaved(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[Any]]:
-    """What each call gave in each round; every other round runs them in the opposite order.
+    """Run all calls in each round, and return the results of each call.
 
-    So whatever slows the machine for a while slows all of them.
+    Every other round runs them in the opposite order, so that what slows the machine for a while
+    slows all of them.
     """
     results: dict[Key, list[Any]] = {key: [] for key in calls}
     for number in range(rounds):
@@ -96,11 +97,12 @@ def interleaved(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """How long one call took."""
+    """Measure one call, in milliseconds."""
     start = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - start)
 
 
 def median(values: Iterable[float]) -> float:
+    """The median as a float."""
     return float(statistics.median(values))

@@ -1,4 +1,4 @@
-"""Measure one bundle at one precision: each stage alone, and what Python costs beside them."""
+"""Measure one bundle at one precision: each stage alone, and the time in Python between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmport.runtime.model import VLM
 
 @dataclass(frozen=True)
 class Run:
-    """One run of ONNX Runtime, in seconds of the clock."""
+    """One run of a graph: its start and end, in seconds of the clock."""
 
     component: str
     start: float
@@ -28,7 +28,7 @@ class Run:
 
 
 class TimedSession:
-    """A session of ONNX Runtime whose runs are noted."""
+    """A session of ONNX Runtime that records its runs."""
 
     def __init__(self, session: ort.InferenceSession, component: str, runs: list[Run]):
         self._session, self._component, self._runs = session, component, runs
@@ -51,10 +51,10 @@ class TimedSession:
 
 
 class TimedComponents(Components):
-    """Components that note each run of ONNX Runtime.
+    """Components that record each run of ONNX Runtime.
 
     Attributes:
-        runs: in their order.
+        runs: the runs, in order.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -69,7 +69,7 @@ class TimedComponents(Components):
 
 
 def python_milliseconds(runs: Sequence[Run]) -> float:
-    """The median over tokens of the time between two runs of the decoder, less all runs in it."""
+    """Median over tokens of the time between two runs of the decoder, without the runs in it."""
     ends = [at for at, run in enumerate(runs) if run.component == DECODER]
     tokens = []
     for previous, this in itertools.pairwise(ends):
@@ -79,10 +79,10 @@ def python_milliseconds(runs: Sequence[Run]) -> float:
 
 
 class Bench:
-    """One precision, ready to be measured again and again.
+    """The measurements of one precision.
 
     Attributes:
-        measures: figure → what measures it once. Figures of n tokens end in '@n'.
+        measures: figure → a call that measures it once. Names of figures of n tokens end in '@n'.
     """
 
     def __init__(
@@ -92,7 +92,14 @@ class Bench:
         lengths: Sequence[int],
         new_tokens: int,
     ):
-        """Of prompts of these lengths, in tokens, each followed by `new_tokens` decoded ones."""
+        """Open the model, and prepare prompts of these lengths in tokens.
+
+        Args:
+            components: the graphs.
+            picture: the image to process and encode.
+            lengths: numbers of tokens of the prompts.
+            new_tokens: number of tokens to decode after each prompt.
+        """
         self.components, self.picture, self.new_tokens = components, picture, new_tokens
         self.vlm = VLM(components)
         limit = components.manifest.dims.context_length
@@ -111,21 +118,21 @@ class Bench:
         self.measures["python_ms"] = self._python
 
     def prefill(self, length: int) -> np.ndarray:
-        """Logits f32[V] after so many tokens."""
+        """Prefill a prompt of `length` tokens, and return its last logits f32[V]."""
         self._cache.lengths[0] = 0
         return self._cache.prefill(0, self.components.embed(self.ids(length))[0])[-1]
 
     def ids(self, length: int) -> np.ndarray:
-        """Ids i64[1, S] all over the vocabulary."""
+        """Random token ids i64[1, S], the same for the same length."""
         vocabulary = self.components.manifest.dims.vocab_size
         return np.random.default_rng(length).integers(0, vocabulary, (1, length))
 
     def _prefill(self, length: int) -> float:
-        """Milliseconds from ids to the logits of the last."""
+        """Milliseconds from token ids to the last logits."""
         return milliseconds(lambda: self.prefill(length))
 
     def _decode(self, length: int) -> float:
-        """Tokens per second after a prompt: embed the last, run, take the best."""
+        """Tokens per second after a prompt: embed the last token, run, take the most likely."""
         self.prefill(length)
         token = self.ids(1)
         start = time.perf_counter()
@@ -134,7 +141,7 @@ class Bench:
         return self.new_tokens / (time.perf_counter() - start)
 
     def _python(self) -> float:
-        """Milliseconds a token outside ONNX Runtime, in a whole caption's decoding."""
+        """Milliseconds per token outside ONNX Runtime, in the decoding of a caption."""
         self.components.runs.clear()
         tokens = self.new_tokens
         self.vlm.caption(self.picture, max_new_tokens=tokens, min_new_tokens=tokens)

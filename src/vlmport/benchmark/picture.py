@@ -1,4 +1,4 @@
-"""The picture that benchmarks caption: what is in it costs nothing, only its size does."""
+"""The image that benchmarks caption: its size matters, its content does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 640, 480
 
 
 def gradient(width: int = WIDTH, height: int = HEIGHT) -> UInt8[np.ndarray, "H W 3"]:
-    """Two gradients and a pattern."""
+    """Draw two gradients and a pattern."""
     y, x = np.mgrid[:height, :width]
     rgb = np.stack([x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), x * y], axis=-1)
     return rgb.astype(np.uint8)
