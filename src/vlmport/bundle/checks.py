@@ -11,7 +11,9 @@ from vlmport.bundle.precisions import ANY
 def contradictions(manifest: Manifest) -> list[str]:
     """What a schema can't say: the layout's components are there, named files are listed, auto
     choices exist, lengths agree."""
-    absent = [name for name in LAYOUTS[manifest.layout] if name not in manifest.components]
+    absent = [
+        name for name in LAYOUTS[manifest.layout].components if name not in manifest.components
+    ]
     problems = [f"layout {manifest.layout}: no component {name}" for name in absent]
     for component, forms in manifest.components.items():
         for variant in forms.values():

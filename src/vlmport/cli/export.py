@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlmport.bundle.layouts import LAYOUTS
 from vlmport.cli.app import SectionedCommand, app
 from vlmport.cli.arguments import Adapter, Revision
 from vlmport.cli.console import command_line, export_progress, say
@@ -27,8 +28,7 @@ Precisions = Annotated[
 LayoutName = Annotated[
     str,
     typer.Option(
-        help="Form of the folder: hub; components (a captioner's four files); fused (two graphs "
-        "without a cache); genai (onnxruntime-genai's)."
+        help=f"Form of the folder: {'; '.join(map(str, LAYOUTS.values()))}.",
     ),
 ]
 ImageSize = Annotated[

@@ -20,7 +20,7 @@ from vlmport.bundle import (
     hash_folder,
     write_manifest,
 )
-from vlmport.bundle.layouts import HUB, ImageSize
+from vlmport.bundle.layouts import HUB, LAYOUTS, ImageSize
 from vlmport.checkpoint import Checkpoint, locate_adapter
 from vlmport.errors import ExportError, ExportWarning, WeightError, did_you_mean, warn
 from vlmport.exporter.assign import PAST_FLOAT16, Assignment
@@ -37,18 +37,16 @@ from vlmport.families.base import Family, Layout, SizedLayout
 from vlmport.graph.builder import GraphBuilder, to_model
 from vlmport.graph.precision import PRECISIONS, Precision, parse_precisions
 
-# Device → the precisions that 'auto' prefers there, best first, of each component. The 8-bit
-# kernels are fastest for many rows (a picture's patches), the 4-bit ones for one (a decode step).
-# WASM unpacks 4-bit matrices anew in every call; WebGPU has no 8-bit activations.
-MANY_ROWS, ONE_ROW = ("q8", "q4", "fp32"), ("q4", "q8", "fp32")
-PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {
-        **dict.fromkeys(("vision_encoder", "vision", "projection", "text_with_image"), MANY_ROWS),
-        "*": ONE_ROW,
-    },
-    "cuda": {"*": ("fp16", "fp32")},
-    "webgpu": {"*": ("q4", "fp32")},
-    "wasm": {"*": ("q8", "fp32")},
+# Device → the precisions that 'auto' prefers there, best first: those of components that compute
+# many rows in a call (an image's patches), and those of the others (a decode step). The 8-bit
+# kernels are fastest for many rows, the 4-bit ones for one. WASM unpacks 4-bit matrices in every
+# call; WebGPU has no 8-bit activations.
+Preferred = tuple[str, ...]
+PREFERRED: Mapping[str, tuple[Preferred, Preferred]] = {
+    "cpu": (("q8", "q4", "fp32"), ("q4", "q8", "fp32")),
+    "cuda": (("fp16", "fp32"), ("fp16", "fp32")),
+    "webgpu": (("q4", "fp32"), ("q4", "fp32")),
+    "wasm": (("q8", "fp32"), ("q8", "fp32")),
 }
 
 # done bytes, total bytes, what is being written
@@ -250,7 +248,7 @@ def _write_manifest(
         variant = Variant(job.file, data_files(folder, job))
         components.setdefault(job.component, {})[job.precision] = variant
     precisions = [p for p in PRECISIONS if any(job.precision == p for job in jobs)]
-    auto = _auto(components, precisions)
+    auto = _auto(layout_name, components, precisions)
     hub = layout.hub_files()
     client = _transformers_js(components, auto) if layout_name == HUB else None
     write_hub_files(checkpoint, hub, folder, client)
@@ -307,19 +305,20 @@ def _try_out(bundle: Bundle) -> None:
 
 
 def _auto(
-    components: Mapping[str, Mapping[str, Variant]], precisions: list[str]
+    layout: str, components: Mapping[str, Mapping[str, Variant]], precisions: list[str]
 ) -> dict[str, dict[str, str]]:
-    """Device → component → precision, of those that were exported."""
+    """Choose for each device the precision of each component, among those that were exported."""
+    many_rows = LAYOUTS[layout].many_rows
 
-    def best(component: str, order: Mapping[str, tuple[str, ...]]) -> str:
+    def best(component: str, of_many: Preferred, of_one: Preferred) -> str:
         if ANY in components[component]:
             return ANY
-        wanted = [*order.get(component, order["*"]), *SUFFIXES]
+        wanted = [*(of_many if component in many_rows else of_one), *SUFFIXES]
         return next(precision for precision in wanted if precision in precisions)
 
     return {
-        device: {component: best(component, order) for component in components}
-        for device, order in PREFERRED.items()
+        device: {component: best(component, *orders) for component in components}
+        for device, orders in PREFERRED.items()
     }
 
 
