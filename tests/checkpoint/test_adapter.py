@@ -62,7 +62,7 @@ def test_the_update_is_alpha_over_r_b_a(tmp_path: Path) -> None:
     for name in LAYERS:
         tensor = tensors[f"{name}.weight"]
         np.testing.assert_array_equal(tensor.numpy(), np.full((3, 4), 1 + 6 / 2 * 4))
-        assert (tensor.shape, tensor.dtype, tensor.nbytes) == ((3, 4), "F32", 48)
+        assert (tensor.shape, tensor.dtype) == ((3, 4), "F32")
         assert tensor.name == f"{name}.weight"
     assert set(tensors) == set(BASE)
     assert tensors["vision.q_proj.weight"].numpy().max() == 1

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vlmport.checkpoint.weights import LazyTensor, Weights
+from vlmport.checkpoint.lazy_tensor import DerivedTensor, LazyTensor
+from vlmport.checkpoint.weights import Weights
 from vlmport.errors import AdapterError
 
 __all__ = ["LoraScale", "MergedTensor", "merge_pairs", "merge_stored"]
@@ -43,33 +44,20 @@ class LoraScale:
 
 
 @dataclass(frozen=True)
-class MergedTensor:
+class MergedTensor(DerivedTensor):
     """A base weight [out, in] with A [r, in] and B [out, r] added to it when it is read.
 
     A convolution's is [out, in, *kernel] with A [r, in, *kernel] and B [out, r, 1, …]: flattened,
     it is the same product (peft 0.21, tuners/lora/layer.py, `_ConvNd.get_delta_weight`).
     """
 
-    base: LazyTensor
     a: LazyTensor
     b: LazyTensor
     scale: LoraScale
 
     @property
-    def name(self) -> str:
-        return self.base.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.base.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
 
     def numpy(self) -> npt.NDArray[np.float32]:
         """W + (α/r)·B·A in float32, in blocks of rows."""

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from vlmport.checkpoint.lazy_tensor import DerivedTensor
 from vlmport.checkpoint.model_card import base_model
 from vlmport.checkpoint.names import is_buffer
 from vlmport.checkpoint.safetensors_file import StoredTensor
@@ -77,7 +78,7 @@ def without_quantization(config: Json) -> Json:
 
 
 @dataclass(frozen=True)
-class Dequantized:
+class Dequantized(DerivedTensor):
     """A weight that becomes floats when it is read.
 
     Attributes:
@@ -88,18 +89,6 @@ class Dequantized:
     base: StoredTensor
     shape: tuple[int, ...]
     floats: Callable[[], npt.NDArray[np.float32]]
-
-    @property
-    def name(self) -> str:
-        return self.base.name
-
-    @property
-    def dtype(self) -> str:
-        return self.base.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
 
     def numpy(self) -> npt.NDArray[np.float32]:
         """Its values in a fresh array. Raises WeightError where the sizes don't agree."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from vlmport.checkpoint.lazy_tensor import LazyTensor
 from vlmport.checkpoint.names import canonical_names, is_buffer
 from vlmport.checkpoint.quantized import dequantized
 from vlmport.checkpoint.safetensors_file import DOWNLOAD_AGAIN, StoredTensor
@@ -25,27 +24,6 @@ __all__ = ["LazyTensor", "StoredTensor", "Weights", "open_safetensors"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONVERT = "convert it: save_pretrained(folder, safe_serialization=True) in transformers"
-
-
-class LazyTensor(Protocol):
-    """A weight that is read when it is asked for.
-
-    Attributes:
-        name: its name in the file, for messages.
-        shape, dtype, nbytes: as stored ("F32", "F16", "BF16", …).
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-    def numpy(self) -> npt.NDArray[np.float32]:
-        """Its values in a fresh float32 array that the caller owns. Raises WeightError."""
-        ...
 
 
 class Weights(Mapping[str, LazyTensor]):

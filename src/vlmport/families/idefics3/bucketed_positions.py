@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmport.checkpoint import LazyTensor
+from vlmport.checkpoint.lazy_tensor import DerivedTensor
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
@@ -47,27 +47,14 @@ def _boundaries(side: int) -> Float32[np.ndarray, " n"]:
 
 
 @dataclass(frozen=True)
-class PickedRows:
-    """A tensor of which some rows are read, in an order of their own (a LazyTensor)."""
+class PickedRows(DerivedTensor):
+    """Some rows of a tensor, in an order of their own."""
 
-    table: LazyTensor
     rows: Int64[np.ndarray, " N"] = field(repr=False)
 
     @property
-    def name(self) -> str:
-        return self.table.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.rows), *self.table.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        return self.table.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.table.nbytes // self.table.shape[0] * len(self.rows)
+        return (len(self.rows), *self.base.shape[1:])
 
     def numpy(self) -> Float32[np.ndarray, "N ..."]:
-        return self.table.numpy()[self.rows]
+        return self.base.numpy()[self.rows]

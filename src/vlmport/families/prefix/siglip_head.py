@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from vlmport.checkpoint import LazyTensor
+from vlmport.checkpoint.lazy_tensor import DerivedTensor
 from vlmport.graph.builder import OpBuilder
 from vlmport.graph.layers import LayerNorm, Linear
 from vlmport.graph.parameters import Format, Weight
@@ -88,66 +89,43 @@ def folded_head(
     probe, weight, bias = found.values()
     return {
         **tensors,
-        f"{at}.scores": ProbeScores(probe, weight, bias, config.num_attention_heads),
+        f"{at}.scores": ProbeScores(weight, probe, bias, config.num_attention_heads),
         f"{at}.v_proj.weight": LastRows(weight, width),
         f"{at}.v_proj.bias": LastRows(bias, width),
     }
 
 
 @dataclass(frozen=True)
-class LastRows:
+class LastRows(DerivedTensor):
     """The last `rows` rows of a stored tensor."""
 
-    base: LazyTensor
     rows: int
-
-    @property
-    def name(self) -> str:
-        return self.base.name
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.rows, *self.base.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        return self.base.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes * self.rows // self.base.shape[0]
 
     def numpy(self) -> np.ndarray:
         return self.base.numpy()[-self.rows :].copy()
 
 
 @dataclass(frozen=True)
-class ProbeScores:
-    """[H, D]: what each head multiplies a patch with to score it, (probe·Wqᵀ + bq)·Wk / √(D/H)."""
+class ProbeScores(DerivedTensor):
+    """[H, D]: the factors by which each head scores a patch, (probe·Wqᵀ + bq)·Wk / √(D/H).
+
+    `base` is in_proj_weight, of which Wq and Wk are the first two thirds.
+    """
 
     probe: LazyTensor
-    weight: LazyTensor
     bias: LazyTensor
     heads: int
 
     @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        return (self.heads, self.weight.shape[1])
-
-    @property
-    def dtype(self) -> str:
-        return self.weight.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes * self.heads // self.weight.shape[0]
+        return (self.heads, self.base.shape[1])
 
     def numpy(self) -> np.ndarray:
-        weight = self.weight.numpy().astype(np.float64)
+        weight = self.base.numpy().astype(np.float64)
         width = weight.shape[1]
         query = weight[:width] @ self.probe.numpy().reshape(width) + self.bias.numpy()[:width]
         query = query.reshape(self.heads, 1, -1) / np.sqrt(width // self.heads)
