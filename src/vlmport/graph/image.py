@@ -1,18 +1,45 @@
-"""What image processors share beside resizing: the input, rescaling and normalising."""
+"""Parts of image processors: the input, rescaling and normalising; a processor to a fixed size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from vlmport.errors import ConfigError
-from vlmport.graph.builder import GraphBuilder, OpBuilder
+from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph
+from vlmport.graph.pillow_resize import Resample, resize
 
-__all__ = ["image_input", "normalized_planes", "rescale_and_normalize"]
+__all__ = ["fixed_size_processor", "image_input", "normalized_planes", "rescale_and_normalize"]
 
 BYTES = np.arange(256)
+
+
+class PixelSettings(Protocol):
+    """The keys of preprocessor_config.json that say how pixels become numbers."""
+
+    @property
+    def resample(self) -> int: ...
+    @property
+    def rescale_factor(self) -> float: ...
+    @property
+    def image_mean(self) -> Sequence[float]: ...
+    @property
+    def image_std(self) -> Sequence[float]: ...
+
+
+def fixed_size_processor(height: int, width: int, pixels: PixelSettings) -> GraphBuilder:
+    """image u8[H, W, 3] → pixel_values f32[1, 3, height, width]: resized, whatever its shape is."""
+    builder = new_graph("image_processor")
+    op = builder.op
+    resized = resize(op, image_input(builder), height, width, Resample(pixels.resample))
+    values = rescale_and_normalize(
+        op, resized, pixels.rescale_factor, pixels.image_mean, pixels.image_std
+    )
+    add_output(builder, values, "pixel_values", ir.DataType.FLOAT, [1, 3, height, width])
+    return builder
 
 
 def image_input(builder: GraphBuilder) -> ir.Value:

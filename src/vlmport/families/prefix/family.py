@@ -53,9 +53,8 @@ from vlmport.families.prefix.projection import Projection
 from vlmport.families.prefix.siglip_head import folded_head
 from vlmport.graph.builder import GraphBuilder, OpBuilder, add_output, new_graph, to_float32
 from vlmport.graph.decoder import DecoderConfig, decoder_graph, embed_graph
-from vlmport.graph.image import image_input, rescale_and_normalize
+from vlmport.graph.image import fixed_size_processor
 from vlmport.graph.parameters import Format
-from vlmport.graph.pillow_resize import Resample, resize
 from vlmport.graph.precision import Precision
 from vlmport.graph.siglip import SiglipVisionConfig, SiglipVisionTower
 from vlmport.text.tokenizer import new_token_id, read_tokenizer
@@ -200,16 +199,11 @@ class PrefixCaptioner(Family):
 
     def image_processor(self, *, with_prompt: bool = True) -> GraphBuilder:
         """image u8[H, W, 3] → pixel_values f32[1, 3, size, size], prompt_ids i64[T]."""
-        builder = new_graph("image_processor")
-        op, size, pixels = builder.op, self.vision.image_size, self.pixel_config
-        image = image_input(builder)
-        resized = resize(op, image, size, size, Resample(pixels.resample))
-        values = rescale_and_normalize(
-            op, resized, pixels.rescale_factor, pixels.image_mean, pixels.image_std
-        )
-        add_output(builder, values, "pixel_values", FLOAT, [1, 3, size, size])
+        size = self.vision.image_size
+        builder = fixed_size_processor(size, size, self.pixel_config)
         if not with_prompt:
             return builder
+        op = builder.op
         ids = np.full(self.image_tokens, self.image_token_id, np.int64)
         prompt_ids = op.Identity(op.initializer(ir.tensor(ids, name="image_token_ids")))
         add_output(builder, prompt_ids, "prompt_ids", INT64, [self.image_tokens])

@@ -29,9 +29,9 @@ from vlmport.families.qwen_vl.fused_decoder import text_with_image_graph
 from vlmport.families.qwen_vl.merged_embedding import merged_embedding_graph
 from vlmport.graph.builder import GraphBuilder, add_output, new_graph, to_float32
 from vlmport.graph.decoder import decoder_graph
-from vlmport.graph.image import image_input, rescale_and_normalize
+from vlmport.graph.decoder_config import DecoderConfig
+from vlmport.graph.image import fixed_size_processor
 from vlmport.graph.parameters import Format
-from vlmport.graph.pillow_resize import Resample, resize
 
 if TYPE_CHECKING:
     from vlmport.families.qwen_vl.family import QwenVL
@@ -63,7 +63,9 @@ def _fused_at(family: QwenVL, size: ImageSize) -> Layout:
             code="layout.wrong-image-size",
         )
     return Layout(
-        fixed_graphs=lambda: {"image_processor": _image_processor(family, size)},
+        fixed_graphs=lambda: {
+            "image_processor": fixed_size_processor(size.height, size.width, pixels)
+        },
         graphs=lambda precision: {
             "vision": _vision(family, size, precision.vision),
             "text_with_image": text_with_image_graph(
@@ -92,18 +94,6 @@ def _grid(family: QwenVL, size: ImageSize) -> tuple[int, int]:
             code="layout.wrong-image-size",
         )
     return size.height // patching.size, size.width // patching.size
-
-
-def _image_processor(family: QwenVL, size: ImageSize) -> GraphBuilder:
-    """image u8[H, W, 3] → pixel_values f32[1, 3, height, width]: resized whatever its shape is."""
-    builder = new_graph("image_processor")
-    op, pixels = builder.op, family.pixel_config
-    image = resize(op, image_input(builder), size.height, size.width, Resample(pixels.resample))
-    values = rescale_and_normalize(
-        op, image, pixels.rescale_factor, pixels.image_mean, pixels.image_std
-    )
-    add_output(builder, values, "pixel_values", FLOAT, [1, 3, size.height, size.width])
-    return builder
 
 
 def _vision(family: QwenVL, size: ImageSize, form: Format) -> GraphBuilder:
@@ -185,14 +175,17 @@ def _genai_files(family: QwenVL) -> HubFiles:
 
 
 def genai_config(family: QwenVL, files: Mapping[str, str]) -> dict[str, Any]:
-    """What onnxruntime-genai reads: sizes, names of inputs and outputs, and which graphs to open.
+    """genai_config.json: sizes, names of inputs and outputs, and which graphs to open.
 
     Args:
         files: component → the graph's path.
     """
+    return {"model": _genai_model(family, files), "search": _genai_search(family)}
+
+
+def _genai_model(family: QwenVL, files: Mapping[str, str]) -> dict[str, Any]:
     text, config, generation = family.text, family.config, family.generation
-    past, present = "past_key_values.%d", "present.%d"
-    model = {
+    return {
         "type": family.name,
         "bos_token_id": generation.pad_token_id,  # it must have one; nothing adds it
         "eos_token_id": list(generation.stop_token_ids),
@@ -202,27 +195,7 @@ def genai_config(family: QwenVL, files: Mapping[str, str]) -> dict[str, Any]:
         "vision_start_token_id": config.vision_start_token_id,
         "context_length": text.max_position_embeddings,
         "vocab_size": text.vocab_size,
-        "decoder": {
-            "filename": files["decoder"],
-            "head_size": text.head_size,
-            "hidden_size": text.embeds_size,
-            "num_attention_heads": text.heads,
-            "num_hidden_layers": text.num_hidden_layers,
-            "num_key_value_heads": text.kv_heads,
-            "session_options": _session(),
-            "inputs": {
-                "inputs_embeds": "inputs_embeds",
-                "attention_mask": "attention_mask",
-                "position_ids": "position_ids",
-                "past_key_names": f"{past}.key",
-                "past_value_names": f"{past}.value",
-            },
-            "outputs": {
-                "logits": "logits",
-                "present_key_names": f"{present}.key",
-                "present_value_names": f"{present}.value",
-            },
-        },
+        "decoder": _genai_decoder(text, files["decoder"]),
         "embedding": {
             "filename": files["embedding"],
             "session_options": _session(),
@@ -239,15 +212,42 @@ def genai_config(family: QwenVL, files: Mapping[str, str]) -> dict[str, Any]:
             "outputs": {"image_features": "image_features"},
         },
     }
-    wanted = generation.defaults or {}
-    search = {
+
+
+def _genai_decoder(text: DecoderConfig, file: str) -> dict[str, Any]:
+    past, present = "past_key_values.%d", "present.%d"
+    return {
+        "filename": file,
+        "head_size": text.head_size,
+        "hidden_size": text.embeds_size,
+        "num_attention_heads": text.heads,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": text.kv_heads,
+        "session_options": _session(),
+        "inputs": {
+            "inputs_embeds": "inputs_embeds",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": f"{past}.key",
+            "past_value_names": f"{past}.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": f"{present}.key",
+            "present_value_names": f"{present}.value",
+        },
+    }
+
+
+def _genai_search(family: QwenVL) -> dict[str, Any]:
+    wanted = family.generation.defaults or {}
+    return {
         "do_sample": False,
         **{name: wanted[name] for name in SEARCH if wanted.get(name) is not None},
-        "max_length": min(GENAI_ROOM, text.max_position_embeddings),
+        "max_length": min(GENAI_ROOM, family.text.max_position_embeddings),
         "num_beams": 1,
         "past_present_share_buffer": True,
     }
-    return {"model": model, "search": search}
 
 
 def _session() -> dict[str, Any]:
