@@ -112,34 +112,17 @@ def conversation(
         weights: how often a kind is drawn; None draws all evenly, so that rare ones are learnt too.
     """
     asked = [describe(scenes[0], rng)] if len(scenes) == 1 else []
-    chosen = _drawn([*asked, *_all_about(scenes, rng)], rng, turns, weights)
+    chosen = draw([*asked, *all_about(scenes, rng)], rng, turns, weights)
     return [_showing(chosen[0], *range(len(scenes))), *chosen[1:]]
-
-
-def growing_conversation(
-    scenes: Sequence[Scene],
-    rng: random.Random,
-    turns: int,
-    weights: Mapping[str, float] | None = None,
-) -> list[Exchange]:
-    """A conversation about one picture, to which a second one comes with a later question."""
-    first, second = scenes
-    turn = rng.randint(1, turns - 1)
-    began = conversation([first], rng, turn, weights)
-    asked = [describe(second, rng), *_all_about(scenes, rng)]
-    begins, *rest = _drawn(asked, rng, turns - turn, weights)
-    # "this image" is the one that comes with the question.
-    later = [begins, *(one for one in rest if one.kind != "caption")]
-    return [*began, _showing(later[0], 1), *later[1:]]
 
 
 def _held_out(rng: random.Random, pictures: int) -> tuple[Exchange, list[Scene]]:
     scenes = [random_scene(rng)] if pictures == 1 else scene_pair(rng)
-    (asked,) = _drawn(_all_about(scenes, rng), rng, 1, {"which": 3.0})
+    (asked,) = draw(all_about(scenes, rng), rng, 1, {"which": 3.0})
     return _showing(asked, *range(len(scenes))), scenes
 
 
-def _all_about(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
+def all_about(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
     """Every question about one picture, or about two."""
     if len(scenes) == 1:
         return questions(scenes[0], rng)
@@ -149,12 +132,13 @@ def _all_about(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
     return asked
 
 
-def _drawn(
+def draw(
     asked: list[Exchange],
     rng: random.Random,
     turns: int,
     weights: Mapping[str, float] | None = None,
 ) -> list[Exchange]:
+    """Draw up to `turns` of the questions, first a kind by `weights` and then one of that kind."""
     left: dict[str, list[Exchange]] = {}
     for exchange in asked:
         left.setdefault(exchange.kind, []).append(exchange)
