@@ -126,12 +126,23 @@ def resolve(
             return _open_remote(str(source), folder, runs, verify_hashes)
         return Bundle.open(folder, check_hashes=bool(verify_hashes))
     adapter_folder = None if adapter is None else locate_adapter(adapter)
-    out = cache_folder() / entry_name(folder, adapter_folder, precisions)
+    name = folder.resolve().name if local else str(source)
+    return _exported(folder, adapter_folder, precisions, name, progress)
+
+
+def _exported(
+    folder: Path,
+    adapter: Path | None,
+    precisions: Sequence[str],
+    name: str,
+    progress: Progress | None,
+) -> Bundle:
+    """Open the bundle of a checkpoint in the cache; export it there first unless it is there."""
+    out = cache_folder() / entry_name(folder, adapter, precisions)
     if (cached := open_entry(out)) is not None:
         return cached
     from vlmport.exporter import export  # takes a second to import, and most runs don't need it
 
-    name = folder.resolve().name if local else str(source)
     try:
         if out.exists():
             shutil.rmtree(out)  # damaged, and in a folder of our own
@@ -139,7 +150,7 @@ def resolve(
             folder,
             out,
             precisions=None if tuple(precisions) == DEFAULT_PRECISIONS else precisions,
-            adapter=adapter_folder,
+            adapter=adapter,
             name=name,
             progress=progress,
         )

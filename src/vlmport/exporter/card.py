@@ -47,7 +47,30 @@ def write_card(
     source = read_card(checkpoint.folder)
     hub_id, commit = _on_the_hub(checkpoint.folder)
     base = hub_id or source.get("base_model")
-    data = ModelCardData(
+    licence = _listed(source.get("license_name") or source.get("license"))
+    made_from = f"the checkpoint {_code(name)}"
+    if hub_id:
+        made_from = f"{_code(hub_id)}, commit {_code(str(commit))}"
+    body = CARD.format(
+        name=_plain(name),
+        what=hub.description,
+        made_from=made_from,
+        base=_listed(base) or "not named by its source",
+        licence=licence or "not named by its source: ask there before you use it",
+        ignored="".join(
+            f"| left out | {len(names)} tensors of the checkpoint that match {_code(pattern)} |\n"
+            for pattern, names in (ignored or {}).items()
+        ),
+        rows="\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items()),
+        use=_use(next(iter(forms)), messages, hub) if runs else OTHER_USE,
+    )
+    data = _metadata(source, base, hub, runs=runs)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _metadata(source: Mapping[str, Any], base: Any, hub: HubFiles, *, runs: bool) -> ModelCardData:
+    """The card's YAML, from that of the source's card."""
+    return ModelCardData(
         library_name="transformers.js" if runs else None,
         base_model=base,
         license=source.get("license"),
@@ -57,30 +80,15 @@ def write_card(
         pipeline_tag=hub.pipeline_tag,
         tags=["onnx", "vlmport"],
     )
-    made_from = f"the checkpoint {_code(name)}"
-    if hub_id:
-        made_from = f"{_code(hub_id)}, commit {_code(str(commit))}"
-    body = CARD.format(
-        name=_plain(name),
-        what=hub.description,
-        made_from=made_from,
-        base=_listed(base) or "not named by its source",
-        licence=_listed(source.get("license_name") or source.get("license"))
-        or "not named by its source: ask there before you use it",
-        ignored="".join(
-            f"| left out | {len(names)} tensors of the checkpoint that match {_code(pattern)} |\n"
-            for pattern, names in (ignored or {}).items()
-        ),
-        rows="\n".join(f"| `{precision}` | {text} |" for precision, text in forms.items()),
-        use=USE.format(
-            precision=next(iter(forms)),
-            messages=json.dumps(list(messages), ensure_ascii=False),
-            inputs="image, prompt" if hub.image_before_text else "prompt, image",
-        )
-        if runs
-        else OTHER_USE,
+
+
+def _use(precision: str, messages: Sequence[Mapping[str, Any]], hub: HubFiles) -> str:
+    """The section that shows how to run the bundle."""
+    return USE.format(
+        precision=precision,
+        messages=json.dumps(list(messages), ensure_ascii=False),
+        inputs="image, prompt" if hub.image_before_text else "prompt, image",
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
 
 
 def _on_the_hub(folder: Path) -> tuple[str, str] | tuple[None, None]:

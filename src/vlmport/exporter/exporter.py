@@ -242,26 +242,20 @@ def _write_manifest(
     name: str,
     ignored: Mapping[str, tuple[str, ...]],
 ) -> Manifest:
-    """The files around the graphs and the manifest; the golden probe is still without answers."""
+    """Write the files around the graphs and the manifest; the golden probe has no answers yet."""
     components: dict[str, dict[str, Variant]] = {}
     for job in jobs:
         variant = Variant(job.file, data_files(folder, job))
         components.setdefault(job.component, {})[job.precision] = variant
     precisions = [p for p in PRECISIONS if any(job.precision == p for job in jobs)]
     auto = _auto(layout_name, components, precisions)
-    hub = layout.hub_files()
-    client = _transformers_js(components, auto) if layout_name == HUB else None
-    write_hub_files(checkpoint, hub, folder, client)
-    chosen = {name: components[name][form].model for name, form in auto["cpu"].items()}
-    for file, settings in layout.client_files(chosen).items():
-        write_json(folder / file, settings)
-    forms = {p: _describe(p, folder, components) for p in precisions}
+    _write_client_files(layout, checkpoint, folder, components, auto, is_hub=layout_name == HUB)
     write_card(
         checkpoint,
-        hub,
+        layout.hub_files(),
         folder,
         name=name,
-        forms=forms,
+        forms={p: _describe(p, folder, components) for p in precisions},
         messages=family.prompt.caption,
         runs=layout_name == HUB,
         ignored=ignored,
@@ -285,6 +279,23 @@ def _write_manifest(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _write_client_files(
+    layout: Layout,
+    checkpoint: Checkpoint,
+    folder: Path,
+    components: Mapping[str, Mapping[str, Variant]],
+    auto: Mapping[str, Mapping[str, str]],
+    *,
+    is_hub: bool,
+) -> None:
+    """Write what the Hub's clients read, and what only this layout's client reads."""
+    transformers_js = _transformers_js(components, auto) if is_hub else None
+    write_hub_files(checkpoint, layout.hub_files(), folder, transformers_js)
+    chosen = {name: components[name][form].model for name, form in auto["cpu"].items()}
+    for file, settings in layout.client_files(chosen).items():
+        write_json(folder / file, settings)
 
 
 def _golden_input(family: Family, layout: Layout) -> Golden:

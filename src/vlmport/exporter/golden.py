@@ -11,6 +11,8 @@ import numpy as np
 
 from vlmport.bundle import Bundle, Golden, GoldenImage, Manifest
 from vlmport.exporter.packing import largest_first
+from vlmport.runtime.golden import open_graphs
+from vlmport.runtime.probe import record_golden
 
 WIDTH, HEIGHT = 48, 36
 MIN_PREFILL = 64
@@ -37,9 +39,6 @@ def golden_input(tokens_of: Callable[[int, int], int], options: Mapping[str, Any
 
 def record(bundle: Bundle, precisions: Sequence[str]) -> Manifest:
     """The manifest with the expectations of each precision, from running it."""
-    from vlmport.runtime.golden import open_graphs
-    from vlmport.runtime.probe import record_golden
-
     golden = bundle.manifest.golden
     expected = {}
     for precision in precisions:

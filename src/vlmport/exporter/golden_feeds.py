@@ -8,6 +8,11 @@ import numpy as np
 
 from vlmport.bundle import Bundle
 from vlmport.bundle.layouts import COMPONENTS, FUSED, GENAI, HUB
+from vlmport.runtime.golden import golden_fused, golden_genai, golden_image, golden_prefix
+from vlmport.runtime.graphs.components import DECODER, VISION, Components
+from vlmport.runtime.layouts import components as four_files
+from vlmport.runtime.layouts import fused, genai
+from vlmport.runtime.probe import golden_prompt
 
 Feeds = Iterator[tuple[str, Mapping[str, np.ndarray]]]
 
@@ -24,10 +29,6 @@ def golden_feeds(bundle: Bundle, precision: str) -> Feeds:
 
 
 def _hub_feeds(bundle: Bundle, precision: str) -> Feeds:
-    from vlmport.runtime.golden import golden_image
-    from vlmport.runtime.graphs.components import DECODER, VISION, Components
-    from vlmport.runtime.probe import golden_prompt
-
     golden = bundle.manifest.golden
     components = Components.open(bundle, precision=precision)
     vision = components.process_image(golden_image(golden), golden.options).inputs
@@ -47,45 +48,36 @@ def _hub_feeds(bundle: Bundle, precision: str) -> Feeds:
 
 def _four_files_feeds(bundle: Bundle, precision: str) -> Feeds:
     """Going on computes as beginning does."""
-    from vlmport.runtime.golden import golden_image, golden_prefix
-    from vlmport.runtime.layouts.components import BEGIN, PROJECTION, VISION, FourFiles
-
     golden = bundle.manifest.golden
-    files = FourFiles.open(bundle, precision=precision)
+    files = four_files.FourFiles.open(bundle, precision=precision)
     pixels = files.pixels(golden_image(golden))
-    yield VISION, {"pixel_values": pixels}
-    yield PROJECTION, {"vision_hidden_states": files.encode(pixels).hidden[None]}
+    yield four_files.VISION, {"pixel_values": pixels}
+    yield four_files.PROJECTION, {"vision_hidden_states": files.encode(pixels).hidden[None]}
     prefix, none = golden_prefix(files, golden), np.zeros((1, 0), np.int64)
-    yield BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
+    yield four_files.BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
 
 
 def _fused_feeds(bundle: Bundle, precision: str) -> Feeds:
     """The golden prompt is image tokens alone, so its features are the whole of image_embeds."""
-    from vlmport.runtime.golden import golden_fused, golden_image
-    from vlmport.runtime.layouts.fused import EMBEDS, TEXT, VISION, Fused
-
     golden = bundle.manifest.golden
-    graphs = Fused.open(bundle, precision=precision)
+    graphs = fused.Fused.open(bundle, precision=precision)
     pixels = graphs.pixels(golden_image(golden))
     ids, features = golden_fused(graphs, golden)
     graphs.close()
-    yield VISION, {"pixel_values": pixels}
+    yield fused.VISION, {"pixel_values": pixels}
     mask = np.ones((1, len(ids)), np.int64)
-    yield TEXT, {"input_ids": ids[None], "attention_mask": mask, EMBEDS: features[None]}
+    yield fused.TEXT, {"input_ids": ids[None], "attention_mask": mask, fused.EMBEDS: features[None]}
 
 
 def _genai_feeds(bundle: Bundle, precision: str) -> Feeds:
-    from vlmport.runtime.golden import golden_genai, golden_image
-    from vlmport.runtime.layouts.genai import DECODER, VISION, GenaiGraphs
-
     golden = bundle.manifest.golden
-    graphs = GenaiGraphs.open(bundle, precision=precision)
+    graphs = genai.GenaiGraphs.open(bundle, precision=precision)
     vision = graphs.process_image(golden_image(golden), golden.options).inputs
     prompt = golden_genai(graphs, golden)
     graphs.close()
-    yield VISION, vision
+    yield genai.VISION, vision
     yield (
-        DECODER,
+        genai.DECODER,
         {
             "inputs_embeds": prompt.embeds[None],
             "attention_mask": np.ones((1, len(prompt.ids)), np.int64),

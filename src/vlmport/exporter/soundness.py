@@ -18,7 +18,11 @@ import onnx_ir as ir
 from vlmport.bundle import Bundle
 from vlmport.errors import ExportError, PromptError, TokenizerError
 from vlmport.exporter.golden_feeds import golden_feeds
+from vlmport.runtime.golden import golden_image
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.graphs.sessions import open_session
+from vlmport.runtime.messages import check_messages
+from vlmport.runtime.prompt import Prompter
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
@@ -30,11 +34,6 @@ def check_prompt(bundle: Bundle) -> None:
 
     Raises ExportError where the picture would not find its placeholder.
     """
-    from vlmport.runtime.golden import golden_image
-    from vlmport.runtime.graphs.components import Components
-    from vlmport.runtime.messages import check_messages
-    from vlmport.runtime.prompt import Prompter
-
     spec = bundle.manifest.prompt
     picture = golden_image(bundle.manifest.golden)
     try:
