@@ -149,7 +149,9 @@ def test_a_model_that_is_nowhere(picture: Path, tmp_path: Path) -> None:
     error, _ = refused(tmp_path, "caption", picture, "--model", tmp_path / "nowhere")
     assert "nowhere: no such folder" in error
     error, hint = refused(tmp_path, "caption", picture, "--model", "shaeps")
-    assert "'shaeps': neither a folder nor a Hub id" in error
+    assert (
+        "'shaeps': neither a built-in name, a folder nor a Hub id (did you mean 'shapes'?)" in error
+    )
     assert "org/name" in hint
 
 

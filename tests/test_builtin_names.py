@@ -123,3 +123,21 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
 def test_bench_takes_the_bundle_of_one() -> None:
     report = bench(open_bundle(NAME), precisions=["q4"], lengths=(5,), rounds=1, cold=False)
     assert report.bundle == NAME
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        vlmport.load,
+        vlmport.evaluate,
+        lambda name: vlmport.export(name, "out"),
+        lambda name: vlmport.verify(name, NAME),
+        lambda name: vlmport.verify(NAME, name),
+    ],
+    ids=["load", "evaluate", "export", "verify", "reference"],
+)
+def test_a_misspelt_name_is_recognized(take: Any) -> None:
+    with pytest.raises((BundleError, SourceError), match=r"did you mean 'shapes'\?") as caught:
+        take("shape")
+    assert caught.value.code == "source.not-found"
+    assert "vlmport models" in (caught.value.hint or "")

@@ -152,7 +152,7 @@ def test_pictures_that_are_not_cut(
             "no image option 'split'",
             "do_image_splitting",
         ),
-        (["{0}", "What?", "--top-p", "2"], "top_p=2.0", "hint"),
+        (["{0}", "What?", "--top-p", "2"], "--top-p 2.0", "hint"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )
@@ -292,7 +292,7 @@ def test_addresses_keep_their_slashes(bundle: Path, vlm: VLM, pictures: list[str
     ("arguments", "said"),
     [
         (["--image", "absent.png"], "absent.png: no such file"),
-        (["--top-p", "2"], "top_p=2.0"),
+        (["--top-p", "2"], "--top-p 2.0"),
         (["--image-option", "split=1"], "no image option 'split'"),
     ],
     ids=str,

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmport import cli
-from vlmport.cli.decoding_options import DECODING, read_decoding
+from vlmport.cli.decoding_options import DECODING, as_typed, read_decoding
 from vlmport.runtime.decoding.options import CHECKS
 from vlmport.runtime.model import VLM
 
@@ -126,18 +126,18 @@ def test_a_schema_comes_from_a_file(tiny_bundle: Path, picture: str, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--top-p", "1.5", "--do-sample"], "top_p=1.5"),
-        (["--temperature", "0.5"], "temperature without do_sample=True"),
+        (["--top-p", "1.5", "--do-sample"], "--top-p 1.5"),
+        (["--temperature", "0.5"], "temperature without --do-sample"),
         (["--num-beams", "2", "--stream"], "several sequences can't be streamed"),
-        (["--num-return-sequences", "2"], "num_return_sequences=2"),
+        (["--num-return-sequences", "2"], "--num-return-sequences 2 is more than --num-beams 1"),
         (["--option", "colour=1"], "unknown option 'colour'"),
         (["--option", "bad_words_ids=5,6"], "--option bad_words_ids=5,6: not JSON"),
         (["--option", "colour"], "--option colour: expected NAME=VALUE"),
         (["--option", "=1"], "--option =1: expected NAME=VALUE"),
-        (["--num-beams", "2", "--option", "num-beams=3"], "num_beams is given twice"),
+        (["--num-beams", "2", "--option", "num-beams=3"], "--num-beams is given twice"),
         (["--option", "min_length=2", "--option", "min_length=3"], "min_length is given twice"),
         (["--logprobs", "2"], "--logprobs has an effect with --json only"),
-        (["--regex", "(a"], "regex='(a'"),
+        (["--regex", "(a"], "--regex '(a'"),
         (["--early-stopping", "soon"], "soon"),
     ],
     ids=str,
@@ -149,6 +149,22 @@ def test_what_is_wrong_is_said_in_a_line(
     assert (done.exit_code, done.stdout) == (2, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_messages_have_options_as_they_are_typed() -> None:
+    for message, typed in {
+        "top_p=2.0, expected a number": "--top-p 2.0, expected a number",
+        "temperature without do_sample=True": "temperature without --do-sample",
+        "skip_special_tokens=False": "--no-skip-special-tokens",
+        "early_stopping=True stops soonest": "--early-stopping true stops soonest",
+        "leave num_beams and num_return_sequences out": "leave --num-beams and "
+        "--num-return-sequences out",
+        "stop_strings=[''], expected": "--stop-string [''], expected",
+        "--option top_k=x: not JSON": "--option top_k=x: not JSON",
+        "max_length=5, a stop_top_k=1": "max_length=5, a stop_top_k=1",
+        "regex='a=b'": "--regex 'a=b'",
+    }.items():
+        assert as_typed(message) == typed
 
 
 def test_every_option_is_one_of_generate() -> None:

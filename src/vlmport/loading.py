@@ -18,7 +18,7 @@ from vlmport.bundle.downloads import check_once
 from vlmport.bundle.precisions import canonical, split_precisions
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
-from vlmport.errors import OptionError
+from vlmport.errors import BundleError, OptionError, did_you_mean
 from vlmport.runtime.graphs.sessions import Device
 from vlmport.runtime.images.features import MAX_BYTES
 from vlmport.runtime.model import VLM
@@ -113,7 +113,7 @@ def resolve(
 
     Raises as `export` and `Bundle.open` do.
     """
-    folder = find_folder(builtin_folder(source) or source, revision)
+    folder = find_folder(builtin_folder(source) or source, revision, known=builtin_models())
     local = Path(source).expanduser().exists()
     if is_bundle(folder):
         if adapter is not None:
@@ -181,8 +181,21 @@ def open_bundle(
     if isinstance(bundle, Bundle):
         return bundle
     if builtin_folder(bundle) is None:
+        if not _exists(bundle):
+            raise BundleError(
+                f"{bundle}: no such folder{did_you_mean(str(bundle), builtin_models())}",
+                hint="check the path; `vlmport models` lists the built-in names",
+                code="source.not-found",
+            )
         return Bundle.open(bundle)
     return resolve(bundle, precisions=to_export(precisions), progress=progress)
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name too long, a NUL
+        return False
 
 
 def to_export(names: Sequence[str]) -> tuple[str, ...]:

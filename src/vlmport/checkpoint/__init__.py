@@ -10,7 +10,7 @@ Nothing but headers is read until `numpy()`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -63,9 +63,15 @@ class Checkpoint:
     chat_template: str | None = None
 
     @classmethod
-    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
-        """Open a folder or a Hub id. Raises SourceError, ConfigError, WeightError."""
-        folder = locate(source, revision)
+    def open(
+        cls, source: str | Path, *, revision: str | None = None, known: Iterable[str] = ()
+    ) -> Checkpoint:
+        """Open a folder or a Hub id. Raises SourceError, ConfigError, WeightError.
+
+        Args:
+            known: other names that the caller takes, for an error that suggests one.
+        """
+        folder = locate(source, revision, known=known)
         config = load_json(folder / "config.json")
         weights = Weights.open(folder, config)
         _warn_of_unread(folder)

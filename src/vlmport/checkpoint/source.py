@@ -25,12 +25,15 @@ SUBFOLDERS = ["*/*"]  # fnmatch's star crosses slashes: "onnx/…", "checkpoint-
 TIMEOUT = 10.0  # seconds for the first answer; the client itself would wait for ever
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `source` itself, or the snapshot of a Hub id.
+def locate(source: str | Path, revision: str | None = None, *, known: Iterable[str] = ()) -> Path:
+    """Find the folder of a checkpoint: `source` itself, or the snapshot of a Hub id.
+
+    Args:
+        known: other names that the caller takes, for an error that suggests one.
 
     Raises SourceError when it can't be found or fetched, and when it is no checkpoint.
     """
-    folder = find_folder(source, revision)
+    folder = find_folder(source, revision, known=known)
     try:
         check_checkpoint(folder)
     except OSError as cause:
@@ -55,8 +58,14 @@ def locate_adapter(source: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is, or the snapshot of a Hub id. Raises SourceError."""
+def find_folder(
+    source: str | Path, revision: str | None = None, *, known: Iterable[str] = ()
+) -> Path:
+    """Find a local folder, or the snapshot of a Hub id. Raises SourceError.
+
+    Args:
+        known: other names that the caller takes, for an error that suggests one.
+    """
     text = str(source)
     try:
         path = Path(source).expanduser()
@@ -78,7 +87,7 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     if exists and text:
         raise SourceError(
             f"{path}: a file, expected a folder",
-            hint=f"give {path.parent}",
+            hint=f"give its folder: {path.parent}",
             code="source.not-a-folder",
         )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and ".." not in source:
@@ -87,9 +96,13 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
         raise SourceError(
             f"{path}: no such folder{_near(path)}", hint="check the path", code="source.not-found"
         )
+    names = tuple(known)
+    what = f"neither {'a built-in name, ' if names else ''}a folder nor a Hub id"
     raise SourceError(
-        f"{text!r}: neither a folder nor a Hub id{_near(path)}",
-        hint="give a folder, or a Hub id such as 'org/name'",
+        f"{text!r}: {what}{did_you_mean(text, names) or _near(path)}",
+        hint="`vlmport models` lists the built-in names; a Hub id is such as 'org/name'"
+        if names
+        else "give a folder, or a Hub id such as 'org/name'",
         code="source.not-found",
     )
 

@@ -25,6 +25,7 @@ Lengths = Annotated[
         "--tokens",
         help="Number of tokens of a prompt; can be repeated (default: 100 and 1100).",
         metavar="N",
+        min=1,
     ),
 ]
 Rounds = Annotated[int, typer.Option(help="Number of rounds; medians are reported.", min=1)]

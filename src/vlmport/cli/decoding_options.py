@@ -7,6 +7,7 @@ and `decoding_of` gives what was typed, as keyword arguments for `VLM.generate`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -139,6 +140,15 @@ class GeneratingCommand(SectionedCommand):
         super().__init__(*arguments, params=[*(params or ()), *DECODING.params], **options)
 
     def invoke(self, ctx: Any) -> Any:
+        try:
+            self._read_decoding(ctx)
+            return super().invoke(ctx)
+        except OptionError as error:
+            hint = None if error.hint is None else as_typed(error.hint)
+            raise OptionError(as_typed(str(error)), hint=hint, code=error.code) from error
+
+    def _read_decoding(self, ctx: Any) -> None:
+        """Move the options of decoding from the command's arguments to the context."""
         given = {one.name: ctx.params.pop(one.name) for one in DECODING.params}
         if given["logprobs"] is not None and not ctx.params.get("as_json"):
             raise OptionError(
@@ -147,7 +157,30 @@ class GeneratingCommand(SectionedCommand):
                 code="option.contradiction",
             )
         ctx.meta[KEY] = DECODING.callback(**given)
-        return super().invoke(ctx)
+
+
+# Name in Python → the option, and for a flag its negation.
+NAMES = {one.name: (*one.opts, *one.secondary_opts) for one in DECODING.params}
+del NAMES["generation"]
+# Not after --option, where a name is as it was typed.
+OPTION = re.compile(
+    rf"(?<!--option )(?<![\w-])(?P<name>{'|'.join(NAMES)})(?P<value>=(?:True|False)\b|=|\b)"
+)
+
+
+def as_typed(message: str) -> str:
+    """Write options in a message as on the command line: '--top-p 2.0' for 'top_p=2.0'."""
+
+    def written(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if not value and "_" not in name:  # a word, such as 'temperature'
+            return name
+        option, *negation = NAMES[name]
+        if negation:
+            return negation[0] if value == "=False" else option
+        return f"{option} {value[1:].lower()}" if value else option
+
+    return OPTION.sub(written, message)
 
 
 def decoding_of(ctx: typer.Context) -> dict[str, Any]:

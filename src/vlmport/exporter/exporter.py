@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmport import __version__
-from vlmport.builtin import builtin_folder
+from vlmport.builtin import builtin_folder, builtin_models
 from vlmport.bundle import (
     ANY,
     DEFAULT_PRECISIONS,
@@ -111,7 +111,9 @@ def export(
     out = Path(out).expanduser().resolve()  # through links, and '.' is a folder with a name
     recover(out)
     check_target(out, force=force)
-    checkpoint = Checkpoint.open(builtin_folder(source) or source, revision=revision)
+    checkpoint = Checkpoint.open(
+        builtin_folder(source) or source, revision=revision, known=builtin_models()
+    )
     family = family_of(checkpoint)
     adapter_folder = None if adapter is None else locate_adapter(adapter)
     if adapter_folder is not None:

@@ -81,9 +81,9 @@ def parse_size(text: str | int) -> int:
         )
     if size > DATA_FILE_BYTES:
         raise ExportError(
-            f"size {str(text)[:40]!r}: a file of weights may hold {DATA_FILE_BYTES} bytes (2GB), "
-            "more than which browsers don't hold in one piece",
-            hint="leave the size out: that makes as few files as all clients can open",
+            f"size {str(text)[:40]!r}: the maximum is {DATA_FILE_BYTES} bytes (2GB), "
+            "since browsers hold no larger file in one piece",
+            hint="leave the size out: the maximum is the default",
             code="option.wrong-value",
         )
     return size

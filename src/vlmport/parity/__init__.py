@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import PIL
 from rich.console import Console
 
-from vlmport.builtin import builtin_folder
+from vlmport.builtin import builtin_folder, builtin_models
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import locate, locate_adapter
 from vlmport.errors import DependencyError, SourceError
@@ -84,7 +84,7 @@ def verify(
         bundle.manifest.choose(name)
     _check_pillow(bundle.manifest.pixels.equals)
     pictures = [*drawn_pictures(), *named_pictures(images or ())]
-    folder = locate(builtin_folder(reference) or reference, revision)
+    folder = locate(builtin_folder(reference) or reference, revision, known=builtin_models())
     truth = _load_reference(bundle, folder, adapter)
     _check_same_model(bundle, truth, reference)
     weights = tuple(row for name in names for row in weight_rows(bundle, name))

@@ -264,9 +264,12 @@ def _without_refused(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         named = ", ".join(f"{quoted(name)}{_near(name)}" for name in unknown[:8])
         hints = [hint for name in unknown if (hint := instead(name)) is not None]
+        listed = "docs/decoding.md describes the options"
+        if not all(map(_near, unknown)):
+            listed = f"known: {', '.join(CHECKS)}"
         raise OptionError(
             f"unknown option {named}",
-            hint=hints[0] if hints else f"known: {', '.join(CHECKS)}",
+            hint=hints[0] if hints else listed,
             code="option.unknown",
         )
     for name, (neutral, hint) in REFUSED.items():
