@@ -98,8 +98,7 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
 
     A precision without a golden fails: nothing is known of it.
     """
-    from vlmport.runtime.golden import open_graphs
-    from vlmport.runtime.probe import check_golden
+    from vlmport.runtime.probe import check_golden, open_graphs
 
     golden = bundle.manifest.golden
     precisions = bundle.manifest.precisions

@@ -17,8 +17,7 @@ from vlmport.bundle import Bundle
 from vlmport.errors import BundleError
 from vlmport.exporter import export, writing
 from vlmport.exporter.packing import PREFIX, largest_first
-from vlmport.runtime.golden import open_graphs
-from vlmport.runtime.probe import record_golden, run_golden
+from vlmport.runtime.probe import open_graphs, record_golden, run_golden
 
 DECODER = "decoder_model_merged"
 WIDE = {

@@ -17,7 +17,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from tests.graph.running import open_graph
 from vlmport.graph.mrope import axes_of_frequencies, position_ids_graph
-from vlmport.runtime.graphs.refusals import refusal
+from vlmport.runtime.graphs.sessions import refusal
 
 IMAGE, PAD = 99, 0
 MODELS: dict[str, Any] = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}

@@ -12,13 +12,12 @@ from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Bundle, GoldenImage
 from vlmport.errors import BundleError
-from vlmport.runtime.golden import golden_image
 from vlmport.runtime.graphs.cache import KeyValueCache
 from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.layouts.hub import CacheWatch, golden_prompt
 from vlmport.runtime.probe import (
-    CacheWatch,
     check_golden,
-    golden_prompt,
+    golden_image,
     logit_ids,
     record_golden,
     run_golden,

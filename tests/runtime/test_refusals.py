@@ -10,8 +10,7 @@ import pytest
 
 from vlmport.graph.builder import OpBuilder, add_output, new_graph, to_model
 from vlmport.graph.refusal import refuse
-from vlmport.runtime.graphs.refusals import refusal
-from vlmport.runtime.graphs.sessions import open_session
+from vlmport.runtime.graphs.sessions import open_session, refusal
 
 INT64 = ir.DataType.INT64
 

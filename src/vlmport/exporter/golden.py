@@ -11,8 +11,7 @@ import numpy as np
 
 from vlmport.bundle import Bundle, Golden, GoldenImage, Manifest
 from vlmport.exporter.packing import largest_first
-from vlmport.runtime.golden import open_graphs
-from vlmport.runtime.probe import record_golden
+from vlmport.runtime.probe import open_graphs, record_golden
 
 WIDTH, HEIGHT = 48, 36
 MIN_PREFILL = 64

@@ -17,11 +17,10 @@ import onnx_ir as ir
 
 from vlmport.bundle import Bundle
 from vlmport.errors import ExportError, PromptError, TokenizerError
-from vlmport.exporter.golden_feeds import golden_feeds
-from vlmport.runtime.golden import golden_image
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.graphs.sessions import open_session
 from vlmport.runtime.messages import check_messages
+from vlmport.runtime.probe import golden_feeds, golden_image
 from vlmport.runtime.prompt import Prompter
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT

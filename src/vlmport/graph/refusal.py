@@ -2,7 +2,7 @@
 
 ONNX has no operator that raises. But a Gather past the end of a tensor fails in ONNX Runtime, and
 the message of a failed node holds the node's name: so the name is the reason. Any client of the
-graph reads it, and one that knows the prefix reads nothing else (runtime/graphs/refusals.py).
+graph reads it, and one that knows the prefix reads nothing else (runtime/graphs/sessions.py).
 
 Trap: a GPU's Gather may not look at its indices. Refuse what else would go wrong silently in
 image_processor and position_ids, which always run on the CPU; in other graphs see to it that what
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from vlmport.graph.builder import OpBuilder
 
-PREFIX = "refused: "  # read by runtime/graphs/refusals.py
+PREFIX = "refused: "  # read by runtime/graphs/sessions.py
 BETWEEN = " | "  # the reason and the hint
 
 

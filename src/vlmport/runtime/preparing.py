@@ -27,7 +27,7 @@ from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.decoding.search import Hypothesis
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.cache import SavedRow
-from vlmport.runtime.graphs.components import Components, merge_image_features
+from vlmport.runtime.graphs.components import EMBED, Components, merge_image_features
 from vlmport.runtime.images.features import MAX_BYTES, FeatureCache, PromptImage
 from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.messages import Message, check_messages
@@ -178,7 +178,7 @@ class Preparer:
         """
         ids = self.prompter.splice(text, [image.prompt_ids for image in images])
         length = answer_length(self.components, len(ids), decoding.options, leaves_room=leaves_room)
-        self.components.check_ids(ids)
+        self.components.checked(ids, EMBED)
         token = self.components.manifest.prompt.image_token_id
         counts = [int((image.prompt_ids == token).sum()) for image in images]
         image_rows = tuple(

@@ -1,4 +1,4 @@
-/** The golden input of a bundle (the twin of vlmport/runtime/golden.py). */
+/** The golden input of a bundle (the twin of vlmport/runtime/layouts/golden.py). */
 
 import type { Golden } from '../bundle/manifest.js';
 import { VlmportError } from '../errors.js';

@@ -1,132 +1,70 @@
-"""The graphs of a bundle as functions on numpy arrays.
+"""The graphs of the layout `hub` as functions on numpy arrays.
 
-The runtime, `verify` and the probe all go through these. Sessions are created at first use, so
-text alone needs no vision session. What a graph is called with follows its own inputs.
+The runtime, `verify` and the probe all go through these. Sessions open at first use, so text alone
+needs no vision session. A graph is fed what its own inputs name.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
-from vlmport.bundle import Bundle, Manifest
+from vlmport.bundle import Bundle
 from vlmport.bundle.layouts import HUB
-from vlmport.bundle.precisions import precision_name
-from vlmport.errors import (
-    BundleError,
-    PromptError,
-)
-from vlmport.runtime.decoding.options import whole_number
+from vlmport.errors import BundleError, PromptError
+from vlmport.runtime.graphs.base import IMAGE, POSITIONS, BundleGraphs
 from vlmport.runtime.graphs.decoder import Decoder, scales_by_call
-from vlmport.runtime.graphs.embedding import check_ids, embedding_rows
 from vlmport.runtime.graphs.image_processor import (
-    IMAGE,
     VISION,
     ProcessedImage,
     option_feeds,
     out_of_memory,
     process_image,
 )
-from vlmport.runtime.graphs.positions import AGAIN, Positions, computed, counted, picture_inputs
-from vlmport.runtime.graphs.refusals import refusal
+from vlmport.runtime.graphs.positions import AGAIN, Positions, computed, counted, image_inputs
 from vlmport.runtime.graphs.sessions import (
     HOST,
     ORT_ERRORS,
     Device,
     first_line,
     is_out_of_memory,
-    open_session,
+    refusal,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
 
 EMBED = "embed_tokens"
-POSITIONS = "position_ids"
 DECODER = "decoder_model_merged"
 IMAGES = "num_images"  # the axis of the vision encoder's inputs whose indices are independent
 
 
-class Components:
-    """The graphs of a bundle at chosen precisions on one device. Threads may share it.
+class Components(BundleGraphs):
+    """The graphs of a bundle in the layout `hub`, which the runtime runs."""
 
-    Attributes:
-        choice: component → precision.
-    """
+    layout = HUB
 
     def __init__(
         self, bundle: Bundle, choice: Mapping[str, str], device: Device, threads: int | None = None
     ):
-        self.bundle, self.choice, self.device, self.threads = bundle, choice, device, threads
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        self._opening = threading.RLock()  # two threads open no graph twice
+        super().__init__(bundle, choice, device, threads)
         self._decoder: Decoder | None = None
-
-    @classmethod
-    def open(
-        cls,
-        bundle: Bundle | str | Path,
-        *,
-        precision: str = "auto",
-        device: str = "cpu",
-        threads: int | None = None,
-    ) -> Self:
-        """Choose the graphs; sessions open at first use, each with up to `threads` threads.
-
-        Raises BundleError for a bad bundle, one of another layout or a precision that it lacks,
-        DeviceError for a device that this ONNX Runtime lacks, OptionError for a thread count below
-        1.
-        """
-        if threads is not None:
-            threads = whole_number("threads", threads, 1)
-        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        bundle.needs_layout(HUB)
-        place = Device.parse(device)
-        return cls(bundle, bundle.manifest.choose(precision, place.name), place, threads)
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.bundle.manifest
-
-    @property
-    def precision(self) -> str:
-        """One name where all components share it, else 'component=precision,…'."""
-        return precision_name(self.choice)
-
-    @property
-    def opened(self) -> tuple[str, ...]:
-        """The components whose sessions exist by now."""
-        return tuple(self._sessions)
-
-    def session(self, component: str) -> ort.InferenceSession:
-        """The session of a component, created at first use; preprocessing is always on the CPU."""
-        if (found := self._sessions.get(component)) is not None:
-            return found
-        with self._opening:
-            if (found := self._sessions.get(component)) is None:
-                variant = self.bundle.variant(component, self.choice[component])
-                device = HOST if component in (IMAGE, POSITIONS) else self.device
-                path = self.bundle.path(variant.model)
-                found = open_session(path, device, threads=self.threads)
-                self._sessions[component] = found
-            return found
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder's session with its cache names paired."""
+        """The decoder's session, with its cache inputs and outputs paired."""
         if (found := self._decoder) is not None:
             return found
         with self._opening:
             session = self.session(DECODER)
-            path = self.bundle.path(self.bundle.variant(DECODER, self.choice[DECODER]).model)
             decoder = Decoder.of(
-                session, self.manifest.cache, DECODER, row_by_row=scales_by_call(path)
+                session,
+                self.manifest.cache,
+                DECODER,
+                row_by_row=scales_by_call(self.path(DECODER)),
             )
             if decoder.positions_rank == 3 and POSITIONS not in self.manifest.components:
                 raise BundleError(
@@ -144,40 +82,39 @@ class Components:
             return decoder
 
     def release(self, component: str) -> None:
-        """Release one session. A later call opens it again."""
-        self._sessions.pop(component, None)
+        super().release(component)
         if component == DECODER:
             self._decoder = None
 
     def close(self) -> None:
-        """Release all sessions. A later call opens them again."""
         self._decoder = None
-        self._sessions.clear()
+        super().close()
 
     def process_image(
         self,
         rgb: UInt8[np.ndarray, "H W 3"],
         options: Mapping[str, Any] | None = None,
     ) -> ProcessedImage:
-        """Resize, normalise and lay out one picture.
+        """Resize, normalise and lay out one image.
 
-        `options` are further inputs of the graph; the manifest's are taken where they say nothing.
+        Args:
+            options: further inputs of the graph, over the manifest's `image_options`.
 
         Raises OptionError for an option that the graph does not have, ImageError where the graph
-        refuses the picture, BundleError where it gives no prompt ids.
+        refuses the image, BundleError where it gives no prompt ids.
         """
         options = {**self.manifest.image_options, **(options or {})}
         return process_image(self.session(IMAGE), rgb, options)
 
     def check_image_options(self, options: Mapping[str, Any]) -> None:
-        """Raise OptionError for one that the image processor does not have, or of another kind."""
+        """Raise OptionError for an option that the image processor lacks, or of a wrong type."""
         option_feeds(self.session(IMAGE), options)
 
     def encode_image(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
-        """Image features of the processor's output; outputs that the encoder lacks are left out.
+        """Encode the image processor's outputs; those that the encoder does not take are left out.
 
-        Where every input of the encoder has an axis named `num_images`, the CPU runs one index of
-        it after the other: all at once take many times the memory, and longer.
+        Where every input of the encoder has an axis named `num_images`, the CPU runs its indices
+        one after the other: all in one call take many times the memory, and longer.
 
         Raises BundleError where an input of the encoder is not among them.
         """
@@ -196,44 +133,32 @@ class Components:
         return np.concatenate([features.reshape(-1, features.shape[-1]) for features in runs])
 
     def embed(self, ids: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S D"]:
-        """Rows of the embedding table. Raises PromptError for an id outside it."""
-        self.check_ids(ids)
-        feeds = {"input_ids": np.ascontiguousarray(ids, np.int64)}
+        """Look token ids up in the embedding table. Raises PromptError for an id outside of it."""
+        feeds = {"input_ids": self.checked(ids, EMBED)}
         return _run(self.session(EMBED), EMBED, ["inputs_embeds"], feeds)[0]
 
-    @functools.cached_property
-    def embedding_rows(self) -> int:
-        """How many ids have an embedding: the rows of the graph's table."""
-        variant = self.bundle.variant(EMBED, self.choice[EMBED])
-        return embedding_rows(self.manifest, self.bundle.path(variant.model))
-
-    def check_ids(self, ids: Int[np.ndarray, ...]) -> None:
-        """Raise PromptError for an id without an embedding: some kernels give zeros for it, and
-        some count a negative one from the end."""
-        check_ids(ids, self.embedding_rows, self.bundle.folder)
-
     def position_ids(
-        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
+        self, ids: Int[np.ndarray, " S"], images: Sequence[Mapping[str, np.ndarray]] = ()
     ) -> Positions:
-        """Where a prompt's tokens stand: 0, 1, …, or what the bundle's graph for it says.
+        """Compute the positions of a prompt's tokens: 0, 1, …, or by the bundle's graph for them.
 
         Args:
-            ids: of the whole prompt, pictures' ids included.
-            pictures: what the image processor gave for each picture, in the order of their ids.
+            ids: the whole prompt, image tokens included.
+            images: the image processor's outputs for each image, in the order of the prompt.
 
-        Raises BundleError for a graph that can't be served, PromptError where it refuses these
-        pictures.
+        Raises BundleError for a graph that asks for something else, PromptError where it refuses
+        these images.
         """
         if POSITIONS not in self.manifest.components:
             return counted(ids)
-        return computed(self.session(POSITIONS), ids, pictures, POSITIONS)
+        return computed(self.session(POSITIONS), ids, images, POSITIONS)
 
     @property
     def position_inputs(self) -> frozenset[str]:
-        """What positions are computed from, of what the image processor gives."""
+        """The outputs of the image processor that positions are computed from."""
         if POSITIONS not in self.manifest.components:
             return frozenset()
-        return frozenset(picture_inputs(self.session(POSITIONS)))
+        return frozenset(image_inputs(self.session(POSITIONS)))
 
     def decode(
         self,
@@ -243,15 +168,14 @@ class Components:
         past: Mapping[str, np.ndarray] | None = None,
         num_logits_to_keep: int = 0,
     ) -> tuple[Float[np.ndarray, "B n V"], dict[str, np.ndarray]]:
-        """One pass in the plain form, with a cache that grows: for `verify`, not for speed.
+        """Run the decoder once, with a cache that grows: for `verify`, not for speed.
 
         Args:
-            past: what the pass before gave back as presents (under the cache's input names);
-                None for none.
-            num_logits_to_keep: logits of so many last positions; 0 for all.
+            past: the cache that the last pass returned; None for an empty one.
+            num_logits_to_keep: return the logits of this number of last positions; 0 for all.
 
         Returns:
-            float32 logits, and the cache under the names under which it is fed back.
+            float32 logits, and the cache under the names of its inputs.
 
         Raises BundleError where the cache did not grow by exactly S.
         """
@@ -286,7 +210,7 @@ def merge_image_features(
     features: Float[np.ndarray, "T D"],
     image_token_id: int,
 ) -> Float[np.ndarray, "S D"]:
-    """A copy of embeds with features, in order, over the rows where ids == image_token_id.
+    """Return a copy of embeds with the features, in order, in the rows of image_token_id.
 
     Source: transformers 5.23, the masked_scatter of LlavaModel.forward.
     Raises PromptError unless exactly T such rows exist, or where the widths differ.
@@ -295,7 +219,7 @@ def merge_image_features(
     if len(at) != len(features):
         raise PromptError(
             f"{len(at)} image tokens in the prompt, {len(features)} features",
-            hint="is every picture's placeholder in the prompt, and no image token by hand?",
+            hint="write one placeholder for each image in the prompt, and no image token by hand",
             code="prompt.wrong-features",
         )
     merged = embeds.copy()
@@ -304,7 +228,7 @@ def merge_image_features(
     if features.shape[1] != embeds.shape[1]:
         raise PromptError(
             f"features are {features.shape[1]} wide, embeddings {embeds.shape[1]}",
-            hint="do all files belong to one bundle?",
+            hint="check that all files belong to one bundle",
             code="prompt.wrong-features",
         )
     merged[at] = features
@@ -328,7 +252,7 @@ def _run(
             raise out_of_memory(component, error) from error
         raise BundleError(
             f"{component} can't run: {first_line(error)}",
-            hint="`vlmport inspect --probe` says whether this device runs this bundle",
+            hint="run `vlmport inspect --probe` to test whether this device runs this bundle",
             code="graph.run-failed",
         ) from error
 
@@ -336,7 +260,7 @@ def _run(
 def _one_by_one(
     session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]
 ) -> list[dict[str, np.ndarray]]:
-    """The feeds cut along the axis IMAGES, if every input has it; else as they are."""
+    """Cut the feeds along the axis IMAGES, if every input has it."""
     axes = {
         one.name: one.shape.index(IMAGES) for one in session.get_inputs() if IMAGES in one.shape
     }

@@ -10,13 +10,18 @@ import numpy as np
 import onnxruntime as ort
 
 from vlmport.errors import BundleError, DeviceError, ImageError, OptionError, did_you_mean, quoted
-from vlmport.runtime.graphs.refusals import refusal
-from vlmport.runtime.graphs.sessions import DTYPES, ORT_ERRORS, first_line, is_out_of_memory
+from vlmport.runtime.graphs.base import IMAGE
+from vlmport.runtime.graphs.sessions import (
+    DTYPES,
+    ORT_ERRORS,
+    first_line,
+    is_out_of_memory,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Int64, UInt8
 
-IMAGE = "image_processor"
 VISION = "vision_encoder"
 KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # an input's kind → those of its values
 

@@ -14,8 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vlmport.errors import BundleError, PromptError, VlmportError
-from vlmport.runtime.graphs.refusals import refusal
-from vlmport.runtime.graphs.sessions import DTYPES, ORT_ERRORS, first_line
+from vlmport.runtime.graphs.sessions import DTYPES, ORT_ERRORS, first_line, refusal
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Int64
@@ -43,7 +42,7 @@ def counted(ids: Int[np.ndarray, " S"]) -> Positions:
     return Positions(np.arange(len(ids), dtype=np.int64))
 
 
-def picture_inputs(session: ort.InferenceSession) -> dict[str, Any]:
+def image_inputs(session: ort.InferenceSession) -> dict[str, Any]:
     """The graph's inputs that are made of pictures, by name."""
     return {one.name: one for one in session.get_inputs() if one.name not in (IDS, MASK)}
 
@@ -66,7 +65,7 @@ def computed(
     }
     inputs = {one.name for one in session.get_inputs()}
     feeds = {name: value for name, value in feeds.items() if name in inputs}
-    for name, one in picture_inputs(session).items():
+    for name, one in image_inputs(session).items():
         feeds[name] = _joined(one, pictures, where)
     absent = [name for name in OUTPUTS if name not in {one.name for one in session.get_outputs()}]
     if absent:

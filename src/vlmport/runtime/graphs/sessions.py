@@ -75,6 +75,9 @@ OUT_OF_MEMORY = re.compile(
     r"bad_alloc|bad allocation|Failed to allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE
 )
 
+# The name of the node that failed, as graph/refusal.py writes it.
+REFUSED = re.compile(r"Name:'(?:[^']*/)?refused: (?P<reason>.*?) \| (?P<hint>.*?)' Status Message")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -233,3 +236,9 @@ def first_line(error: Exception) -> str:
     """What ONNX Runtime says, without its error code and its later lines."""
     text = str(error).strip().split("\n")[0]
     return text.removeprefix("[ONNXRuntimeError] : ")[:400]
+
+
+def refusal(error: Exception) -> tuple[str, str] | None:
+    """Return the reason and the hint of a graph that refuses its input; None for other errors."""
+    found = REFUSED.search(str(error))
+    return None if found is None else (found["reason"], found["hint"])

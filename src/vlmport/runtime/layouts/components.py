@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlmport.bundle import Golden
 from vlmport.bundle.layouts import COMPONENTS
-from vlmport.runtime.layouts.base import IMAGE as IMAGE
+from vlmport.runtime.graphs.base import IMAGE as IMAGE
 from vlmport.runtime.layouts.base import Cache, LayoutGraphs
+from vlmport.runtime.layouts.golden import (
+    Feeds,
+    GoldenRun,
+    check_fits,
+    golden_image,
+    length_faults,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -104,3 +112,27 @@ class FourFiles(LayoutGraphs):
         """The first row's logits, and the cache under the names under which it is fed back."""
         values = self.run(component, feeds)
         return values[OUTPUT[component]][0], self.presents(component, values)
+
+
+def golden_run(files: FourFiles, golden: Golden, new_tokens: int) -> GoldenRun:
+    """Run the golden input, and generate greedily, past any stop token."""
+    prefix = _golden_prefix(files, golden)
+    check_fits(files, len(prefix) + new_tokens - 1)
+    faults = length_faults(golden, len(prefix), f"prefix has {len(prefix)} rows")
+    tokens, logits = files.greedy(prefix, np.zeros(0, np.int64), new_tokens)
+    return GoldenRun(len(prefix), tuple(tokens), logits, faults)
+
+
+def golden_feeds(files: FourFiles, golden: Golden) -> Feeds:
+    """Yield the golden input at each graph; `language_model` computes as `prefix_init` does."""
+    pixels = files.pixels(golden_image(golden))
+    yield VISION, {"pixel_values": pixels}
+    yield PROJECTION, {"vision_hidden_states": files.encode(pixels).hidden[None]}
+    prefix, none = _golden_prefix(files, golden), np.zeros((1, 0), np.int64)
+    yield BEGIN, {"prefix_embeddings": prefix[None], "input_ids": none}
+
+
+def _golden_prefix(files: FourFiles, golden: Golden) -> Float[np.ndarray, "P D"]:
+    """The image's projected patches, `copies` times."""
+    hidden = files.encode(files.pixels(golden_image(golden))).hidden
+    return np.tile(files.project(hidden), (golden.copies, 1))

@@ -12,17 +12,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlmport.bundle import Golden
 from vlmport.bundle.layouts import FUSED, ImageSize
 from vlmport.errors import PromptError
+from vlmport.runtime.graphs.base import IMAGE
 from vlmport.runtime.graphs.components import merge_image_features
 from vlmport.runtime.graphs.sessions import DTYPES
-from vlmport.runtime.layouts.base import IMAGE, LayoutGraphs
+from vlmport.runtime.layouts.base import LayoutGraphs
+from vlmport.runtime.layouts.golden import (
+    Feeds,
+    GoldenRun,
+    check_fits,
+    golden_image,
+    length_faults,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
 
 VISION, TEXT = "vision", "text_with_image"
 EMBEDS = "image_embeds"
+GOLDEN_TOKENS = 4  # without a cache, each token costs as much as the prompt
 
 
 class Fused(LayoutGraphs):
@@ -106,3 +116,34 @@ class Fused(LayoutGraphs):
             rows.append(self.logits(np.array([*ids, *tokens]), features)[-1])
             tokens.append(int(rows[-1].argmax()))
         return tokens, np.stack(rows)
+
+
+def golden_run(graphs: Fused, golden: Golden, new_tokens: int) -> GoldenRun:
+    """Run the golden input, and generate greedily up to GOLDEN_TOKENS, past any stop token."""
+    new_tokens = min(new_tokens, GOLDEN_TOKENS)
+    ids, features = _golden_prompt(graphs, golden)
+    check_fits(graphs, len(ids) + new_tokens - 1)
+    faults = length_faults(golden, len(ids), f"prompt has {len(ids)} tokens")
+    tokens, logits = graphs.greedy(ids, features, new_tokens)
+    return GoldenRun(len(ids), tuple(tokens), logits, faults)
+
+
+def golden_feeds(graphs: Fused, golden: Golden) -> Feeds:
+    """Yield the golden input at each graph.
+
+    The golden prompt is image tokens alone, so its features are the whole of `image_embeds`.
+    """
+    pixels = graphs.pixels(golden_image(golden))
+    ids, features = _golden_prompt(graphs, golden)
+    graphs.close()  # the wide graphs take its place in memory
+    yield VISION, {"pixel_values": pixels}
+    mask = np.ones((1, len(ids)), np.int64)
+    yield TEXT, {"input_ids": ids[None], "attention_mask": mask, EMBEDS: features[None]}
+
+
+def _golden_prompt(
+    graphs: Fused, golden: Golden
+) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, "S D·(1+n)"]]:
+    """Ids and features of the image, `copies` times."""
+    features = graphs.encode(graphs.pixels(golden_image(golden)))
+    return np.tile(graphs.prompt_ids(), golden.copies), np.tile(features, (golden.copies, 1))

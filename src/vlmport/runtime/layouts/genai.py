@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmport.bundle import Golden
 from vlmport.bundle.layouts import GENAI
 from vlmport.errors import BundleError
 from vlmport.files.json_files import load_json
+from vlmport.runtime.graphs.base import IMAGE, POSITIONS
 from vlmport.runtime.graphs.image_processor import ProcessedImage, process_image
 from vlmport.runtime.graphs.positions import Positions, computed
-from vlmport.runtime.graphs.sessions import DTYPES
-from vlmport.runtime.layouts.base import IMAGE, POSITIONS, Cache, LayoutGraphs
+from vlmport.runtime.graphs.sessions import DTYPES, return_freed_memory
+from vlmport.runtime.layouts.base import Cache, LayoutGraphs
+from vlmport.runtime.layouts.golden import (
+    Feeds,
+    GoldenPrompt,
+    GoldenRun,
+    check_fits,
+    golden_image,
+    length_faults,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -153,3 +163,43 @@ class GenaiGraphs(LayoutGraphs):
             rows.append(logits)
             tokens.append(int(logits.argmax()))
         return tokens, np.stack(rows)
+
+
+def golden_run(graphs: GenaiGraphs, golden: Golden, new_tokens: int) -> GoldenRun:
+    """Run the golden input, and generate greedily, past any stop token."""
+    prompt = _golden_prompt(graphs, golden)
+    length = len(prompt.ids)
+    check_fits(graphs, length + new_tokens - 1)
+    faults = length_faults(golden, length, f"prompt has {length} tokens")
+    tokens, logits = graphs.greedy(
+        prompt.embeds, prompt.positions, new_tokens, prompt_ids=prompt.ids
+    )
+    return GoldenRun(length, tuple(tokens), logits, faults)
+
+
+def golden_feeds(graphs: GenaiGraphs, golden: Golden) -> Feeds:
+    """Yield the golden input at each graph."""
+    vision = graphs.process_image(golden_image(golden), golden.options).inputs
+    prompt = _golden_prompt(graphs, golden)
+    graphs.close()  # the wide graphs take its place in memory
+    yield VISION, vision
+    yield (
+        DECODER,
+        {
+            "inputs_embeds": prompt.embeds[None],
+            "attention_mask": np.ones((1, len(prompt.ids)), np.int64),
+            "position_ids": prompt.positions.ids[:, None],
+        },
+    )
+
+
+def _golden_prompt(graphs: GenaiGraphs, golden: Golden) -> GoldenPrompt:
+    """Build the prompt as the client does. Raises BundleError where it is too long."""
+    processed = graphs.process_image(golden_image(golden), golden.options)
+    check_fits(graphs, golden.copies * len(processed.prompt_ids))
+    features = np.tile(graphs.encode(processed.inputs), (golden.copies, 1))
+    graphs.release(VISION)  # the decoder takes its place in memory
+    return_freed_memory()
+    ids = np.tile(processed.prompt_ids, golden.copies)
+    positions = graphs.positions(ids, [processed.inputs] * golden.copies)
+    return GoldenPrompt(ids, graphs.embed(ids, features), positions)

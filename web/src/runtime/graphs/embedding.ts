@@ -1,5 +1,5 @@
 /**
- * Which token ids have an embedding (the twin of vlmport/runtime/graphs/embedding.py and
+ * Which token ids have an embedding (the twin of vlmport/runtime/graphs/base.py and
  * vlmport/files/onnx_bytes.py).
  *
  * Some kernels give zeros for an id past the table, and some take another row. So the rows are read

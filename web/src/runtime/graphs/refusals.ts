@@ -1,4 +1,4 @@
-/** The reason why a graph refuses its input (the twin of vlmport/runtime/graphs/refusals.py). */
+/** The reason why a graph refuses its input (the twin of vlmport/runtime/graphs/sessions.py). */
 
 import { firstLine } from '../../errors.js';
 
