@@ -1,7 +1,7 @@
 """Open a model from any source: a built-in name, a bundle, a checkpoint or a Hub id.
 
 A checkpoint is exported once, into the user's cache (bundle/cache.py), and found there the next
-time. Of a bundle on the Hub only the graphs that will run are fetched.
+time. From a bundle on the Hub, only the graphs that will run are downloaded.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def resolve(
     Args:
         source: as for `load`.
         precisions: which precisions to export of a checkpoint.
-        runs: (precision, device) that will run. Of a bundle on the Hub only their graphs are
-            fetched. None fetches all.
+        runs: (precision, device) that will run. From a bundle on the Hub, only their graphs are
+            downloaded. None downloads all.
         adapter, revision, progress, verify_hashes: as for `load`.
 
     Raises as `export` and `Bundle.open` do.
@@ -145,7 +145,7 @@ def _exported(
 
     try:
         if out.exists():
-            shutil.rmtree(out)  # damaged, and in a folder of our own
+            shutil.rmtree(out)  # it is damaged, and in the cache
         bundle = export(
             folder,
             out,
@@ -207,10 +207,10 @@ def to_export(names: Sequence[str]) -> tuple[str, ...]:
 def _open_remote(
     repo: str, folder: Path, runs: tuple[str, str] | None, verify_hashes: bool | None
 ) -> Bundle:
-    """Open a bundle on the Hub, of which only the small files at its root are here so far.
+    """Open a bundle on the Hub; so far only the small files at its root are downloaded.
 
-    The rest is fetched at the same commit, after which the snapshot's folder is named. Raises
-    BundleError, before anything is fetched, for a precision that the bundle does not hold.
+    The rest is downloaded at the same commit, which is the name of the snapshot's folder. Raises
+    BundleError before any download for a precision that the bundle does not hold.
     """
     manifest = read_manifest(folder / MANIFEST)
     needed = tuple(manifest.files)

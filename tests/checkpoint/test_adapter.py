@@ -135,8 +135,10 @@ def test_targets_absent_from_the_base_suggest_near_names(tmp_path: Path) -> None
 def test_half_a_pair(tmp_path: Path) -> None:
     extra = {"base_model.model.lm.layers.1.q_proj.lora_A.weight": np.ones((2, 4), "f4")}
     write_adapter(tmp_path / "adapter", LAYERS[:1], tensors=extra)
-    text = str(failure(tmp_path))
-    assert "1 LoRA tensors without their other half: 'lm.layers.1.q_proj.lora_A'" in text
+    error = failure(tmp_path)
+    assert error.code == "adapter.incomplete"
+    assert ": 1 LoRA tensors " in str(error)
+    assert str(error).endswith(": 'lm.layers.1.q_proj.lora_A'")
 
 
 def test_a_prefix_finds_the_part_that_was_trained(tmp_path: Path) -> None:

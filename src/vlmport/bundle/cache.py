@@ -1,11 +1,11 @@
-"""Where bundles that were exported on the way are kept, so that the next run finds them.
+"""Cache of the bundles that `load` exports, so that the next run finds them.
 
 An entry is a folder in `$VLMPORT_CACHE/bundles` (by default in the platform's cache folder), named
-after its checkpoint, what was asked for, and a digest of all that it depends on: the checkpoint's
+after its checkpoint, the request, and a digest of all that it depends on: the checkpoint's
 files, the adapter's and this package's own code. Deleting any of it loses nothing.
 
-After an export, what nobody will ask for again goes: see `prune`. The time at which an entry was
-last used is its folder's modification time.
+After an export, entries that are no longer of use are removed: see `prune`. The time at which an
+entry was last used is its folder's modification time.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from vlmport.errors import BundleError
 
 __all__ = ["cache_folder", "entry_name", "open_entry", "prune"]
 
-# What an export is made from; anything else in a folder does not change it.
+# The files that an export reads; anything else in a folder does not change it.
 INGREDIENTS = ("*.json", "*.safetensors", "*.jinja", "*/*.jinja", "README.md", "LICENSE*")
 
 HOUR, DAY = 3600, 24 * 3600
 SUPERSEDED_AFTER = HOUR  # another process may still run it
 UNUSED_AFTER = 30 * DAY
-ABANDONED_AFTER = DAY  # no export takes so long
+ABANDONED_AFTER = DAY  # no export takes that long
 
 ENTRY = re.compile(r"(.+)-[0-9a-f]{16}")
 UNFINISHED = re.compile(r"\..+\.(partial|old|gone|new)-\w+")
@@ -50,9 +50,9 @@ def cache_folder() -> Path:
 
 
 def entry_name(folder: Path, adapter: Path | None, precisions: Sequence[str]) -> str:
-    """`<checkpoint>-<what was asked for>-<what it depends on>`.
+    """Name an entry: `<checkpoint>-<digest of the request>-<digest of all that it depends on>`.
 
-    Entries that differ in the last part only are of one request at different times.
+    Entries that differ only in the last part are one request at different times.
     """
     folders = [one for one in (folder, adapter) if one is not None]
     asked = [sorted(precisions), *(str(one.resolve()) for one in folders)]
@@ -61,7 +61,7 @@ def entry_name(folder: Path, adapter: Path | None, precisions: Sequence[str]) ->
 
 
 def open_entry(entry: Path) -> Bundle | None:
-    """The bundle, marked as used now, or None if there is none or it is damaged."""
+    """Open the bundle and mark it as used now; None if there is none or it is damaged."""
     try:
         os.utime(entry)
     except FileNotFoundError:
@@ -75,11 +75,11 @@ def open_entry(entry: Path) -> Bundle | None:
 
 
 def prune(kept: Path) -> None:
-    """Remove what nobody will ask for again, after the entry `kept` was made.
+    """Remove entries that are no longer of use, after the entry `kept` was made.
 
-    That is: entries of the same request whose checkpoint or code has changed since, once unused
-    for an hour; entries unused for 30 days; what an export that was killed left behind.
-    Nothing else in the folder is touched, and what can't be removed stays.
+    These are: entries of the same request whose checkpoint or code has changed since, once unused
+    for an hour; entries unused for 30 days; the remains of an export that was killed.
+    Nothing else in the folder is touched. An entry that can't be removed stays.
     """
     request = _request(kept)
     for path in _folders(kept.parent):
@@ -104,8 +104,8 @@ def _folders(parent: Path) -> Iterator[Path]:
 def _remove(path: Path, after: float) -> None:
     """Remove a folder that was last used more than `after` seconds ago.
 
-    It is renamed first: who looks for it from then on finds nothing. A process that marked it as
-    used just before gets it back.
+    It is renamed first, so that other processes no longer find it. If one of them marked it as
+    used just before, it is put back.
     """
     with contextlib.suppress(OSError):
         if _age(path) <= after:
@@ -124,16 +124,16 @@ def _age(path: Path) -> float:
 
 
 def _ingredients(folder: Path) -> list[object]:
-    """Name, size and time of each file: enough to see a change without reading."""
+    """List name, size and time of each file: enough to see a change without reading."""
     found = sorted(path for pattern in INGREDIENTS for path in folder.glob(pattern))
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
 
 
 @functools.cache
 def _code() -> str:
-    """A digest of the package's modules: they are read in a few milliseconds.
+    """Compute a digest of the package's modules, which takes a few milliseconds.
 
-    Its version would not do: it stays the same while somebody works on the code.
+    The version would not do: it stays the same while the code is developed.
     """
     package = Path(str(resources.files("vlmport")))
     modules = sorted([*package.rglob("*.py"), *package.glob("*.json")])

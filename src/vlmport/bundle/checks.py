@@ -1,4 +1,4 @@
-"""Where a manifest contradicts itself."""
+"""Find contradictions in a manifest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def contradictions(manifest: Manifest) -> list[str]:
 
 
 def _wrong_lengths(manifest: Manifest) -> list[str]:
-    """Lists whose lengths disagree with each other or with a number that stands beside them."""
+    """Find lists whose lengths disagree with each other, or with a number next to them."""
     problems = []
     for name, entry in manifest.files.items():
         expected = -(-entry.size // CHUNK_BYTES)

@@ -1,6 +1,6 @@
 """Check the files of a downloaded bundle against its manifest, once.
 
-What was found right is remembered by size and time of modification, in a file for each bundle in
+Files that were right are remembered by size and time of modification, in one file per bundle in
 `$VLMPORT_CACHE/verified`. Deleting any of them loses nothing: the next load checks again.
 """
 
@@ -22,7 +22,7 @@ LARGEST_RECORD = 1 << 24  # bytes
 
 
 def check_once(bundle: Bundle, needed: Collection[str]) -> None:
-    """Compare the SHA-256 of those files that have changed since they were last found right.
+    """Compare the SHA-256 of the files that have changed since the last check.
 
     Raises BundleError naming every file that is not as the manifest says.
     """
@@ -40,7 +40,7 @@ def _record_of(folder: Path) -> Path:
 
 
 def _state(path: Path, sha256: str) -> list[Any]:
-    """What changes when a file does, or what is said of it."""
+    """Describe a file: the result differs when the file or its entry in the manifest changes."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return [found.st_size, found.st_mtime_ns, sha256]
@@ -48,7 +48,7 @@ def _state(path: Path, sha256: str) -> list[Any]:
 
 
 def _read(record: Path) -> dict[str, Any]:
-    """What was found right; nothing where that can't be read."""
+    """Read the states of the files that were right; empty if the record can't be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if record.stat().st_size <= LARGEST_RECORD:
             known = json.loads(record.read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def _read(record: Path) -> dict[str, Any]:
 
 
 def _write(record: Path, known: dict[str, Any]) -> None:
-    """Remember; a cache that can't be written only costs the time of the next check."""
+    """Save the record; a cache that can't be written only costs the time of the next check."""
     with contextlib.suppress(OSError):
         record.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=record.parent, suffix=".partial")

@@ -87,23 +87,23 @@ class Bundle:
         if (found := self.manifest.layout) != layout:
             raise BundleError(
                 f"{self.folder}: written in the layout {found!r}, expected {layout!r}",
-                hint=f"`vlmport export SRC OUT --layout {layout}` writes that one; what runs the "
-                "others stands in docs/bundle-format.md",
+                hint=f"`vlmport export SRC OUT --layout {layout}` writes that one; "
+                "docs/bundle-format.md says which programs run the others",
                 code="bundle.other-layout",
             )
 
     def path(self, name: str) -> Path:
-        """The path of a file named in the manifest."""
+        """Return the path of a file named in the manifest."""
         return self.folder / name
 
     def variant(self, component: str, precision: str) -> Variant:
-        """The files of a component at a precision (or its only form)."""
+        """Return the files of a component at a precision (or its only form)."""
         forms = self.manifest.components[component]
         return forms[precision if precision in forms else ANY]
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether the folder holds a manifest."""
+    """Return whether the folder holds a manifest."""
     return (folder / MANIFEST).is_file()
 
 
@@ -113,13 +113,13 @@ def _is_as_listed(path: Path, entry: FileEntry) -> bool:
     except OSError as error:
         raise BundleError(
             f"{path}: {error.strerror or error}",
-            hint="is it readable? is the disk whole?",
+            hint="check the file's permissions, and the disk",
             code="bundle.unreadable",
         ) from error
 
 
 def hash_folder(folder: Path) -> dict[str, FileEntry]:
-    """The entries of all files below a folder but the manifest and the card, sorted by path."""
+    """Hash all files below a folder except the manifest and the card; sorted by path."""
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )

@@ -23,7 +23,7 @@ class FileEntry:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Size, SHA-256 and chunk hashes of a file, read once."""
+    """Compute size, SHA-256 and chunk hashes of a file, which is read once."""
     whole, chunks, size = hashlib.sha256(), [], 0
     with path.open("rb") as file:
         while block := file.read(CHUNK_BYTES):

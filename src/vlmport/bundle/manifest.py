@@ -269,8 +269,8 @@ class Manifest:
     ignored_weights: Annotated[
         Mapping[str, Annotated[tuple[str, ...], Schema(minItems=1)]],
         Schema(
-            "what an export was told to leave out: pattern → the checkpoint's tensors that match "
-            "it; absent where there is nothing",
+            "tensors that an export left out on request: pattern → the checkpoint's tensors that "
+            "match it; absent where there are none",
             omit_default=True,
         ),
     ] = field(default_factory=dict)
@@ -287,14 +287,14 @@ class Manifest:
         return complete(self.components)
 
     def choose(self, precision: str, device: str = "cpu") -> dict[str, str]:
-        """Component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
+        """Map component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
 
         Raises BundleError for a precision that the bundle does not hold.
         """
         return choose(self.components, self.auto, precision, device)
 
     def files_of(self, choice: Mapping[str, str]) -> tuple[str, ...]:
-        """All files but the graphs (and their data) that this choice of precisions leaves out."""
+        """List all files except the graphs (and their data) that this choice leaves out."""
         chosen = {
             name
             for component, precision in choice.items()
@@ -305,5 +305,5 @@ class Manifest:
 
 
 def _is_graph(name: str) -> bool:
-    """A graph, or a part of its external data."""
+    """Return whether a file is a graph, or a part of its external data."""
     return ".onnx" in name.rpartition("/")[2]

@@ -30,10 +30,10 @@ def read_manifest(path: Path) -> Manifest:
     """Read and validate vlmport.json. Raises BundleError."""
     try:
         is_there = path.is_file()
-    except OSError as error:  # a name too long, a folder that nobody may read
+    except OSError as error:  # a name that is too long, a folder without permission
         raise BundleError(
             f"{cut(str(path.parent))}: {error.strerror or error}",
-            hint="is it readable?",
+            hint="check the folder's permissions",
             code="bundle.unreadable",
         ) from None
     if not is_there:
@@ -71,7 +71,7 @@ def read_manifest(path: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Validate and write vlmport.json; a reader sees the old file or the new, never half.
 
-    Raises BundleError for what no reader would take, such as numbers that are not finite.
+    Raises BundleError for values that no reader accepts, such as numbers that are not finite.
     """
     raw = {"format": FORMAT, "version": VERSION} | to_json(manifest)
     try:
@@ -80,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     except (ValueError, TypeError) as error:  # the schema's errors are ValueErrors too
         raise BundleError(
             f"{folder / MANIFEST}: can't be written: {error}",
-            hint="the file is as it was; JSON has no NaN and no infinity",
+            hint="the file is unchanged; JSON has no NaN and no infinity",
             code="bundle.unwritable",
         ) from error
     _check_references(manifest, folder / MANIFEST)
@@ -104,7 +104,7 @@ def _without_description(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_references(manifest: Manifest, path: Path) -> Manifest:
-    """What a schema can't say. Raises BundleError."""
+    """Check what a schema can't say. Raises BundleError."""
     if problems := contradictions(manifest):
         raise BundleError(
             f"{path}: {some_problems(problems)}",

@@ -1,4 +1,4 @@
-"""Precisions by name: ours, the Hub's suffixes, what people write, and which a bundle serves."""
+"""Names of precisions, the Hub's suffixes for them, and the choice among those of a bundle."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ AUTO = "auto"
 # Precision → the Hub's file suffix.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 
-# What an export holds if nothing else is asked for: `auto` finds its choice for each device there.
+# The default of an export: `auto` finds a choice for each device among them.
 DEFAULT_PRECISIONS = ("fp32", "q8", "q4")
 
-# Other names that people know them by.
+# Other common names.
 ALIASES = {"int8": "q8"}
 
-# What people write in a mixed precision such as 'vision=q4,decoder=fp32'.
+# Short names of components in a mixed precision such as 'vision=q4,decoder=fp32'.
 SHORT_NAMES = {
     "vision": "vision_encoder",
     "embed": "embed_tokens",
@@ -28,15 +28,15 @@ SHORT_NAMES = {
 
 
 def canonical(name: str) -> str:
-    """A precision by our name for it; one that nobody knows stays as it is, without blanks."""
+    """Return vlmport's name of a precision; an unknown name is only stripped of blanks."""
     name = name.strip()
     return ALIASES.get(name, name)
 
 
 def split_precisions(names: str | Iterable[str]) -> tuple[str, ...]:
-    """'fp32, int8' or ['fp32', 'int8'] → ('fp32', 'q8'), each once and in the order given.
+    """Split 'fp32, int8' or ['fp32', 'int8'] into ('fp32', 'q8'): each once, in the order given.
 
-    Unknown names are kept: who uses them says what there is.
+    Unknown names are kept: the caller reports them with the names that there are.
     """
     given = names.split(",") if isinstance(names, str) else names
     known = (canonical(name) for name in given)
@@ -44,7 +44,7 @@ def split_precisions(names: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def complete(components: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The precisions in which every component exists, in the order of SUFFIXES.
+    """List the precisions in which every component exists, in the order of SUFFIXES.
 
     Args:
         components: component → precision → its files.
@@ -57,7 +57,7 @@ def complete(components: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def precision_name(choice: Mapping[str, str]) -> str:
-    """One name where all components of a choice share it, else 'component=precision,…'."""
+    """Name a choice: one name if all components share it, else 'component=precision,…'."""
     chosen = {name: value for name, value in choice.items() if value != ANY}
     if len(set(chosen.values())) == 1:
         return next(iter(chosen.values()))
@@ -70,7 +70,7 @@ def choose(
     precision: str,
     device: str,
 ) -> dict[str, str]:
-    """Component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
+    """Map component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
 
     Args:
         components: component → precision → its files.

@@ -1,7 +1,8 @@
 """Write a result into the bundle: into vlmport.json, and into the model card between its marks.
 
-Trap: in the Hub's cache the files are links to blobs that other snapshots share. A new file takes
-the link's place; nothing is ever written through it.
+Traps:
+- In the Hub's cache the files are links to blobs that other snapshots share. A new file takes the
+  link's place; nothing is ever written through it.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from vlmport.bundle.manifest_file import MANIFEST, write_manifest
 
 
 def write_result(bundle: Bundle, manifest: Manifest, sections: Mapping[str, str]) -> Bundle:
-    """Put a manifest and sections of the model card in the place of the old ones.
+    """Replace the manifest and sections of the model card.
 
-    Both are written beside the old ones first, which then are replaced one right after the other.
-    A card without the marks of a section is not changed there.
+    Both are first written to new files, which then replace the old ones, one right after the other.
+    A section whose marks are not in the card is not written.
 
     Args:
         sections: name → Markdown, which goes between `<!-- name -->` and `<!-- /name -->`.
 
-    Raises OSError where the folder can't be written; then the bundle is as it was.
+    Raises OSError if the folder can't be written; then the bundle is unchanged.
     """
     with tempfile.TemporaryDirectory(prefix=".recording-", dir=bundle.folder) as partial:
         for name in _write(bundle.path(CARD), manifest, sections, Path(partial)):
@@ -37,7 +38,7 @@ def write_result(bundle: Bundle, manifest: Manifest, sections: Mapping[str, str]
 def _write(
     card: Path, manifest: Manifest, sections: Mapping[str, str], folder: Path
 ) -> tuple[str, ...]:
-    """The new card, if there is one, and the new manifest; their names in order."""
+    """Write the new manifest, and the new card if there is one; return their names in order."""
     write_manifest(folder, manifest)
     if not card.is_file():
         return (MANIFEST,)

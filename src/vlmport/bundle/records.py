@@ -34,7 +34,7 @@ class Schema:
 
 @functools.cache
 def fields(record: type) -> Mapping[str, Any]:
-    """Name → type of a dataclass's or TypedDict's fields, with annotations, in their order."""
+    """Map name → type of a dataclass's or TypedDict's fields, with annotations, in their order."""
     hints = get_type_hints(record, include_extras=True)
     if dataclasses.is_dataclass(record):
         return {field.name: hints[field.name] for field in dataclasses.fields(record)}
@@ -42,30 +42,30 @@ def fields(record: type) -> Mapping[str, Any]:
 
 
 def schemas(kind: Any) -> tuple[Schema, ...]:
-    """The `Schema`s that annotate a type."""
+    """Return the `Schema`s that annotate a type."""
     if get_origin(kind) is not Annotated:
         return ()
     return tuple(one for one in kind.__metadata__ if isinstance(one, Schema))
 
 
 def plain(kind: Any) -> Any:
-    """The type without its annotations."""
+    """Return the type without its annotations."""
     return kind.__origin__ if get_origin(kind) is Annotated else kind
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the type alone."""
+    """Return the types of a union, or the type alone."""
     kind = plain(kind)
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def omits_default(kind: Any) -> bool:
-    """Whether the key is absent where a field of this type has its default."""
+    """Return whether the key is absent where a field of this type has its default."""
     return any(one.omit_default for one in schemas(kind))
 
 
 def from_json(kind: type[T], value: Mapping[str, Any]) -> T:
-    """The dataclass from a validated object; keys that are not its fields are left out."""
+    """Make the dataclass from a validated object; keys that are not its fields are left out."""
     return _from_json(kind, value)
 
 
@@ -82,7 +82,7 @@ def _from_json(kind: Any, value: Any) -> Any:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """The JSON object of a dataclass, its keys in the order of the fields."""
+    """Make the JSON object of a dataclass, its keys in the order of the fields."""
     found = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

@@ -1,4 +1,4 @@
-"""A checkpoint: config.json and lazy weights, wherever they come from.
+"""A checkpoint: config.json and lazy weights, from a folder or the Hub.
 
     checkpoint = Checkpoint.open("org/name")
     tensors = merged(checkpoint.weights, rename=family.rename, lora=LoraScale(r=16, alpha=16))
@@ -49,11 +49,11 @@ class Checkpoint:
     """A folder with config.json and safetensors, opened.
 
     Attributes:
-        config: config.json as it stands, but for what it says of quantization: the weights are
-            floats when they are read.
-        weights: by plain name; LoRA pairs stored inside are apart, in `weights.pairs`.
-        files: name of a file → where it is instead of in the folder; None: there is none.
-        chat_template: counts before the template of any file.
+        config: config.json without its quantization settings: the weights are floats when they are
+            read.
+        weights: by plain name; LoRA pairs stored inside are separate, in `weights.pairs`.
+        files: name of a file → its path, if it is not in the folder; None if it must not be read.
+        chat_template: takes precedence over the template of any file.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """What config.json calls the architecture. Raises ConfigError when it does not."""
+        """The architecture's name in config.json. Raises ConfigError if there is none."""
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str):
             raise ConfigError(
@@ -90,22 +90,22 @@ class Checkpoint:
         return model_type
 
     def with_files(self, files: Mapping[str, Path | None], chat_template: str | None) -> Self:
-        """The same with other files beside config.json and the weights, see `files`."""
+        """Return the checkpoint with other files than config.json and the weights, see `files`."""
         return dataclasses.replace(self, files={**self.files, **files}, chat_template=chat_template)
 
     def path(self, name: str) -> Path | None:
-        """Where a side file is; None when there is none."""
+        """Find a file other than config.json and the weights; None if there is none."""
         path = self.files.get(name, self.folder / name)
         return path if path is not None and path.exists() else None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A side file such as generation_config.json; None when there is none."""
+        """Read a file such as generation_config.json; None if there is none."""
         path = self.path(name)
         return None if path is None else load_json(path)
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer.json is."""
+        """The folder of tokenizer.json."""
         path = self.path("tokenizer.json")
         return self.folder if path is None else path.parent
 
@@ -130,14 +130,15 @@ def merged(
     adapter: Path | None = None,
     prefixes: Sequence[str] = ("",),
 ) -> dict[str, LazyTensor]:
-    """Every weight by the family's name for it, with all LoRA merged in when it is read.
+    """Map the family's name of every weight to it, with all LoRA merged in when it is read.
 
     Args:
-        rename: the family's name for a plain name: takes off what versions of transformers added.
+        rename: the family's name for a plain name, without the prefixes that some versions of
+            transformers add.
         lora: rank and strength of the pairs inside the checkpoint.
         head: where embedding and head are, by the family's names; without it neither is tied.
         adapter: the folder of a PEFT adapter to merge on top.
-        prefixes: what may stand before that adapter's names, see `merge_adapter`.
+        prefixes: prefixes that may precede that adapter's names, see `merge_adapter`.
 
     Raises WeightError when two weights get one name, AdapterError when LoRA does not fit. Warns as
     `HeadNames.resolve` and `merge_adapter` do.
@@ -160,8 +161,8 @@ def _renamed(
     if doubles:
         shown = "; ".join(f"{new!r} is {some_names(doubles[new])}" for new in sorted(doubles)[:4])
         raise WeightError(
-            f"{where}: {len(doubles)} names stand for two weights each: {shown}",
-            hint="the folder mixes two saves of the model; save it again",
+            f"{where}: {len(doubles)} names mean two weights each: {shown}",
+            hint="the folder holds files of two saves of the model; save it again",
             code="weights.ambiguous",
         )
     return {new: tensors[old[0]] for new, old in names.items()}

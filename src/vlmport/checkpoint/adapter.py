@@ -1,9 +1,9 @@
-"""A LoRA adapter in its own folder, as PEFT saves it, onto a base checkpoint.
+"""Merge a LoRA adapter in its own folder, as PEFT saves it, into a base checkpoint.
 
 Source of the semantics: peft 0.21, tuners/lora/model.py (`_create_and_replace`) and
 utils/other.py (`get_pattern_key`): the first pattern that matches the end of a module's name
 gives its rank or its alpha. A setting that changes the maths in any other way is refused by name,
-and so is one that this version does not know.
+and so is an unknown one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Initialisations that change the base weights too; without that change the adapter is wrong.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# peft stores them whole where LoRA is on one of them, and where their rows became more.
+# peft stores them whole if LoRA is on one of them, or if they got more rows.
 EMBEDDINGS = ("embed_tokens", "lm_head")
 HARMLESS = frozenset(
     (
@@ -51,7 +51,7 @@ HARMLESS = frozenset(
         *("inference_mode", "runtime_config", "lora_dropout", "init_lora_weights"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
-        "fan_in_fan_out",  # of GPT-2's Conv1D: peft passes over it for what we merge into
+        "fan_in_fan_out",  # for GPT-2's Conv1D: peft ignores it for the layers that we merge into
         *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora: nothing
     )
 )
@@ -59,7 +59,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of adapter_config.json that say how to merge; defaults are LoraConfig's."""
+    """The settings of adapter_config.json for merging; defaults are LoraConfig's."""
 
     must_be: ClassVar[Mapping[str, Sequence[Any]]] = {"peft_type": ("LORA",), "bias": ("none",)}
 
@@ -71,7 +71,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, Any] | None = None
 
     def scales(self, modules: Sequence[str], where: str) -> list[LoraScale]:
-        """The scale of each module, by its name in the model that was trained.
+        """Return the scale of each module, given by its name in the model that was trained.
 
         Raises AdapterError for patterns that take too long.
         """
@@ -90,9 +90,9 @@ class Adapter:
     Attributes:
         pairs: name of the weight in the model that was trained → A [r, in], B [out, r].
         scales: the same names → rank and strength.
-        whole: embedding and head, where the file holds them beside the pairs, by the same names.
-        everywhere: target_modules is a list that holds for all layers, so that a layer without a
-            pair means that the file is incomplete.
+        whole: embedding and head, if the file holds them besides the pairs, by the same names.
+        everywhere: target_modules is a list for all layers, so that a layer without a pair means
+            that the file is incomplete.
     """
 
     folder: Path
@@ -103,7 +103,7 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path) -> Adapter:
-        """Read a PEFT folder. Raises AdapterError for what can't be merged, by name."""
+        """Read a PEFT folder. Raises AdapterError naming what can't be merged."""
         raw = load_json(folder / CONFIG, error=AdapterError, hint="give the folder of an adapter")
         config = _read_settings(raw, folder / CONFIG)
         stored = _open_weights(folder)
@@ -134,19 +134,19 @@ def merge_adapter(
     rename: Callable[[str], str] = str,
     head: HeadNames | None = None,
 ) -> dict[str, LazyTensor]:
-    """`tensors` with the adapter merged in.
+    """Merge the adapter into `tensors`.
 
-    A pair for the head leaves the embedding as it is, even where both were one matrix: so does
-    peft, until somebody merges it there.
+    A pair for the head leaves the embedding unchanged, even if both were one matrix: so does peft
+    as long as the adapter is not merged there.
 
     Args:
         tensors: the base weights, by the names that `rename` gives.
-        prefixes: what may stand before the adapter's names, since it may have been trained on a
+        prefixes: prefixes that may precede the adapter's names, since it may have been trained on a
             part of the model: ("", "language_model."). One of them has to fit all pairs.
-        head: where embedding and head are.
+        head: the names of embedding and head.
 
-    Raises AdapterError when none or several prefixes fit, and for pairs of another shape. Warns
-    with CheckpointWarning where an embedding or a head of the adapter replaces the base's.
+    Raises AdapterError if no prefix fits, or several do, and for pairs of another shape. Warns
+    with CheckpointWarning if an embedding or a head of the adapter replaces the base's.
     """
     names = _resolve(tensors, adapter, prefixes, rename)
     pairs = {names[name]: pair for name, pair in adapter.pairs.items()}
@@ -164,7 +164,7 @@ def _resolve(
     prefixes: Sequence[str],
     rename: Callable[[str], str],
 ) -> dict[str, str]:
-    """Name in the adapter → name in `tensors`."""
+    """Map name in the adapter → name in `tensors`."""
     targets = [*adapter.pairs, *(name for name in adapter.whole if name not in adapter.pairs)]
     trials = [{name: rename(prefix + name) for name in targets} for prefix in prefixes]
     fits = [trial for trial in trials if all(name in tensors for name in trial.values())]
@@ -174,18 +174,18 @@ def _resolve(
         what = f"{first!r} may be {' or '.join(repr(trial[first]) for trial in distinct)}"
         raise AdapterError(
             f"{adapter.folder}: fits {len(distinct)} parts of the model: {what}",
-            hint="train or save the adapter on the whole model, so that its names are whole",
+            hint="train or save the adapter on the whole model, so that its names are complete",
             code="adapter.ambiguous",
         )
     if not distinct:
-        # The prefix that comes nearest explains most.
+        # The prefix that fits most targets explains most.
         best = max(trials, key=lambda trial: sum(name in tensors for name in trial.values()))
         lost = sorted(name for name in best if best[name] not in tensors)
         near = did_you_mean(best[lost[0]], tensors)
         what = f"{len(lost)} of {len(best)} targets are not in the model: {some_names(lost)}{near}"
         raise AdapterError(
             f"{adapter.folder}: {what}",
-            hint="is this the base model that the adapter names?",
+            hint="use the base model that the adapter names",
             code="adapter.not-of-this-model",
         )
     names = distinct[0]
@@ -200,7 +200,7 @@ def _resolve(
 
 
 def _is_embedding(name: str) -> bool:
-    """Whether a plain name is that of an embedding's or a head's matrix."""
+    """Return whether a plain name is that of an embedding's or a head's matrix."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and module.rpartition(".")[2] in EMBEDDINGS
 
@@ -212,10 +212,10 @@ def _with_whole(
     folder: Path,
     head: HeadNames | None,
 ) -> dict[str, LazyTensor]:
-    """The tensors with the embedding and the head that the adapter's file holds.
+    """Replace the embedding and the head by those in the adapter's file.
 
-    peft writes into the base's parameters, so that both change where they are one. It finds the
-    matrix under LoRA as `base_layer.weight` only. Raises AdapterError for what it would not load.
+    peft writes into the base's parameters, so that both change if they are one. It finds the matrix
+    under LoRA only as `base_layer.weight`. Raises AdapterError for tensors that it would not load.
     """
     made = dict(tensors)
     # peft fills the head last.
@@ -253,7 +253,7 @@ def _with_whole(
 def _check_layers(
     tensors: Mapping[str, LazyTensor], pairs: Mapping[str, Pair], folder: Path
 ) -> None:
-    """No layer lacks the pair that its like in the other layers has."""
+    """Raise AdapterError if a layer lacks a pair that the other layers have."""
     kinds = {_kind(name) for name in pairs}
     bare = [name for name in tensors if name not in pairs and _kind(name) in kinds]
     if bare:
@@ -277,7 +277,7 @@ def _holds_everywhere(raw: Mapping[str, Any]) -> bool:
 
 
 def _read_settings(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
-    """Raises AdapterError naming every setting that plain LoRA does not have."""
+    """Read the settings. Raises AdapterError naming every setting that plain LoRA does not have."""
     try:
         config = read_config(AdapterConfig, raw, str(file))
     except ConfigError as cause:
@@ -304,7 +304,7 @@ def _read_settings(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
 
 
 def _check_patterns(patterns: Mapping[str, Any], key: str, file: Path) -> None:
-    """Every pattern compiles and gives a number (a rank of at least 1)."""
+    """Check that every pattern compiles and gives a number (a rank of at least 1)."""
     for pattern, value in patterns.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key == "rank_pattern":
@@ -327,10 +327,10 @@ def _check_patterns(patterns: Mapping[str, Any], key: str, file: Path) -> None:
 def _by_pattern(
     patterns: Mapping[str, Any], modules: Sequence[str], default: Any, where: str
 ) -> list[Any]:
-    """For each module the value of the first pattern that matches its name from a dot to its end.
+    """Find the value of the first pattern that matches each module's name from a dot to its end.
 
-    Names of layers are matched here, which takes no time. Any other regular expression could take
-    for ever, and is matched where it can be stopped.
+    Plain names of layers are matched here, which takes no time. Any other regular expression could
+    run for ever, so it is matched in a process that can be stopped.
     """
     whole = [rf"(.*\.)?({pattern})$" for pattern in patterns]
     values = list(patterns.values())
@@ -365,6 +365,6 @@ def _open_weights(folder: Path) -> dict[str, LazyTensor]:
         )
     raise AdapterError(
         f"{folder}: expected {WEIGHTS}, found none",
-        hint="is the copy complete?",
+        hint="copy or download the adapter again",
         code="adapter.no-weights",
     )

@@ -1,8 +1,8 @@
-"""config.json → frozen dataclasses.
+"""Read config.json into frozen dataclasses.
 
 A family states the facts it needs as a frozen dataclass; `read_config` fills it and raises once,
 naming everything that is wrong. Field defaults are those of the Hugging Face config class, so an
-absent key means here what it means there.
+absent key means the same in both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Layers", "Signed", "Size", "Within", "read_config", "subsection"]
 C = TypeVar("C")
 
 
-MOST = 2**31 - 1  # of any number here; ONNX holds no dimension beyond 2^63
+MOST = 2**31 - 1  # the maximum of any number here; ONNX holds no dimension beyond 2^63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Problems:
 
 Size = Annotated[int, Within(1)]
 Signed = Annotated[int, Within(-MOST)]
-Layers = Annotated[int, Within(1, 1000)]  # each is written, so a wrong number would take for ever
+Layers = Annotated[int, Within(1, 1000)]  # each is written, so a wrong number would run for ever
 
 
 def read_config(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
@@ -65,14 +65,14 @@ def read_config(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
     problems = _Problems()
     values = _read_fields(cls, raw, where, problems)
     if found := [*problems.wrong, *problems.unsupported]:
-        hint = f"vlmport reads {cls.__name__} with these keys; is the file of another model?"
+        hint = f"vlmport reads these keys as {cls.__name__}; does the file belong to this model?"
         code = "config.wrong-value" if problems.wrong else "config.unsupported-value"
         raise ConfigError(f"{where}: " + "; ".join(found), hint=hint, code=code)
     return cls(**values)
 
 
 def subsection(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """A section of config.json that is itself an object; absent or null is an empty one.
+    """Return a section of config.json that is itself an object; {} if it is absent or null.
 
     Raises ConfigError for anything else.
     """
@@ -80,7 +80,7 @@ def subsection(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
     if value is not None and not isinstance(value, dict):
         raise ConfigError(
             f"{where}: {key}: expected an object, got {_show(value)}",
-            hint="is the file of another model?",
+            hint="does the file belong to this model?",
             code="config.wrong-value",
         )
     return value or {}
@@ -89,7 +89,7 @@ def subsection(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any
 def _read_fields(
     cls: type[Any], raw: Mapping[str, Any], where: str, problems: _Problems
 ) -> dict[str, Any]:
-    """The keyword arguments of `cls`; what is wrong with them is appended to `problems`."""
+    """Read the keyword arguments of `cls`; faults are appended to `problems`."""
     hints = get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     missing: list[str] = []
@@ -108,7 +108,7 @@ def _read_fields(
 
 
 def _unsupported(must_be: Mapping[str, Sequence[Any]], raw: Mapping[str, Any]) -> list[str]:
-    """Every key whose value is none of the accepted ones: true is not 1 here."""
+    """Describe every key whose value is not among the accepted ones: true is not 1 here."""
     problems = []
     for key, accepted in must_be.items():
         if key in raw and not any(_same(raw[key], value) for value in accepted):
@@ -122,7 +122,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _read(hint: Any, value: Any, key: str, problems: _Problems) -> Any:
-    """`value` as the type `hint`, or None and an entry in `problems`."""
+    """Read `value` as the type `hint`; None and an entry in `problems` if it has another."""
     read, ok = _convert(hint, value, key, problems)
     if not ok:
         too_large = " (too large)" if isinstance(value, int) and abs(value) > MOST else ""
@@ -131,7 +131,7 @@ def _read(hint: Any, value: Any, key: str, problems: _Problems) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str, problems: _Problems) -> tuple[Any, bool]:
-    """(converted, whether it could be)."""
+    """Convert a value: (converted, whether that was possible)."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value, True
@@ -206,7 +206,7 @@ def _is_int(value: Any, bounds: Within) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """A type in the words of JSON."""
+    """Describe a type in the words of JSON."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
@@ -227,6 +227,6 @@ def _describe(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value as JSON writes it, cut to a line."""
+    """Show a value as JSON writes it, cut to 60 characters."""
     text = json.dumps(value, ensure_ascii=True, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."

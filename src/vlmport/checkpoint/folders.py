@@ -1,9 +1,9 @@
-"""What the files of a folder are: a checkpoint, an adapter, what training left, and all else.
+"""Tell the files of a folder apart: a checkpoint, an adapter, remains of training, other files.
 
-Source: transformers 5.23 reads model.safetensors, else the shards of its index, and puts an
-adapter on top that lies in the same folder (`maybe_load_adapters`); peft 0.21 reads
-adapter_config.json and adapter_model.safetensors. A weights file that neither reads may be a part
-of the model that was trained, so none is passed over in silence.
+Source: transformers 5.23 reads model.safetensors, else the shards of its index, and adds an adapter
+that is in the same folder (`maybe_load_adapters`); peft 0.21 reads adapter_config.json and
+adapter_model.safetensors. A weights file that neither reads may be a part of the trained model, so
+none is ignored silently.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_ADAPTER = "adapter_model.bin"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".npy")
-# What trainers keep to go on from: transformers, accelerate, DeepSpeed.
+# Files that trainers write to resume training: transformers, accelerate, DeepSpeed.
 TRAINING = (
     "optimizer*", "scheduler*", "scaler*", "training_args*", "rng_state*", "random_states_*",
     "sampler*", "dl_state_dict*", "trainer_state*", "*_optim_states.pt", "*_model_states.pt",
     "custom_checkpoint_*",
 )  # fmt: skip
-# The same weights for other programs, as many repositories have them; transformers passes them by.
+# The same weights for other programs, which many repositories have; transformers ignores them.
 OTHER_FORMATS = (
     "pytorch_model*.bin", "consolidated*", "model.fp16.safetensors", "model.bf16.safetensors",
     "openvino*", "ggml*", "params.*",
@@ -38,17 +38,17 @@ PASSED_BY = ("checkpoint-*", "global_step*", "runs", "logs", "wandb", "onnx", "o
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files of a folder and of its subfolders, by their paths with slashes."""
+    """List the files of a folder and of its subfolders, by their paths with slashes."""
     found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise SourceError unless the folder is a checkpoint, and nothing else besides."""
+    """Raise SourceError unless the folder is a checkpoint, and only that."""
     if (folder / "vlmport.json").exists():
         raise SourceError(
             f"{folder}: it has vlmport.json: this is a bundle already",
-            hint="run it as it is; to export again, give the checkpoint that it was made from",
+            hint="run it directly; to export again, use the checkpoint that it was made from",
             code="source.is-bundle",
         )
     names = files_of(folder)
@@ -56,14 +56,14 @@ def check_checkpoint(folder: Path) -> None:
     whole = CONFIG in names and _has_weights(names)
     if whole and adapter:
         raise SourceError(
-            f"{folder}: a model and an adapter in one folder: {some_names(adapter)} beside "
+            f"{folder}: a model and an adapter in one folder: {some_names(adapter)}, and "
             "config.json and weights",
-            hint="if the adapter is to be merged, move these files into a folder of their own and "
-            "give that as --adapter; if it is merged already, move them away",
+            hint="to merge the adapter, move these files into a folder of their own and use that "
+            "with --adapter; if it is merged already, move them away",
             code="source.adapter-beside-model",
         )
     if whole or (CONFIG in names and not adapter and not _inner(names)):
-        return  # without weights, what is there is said when they are opened
+        return  # if it has no weights, opening them reports that
     if adapter:
         raise SourceError(
             f"{folder}: it has {adapter[0]}: this is a LoRA adapter",
@@ -74,7 +74,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _refuse(folder: Path, names: Sequence[str]) -> None:
-    """Say which of the subfolders may be meant."""
+    """Raise SourceError, naming the subfolders that have a model or adapters."""
     here = "no weights" if CONFIG in names else "no config.json"
     adapters, models = _folders_with(ADAPTER, names), _folders_with(CONFIG, names)
     if adapters:
@@ -87,21 +87,21 @@ def _refuse(folder: Path, names: Sequence[str]) -> None:
     if models:
         raise SourceError(
             f"{folder}: {here} here, but in {some_names(models)}",
-            hint=f"give {folder / models[-1]}",
+            hint=f"use {folder / models[-1]}",
             code="source.in-subfolder",
         )
     raise SourceError(
         f"{folder}: no config.json; {_found(folder)}",
-        hint="is it a checkpoint?",
+        hint="a checkpoint is a folder that save_pretrained() writes",
         code="source.no-config",
     )
 
 
 def check_adapter(folder: Path, names: Sequence[str]) -> None:
-    """Raise SourceError unless the folder is an adapter, and holds no weights that nobody reads.
+    """Raise SourceError unless the folder is an adapter, and has no weights that would be ignored.
 
     Args:
-        names: its files, as `files_of` gives them; of a repository all, fetched or not.
+        names: its files, as `files_of` lists them; for a repository all files, downloaded or not.
     """
     if ADAPTER not in names:
         _refuse_adapter(folder, names)
@@ -116,7 +116,7 @@ def check_adapter(folder: Path, names: Sequence[str]) -> None:
     others = [name for name in names if _is_weights(name, names) and name not in own]
     if not others:
         return
-    what = f"weights beside the adapter, which peft does not read: {some_names(others)}"
+    what = f"weights next to the adapter, which peft does not read: {some_names(others)}"
     hint = (
         "if they belong to the trained model, load them and the adapter in PyTorch, then "
         "merge_and_unload() and save_pretrained(), and export that; if not, move them away"
@@ -124,21 +124,21 @@ def check_adapter(folder: Path, names: Sequence[str]) -> None:
     if CONFIG in names and _has_weights(others):
         what = f"an adapter and a model in one folder: {some_names(others)}"
         hint = (
-            f"move {ADAPTER} and {ADAPTER_WEIGHTS} into a folder of their own and give that as "
-            "--adapter; a model that the adapter is merged into already needs none"
+            f"move {ADAPTER} and {ADAPTER_WEIGHTS} into a folder of their own and use that with "
+            "--adapter; if the adapter is merged into the model already, leave it out"
         )
     raise SourceError(f"{folder}: {what}", hint=hint, code="adapter.other-weights")
 
 
 def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
-    """Say what there is instead of an adapter."""
+    """Raise SourceError, naming the files that there are instead of an adapter."""
     if adapters := _folders_with(ADAPTER, names):
         last = folder / adapters[-1]
         raise SourceError(
             f"{folder}: no {ADAPTER} here, but in {some_names(adapters)}",
-            hint=f"give {last}"
-            if last.is_dir()  # of a Hub repository, subfolders are not fetched
-            else f"download the repository, and give its folder {adapters[-1]}",
+            hint=f"use {last}"
+            if last.is_dir()  # subfolders of a Hub repository are not downloaded
+            else f"download the repository, and use its folder {adapters[-1]}",
             code="adapter.in-subfolder",
         )
     hint = "an adapter is the folder that PEFT's save_pretrained() writes"
@@ -150,7 +150,7 @@ def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
 
 
 def unread_weights(folder: Path) -> list[str]:
-    """Weights files of a checkpoint that transformers would not read, and nobody expects there."""
+    """List weights files of a checkpoint that transformers ignores, and that are unexpected."""
     names = [name for name in files_of(folder) if "/" not in name]
     read = {SINGLE} if SINGLE in names else _shards(folder / INDEX)
     return [
@@ -164,7 +164,7 @@ def _shards(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return set()  # what is wrong with the index is said when it is opened
+        return set()  # opening the index reports its fault
 
 
 def _has_weights(names: Iterable[str]) -> bool:
@@ -173,7 +173,7 @@ def _has_weights(names: Iterable[str]) -> bool:
 
 
 def _is_weights(name: str, names: Iterable[str]) -> bool:
-    """Whether a file may hold weights that matter: not what training left, not another model's."""
+    """Return whether a file may hold this model's weights, and is no remains of training."""
     path = PurePosixPath(name)
     if path.suffix.lower() not in WEIGHTS or _matches(path.name, TRAINING):
         return False
@@ -189,7 +189,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _inner(names: Iterable[str]) -> bool:
-    """Whether a subfolder holds an adapter or a model, and the folder itself no weights at all."""
+    """Return whether a subfolder holds an adapter or a model, and the folder itself no weights."""
     root = [name for name in names if "/" not in name]
     return not any(PurePosixPath(name).suffix.lower() in WEIGHTS for name in root) and bool(
         _folders_with(ADAPTER, names) or _folders_with(CONFIG, names)
@@ -197,13 +197,13 @@ def _inner(names: Iterable[str]) -> bool:
 
 
 def _folders_with(file: str, names: Iterable[str]) -> list[str]:
-    """The subfolders that hold this file, checkpoint-1000 after checkpoint-500."""
+    """List the subfolders that hold this file, checkpoint-1000 after checkpoint-500."""
     found = [name.removesuffix(f"/{file}") for name in names if name.endswith(f"/{file}")]
     return sorted(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [0])
 
 
 def _base_and_adapter(folder: Path, adapter: Path) -> str:
-    """How to give an adapter and its base, which its config names."""
+    """Explain how to use an adapter with its base, which its config names."""
     try:
         raw = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         base = raw.get("base_model_name_or_path")
@@ -211,8 +211,8 @@ def _base_and_adapter(folder: Path, adapter: Path) -> str:
         base = None
     given = shlex.join(["--adapter", str(adapter)])
     if not isinstance(base, str) or not base:
-        return f"give its base model, and {given}"
-    return f"give its base model ({base[:200]!r} by its {ADAPTER}), and {given}"
+        return f"use its base model, and {given}"
+    return f"use its base model ({base[:200]!r} by its {ADAPTER}), and {given}"
 
 
 def _found(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Which matrix a model's head is: its own, or the embedding's.
+"""Decide which matrix is a model's head: its own, or the embedding's.
 
 Source: transformers 5.23, modeling_utils.py, `tie_weights`. The tensors count before the flag in
 config.json: where both are stored and differ, each is used; the flag decides only where one of the
@@ -31,12 +31,12 @@ class HeadNames:
 
     @classmethod
     def of(cls, model: str, tied: bool) -> HeadNames:
-        """The names in a model that lies under the name `model` (may be empty)."""
+        """Return the names in a model whose tensors have the prefix `model` (may be empty)."""
         prefix = f"{model}." if model else ""
         return cls(f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight", tied)
 
     def resolve(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The tensors, with one object under both names where head and embedding are tied.
+        """Return the tensors, with one object under both names if head and embedding are tied.
 
         Warns with CheckpointWarning where the flag ties two matrices that differ.
         """
@@ -57,13 +57,13 @@ class HeadNames:
         return {**tensors, self.embedding: one, self.head: one}
 
     def are_tied(self, tensors: Mapping[str, LazyTensor]) -> bool:
-        """Whether head and embedding are one matrix after all was resolved and merged."""
+        """Return whether head and embedding are one matrix, after `resolve` and any merging."""
         head = tensors.get(self.head)
         return self.tied if head is None else head is tensors.get(self.embedding)
 
 
 def same_values(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors hold the same numbers; those of one stored type are read in blocks."""
+    """Return whether two tensors hold the same numbers; tensors of one type are read in blocks."""
     if a is b:
         return True
     if tuple(a.shape) != tuple(b.shape):

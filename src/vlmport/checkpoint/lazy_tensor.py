@@ -1,4 +1,4 @@
-"""Weights that are read when they are asked for, and weights computed from them."""
+"""Weights that are read on request, and weights computed from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DerivedTensor", "LazyTensor"]
 
 
 class LazyTensor(Protocol):
-    """A weight that is read when it is asked for.
+    """A weight that is read on request.
 
     Attributes:
         name: its name in the file, for messages.
@@ -26,7 +26,7 @@ class LazyTensor(Protocol):
     @property
     def dtype(self) -> str: ...
     def numpy(self) -> npt.NDArray[np.float32]:
-        """Its values in a fresh float32 array that the caller owns. Raises WeightError."""
+        """Read its values into a new float32 array, which the caller owns. Raises WeightError."""
         ...
 
 

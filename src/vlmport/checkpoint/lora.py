@@ -1,7 +1,7 @@
-"""LoRA, merged while reading: W + (α/r)·B·A, one tensor at a time.
+"""Merge LoRA while reading: W + (α/r)·B·A, one tensor at a time.
 
-Two sources have the same maths: pairs inside a checkpoint, whose r and α the family knows, and a
-folder saved by PEFT. The semantics are those of peft 0.21: tuners/lora/layer.py (`update_layer`,
+Two sources have the same maths: pairs inside a checkpoint, for which the family gives r and α, and
+a folder saved by PEFT. The semantics are those of peft 0.21: tuners/lora/layer.py (`update_layer`,
 `get_delta_weight`) and utils/other.py (`get_pattern_key`).
 """
 
@@ -60,7 +60,7 @@ class MergedTensor(DerivedTensor):
         return self.base.shape
 
     def numpy(self) -> npt.NDArray[np.float32]:
-        """W + (α/r)·B·A in float32, in blocks of rows."""
+        """Compute W + (α/r)·B·A in float32, in blocks of rows."""
         merged = self.base.numpy().reshape(self.shape[0], -1)
         a, b = (half.numpy().reshape(half.shape[0], -1) for half in (self.a, self.b))
         factor = np.float32(self.scale.factor)
@@ -72,7 +72,7 @@ class MergedTensor(DerivedTensor):
 
 
 def merge_stored(weights: Weights, scale: LoraScale | None) -> dict[str, LazyTensor]:
-    """All weights by plain name, with the pairs inside the checkpoint merged.
+    """Map plain name → weight, with the pairs inside the checkpoint merged.
 
     Raises AdapterError when there are pairs and no scale, or when their shapes don't fit.
     """
@@ -94,7 +94,7 @@ def merge_pairs(
     scales: Mapping[str, LoraScale],
     where: str,
 ) -> dict[str, LazyTensor]:
-    """`tensors` with each pair merged into the weight of its name.
+    """Merge each pair into the weight of its name.
 
     Raises AdapterError naming every pair whose shapes don't fit its weight and its r.
     """
@@ -115,7 +115,7 @@ def merge_pairs(
 
 
 def _misfit(name: str, base: LazyTensor, pair: Pair, scale: LoraScale) -> str | None:
-    """What is wrong with the shapes of a pair, or None."""
+    """Describe the fault in the shapes of a pair; None if there is none."""
     a, b = pair
     if len(base.shape) not in (2, 4, 5):  # Linear, Conv2d, Conv3d
         return f"{name!r} is {list(base.shape)}, expected a matrix or a convolution's kernel"

@@ -1,4 +1,4 @@
-"""What a checkpoint's own model card says of it."""
+"""Read a checkpoint's own model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The front matter of the README.md, empty if there is none."""
+    """Read the front matter of the README.md, empty if there is none."""
     path = folder / "README.md"
     if not path.is_file():
         return {}
@@ -21,7 +21,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def base_model(folder: Path) -> str | None:
-    """The model that this one was made from, where the card names one."""
+    """Return the name of the base model, if the card names one."""
     named = read_card(folder).get("base_model")
     if isinstance(named, list):
         named = named[0] if len(named) == 1 else None

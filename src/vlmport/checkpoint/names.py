@@ -1,9 +1,9 @@
-"""Names of stored tensors → plain names.
+"""Turn the names of stored tensors into plain names.
 
 A checkpoint saved from a wrapped model carries the wrappers in its names: DataParallel's
 `module.`, torch.compile's `_orig_mod`, PEFT's `base_model.model.` and `.base_layer`. This module
-takes them off and sets the LoRA pairs apart. Anything else that PEFT may have left there changes
-the maths, and is refused by name.
+removes them and separates the LoRA pairs. Any other tensor of PEFT changes the maths, and is
+refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OTHER_TUNERS = (
     "ia3_", "vera_", "hada_", "lokr_", "oft_", "boft_", "hra_", "fourierft_", "vblora_",
     "randlora_", "bone_", "miss_", "shira_", "prompt_encoder", "adaption_",
 )  # fmt: skip
-# What older versions of transformers stored although it follows from the config.
+# Tensors that older versions of transformers stored, although they follow from the config.
 BUFFERS = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\.((original_)?inv_freq|(cos|sin)_cached)|position_ids)$"
 )
@@ -31,7 +31,7 @@ MERGE_FIRST = "merge it first: peft's merge_and_unload(), then save_pretrained()
 
 @dataclass
 class Names:
-    """Where each tensor of a checkpoint is stored.
+    """The stored names of a checkpoint's tensors.
 
     Attributes:
         plain: plain name → stored name.
@@ -46,7 +46,7 @@ class Names:
 
 @dataclass
 class _Sorting:
-    """What has been seen on the way to a `Names`."""
+    """The names sorted so far, while making a `Names`."""
 
     plain: dict[str, list[str]] = field(default_factory=dict)
     halves: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class _Sorting:
 
 
 def is_buffer(stored: str) -> bool:
-    """Whether a tensor of this name is computed from the config and no weight.
+    """Return whether a tensor of this name is computed from the config, and is no weight.
 
     Source: transformers 5.23, modeling_utils.py, _adjust_missing_and_unexpected_keys.
     """
@@ -92,7 +92,7 @@ def canonical_names(stored: Iterable[str], where: str, *, pairs_only: bool = Fal
 
 
 def _sort(stored: str, seen: _Sorting) -> None:
-    """File one stored name under what it is."""
+    """Put one stored name into its group."""
     parts = unwrap(stored)
     index = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
     if any(part in SAVED_APART or part.startswith(OTHER_TUNERS) for part in parts):
@@ -114,7 +114,7 @@ def _sort(stored: str, seen: _Sorting) -> None:
 
 
 def unwrap(stored: str) -> list[str]:
-    """The parts of a name without wrappers and without `base_model.model`."""
+    """Split a name into its parts, without wrappers and without `base_model.model`."""
     plain: list[str] = []
     for part in stored.split("."):
         # "module" is DataParallel's at the front only: elsewhere a model may use the name itself.
@@ -128,7 +128,7 @@ def unwrap(stored: str) -> list[str]:
 
 
 def _refuse(seen: _Sorting, where: str) -> None:
-    """Raise for what can't be read right whatever else is there."""
+    """Raise for names that can't be read correctly in any checkpoint."""
     if seen.refused:
         what = f"{len(seen.refused)} tensors of PEFT that are not plain LoRA pairs"
         raise AdapterError(
@@ -150,7 +150,7 @@ def _refuse(seen: _Sorting, where: str) -> None:
             f"{name!r} is {some_names(doubles[name])}" for name in sorted(doubles)[:4]
         )
         raise WeightError(
-            f"{where}: {len(doubles)} names stand for two tensors each: {shown}",
+            f"{where}: {len(doubles)} names mean two tensors each: {shown}",
             hint="save the model again without its wrapper",
             code="weights.ambiguous",
         )
@@ -161,14 +161,14 @@ def _refuse(seen: _Sorting, where: str) -> None:
     ]
     if halves:
         raise AdapterError(
-            f"{where}: {len(halves)} LoRA tensors without their other half: {some_names(halves)}",
+            f"{where}: {len(halves)} LoRA tensors without their counterpart: {some_names(halves)}",
             hint="the file is incomplete; save the adapter again",
             code="adapter.incomplete",
         )
 
 
 def _check_bases(names: Names, seen: _Sorting, where: str) -> None:
-    """Every pair has a base weight, and every weight that PEFT wrapped has a pair."""
+    """Check that every pair has a base weight, and every weight that PEFT wrapped has a pair."""
     orphans = sorted(name for name in names.pairs if name not in names.plain)
     if orphans:
         near = did_you_mean(orphans[0], names.plain)

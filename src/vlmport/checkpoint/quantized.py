@@ -1,8 +1,8 @@
-"""Quantized checkpoints: floats again where these are exact, else which method it was.
+"""Read quantized checkpoints as floats where that is exact; refuse others by their method's name.
 
-The tensors decide. A `quantization_config` beside plain weights is left over from another save; it
-says nothing, and is not carried on. bitsandbytes' 4 and 8 bits and FP8 in blocks become floats when
-a tensor is read. Any other method is refused by its name.
+The tensors decide. A `quantization_config` with plain weights is left over from another save; it is
+ignored, and not copied. bitsandbytes' 4 and 8 bits and FP8 in blocks become floats when a tensor is
+read. Any other method is refused by its name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Dequantized", "dequantized", "without_quantization"]
 Tensors = Mapping[str, StoredTensor]
 Json = TypeVar("Json")
 
-# Where configs say it: transformers, compressed-tensors as it was, MLX.
+# The keys in configs: transformers, old compressed-tensors, MLX.
 KEYS = ("quantization_config", "compression_config", "quantization")
 NAMES = {
     "awq": "AWQ",
@@ -42,7 +42,7 @@ NAMES = {
     "nvfp4": "NVFP4",
     "quanto": "Quanto",
 }
-# What only a quantized weight has beside it → the methods that write it so.
+# Last part of a name that only parts of quantized weights have → the methods that write it.
 SIGNS = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
@@ -70,7 +70,7 @@ INT8_STEP = np.float32(7.874015718698502e-3)  # 1 / 127, as bitsandbytes writes 
 
 
 def without_quantization(config: Json) -> Json:
-    """A config without what it says of quantization, at any depth."""
+    """Remove the quantization settings from a config, at any depth."""
     if isinstance(config, dict):
         kept = {key: without_quantization(value) for key, value in config.items()}
         return {key: value for key, value in kept.items() if key not in KEYS}  # type: ignore[return-value]
@@ -91,7 +91,7 @@ class Dequantized(DerivedTensor):
     floats: Callable[[], npt.NDArray[np.float32]]
 
     def numpy(self) -> npt.NDArray[np.float32]:
-        """Its values in a fresh array. Raises WeightError where the sizes don't agree."""
+        """Compute its values in a new array. Raises WeightError if the sizes don't agree."""
         try:
             return self.floats()
         except (ValueError, IndexError) as error:
@@ -101,13 +101,13 @@ class Dequantized(DerivedTensor):
 def dequantized(
     stored: Tensors, config: Mapping[str, Any], folder: Path
 ) -> dict[str, StoredTensor | Dequantized]:
-    """The tensors, those of bitsandbytes and FP8 as floats and without their scales.
+    """Return the tensors; those of bitsandbytes and FP8 are floats, without their scales.
 
     Args:
-        config: config.json as it stands.
+        config: the contents of config.json.
         folder: the checkpoint's.
 
-    Raises WeightError where a part of a quantized weight is missing, and for other methods.
+    Raises WeightError if a part of a quantized weight is missing, and for other methods.
     """
     made: dict[str, Dequantized] = {}
     parts: set[str] = set()
@@ -120,7 +120,7 @@ def dequantized(
 
 
 def _check_plain(tensors: Tensors, config: Mapping[str, Any], folder: Path) -> None:
-    """Raise WeightError where tensors are still quantized."""
+    """Raise WeightError if tensors are still quantized."""
     told = _told(config)
     packed = [name for name, tensor in tensors.items() if _is_packed(tensor, told is not None)]
     if not packed:
@@ -129,16 +129,16 @@ def _check_plain(tensors: Tensors, config: Mapping[str, Any], folder: Path) -> N
     types = sorted({tensors[name].dtype for name in packed} - FLOATS)
     source = base_model(folder)
     raise WeightError(
-        f"{folder}: quantized with {told or guess or ', '.join(types)}, which is not read; "
-        f"{len(packed)} tensors are of it: {some_names(packed, 3)}",
-        hint=f"give the model that it was made from{f', {source}' if source else ''}; "
+        f"{folder}: quantized with {told or guess or ', '.join(types)}, which vlmport does not "
+        f"read; {len(packed)} tensors are quantized: {some_names(packed, 3)}",
+        hint=f"use the original model{f', {source}' if source else ''}; "
         "vlmport quantizes by itself (--precision q8 or q4)",
         code="weights.quantized",
     )
 
 
 def _is_packed(tensor: StoredTensor, is_told: bool) -> bool:
-    """Whether a tensor belongs to a quantized weight: by its name, or by its type."""
+    """Return whether a tensor belongs to a quantized weight, by its name or its type."""
     if _sign(tensor.name):
         return True
     if tensor.dtype in FLOATS or tensor.dtype in NO_WEIGHTS or is_buffer(tensor.name):
@@ -147,7 +147,7 @@ def _is_packed(tensor: StoredTensor, is_told: bool) -> bool:
 
 
 def _told(config: Mapping[str, Any]) -> str | None:
-    """The method that a config names, such as 'AWQ, 4 bits'; None where it names none."""
+    """Return the method that a config names, such as 'AWQ, 4 bits'; None if it names none."""
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     found = [(key, one[key]) for one in sections for key in KEYS if isinstance(one.get(key), dict)]
     if not found:
@@ -170,7 +170,10 @@ Found = Iterator[tuple[str, Dequantized, set[str]]]  # a weight's name, it, all 
 
 
 def _four_bits(stored: Tensors) -> Found:
-    """bitsandbytes 0.50, functional.py, QuantState.from_dict and dequantize_4bit."""
+    """Find the 4-bit weights of bitsandbytes.
+
+    Source: bitsandbytes 0.50, functional.py, QuantState.from_dict and dequantize_4bit.
+    """
     for state_name in stored:
         if (found := STATE.fullmatch(state_name)) is None:
             continue
@@ -207,7 +210,7 @@ class _FourBits:
         return rounded.astype(np.float32).reshape(self.shape)
 
     def _scales(self) -> npt.NDArray[np.float32]:
-        """One a block; in double quantization these are 8-bit values themselves."""
+        """Read one scale per block; in double quantization the scales are 8-bit values too."""
         absmax = self.parts["absmax"]
         if "nested_absmax" not in self.parts:
             return absmax.numpy().reshape(-1)
@@ -219,7 +222,7 @@ class _FourBits:
 
 
 def _spread(scales: np.ndarray, block: int, size: int) -> np.ndarray:
-    """The scale of each of `size` values. Raises ValueError for another number of blocks."""
+    """Repeat the scales for each of `size` values. Raises ValueError for a wrong number of them."""
     if len(scales) != -(-size // block):
         raise ValueError(f"{len(scales)} scales for {size} values in blocks of {block}")
     return np.repeat(scales, min(block, size))[:size]
@@ -241,7 +244,10 @@ def _state(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def _eight_bits(stored: Tensors) -> Found:
-    """bitsandbytes 0.50, backends/default/ops.py, int8_vectorwise_dequant."""
+    """Find the 8-bit weights of bitsandbytes.
+
+    Source: bitsandbytes 0.50, backends/default/ops.py, int8_vectorwise_dequant.
+    """
     for scales_name in stored:
         module, dot, last = scales_name.rpartition(".")
         if last != "SCB":
@@ -250,9 +256,9 @@ def _eight_bits(stored: Tensors) -> Found:
         parts = _all(stored, weight, {"": weight, "SCB": scales_name})
         base, scales = parts[""], parts["SCB"]
         if base.dtype != "I8":
-            raise _incomplete(base, f"it is {base.dtype}, expected I8 beside {scales_name!r}")
+            raise _incomplete(base, f"it is {base.dtype}, expected I8 because of {scales_name!r}")
         if form in stored and stored[form].raw().any():
-            raise _incomplete(base, "it lies in the order of a GPU's kernel, not row by row")
+            raise _incomplete(base, "it is stored in the order of a GPU's kernel, not row by row")
 
         def floats(base: StoredTensor = base, scales: StoredTensor = scales) -> np.ndarray:
             values = base.raw().astype(np.float32)
@@ -264,7 +270,10 @@ def _eight_bits(stored: Tensors) -> Found:
 
 
 def _float8(stored: Tensors, config: Mapping[str, Any]) -> Found:
-    """transformers 5.23, integrations/finegrained_fp8.py, Fp8Dequantize."""
+    """Find the FP8 weights with scales in blocks.
+
+    Source: transformers 5.23, integrations/finegrained_fp8.py, Fp8Dequantize.
+    """
     settings = next((config[key] for key in KEYS if isinstance(config.get(key), dict)), {})
     told = settings.get("weight_block_size")
     sizes = [size for size in told if _is_count(size)] if isinstance(told, list) else []
@@ -300,9 +309,9 @@ def _float8(stored: Tensors, config: Mapping[str, Any]) -> Found:
 
 
 def _block(base: StoredTensor, scales: StoredTensor, told: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that share a scale: what the config says, else what divides the matrix.
+    """Return how many rows and columns share a scale: from the config, else from the shapes.
 
-    Raises WeightError where the scales fit neither.
+    Raises WeightError if the scales fit neither.
     """
     sides = (base.shape[0], base.shape[1])
     grid = _grid(scales)
@@ -323,7 +332,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _all(stored: Tensors, weight: str, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """The parts of a quantized weight. Raises WeightError for missing ones."""
+    """Find the parts of a quantized weight. Raises WeightError for missing ones."""
     if missing := [name for name in names.values() if name not in stored]:
         raise WeightError(
             f"{weight!r} is quantized by bitsandbytes, and parts of it are missing: "
@@ -337,6 +346,6 @@ def _all(stored: Tensors, weight: str, names: Mapping[str, str]) -> dict[str, St
 def _incomplete(tensor: StoredTensor, what: str) -> WeightError:
     return WeightError(
         f"{tensor.file}: {tensor.name!r}: quantized, and {what}",
-        hint="the file is damaged, or of another version; give the model that it was made from",
+        hint="the file is damaged, or of another version; use the original model",
         code="weights.quantized-incomplete",
     )

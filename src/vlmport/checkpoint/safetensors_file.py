@@ -1,4 +1,4 @@
-"""A tensor in a safetensors file: what its header says, and its bytes.
+"""A tensor in a safetensors file: its entry in the header, and its bytes.
 
 Tensors are read with a plain read rather than through a memory map: a mapped file that shrinks, or
 whose disk fails, kills the process, while a short read is an error with a name.
@@ -21,7 +21,7 @@ READABLE = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# What quantized weights are made of.
+# The types that quantized weights consist of.
 PACKED = {
     "U8": np.dtype("u1"),
     "I8": np.dtype("i1"),
@@ -53,7 +53,7 @@ class StoredTensor:
                 f"{self.file}: {self.name!r} is {self.dtype}, expected {', '.join(READABLE)}",
                 hint="save the model in float32"
                 if self.dtype == "F64"
-                else "quantized checkpoints can't be exported; use the model they were made from",
+                else "quantized checkpoints can't be exported; use the original model",
                 code="weights.type",
             )
         return self.raw().astype(np.float32, copy=False)
@@ -63,8 +63,8 @@ class StoredTensor:
         dtype = READABLE.get(self.dtype) or PACKED.get(self.dtype)
         if dtype is None:
             raise WeightError(
-                f"{self.file}: {self.name!r} is {self.dtype}, which is not read",
-                hint="give the model that it was made from",
+                f"{self.file}: {self.name!r} is {self.dtype}, which vlmport does not read",
+                hint="use the original model, before it was quantized",
                 code="weights.type",
             )
         count = self.nbytes // dtype.itemsize

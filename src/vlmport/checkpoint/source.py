@@ -1,7 +1,7 @@
-"""Where a model comes from: a folder, or a repository of the Hugging Face Hub.
+"""Find a model: a folder, or a repository of the Hugging Face Hub.
 
-Everything that the Hub client reads from the environment holds: HF_HOME, HF_HUB_CACHE,
-HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
+The environment variables of the Hub client apply: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN,
+HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["fetch_files", "find_folder", "locate", "locate_adapter"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*"]
 SUBFOLDERS = ["*/*"]  # fnmatch's star crosses slashes: "onnx/…", "checkpoint-500/…"
-TIMEOUT = 10.0  # seconds for the first answer; the client itself would wait for ever
+TIMEOUT = 10.0  # seconds for the first response; the client itself has no limit
 
 
 def locate(source: str | Path, revision: str | None = None, *, known: Iterable[str] = ()) -> Path:
@@ -31,7 +31,7 @@ def locate(source: str | Path, revision: str | None = None, *, known: Iterable[s
     Args:
         known: other names that the caller takes, for an error that suggests one.
 
-    Raises SourceError when it can't be found or fetched, and when it is no checkpoint.
+    Raises SourceError if it can't be found or downloaded, and if it is not a checkpoint.
     """
     folder = find_folder(source, revision, known=known)
     try:
@@ -42,10 +42,9 @@ def locate(source: str | Path, revision: str | None = None, *, known: Iterable[s
 
 
 def locate_adapter(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a LoRA adapter, found as `locate` finds a checkpoint.
+    """Find the folder of a LoRA adapter, as `locate` finds that of a checkpoint.
 
-    Raises SourceError also where other weights are in it, or in its repository, which nobody
-    would read.
+    Raises SourceError also if it, or its repository, holds other weights, which would be ignored.
     """
     folder = find_folder(source, revision)
     try:
@@ -70,14 +69,14 @@ def find_folder(
     try:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as cause:  # a name too long, "~nobody", a NUL
+    except (OSError, RuntimeError, ValueError) as cause:  # a long name, an unknown user, a NUL
         reason = getattr(cause, "strerror", None) or cause
         raise SourceError(
-            f"{text[:80]!r}: {reason}", hint="give a folder or a Hub id", code="source.not-found"
+            f"{text[:80]!r}: {reason}", hint="use a folder or a Hub id", code="source.not-found"
         ) from cause
     if is_folder and text:
         if revision is not None:
-            hint = "leave --revision out; it chooses among the versions of a Hub repository"
+            hint = "leave out --revision; it chooses among the versions of a Hub repository"
             raise SourceError(
                 f"{path}: a local folder has no revision {revision!r}",
                 hint=hint,
@@ -87,7 +86,7 @@ def find_folder(
     if exists and text:
         raise SourceError(
             f"{path}: a file, expected a folder",
-            hint=f"give its folder: {path.parent}",
+            hint=f"use its folder: {path.parent}",
             code="source.not-a-folder",
         )
     if isinstance(source, str) and HUB_ID.fullmatch(source) and ".." not in source:
@@ -102,7 +101,7 @@ def find_folder(
         f"{text!r}: {what}{did_you_mean(text, names) or _near(path)}",
         hint="`vlmport models` lists the built-in names; a Hub id is such as 'org/name'"
         if names
-        else "give a folder, or a Hub id such as 'org/name'",
+        else "use a folder, or a Hub id such as 'org/name'",
         code="source.not-found",
     )
 
@@ -115,7 +114,7 @@ def _unreadable(folder: Path, cause: OSError) -> SourceError:
 
 
 def _near(path: Path) -> str:
-    """A folder beside it of nearly that name."""
+    """Suggest a folder with a similar name in the same place."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -124,7 +123,7 @@ def _near(path: Path) -> str:
 
 
 def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
-    """The snapshot of a Hub repository with the files of these exact paths in it.
+    """Download the files with these exact paths; return the snapshot of the Hub repository.
 
     Raises SourceError as `find_folder` does.
     """
@@ -132,14 +131,14 @@ def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
 
 
 def _repository_files(repo: str, revision: str | None) -> list[str]:
-    """All files of a Hub repository; none where the Hub can't be asked now."""
+    """List all files of a Hub repository; empty if the Hub can't be reached."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         return []
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-    except Exception:  # the snapshot is here, and newer files are not known
+    except Exception:  # the snapshot is in the cache; newer files are unknown
         return []
     return [one.rfilename for one in info.siblings or ()]
 
@@ -150,7 +149,7 @@ def _fetch(
     patterns: Sequence[str] = PATTERNS,
     ignored: Sequence[str] = SUBFOLDERS,
 ) -> Path:
-    """The snapshot of a Hub repository: the newest when the Hub answers, else the cached one."""
+    """Return a repository's snapshot: the newest if the Hub responds, else the cached one."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -177,20 +176,20 @@ def _fetch(
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
-    """One line and a hint for what the Hub client raised."""
+    """Explain an exception of the Hub client in one line, with a hint."""
     from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
     if problem := _disk_problem(error):
         return SourceError(
             f"{repo}: {problem}: {constants.HF_HUB_CACHE}",
-            hint="make room there, or set HF_HUB_CACHE to a folder on another disk; run it again",
+            hint="free space there, or set HF_HUB_CACHE to a folder on another disk; run it again",
             code="hub.cache-unwritable",
         )
     if page := _no_hub(error):
         return SourceError(
             f"{repo}: {endpoint} answers with {page}",
-            hint=f"{WEB_PAGE_HINT}; HF_ENDPOINT has to name a Hub",
+            hint=f"{WEB_PAGE_HINT}; HF_ENDPOINT must be the address of a Hub",
             code="hub.web-page",
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -239,10 +238,10 @@ def _explain_status(error: Exception, repo: str, endpoint: str) -> SourceError:
     if status in (401, 403):
         return SourceError(
             f"{repo}: {endpoint} refuses access ({status})",
-            hint="is HF_TOKEN right, and may it read this repository? `hf auth login` makes one",
+            hint="check that HF_TOKEN may read this repository; `hf auth login` creates a token",
             code="hub.no-access",
         )
-    hint = "wait a little and run it again; downloads resume"
+    hint = "wait a moment and run it again; downloads resume"
     return SourceError(
         f"{repo}: {endpoint} answers with an error: {_line(error)}",
         hint=hint,
@@ -251,13 +250,13 @@ def _explain_status(error: Exception, repo: str, endpoint: str) -> SourceError:
 
 
 def _line(error: Exception) -> str:
-    """The type and the first line of the text of a foreign exception."""
+    """Return the type and the first line of an exception of another library."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _disk_problem(error: BaseException) -> str | None:
-    """What is wrong with the cache's disk, if that is what stopped the download."""
+    """Describe the problem of the cache's disk, if it stopped the download."""
     for cause in _chain(error):
         code = getattr(cause, "errno", None)
         # hf_xet, the Rust downloader, raises a RuntimeError that only its text explains.
@@ -269,14 +268,14 @@ def _disk_problem(error: BaseException) -> str | None:
 
 
 def _no_hub(error: BaseException) -> str | None:
-    """Name what answered in the Hub's place with status 200, if that is what went wrong."""
+    """Name the kind of response, if something other than a Hub responded with status 200."""
     from huggingface_hub.errors import FileMetadataError
 
     for cause in _chain(error):
         if isinstance(cause, json.JSONDecodeError):
             return "a web page" if is_web_page(cause.doc[:1000].encode()) else "no JSON"
         if isinstance(cause, FileMetadataError):  # no ETag or no commit, which every Hub sends
-            return "something else than a Hub's file, perhaps a web page"
+            return "something other than a Hub's file, perhaps a web page"
     return None
 
 

@@ -1,4 +1,4 @@
-"""safetensors files → lazy tensors.
+"""Open safetensors files as lazy tensors.
 
 Opening a checkpoint reads headers only; `numpy()` reads one tensor. No file stays open.
 """
@@ -27,7 +27,7 @@ CONVERT = "convert it: save_pretrained(folder, safe_serialization=True) in trans
 
 
 class Weights(Mapping[str, LazyTensor]):
-    """The weights of a checkpoint by plain name, LoRA pairs apart; stored buffers are left out.
+    """The weights of a checkpoint by plain name, without LoRA pairs and stored buffers.
 
     Attributes:
         pairs: plain name of an adapted weight → its lora_A [r, in] and lora_B [out, r]. The
@@ -73,7 +73,7 @@ class Weights(Mapping[str, LazyTensor]):
 
 
 def open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one file, by its stored name; the data stays where it is.
+    """Map stored name → tensor of one file; no data is read.
 
     Raises WeightError when the file is missing, no safetensors, or cut short.
     """
@@ -103,13 +103,13 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
-    """The tensors of all shards, after the index and the shards were found to agree."""
+    """Open the tensors of all shards, and check that the index agrees with them."""
     weight_map = load_json(index, error=WeightError, hint=DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightError(f"{index}: no weight_map", hint=DOWNLOAD_AGAIN, code="weights.bad-index")
     odd = {str(file) for file in weight_map.values() if not _is_plain_file(file)}
     if odd:
-        hint = "shards lie beside their index; don't use a checkpoint that says otherwise"
+        hint = "shards must be in the folder of their index; don't use this checkpoint"
         raise WeightError(
             f"{index}: not file names of shards: {some_names(odd)}",
             hint=hint,

@@ -171,6 +171,6 @@ export interface Manifest {
   readonly accuracy?: readonly Accuracy[];
   /** The inputs of image_processor other than `image`, with their defaults; absent where there are none. */
   readonly image_options?: ImageOptions;
-  /** What an export was told to leave out: pattern → the checkpoint's tensors that match it; absent where there is nothing. */
+  /** Tensors that an export left out on request: pattern → the checkpoint's tensors that match it; absent where there are none. */
   readonly ignored_weights?: Readonly<Record<string, readonly string[]>>;
 }
