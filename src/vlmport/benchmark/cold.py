@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> None:
-    """Caption the picture that the arguments ask for."""
+    """Caption an image of the size in the arguments."""
     folder, precision, *numbers = sys.argv[1:]
     threads, width, height, tokens = map(int, numbers)
 
