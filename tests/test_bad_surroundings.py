@@ -203,7 +203,7 @@ def test_options_that_contradict_each_other(
 ) -> None:
     error, hint = refused(tmp_path, "caption", picture, "-m", tiny_bundle, "--stream", "--json")
     assert "--stream and --json contradict each other" in error
-    assert hint == "hint: choose one"
+    assert hint == "hint: leave one of them out"
     refused(tmp_path, "caption", picture, "-m", tiny_bundle, "--revision", "v2")
     error, _ = refused(tmp_path, "caption", picture, "-m", "shapes", "--revision", "v2")
     assert "has no revision 'v2'" in error
@@ -215,10 +215,9 @@ def test_values_out_of_range(option: str, tiny_bundle: Path, picture: Path, tmp_
     done = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (2, "")
     name = option.partition("=")[0]
-    named = name.removeprefix("--").replace("-", "_")  # as the option's own error has it
     assert (
         f"Invalid value for '{name}'" in done.stderr
-        or f"error[option.wrong-value]: {named}=" in done.stderr
+        or f"error[option.wrong-value]: {name} " in done.stderr
     )
 
 

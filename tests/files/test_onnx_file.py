@@ -299,4 +299,5 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_a_single_graph_cannot_be_probed(file: Path) -> None:
     done = run(file, "--probe")
     assert done.exit_code == 2
-    assert "no vlmport.json, so there is no input to probe it with" in done.stderr
+    assert "error[bundle.no-manifest]" in done.stderr
+    assert "--probe" in done.stderr
