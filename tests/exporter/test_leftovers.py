@@ -77,11 +77,12 @@ def test_the_next_export_puts_it_back_too(own_bundle_folder: Path) -> None:
     before = contents(own_bundle_folder)
     moved_aside(own_bundle_folder)
     with (
-        pytest.warns(ExportWarning, match="put back"),
+        pytest.warns(ExportWarning) as warned,
         pytest.raises(KeyboardInterrupt),
         atomic_folder(own_bundle_folder, force=True),
     ):
         raise KeyboardInterrupt
+    assert [getattr(one.message, "code", "") for one in warned] == ["export.bundle-restored"]
     assert contents(own_bundle_folder) == before
 
 

@@ -46,7 +46,7 @@ def test_sizes_that_browsers_do_not_hold(
 ) -> None:
     with raises(ExportError, "option.wrong-value", "2000000000", "(2GB)") as caught:
         export(tiny_checkpoint, tmp_path / "out", max_shard_size=text)
-    assert "leave the size out" in (caught.value.hint or "")
+    assert "leave out the size" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
 
 
@@ -85,7 +85,7 @@ def test_no_more_files_than_clients_read(
     monkeypatch.setattr(writing, "DATA_FILES", 5)
     with raises(ExportError, "export.too-many-files", "5") as caught:
         export(tiny_checkpoint, tmp_path / "out", precisions="fp32", max_shard_size=1)
-    assert caught.value.hint == "allow larger ones"
+    assert "larger" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     for name in ("INLINE_BYTES", "DATA_FILE_BYTES"):
         monkeypatch.setattr(writing, name, 1000)

@@ -1,5 +1,6 @@
-"""Small, truly trained checkpoints that ship with the package, so that the first minute needs no
-download. The recipes that train them are in `training/` of the repository.
+"""Small trained checkpoints in the package, so that a first try needs no download.
+
+The recipes that train them are in `training/` of the repository.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ DESCRIPTIONS = {
     "shapes-qwen3-vl": "the same, of pictures of many sizes (qwen3_vl)",
 }
 
-# Which of them a command takes where none is named.
+# The ones that a command takes by default.
 CAPTIONER, ANSWERER = "shapes", "shapes-smolvlm"
 
 
 def builtin_models() -> dict[str, Path]:
-    """Name → checkpoint folder."""
+    """Map name → checkpoint folder."""
     root = Path(str(resources.files(__name__)))
     return {name: root / name for name in DESCRIPTIONS}
 
 
 def builtin_folder(source: str | Path) -> Path | None:
-    """The checkpoint of a built-in name; None for any other, and where a folder has that name."""
+    """Return the checkpoint of a built-in name; None for others, and for a folder of that name."""
     folder = builtin_models().get(str(source))
     return None if folder is None or Path(source).exists() else folder

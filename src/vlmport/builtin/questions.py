@@ -1,9 +1,9 @@
 """Questions about the scenes of `vlmport.builtin.scenes`, each with one right answer.
 
 The built-in models that answer are trained on them, and `vlmport eval --questions` measures on
-those that training never sees. As with captions, what a viewer could answer in two ways is never
-asked. Where a conversation has two pictures, a question about one of them names it ("in the second
-image").
+questions that training never sees. As with captions, there is no question that a viewer could
+answer in two ways. In a conversation about two images, a question about one of them names it ("in
+the second image").
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CAPTION_QUESTIONS = (
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question, its answer, and the pictures (indices into the scenes) that come with it."""
+    """A question, its answer, and the images (indices into the scenes) that come with it."""
 
     kind: str
     question: str
@@ -45,14 +45,14 @@ class Exchange:
 
 
 def describe(scene: Scene, rng: random.Random) -> Exchange:
-    """The caption of a picture, asked for in one of three ways."""
+    """Ask for the caption of an image, in one of three ways."""
     return Exchange("caption", rng.choice(CAPTION_QUESTIONS), caption(scene))
 
 
 def questions(scene: Scene, rng: random.Random, where: str = "") -> list[Exchange]:
-    """Every question that has one answer, of each kind; `where` names the picture.
+    """List every question that has one answer, of each kind; `where` names the image.
 
-    Yes and no are asked once each, so that neither is the better guess.
+    There is one question with the answer yes and one with no, so that neither is the better guess.
     """
     asked = [
         Exchange("count", f"how many shapes are there{where}?", NUMBERS[len(scene.things)]),
@@ -71,7 +71,7 @@ def questions(scene: Scene, rng: random.Random, where: str = "") -> list[Exchang
 
 
 def which(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
-    """ "which image has …?" for things that are in one of two pictures only."""
+    """Ask "which image has …?" for things that are in only one of two images."""
     asked = []
     for index, scene in enumerate(scenes):
         others = {
@@ -89,10 +89,10 @@ def which(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
 
 
 def held_out_questions(count: int, seed: int = HELD_OUT_SEED) -> list[tuple[Exchange, list[Scene]]]:
-    """Questions by themselves, with their scenes, of a seed that training never uses.
+    """Draw single questions with their scenes, from a seed that training never uses.
 
-    Every fourth is about two pictures, and is one that only two can have. Kinds are drawn evenly,
-    but for `which`, that only pairs have. The first of them are the same for any count.
+    Every fourth is about two images, and needs both. Kinds are drawn evenly, except for `which`,
+    which only pairs have. The first ones are the same for any count.
     """
     rng = random.Random(f"{seed}-held-out-questions")
     return [_held_out(rng, pictures=2 if number % 4 == 3 else 1) for number in range(count)]
@@ -104,12 +104,12 @@ def conversation(
     turns: int,
     weights: Mapping[str, float] | None = None,
 ) -> list[Exchange]:
-    """Up to `turns` exchanges about one or two pictures, which all come with the first.
+    """Draw up to `turns` exchanges about one or two images, which all come with the first exchange.
 
-    No question comes twice.
+    No question is repeated.
 
     Args:
-        weights: how often a kind is drawn; None draws all evenly, so that rare ones are learnt too.
+        weights: kind → its weight; None draws all kinds evenly, so that rare ones are learnt too.
     """
     asked = [describe(scenes[0], rng)] if len(scenes) == 1 else []
     chosen = draw([*asked, *all_about(scenes, rng)], rng, turns, weights)
@@ -123,7 +123,7 @@ def _held_out(rng: random.Random, pictures: int) -> tuple[Exchange, list[Scene]]
 
 
 def all_about(scenes: Sequence[Scene], rng: random.Random) -> list[Exchange]:
-    """Every question about one picture, or about two."""
+    """List every question about one image, or about two."""
     if len(scenes) == 1:
         return questions(scenes[0], rng)
     asked = which(scenes, rng)
@@ -165,7 +165,7 @@ def _exists(thing: Thing | tuple[str, str], answer: str, where: str) -> Exchange
 
 
 def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A colour and shape that nothing has together; half of them have a colour that is there."""
+    """Draw a colour and a shape that no thing has together; half have a colour of the scene."""
     present = {(thing.colour, thing.shape) for thing in scene.things}
     colours = [thing.colour for thing in scene.things] if rng.random() < 0.5 else list(PALETTE)
     while True:
@@ -175,7 +175,7 @@ def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _sides(scene: Scene, thing: Thing) -> list[str]:
-    """The sides of a thing on which exactly one other lies, when all lie clearly somewhere."""
+    """List the sides of a thing on which there is exactly one other, if all relations are clear."""
     others = [other for other in scene.things if other is not thing]
     if not all(clear_relation(scene, thing, other) for other in others):
         return []
@@ -198,5 +198,5 @@ def _a(colour: str, shape: str) -> str:
 
 
 def scene_pair(rng: random.Random) -> list[Scene]:
-    """Two scenes of one or two things each."""
+    """Draw two scenes of one or two things each."""
     return [random_scene(rng, rng.randint(1, 2)) for _ in range(2)]

@@ -1,7 +1,7 @@
-"""Scenes of one to three shapes: how they are chosen, captioned and drawn.
+"""Choose, caption and draw scenes of one to three shapes.
 
 The built-in models are trained on them (`training/` of the repository), and `vlmport eval`
-measures on those that training never sees.
+measures on scenes that training never sees.
 
 A caption is a function of its scene, and a scene that a viewer could caption in two ways is
 never chosen:
@@ -41,7 +41,7 @@ BACKGROUNDS: dict[str, RGB] = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 # Side of the bounding box as a fraction of the canvas's shorter side. The gaps between the
-# classes are wider than the classes, so no object lies between two sizes.
+# classes are wider than the classes, so no object is between two sizes.
 SIZES: dict[str, tuple[float, float]] = {
     "small": (0.19, 0.23),
     "medium": (0.29, 0.34),
@@ -87,7 +87,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The one right caption of a scene."""
+    """Write the one correct caption of a scene."""
     things = sorted(scene.things, key=lambda thing: list(PALETTE).index(thing.colour))
     words = [_noun(things[0])]
     for thing, following in pairwise(things):
@@ -96,7 +96,7 @@ def caption(scene: Scene) -> str:
 
 
 def relation(scene: Scene, thing: Thing, other: Thing) -> str:
-    """Where `thing` lies as seen from `other`, along the axis that separates them most."""
+    """Say where `thing` is relative to `other`, along the axis that separates them most."""
     dx, dy = (thing.cx - other.cx) / scene.width, (thing.cy - other.cy) / scene.height
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -106,7 +106,7 @@ def relation(scene: Scene, thing: Thing, other: Thing) -> str:
 def random_scene(
     rng: random.Random, count: int | None = None, canvas: tuple[int, int] | None = None
 ) -> Scene:
-    """A scene without ambiguity; `count` objects, or one to three with equal chance.
+    """Draw a scene without ambiguity; `count` objects, or one to three with equal chance.
 
     Args:
         canvas: width and height in pixels; None for one of a random size, at most 4:3.
@@ -125,26 +125,26 @@ def random_scene(
 
 
 def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
-    """Scenes of a seed that training never uses; the first of them are the same for any count."""
+    """Draw scenes from a seed that training never uses; the first are the same for any count."""
     rng = random.Random(f"{seed}-held-out")
     return [random_scene(rng) for _ in range(count)]
 
 
 def is_clear(scene: Scene) -> bool:
-    """No boxes touch, and every relation that the caption names has one answer."""
+    """Return whether no boxes touch, and every relation that the caption names is clear."""
     apart = all(_apart(scene, a, b) for a, b in combinations(scene.things, 2))
     return apart and all(clear_relation(scene, a, b) for a, b in pairwise(scene.things))
 
 
 def clear_relation(scene: Scene, a: Thing, b: Thing) -> bool:
-    """One axis leads by `AXIS_MARGIN` as squashed, and leads in pixels of the canvas too."""
+    """Return whether one axis leads by `AXIS_MARGIN` when squashed, and also in pixels."""
     dx, dy = abs(a.cx - b.cx), abs(a.cy - b.cy)
     lead = dx / scene.width - dy / scene.height
     return abs(lead) >= AXIS_MARGIN and (lead > 0) == (dx > dy)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an antialiased RGB picture of its own canvas size."""
+    """Draw the scene as an antialiased RGB image of its own canvas size."""
     image = Image.new("RGB", (scene.width, scene.height), scene.rgb)
     for thing in scene.things:
         mask, corner = _mask(thing)
@@ -153,7 +153,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape in the unit box [-0.5, 0.5]², y down; a circle has 64."""
+    """List the corners of a shape in the unit box [-0.5, 0.5]², y down; a circle has 64."""
     if shape == "square":
         return [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
     if shape == "triangle":
@@ -209,7 +209,7 @@ def _apart(scene: Scene, a: Thing, b: Thing) -> bool:
 
 
 def _mask(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
-    """Coverage of a thing (mode L) over the whole pixels of its box, and their top left."""
+    """Draw the coverage of a thing (mode L) over the pixels of its box; return their corner too."""
     left, top, right, bottom = thing.box
     x, y = int(left), int(top)
     size = int(right) + 1 - x, int(bottom) + 1 - y

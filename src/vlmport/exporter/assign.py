@@ -1,4 +1,4 @@
-"""Give every weight of the graphs its tensor of the checkpoint, all of them or none."""
+"""Assign a tensor of the checkpoint to every weight of the graphs, to all of them or none."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OnBytes = Callable[[int], None]
 
 @dataclass
 class Assignment:
-    """Collects what fits and what doesn't, over all graphs of an export.
+    """The tensors that fit and those that don't, over all graphs of an export.
 
     Attributes:
         tensors: the checkpoint, by name.
-        used: names that some graph reads; `read` has the ids of their tensors.
+        used: names that a graph reads; `read` has the ids of their tensors.
         missing: names that the checkpoint lacks.
         misshapen: name → message.
-        wanted: names that some graph asks for.
+        wanted: names that a graph needs.
         ignored: names that `ignore` leaves out.
     """
 
@@ -50,7 +50,7 @@ class Assignment:
                 value.const_value = _lazy(value, tensors, on_bytes)
 
     def _find(self, key: str, source: Source) -> LazyTensor | None:
-        """The tensor of that name and shape; None, and noted, where there is no such one."""
+        """Find the tensor of that name and shape; if there is none, note it and return None."""
         self.wanted.add(key)
         tensor = self.tensors.get(key)
         if tensor is None:
@@ -98,15 +98,15 @@ class Assignment:
             return "a tied head? set tie_word_embeddings in config.json"
         if surplus and not self.missing and not self.misshapen:
             return (
-                "does config.json belong to these weights? nothing is dropped silently; "
-                "`vlmport export --ignore-weights GLOB` leaves out what the model does not need"
+                "does config.json belong to these weights? no tensor is dropped silently; "
+                "`vlmport export --ignore-weights GLOB` leaves out tensors that it does not need"
             )
         return "does config.json belong to these weights?"
 
     def ignore(self, patterns: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Leave out the tensors that match a pattern, by the file's name for them or by ours.
+        """Leave out the tensors whose name, in the file or in the graphs, matches a pattern.
 
-        To be called when all graphs are assigned. Returns pattern → the names in the file.
+        Call it when all graphs are assigned. Returns pattern → the names in the file.
 
         Raises OptionError for a pattern that matches nothing, or a tensor that a graph needs.
         """
@@ -116,14 +116,14 @@ class Assignment:
             if not keys:
                 raise OptionError(
                     f"--ignore-weights {pattern!r} matches none of {len(self.tensors)} tensors",
-                    hint="* stands for any letters: 'model.talker.*' for all that begins so",
+                    hint="* matches any letters: 'model.talker.*' is for all names that begin so",
                     code="option.ignores-nothing",
                 )
             if needed := [key for key in keys if self._is_needed(key)]:
                 raise OptionError(
                     f"--ignore-weights {pattern!r} matches {len(needed)} tensors that the model "
                     f"needs: {some_names(needed)}",
-                    hint="match only what an export without this option says has no place",
+                    hint="match only tensors that have no place in an export without this option",
                     code="option.ignores-needed-weights",
                 )
             ignored[pattern] = tuple(sorted({self.tensors[key].name for key in keys}))
@@ -140,14 +140,14 @@ def _matches(pattern: str, key: str, tensor: LazyTensor) -> bool:
 
 
 def _listed(names: Iterable[str], message: Callable[[str], str], limit: int = 8) -> str:
-    """Messages of the first names; past `limit` the rest is counted and costs nothing."""
+    """Join the messages of the first `limit` names; only count the rest, which costs nothing."""
     ordered = sorted(names)
     rest = f", … and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(message(name) for name in ordered[:limit]) + rest
 
 
 def _lazy(weight: Weight, tensors: Sequence[LazyTensor], on_bytes: OnBytes) -> ir.LazyTensor:
-    """The initializer's data, made when it is written and not kept."""
+    """Make the initializer's data, computed when it is written and not kept."""
 
     def make() -> ir.Tensor:
         assert weight.dtype is not None
@@ -170,7 +170,7 @@ def _load(tensor: LazyTensor) -> np.ndarray:
     array = tensor.numpy()
     if not np.isfinite(array).all():
         raise WeightError(
-            f"{tensor.name!r} holds infinite or undefined values",
+            f"{tensor.name!r} holds NaN or infinity",
             hint="the training diverged or the file is damaged; nothing was exported",
             code="weights.not-finite",
         )
@@ -178,14 +178,14 @@ def _load(tensor: LazyTensor) -> np.ndarray:
 
 
 def _rounded(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
-    """The values in the stored type. Raises WeightError where float16 can't hold them."""
+    """Round the values to the stored type. Raises WeightError if float16 can't hold them."""
     if array.dtype == dtype.numpy():
         return array
     with np.errstate(over="ignore"):
         rounded = array.astype(dtype.numpy())
     if not np.isfinite(rounded).all():
         raise WeightError(
-            f"{name!r} holds {float(np.abs(array).max()):.3g}, more than float16 can",
+            f"{name!r} holds {float(np.abs(array).max()):.3g}, more than float16 can hold",
             hint="export this model as fp32, q8 or q4",
             code=PAST_FLOAT16,
         )

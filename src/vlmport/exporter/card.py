@@ -1,7 +1,7 @@
-"""The model card: where a bundle comes from, what is inside, how to run it, what was measured.
+"""Write the model card: the origin of a bundle, its contents, its use, its measurements.
 
-What is measured later goes between marks: `<!-- parity -->` (`vlmport verify`) and
-`<!-- accuracy -->` (`vlmport eval`), see `vlmport.bundle.recording`.
+Later measurements go between marks: `<!-- parity -->` (`vlmport verify`) and `<!-- accuracy -->`
+(`vlmport eval`), see `vlmport.bundle.recording`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def write_card(
 ) -> None:
     """Write README.md; the same checkpoint gives the same bytes.
 
-    Licence and language are those of the source's own card; where it names none, neither do we.
-    The base model is the source itself where it lies on the Hub, else that of the source's card.
+    Licence and language are those of the source's own card, if it names them. The base model is the
+    source itself if it is on the Hub, else that of the source's card.
 
     Args:
-        forms: precision → one line on what it is, with its size.
-        messages: what asks for a caption of one picture.
+        forms: precision → one line that describes it, with its size.
+        messages: the messages that ask for a caption of one image.
         runs: whether the vlmport runtimes and transformers.js run this layout.
-        ignored: pattern → the tensors of the checkpoint that were left out for it.
+        ignored: pattern → the tensors of the checkpoint that it left out.
     """
     source = read_card(checkpoint.folder)
     hub_id, commit = _on_the_hub(checkpoint.folder)
@@ -69,7 +69,7 @@ def write_card(
 
 
 def _metadata(source: Mapping[str, Any], base: Any, hub: HubFiles, *, runs: bool) -> ModelCardData:
-    """The card's YAML, from that of the source's card."""
+    """Make the card's YAML from that of the source's card."""
     return ModelCardData(
         library_name="transformers.js" if runs else None,
         base_model=base,
@@ -83,7 +83,7 @@ def _metadata(source: Mapping[str, Any], base: Any, hub: HubFiles, *, runs: bool
 
 
 def _use(precision: str, messages: Sequence[Mapping[str, Any]], hub: HubFiles) -> str:
-    """The section that shows how to run the bundle."""
+    """Write the section that shows how to run the bundle."""
     return USE.format(
         precision=precision,
         messages=json.dumps(list(messages), ensure_ascii=False),
@@ -92,7 +92,7 @@ def _use(precision: str, messages: Sequence[Mapping[str, Any]], hub: HubFiles) -
 
 
 def _on_the_hub(folder: Path) -> tuple[str, str] | tuple[None, None]:
-    """The id and commit of a snapshot in the Hub's cache: models--org--name/snapshots/commit."""
+    """Read id and commit from a folder in the Hub's cache: models--org--name/snapshots/commit."""
     repo = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repo.startswith("models--"):
         return None, None
@@ -100,24 +100,24 @@ def _on_the_hub(folder: Path) -> tuple[str, str] | tuple[None, None]:
 
 
 def _listed(names: Any) -> str:
-    """One name or several, as code; empty for none."""
+    """Write one name or several as code; empty for none."""
     given = [names] if isinstance(names, str) else names
     given = given if isinstance(given, list) else []
     return ", ".join(_code(name) for name in given[:MOST_NAMES] if isinstance(name, str))
 
 
 def _code(text: str) -> str:
-    """A name from elsewhere, as code in a table: nothing in it is Markdown, HTML or a mark."""
+    """Write a name from outside as code in a table: nothing in it is Markdown, HTML or a mark."""
     return f"`{_one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def _plain(text: str) -> str:
-    """A name from elsewhere, in a title."""
+    """Write a name from outside in a title."""
     return re.sub(r"([\\`*\[\]<>|&!])", r"\\\1", _one_line(text))
 
 
 def _one_line(text: str) -> str:
-    """Without control characters and marks of comments, and not longer than a line can be."""
+    """Remove control characters and marks of comments, and cut the text to LONGEST_NAME."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(shown.replace("<!--", "<! --").split())[:LONGEST_NAME]
 

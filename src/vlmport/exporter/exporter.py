@@ -1,4 +1,4 @@
-"""checkpoint → family → component graphs → bundle, all at once or not at all."""
+"""Export: checkpoint → family → component graphs → bundle, complete or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PREFERRED: Mapping[str, tuple[Preferred, Preferred]] = {
     "wasm": (("q8", "fp32"), ("q8", "fp32")),
 }
 
-# done bytes, total bytes, what is being written
+# done bytes, total bytes, the file being written
 Progress = Callable[[int, int, str], None]
 
 
@@ -119,7 +119,7 @@ def export(
     if adapter_folder is not None:
         checkpoint, family = with_adapter_files(checkpoint, family, adapter_folder)
     size = None if image_size is None else ImageSize.parse(image_size)
-    _layout(family, layout, size)  # an unknown one is said before any weight is looked at
+    _layout(family, layout, size)  # reports an unknown one before any weight is read
     tensors = family.weights(checkpoint, adapter_folder)
     family = family.with_weights(tensors)
     form = _layout(family, layout, size)
@@ -141,7 +141,7 @@ def export(
 
 
 def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
-    """Raises ExportError for one that the family does not have, or not at this size."""
+    """Return the family's layout. Raises ExportError if it has none of this name or size."""
     layouts = family.layouts
     if name not in layouts:
         raise ExportError(
@@ -155,14 +155,14 @@ def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
     if size is not None:
         raise ExportError(
             f"layout {name!r} has no one image size",
-            hint="leave out the image size: its graphs process pictures by themselves",
+            hint="leave out the image size: its graphs take images of any size",
             code="layout.wrong-image-size",
         )
     return layout
 
 
 class Meter:
-    """Counts bytes as weights are converted."""
+    """A count of the bytes of converted weights, for `progress`."""
 
     def __init__(self, progress: Progress | None):
         self.progress, self.done, self.total, self.what = progress, 0, 0, ""
@@ -180,7 +180,7 @@ def _plan(
     precisions: tuple[Precision, ...],
     meter: Meter,
 ) -> list[Job]:
-    """All graphs, each weight with its tensor where there is one."""
+    """Plan all graphs, and assign to each weight its tensor if there is one."""
     jobs: dict[tuple[str, str], Job] = {}
 
     def add(component: str, precision: str, suffix: str, builder: GraphBuilder) -> None:
@@ -206,12 +206,12 @@ def _plan(
 def _write(
     jobs: list[Job], folder: Path, room: int | None, meter: Meter, *, may_lack: bool
 ) -> list[Job]:
-    """Write all graphs; those that were written.
+    """Write all graphs; return those that were written.
 
     Args:
         may_lack: leave out precisions that can't hold this model's weights, with an ExportWarning.
 
-    Raises WeightError for such a one, and where no precision is left.
+    Raises WeightError for such a precision otherwise, and if no precision is left.
     """
     lacking: dict[str, WeightError] = {}
     for job in jobs:
@@ -230,7 +230,7 @@ def _write(
     for job in jobs:
         if job.precision in lacking:
             for path in folder.glob(f"{glob.escape(job.file)}*"):
-                path.unlink()  # it, and its weights beside it
+                path.unlink()  # the graph, and its files of weights
     return [job for job in jobs if job.precision not in lacking]
 
 
@@ -307,7 +307,7 @@ def _golden_input(family: Family, layout: Layout) -> Golden:
 
 
 def _try_out(bundle: Bundle) -> None:
-    """Run what was written, and put what it gives for the golden probe into the manifest."""
+    """Run the new bundle, and put its results for the golden probe into the manifest."""
     bundle.check()
     if bundle.manifest.layout == HUB:
         check_prompt(bundle)
@@ -338,7 +338,7 @@ def _auto(
 def _transformers_js(
     components: Mapping[str, Mapping[str, Variant]], auto: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """What that client reads of config.json: external data files, and dtypes by device."""
+    """Make that client's section of config.json: external data files, and dtypes by device."""
     variants = [variant for forms in components.values() for variant in forms.values()]
     external = {Path(v.model).name: len(v.data) for v in variants if v.data}
     settings: dict[str, Any] = {"use_external_data_format": external} if external else {}
@@ -353,7 +353,7 @@ def _transformers_js(
 
 
 def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str, Variant]]) -> str:
-    """One line of the model card: what the precision is, and how many megabytes to fetch."""
+    """Describe a precision in one line of the model card, with the megabytes to download."""
     files = {
         file
         for forms in components.values()
@@ -366,6 +366,6 @@ def _describe(precision: str, folder: Path, components: Mapping[str, Mapping[str
 
 
 def _default_name(source: str | Path, checkpoint: Checkpoint) -> str:
-    """The Hub id as it was given, or the folder's name."""
+    """Return the Hub id as given, or the folder's name."""
     local = Path(source).expanduser().exists()
     return checkpoint.folder.resolve().name if local else str(source)

@@ -1,4 +1,4 @@
-"""The files of a bundle beside its graphs: configs, tokenizer, template."""
+"""Write the small files of a bundle: configs, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmport.text.tokenizer import read_tokenizer
 def write_hub_files(
     checkpoint: Checkpoint, hub: HubFiles, folder: Path, transformers_js: Mapping[str, Any] | None
 ) -> None:
-    """Write all that a Hub client reads beside the graphs."""
+    """Write all small files that a Hub client reads."""
     client = {} if transformers_js is None else {"transformers.js_config": transformers_js}
     write_json(folder / "config.json", {**hub.config, **client})
     write_json(folder / "preprocessor_config.json", hub.preprocessor_config)
@@ -39,19 +39,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> None:
-    """tokenizer.json with the new tokens; the template goes inside tokenizer_config.json too.
+    """Write tokenizer.json with the new tokens, and the template into tokenizer_config.json.
 
     transformers.js reads the template only there.
     """
     tokenizer = read_tokenizer(checkpoint.tokenizer_folder)
-    # Those that have an id too: an ordinary entry of the vocabulary is not found in a text as one.
+    # Also those that have an id: an ordinary entry of the vocabulary is not found whole in a text.
     tokenizer.add_special_tokens(list(hub.new_tokens))
     config = checkpoint.json("tokenizer_config.json") or {}
     config.pop("auto_map", None)
     config |= _keep_prompts_bare(tokenizer)
     if hub.chat_template is not None:
         config["chat_template"] = hub.chat_template
-    # Not by tokenizer.save, whose errors are plain Exceptions: a full disk has to be told apart.
+    # Not by tokenizer.save, whose errors are plain Exceptions: a full disk needs its own error.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     write_json(folder / "tokenizer_config.json", config)
@@ -63,7 +63,7 @@ def _write_tokenizer(checkpoint: Checkpoint, hub: HubFiles, folder: Path) -> Non
 
 
 def _keep_prompts_bare(tokenizer: Tokenizer) -> dict[str, bool]:
-    """Let the tokenizer change nothing of a rendered prompt; returns the settings that say so.
+    """Make the tokenizer leave a rendered prompt unchanged; return the settings for that.
 
     Clients tokenize a prompt with special tokens added, and a tokenizer that was saved after
     training still cuts and pads as the training did.

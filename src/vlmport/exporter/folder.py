@@ -1,9 +1,9 @@
-"""Write a folder all at once: it appears complete, or not at all.
+"""Write a folder atomically: it appears complete, or not at all.
 
-A process that is killed leaves a folder beside it: `.NAME.partial-…` is what it had written so far,
-`.NAME.old-…` holds what was at NAME, for the moment between two renames. The next export to the
-same place removes the first and puts the second back. A running export keeps its folders locked,
-which ends with its process however that ends; without locks, as on Windows, age decides.
+A process that is killed leaves a folder next to it: `.NAME.partial-…` holds the files written so
+far, `.NAME.old-…` holds the old folder NAME, for the moment between two renames. The next export to
+the same place removes the first and puts the second back. A running export keeps its folders
+locked; the lock ends with its process in any case. Without locks, as on Windows, age decides.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ except ImportError:  # Windows
     fcntl = None
 
 OLD = "bundle"  # the name inside .NAME.old-…
-ABANDONED_AFTER = 24 * 3600  # seconds, where folders can't be locked; no export takes so long
+ABANDONED_AFTER = 24 * 3600  # seconds, where folders can't be locked; no export takes that long
 
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends without error.
+    """Make a temporary folder next to `out`, which replaces it when the block ends without error.
 
-    On any error, Ctrl-C included, the temporary folder is removed and `out` is as it was.
+    On any error, Ctrl-C included, the temporary folder is removed and `out` is unchanged.
     Raises ExportError if `out` exists (without `force`), holds anything but a bundle (with it), or
     the disk is full.
     """
@@ -48,17 +48,17 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
             partial = made.enter_context(_own_folder(out, "partial"))
             yield partial
             partial.chmod(0o755)  # mkdtemp makes private folders
-            check_target(out, force=force)  # another export may have been here first
+            check_target(out, force=force)  # another export may have finished first
             _replace(partial, out)
         except OSError as error:
             raise _explain(error, out) from error
 
 
 def recover(out: Path) -> None:
-    """Clean up after exports to `out` that were killed, and warn of what was found.
+    """Clean up after exports to `out` that were killed, and warn about each.
 
-    A bundle that was moved aside is put back where nothing has come in its place, and is never
-    removed unless a whole bundle has. Folders of exports that still run are left alone.
+    A bundle that was moved away is put back if there is none in its place. It is only removed if
+    there is a complete one. Folders of exports that still run are not touched.
     """
     names = re.compile(rf"\.{re.escape(out.name)}\.(partial|old)-\w+")
     with contextlib.suppress(OSError):  # no such folder, or one that can't be read
@@ -70,20 +70,20 @@ def recover(out: Path) -> None:
 
 
 def _clear(path: Path, out: Path, *, old: bool) -> None:
-    """Remove or put back what a killed export left. Raises OSError where that fails."""
+    """Remove or put back the folder of a killed export. Raises OSError if that fails."""
     aside = path / OLD
     if old and aside.is_dir() and any(aside.iterdir()):
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             os.replace(aside, out)
             path.rmdir()
             _warn(
-                f"{out}: put back; an export that was killed had moved it",
+                f"{out}: restored; an export that was killed had moved it",
                 code="export.bundle-restored",
             )
             return
         if not _is_whole(out):
             _warn(
-                f"{aside}: kept: the only whole copy of {out}, from an export",
+                f"{aside}: kept, because it is the only complete copy of {out}",
                 code="export.bundle-kept",
             )
             return
@@ -107,9 +107,9 @@ def _is_whole(out: Path) -> bool:
 
 @contextlib.contextmanager
 def _own_folder(out: Path, kind: str) -> Iterator[Path]:
-    """A new folder beside `out`, locked as long as the block runs and then removed.
+    """Make a new folder next to `out`, which is locked while the block runs, and then removed.
 
-    It gets its name only when it is locked: no other process sees it as one that was left.
+    It gets its name only when it is locked, so that no other process takes it for an abandoned one.
     """
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
     folder = new.with_name(f".{out.name}.{kind}-{new.name[-8:]}")
@@ -125,9 +125,9 @@ def _own_folder(out: Path, kind: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder unless another process or thread has; whether nobody had.
+    """Lock a folder, and yield whether that worked: no other process or thread has it locked.
 
-    Without locks: whether it is so old that nobody can.
+    Without locks, yield whether the folder is old enough to be abandoned.
     """
     number = None
     try:
@@ -156,19 +156,19 @@ def _explain(error: OSError, out: Path) -> ExportError:
     short_write = error.errno is None and " requested and " in str(error)  # numpy's, from tofile
     if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ExportError(
-            f"{out}: the disk is full; nothing was left there",
+            f"{out}: the disk is full; no partial export is left there",
             hint="free some space or export to another disk",
             code="export.disk-full",
         )
     return ExportError(
-        f"{error.filename or out}: {error.strerror or error}; nothing was left at {out}",
+        f"{error.filename or out}: {error.strerror or error}; no partial export is left at {out}",
         hint="check the permissions, or choose another folder",
         code="export.unwritable",
     )
 
 
 def check_target(out: Path, *, force: bool) -> None:
-    """Refuse early what would fail late. Raises ExportError."""
+    """Check early that `out` can be written. Raises ExportError."""
     for parent in out.parents:
         if parent.exists() and not parent.is_dir():
             raise ExportError(
@@ -188,13 +188,13 @@ def check_target(out: Path, *, force: bool) -> None:
         return
     if not (out / MANIFEST).is_file():
         raise ExportError(
-            f"{out}: not empty and not a bundle; nothing in it is touched",
+            f"{out}: not empty and not a bundle; it is left unchanged",
             hint="choose a new folder",
             code="export.target-taken",
         )
     if not force:
         raise ExportError(
-            f"{out}: there is a bundle already",
+            f"{out}: a bundle exists already",
             hint="--force overwrites it",
             code="export.bundle-exists",
         )
@@ -208,7 +208,7 @@ def check_target(out: Path, *, force: bool) -> None:
 
 
 def _foreign(out: Path) -> list[str]:
-    """Files below a bundle that its manifest does not list. Raises BundleError."""
+    """List files below a bundle that are not in its manifest. Raises BundleError."""
     ours = {MANIFEST, CARD, *read_manifest(out / MANIFEST).files}
     found = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
     return [name for name in found if name not in ours]
@@ -226,7 +226,7 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Put `partial` in the place of `out`; the old folder goes only when the new one is there."""
+    """Replace `out` by `partial`; the old folder is removed only when the new one is in place."""
     if not out.exists():
         os.rename(partial, out)
         return

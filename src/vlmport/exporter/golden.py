@@ -1,4 +1,4 @@
-"""The golden probe: a fixed picture, and what the exported graphs give for it on this CPU."""
+"""Record the golden probe: a fixed image, and the results of the exported graphs for it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MIN_PREFILL = 64
 
 
 def golden_input(tokens_of: Callable[[int, int], int], options: Mapping[str, Any]) -> Golden:
-    """A picture with edges, a gradient and all three channels apart; no expectations yet.
+    """Make an image with edges, a gradient and three different channels; no expectations yet.
 
-    It stands so often in the prompt that at least MIN_PREFILL tokens are prefilled.
+    The prompt repeats it until at least MIN_PREFILL tokens are prefilled.
 
     Args:
-        tokens_of: the tokens of a picture of a height and width under these options.
+        tokens_of: (height, width) → number of tokens of an image of this size, with these options.
     """
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     rgb = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), (x + y) % 16 * 16], axis=-1)
@@ -37,7 +37,7 @@ def golden_input(tokens_of: Callable[[int, int], int], options: Mapping[str, Any
 
 
 def record(bundle: Bundle, precisions: Sequence[str]) -> Manifest:
-    """The manifest with the expectations of each precision, from running it."""
+    """Run each precision, and return the manifest with its expectations."""
     golden = bundle.manifest.golden
     expected = {}
     for precision in precisions:

@@ -1,12 +1,12 @@
-"""Graphs whose weights are packed largest first: what the golden probe opens takes less memory.
+"""Reorder graphs so that their largest weights are packed first, which takes less memory.
 
 When a session opens, ONNX Runtime packs the constant matrices node by node, in the order of the
-file, and holds a matrix twice while it does. A decoder's head is its largest matrix and its last
-node, so it is held twice on top of all that is packed by then. Listed first, it is packed while
-there is nothing else: 2,780 MB to open 3 billion weights of 4 bits, 2,963 as exported.
+file, and holds a matrix twice meanwhile. A decoder's head is its largest matrix and its last node,
+so it is held twice in addition to all others. If it is the first node, it is packed before the
+others take memory: 2,780 MB to open 3 billion weights of 4 bits, 2,963 in the exported order.
 
-ONNX wants nodes after those that they read; ONNX Runtime sorts them by itself before it runs
-anything. So such a copy is never shipped, and computes what the shipped graph computes.
+ONNX requires that nodes come after those that they read, but ONNX Runtime sorts them itself. So the
+golden probe opens such a copy, which gives the same results; the bundle has the valid order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PREFIX = ".largest-first-"
 
 @contextlib.contextmanager
 def largest_first(bundle: Bundle, precision: str) -> Iterator[Bundle]:
-    """The bundle with temporary copies of those graphs at a precision that keep weights beside.
+    """Return the bundle with temporary copies of its graphs that have files of weights.
 
-    The copies are graphs alone, on the same files of weights, and are deleted at the end.
-    Raises BundleError where ONNX Runtime can't open a graph as it is shipped.
+    The copies use the same files of weights, and are deleted at the end. Raises BundleError if ONNX
+    Runtime can't open a graph of the bundle itself.
     """
     with contextlib.ExitStack() as copies:
 

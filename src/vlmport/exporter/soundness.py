@@ -1,8 +1,8 @@
-"""Whether what was written can be used: the prompt's pictures find their place, float16 suffices.
+"""Check that a new bundle can be used: the prompt has a place for the image, float16 suffices.
 
-float16 is tried by running the graph in float32 and looking. Running the float16 graph itself on a
-CPU proves nothing, because ONNX Runtime computes most of it in float32 and the overflow would first
-be seen on somebody's GPU.
+float16 is checked by running the graph in float32 and looking at the largest values. Running the
+float16 graph itself on a CPU proves nothing, because ONNX Runtime computes most of it in float32,
+and the overflow would first be seen on a user's GPU.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vlmport.runtime.probe import golden_feeds, golden_image
 from vlmport.runtime.prompt import Prompter
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
-LIMIT = 65504 / 4  # a quarter of the largest float16: another picture may give larger values
+LIMIT = 65504 / 4  # a quarter of the largest float16: another image may give larger values
 SUFFIX = "::largest"
 
 
 def check_prompt(bundle: Bundle) -> None:
-    """Ask for a caption of the golden picture up to its token ids, from the files as written.
+    """Prepare a caption prompt of the golden image up to its token ids, from the new files.
 
-    Raises ExportError where the picture would not find its placeholder.
+    Raises ExportError if the image has no placeholder in it.
     """
     spec = bundle.manifest.prompt
     picture = golden_image(bundle.manifest.golden)
@@ -44,16 +44,16 @@ def check_prompt(bundle: Bundle) -> None:
         prompter.splice(ids, [processed.prompt_ids])
     except (PromptError, TokenizerError) as error:
         raise ExportError(
-            f"the prompt for a caption holds no picture: {error}",
+            f"the prompt for a caption has no place for the image: {error}",
             hint=f"does the checkpoint's tokenizer cut {spec.image_placeholder!r} into pieces?",
             code="export.prompt-without-image",
         ) from error
 
 
 def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
-    """Component → the largest magnitude of any float16 tensor, on the golden picture.
+    """Find component → the largest magnitude of any float16 tensor, on the golden image.
 
-    Raises ExportError naming the tensors past LIMIT.
+    Raises ExportError naming the tensors beyond LIMIT.
     """
     largest = {}
     for component, feeds in golden_feeds(bundle, precision):
@@ -74,9 +74,9 @@ def check_float16(bundle: Bundle, precision: str) -> dict[str, float]:
 
 
 def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The largest magnitude of each tensor that is float16 in a graph, computed in float32.
+    """Find the largest magnitude of each tensor that is float16 in a graph, computed in float32.
 
-    Feeds that the graph does not declare are left out; cache inputs that are not fed are empty.
+    Feeds that are no inputs of the graph are left out; cache inputs without feeds are empty.
     """
     model = ir.load(path)
     halves = list(_half_values(model.graph))
@@ -108,7 +108,7 @@ def half_magnitudes(path: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, fl
 
 
 def _place(value: ir.Value) -> str:
-    """The node that makes a value, which says where in the model it is."""
+    """Name the node that makes a value, which shows its place in the model."""
     producer = value.producer()
     if producer is None or not producer.name:
         return value.name or ""
@@ -116,9 +116,9 @@ def _place(value: ir.Value) -> str:
 
 
 def _half_values(graph: ir.Graph, half: set[ir.Value] | None = None) -> Iterator[ir.Value]:
-    """Values that float16 flows into. Contrib operators state no types, so these are followed.
+    """List values that float16 flows into. Contrib operators state no types, so these are followed.
 
-    `half` are those of the graph around. Of a branch only what it yields can be looked at.
+    `half` are those of the graph that contains this one. Of a branch, only its outputs can be read.
     """
     half = set() if half is None else half
     half |= {value for value in graph.initializers.values() if value.dtype == HALF}
@@ -141,7 +141,7 @@ def _half_values(graph: ir.Graph, half: set[ir.Value] | None = None) -> Iterator
 
 
 def _branches(node: ir.Node) -> list[ir.Graph]:
-    """The subgraphs of a node."""
+    """List the subgraphs of a node."""
     kinds = node.attributes.values()
     return [one.as_graph() for one in kinds if one.type == ir.AttributeType.GRAPH]
 
@@ -166,7 +166,7 @@ def _widen(whole: ir.Graph) -> None:
 
 
 def _widened(half: ir.TensorProtocol) -> ir.LazyTensor:
-    """The same values in float32, made when they are written; neither form is kept in memory."""
+    """Return the values in float32, computed when written; neither form is kept in memory."""
 
     def make() -> ir.Tensor:
         wide = half.numpy().astype(np.float32)
@@ -183,6 +183,6 @@ def _widened(half: ir.TensorProtocol) -> ir.LazyTensor:
 
 
 def _empty(shape: list[int | str]) -> np.ndarray:
-    """A cache of one row without any position."""
+    """Make a cache of one row without any position."""
     sizes = [size if isinstance(size, int) else 0 for size in shape]
     return np.zeros([1, *sizes[1:]], np.float32)

@@ -1,4 +1,4 @@
-"""Whether every token that the tokenizer can give has a row of the embedding."""
+"""Check that every token of the tokenizer has a row of the embedding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CODE = "tokenizer.token-past-embedding"
 def check_token_ids(checkpoint: Checkpoint, family: Family, hub: HubFiles) -> None:
     """Compare the tokenizer's ids with the rows of the checkpoint's embedding.
 
-    A tokenizer with fewer tokens than rows is usual. Tokens past the rows were added without
-    `resize_token_embeddings`: one that prompts need (a special token but the padding, a token of
-    the chat template) is refused; of any other the user is warned, because only a text that holds
-    it fails, as in transformers.
+    Usually a tokenizer has fewer tokens than rows. Tokens beyond the rows were added without
+    `resize_token_embeddings`. One that prompts need (a special token except the padding, a token of
+    the chat template) is refused. Any other causes a warning, because only a text that holds it
+    fails, as in transformers.
 
     Raises TokenizerError. Warns with CheckpointWarning.
     """
@@ -38,14 +38,14 @@ def check_token_ids(checkpoint: Checkpoint, family: Family, hub: HubFiles) -> No
     if needed:
         raise TokenizerError(
             f"{checkpoint.folder}: the embedding has {rows} rows, and {len(needed)} tokens that "
-            f"prompts need lie past them: {_listed(needed, past)}",
-            hint="give the model rows for them (resize_token_embeddings in transformers) and train "
-            "these, or give the tokenizer that belongs to the weights",
+            f"prompts need are beyond them: {_listed(needed, past)}",
+            hint="add rows for them to the model (resize_token_embeddings in transformers) and "
+            "train these, or use the tokenizer that belongs to the weights",
             code=CODE,
         )
     warn(
         CheckpointWarning(
-            f"the embedding has {rows} rows, and {len(past)} tokens of the tokenizer lie past "
+            f"the embedding has {rows} rows, and {len(past)} tokens of the tokenizer are beyond "
             f"them: {_listed(list(past), past)}; a text that holds one is refused",
             code=CODE,
         )

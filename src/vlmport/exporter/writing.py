@@ -1,4 +1,4 @@
-"""One ONNX file after another, weights streamed into it or beside it."""
+"""Write ONNX files one after another, with the weights streamed into them or into data files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import onnx_ir as ir
 from vlmport.errors import ExportError, VlmportError
 from vlmport.graph.parameters import Weight
 
-# A graph with more weights than this keeps them in a file beside it.
+# A graph with more weights than this keeps them in a data file.
 INLINE_BYTES = 16 * 1024 * 1024
-# Browsers hold less than 2 GB in one buffer, so a file of external data holds no more, unless it is
-# one tensor that is larger by itself.
+# Browsers hold less than 2 GB in one buffer, so a data file holds no more, unless it is one tensor
+# that is larger by itself.
 DATA_FILE_BYTES = 2_000_000_000
-# transformers.js reads no more of a graph.
+# The maximum number of data files of a graph that transformers.js reads.
 DATA_FILES = 100
 UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 UNITS |= {"KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
@@ -32,7 +32,7 @@ class Job:
 
     Attributes:
         owner: the job, written before, whose data files hold the weights of the same names.
-        is_shared: whether this is such an owner; its weights lie beside it however few they are.
+        is_shared: whether this is such an owner; even few weights of it are in data files.
     """
 
     component: str
@@ -44,13 +44,13 @@ class Job:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of what is made from the checkpoint; constants of the graph don't count."""
+        """Number of bytes made from the checkpoint; constants of the graph don't count."""
         values = self.model.graph.initializers.values()
         own = [value for value in values if isinstance(value, Weight) and not self.borrows(value)]
         return sum(_nbytes(value) for value in own)
 
     def borrows(self, value: ir.Value) -> bool:
-        """Whether the owner stores this value. Small ones stay in each graph."""
+        """Return whether the owner stores this value. Small ones stay in each graph."""
         if self.owner is None or _nbytes(value) <= EXTERNAL_THRESHOLD:
             return False
         theirs = self.owner.model.graph.initializers.get(value.name or "")
@@ -66,9 +66,9 @@ def _nbytes(value: ir.Value) -> int:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes that a data file may hold, of '500MB', '2GB' or a number, as Hugging Face writes sizes.
+    """Parse the maximum size of a data file: '500MB', '2GB' or a number, as in Hugging Face.
 
-    Raises ExportError for what is no size, and for more than DATA_FILE_BYTES.
+    Raises ExportError for other texts, and for more than DATA_FILE_BYTES.
     """
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) ?([A-Za-z]*)", str(text).strip())
     number, unit = found.groups() if found else ("0", "")
@@ -83,19 +83,19 @@ def parse_size(text: str | int) -> int:
         raise ExportError(
             f"size {str(text)[:40]!r}: the maximum is {DATA_FILE_BYTES} bytes (2GB), "
             "since browsers hold no larger file in one piece",
-            hint="leave the size out: the maximum is the default",
+            hint="leave out the size: the maximum is the default",
             code="option.wrong-value",
         )
     return size
 
 
 def write_model(job: Job, folder: Path, room: int | None = None) -> None:
-    """Save and check one graph; its weights past INLINE_BYTES, or `room`, go to files beside it.
+    """Save and check one graph; weights of more than INLINE_BYTES, or `room`, go to data files.
 
     Args:
-        room: bytes of such a file; None for DATA_FILE_BYTES.
+        room: maximum bytes of a data file; None for DATA_FILE_BYTES.
 
-    Raises ExportError where that would be more files than DATA_FILES.
+    Raises ExportError if that needs more than DATA_FILES files.
     """
     path = folder / job.file
     path.parent.mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ def write_model(job: Job, folder: Path, room: int | None = None) -> None:
 
 
 def _borrow_weights(job: Job, folder: Path) -> None:
-    """Let the graph's weights be those in its owner's data files, which lie in its folder or below.
+    """Point the graph's weights to its owner's data files, which are in its folder or below.
 
     ONNX Runtime follows no path upwards.
     """
@@ -161,9 +161,9 @@ def _move_weights_out(graph: ir.Graph, path: Path, most: int) -> None:
     if len(parts) > DATA_FILES:
         raise ExportError(
             f"{path.name}: {len(parts)} files of weights, clients read up to {DATA_FILES}",
-            hint="allow larger ones"
+            hint="allow larger files"
             if most < DATA_FILE_BYTES
-            else "choose a precision of fewer bits: larger files fit into no browser",
+            else "choose a precision of fewer bits: browsers can't hold larger files",
             code="export.too-many-files",
         )
     for number, values in enumerate(part for part in parts if part):
