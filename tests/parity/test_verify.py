@@ -35,6 +35,7 @@ from vlmport.parity.pictures import SIZES, drawn_pictures, named_pictures
 from vlmport.parity.report import Measure, Report, Row
 from vlmport.parity.rungs import CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG
 from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.layouts import LAYOUTS as RUNTIMES
 
 
 def test_a_pass_is_written_down(tiny: Case, broken: Bundle, tmp_path: Path) -> None:
@@ -235,6 +236,12 @@ def test_without_torch(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DependencyError) as caught:
         verify(tiny.bundle, tiny.checkpoint)
     assert caught.value.hint == 'pip install "vlmport[verify]"'
+
+
+def test_every_layout_has_graphs_that_run_and_a_ladder() -> None:
+    assert set(RUNTIMES) == set(LADDERS) == set(LAYOUTS)
+    for layout in LAYOUTS.values():
+        assert set(layout.many_rows) <= set(layout.components)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""distilvit2's truth: SigLIP, a projection and a llama under LoRA, in Hugging Face's modules.
+"""The reference of distilvit2: SigLIP, a projection and a Llama with LoRA, from transformers.
 
 Traps:
 
@@ -20,21 +20,15 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from vlmport.errors import ConfigError, PromptError
+from vlmport.errors import ConfigError
 from vlmport.parity.asked import Request
 from vlmport.parity.configs import llama_config, stop_token_ids
 from vlmport.parity.pictures import Picture
-from vlmport.parity.protocol import Generated, HiddenStates
+from vlmport.parity.protocol import HiddenStates
 from vlmport.parity.reference_errors import in_one_line
 from vlmport.parity.references.adapters import Place, load_adapter
-from vlmport.parity.references.loading import (
-    DECODER_DIMS,
-    config_int,
-    generated,
-    quietly,
-    useful_threads,
-    versions,
-)
+from vlmport.parity.references.base import BaseReference
+from vlmport.parity.references.loading import config_int, quietly
 from vlmport.parity.references.tensors import head_differs, load_strictly, read_state
 
 if TYPE_CHECKING:
@@ -48,8 +42,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # distilvit2's choice f
 
 
 @in_one_line
-class PrefixReference:
-    """distilvit2: SigLIP's patches, projected, are the prefix of a llama under LoRA.
+class PrefixReference(BaseReference):
+    """A distilvit2 checkpoint: SigLIP's patches, projected, are the prefix of a Llama with LoRA.
 
     Source: the modelling code of distilvit2 (`PrefixConditioningVLM`), in transformers' modules.
     """
@@ -70,117 +64,70 @@ class PrefixReference:
         lora = any(".lora_A." in name for name in state)
         # As in transformers 5: what is stored counts before the flag.
         text.tie_word_embeddings = text.tie_word_embeddings and not head_differs(state)
-        self.model = PrefixModel(vision, text, config, lora=lora)
+        model = PrefixModel(vision, text, config, lora=lora)
         load_strictly(
-            self.model,
-            _spelled(self.model, state),
+            model,
+            _spelled(model, state),
             tied_head=bool(text.tie_word_embeddings),
             where=folder,
-            ignored={_spell(name, _has_level(self.model)) for name in ignored},
+            ignored={_spell(name, _has_level(model)) for name in ignored},
         )
         if adapter is not None:
-            load_adapter(Path(adapter), _places(self.model))
-        self.model.eval().requires_grad_(False)
-        self.threads = useful_threads(sum(weight.numel() for weight in self.model.parameters()))
-        self.image_token_id = image_token_id
+            load_adapter(Path(adapter), _places(model))
         size, patch = config_int(vision, "image_size"), config_int(vision, "patch_size")
         self.image_tokens = (size // patch) ** 2
-        own = folder if adapter is None else Path(adapter)  # what was saved with it counts first
-        images = own if (own / PREPROCESSOR).is_file() else folder
-        self.processor = _siglip_processor(images, size)
-        self.grey_level = self.processor.rescale_factor / min(self.processor.image_std)
+        own = folder if adapter is None else Path(adapter)  # files saved with it count first
+        self.processor = _siglip_processor(own if (own / PREPROCESSOR).is_file() else folder, size)
         generation = own if (own / GENERATION).is_file() else folder
-        self.stop_token_ids = stop_token_ids(generation, text.eos_token_id)
-        self.dims: Mapping[str, int] = {name: config_int(text, name) for name in DECODER_DIMS}
-        self.versions = versions()
+        super().__init__(
+            model,
+            model.language_model,
+            text_config=text,
+            image_processor=self.processor,
+            image_token_id=image_token_id,
+            stop_token_ids=stop_token_ids(generation, text.eos_token_id),
+        )
 
     def requests(self, pictures: Sequence[Picture]) -> list[Request]:
-        """A caption of each: this model takes one picture and no text."""
+        """Ask for a caption of each image: this model takes one image and no text."""
         messages = ({"role": "user", "content": [{"type": "image"}]},)
         return [Request(one.name, (one,), messages, is_caption=True) for one in pictures]
 
     def prompt_ids(self, request: Request) -> Int[np.ndarray, " T"]:
-        """The picture alone."""
+        """Return the ids of the image, which is the whole prompt."""
         (image,) = request.images
         return self.image_ids(image)
 
     def image_ids(
         self, image: Image.Image, options: Mapping[str, Any] | None = None
     ) -> Int[np.ndarray, " T"]:
-        """One id a patch; the picture's own size does not matter."""
+        """Return one id a patch; the image's own size does not matter."""
         return np.full(self.image_tokens, self.image_token_id, np.int64)
 
     def pixels(
         self, image: Image.Image, options: Mapping[str, Any] | None = None
     ) -> dict[str, np.ndarray]:
-        """`pixel_values` float32 [1,3,size,size] in [-1,1], by SigLIP's processor on Pillow."""
+        """Make pixel_values float32 [1,3,size,size] in [-1,1], by SigLIP's processor on Pillow."""
         return {"pixel_values": self.processor(images=image, return_tensors="np")["pixel_values"]}
 
     @quietly
     def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
-        """The last hidden state, after post_layernorm, projected to the decoder's width."""
+        """Project the last hidden state, after post_layernorm, to the decoder's width."""
         hidden = torch.from_numpy(self.hidden_states(inputs).last)
         return self.model.projection(hidden).numpy()
 
     @quietly
     def hidden_states(self, inputs: Mapping[str, np.ndarray]) -> HiddenStates:
-        """After post_layernorm; and pooled, where the model has its head."""
+        """Run the tower up to post_layernorm, and the pooling head where the model has one."""
         pixels = torch.from_numpy(np.asarray(inputs["pixel_values"], np.float32))
         output = self.model.vision_encoder(pixel_values=pixels)
         pooled = output.pooler_output
         last = output.last_hidden_state[0].numpy()
         return HiddenStates(last, None if pooled is None else pooled[0].numpy())
 
-    @quietly
-    def embeds(
-        self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T D"]
-    ) -> Float[np.ndarray, "S D"]:
-        """Raises PromptError unless there are as many image tokens as features."""
-        image = np.asarray(ids) == self.image_token_id
-        if image.sum() != len(features):
-            raise PromptError(
-                f"{image.sum()} image tokens in the prompt, {len(features)} features",
-                code="prompt.wrong-features",
-            )
-        table = self.model.language_model.get_input_embeddings()
-        embeds = table(torch.from_numpy(np.where(image, 0, ids))).numpy()
-        embeds[image] = features
-        return embeds
-
-    def position_ids(
-        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
-    ) -> Int[np.ndarray, " S"]:
-        """0 … S-1, as a llama counts when nobody gives it positions."""
-        return np.arange(len(ids), dtype=np.int64)
-
-    @quietly
-    def logits(
-        self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, " S"]
-    ) -> Float[np.ndarray, "S V"]:
-        """One causal pass over the whole sequence, without a cache."""
-        output = self.model.language_model(
-            inputs_embeds=torch.from_numpy(embeds)[None],
-            attention_mask=torch.ones(1, len(embeds), dtype=torch.int64),
-            position_ids=torch.from_numpy(position_ids)[None],
-            use_cache=False,
-        )
-        return output.logits[0].numpy()
-
-    @quietly
-    def generate(
-        self,
-        embeds: Float[np.ndarray, "S D"],
-        max_new_tokens: int,
-        ids: Int[np.ndarray, " S"],
-        pictures: Sequence[Mapping[str, np.ndarray]] = (),
-    ) -> Generated:
-        """`language_model.generate(inputs_embeds=…)`, greedy; positions are left to it."""
-        model = self.model.language_model
-        return generated(model, embeds, max_new_tokens, self.stop_token_ids)
-
 
 class PrefixModel(nn.Module):
-    """The three parts under the names that a distilvit2 checkpoint stores them by."""
+    """The three parts, under the names that they have in a distilvit2 checkpoint."""
 
     def __init__(
         self,
@@ -227,7 +174,7 @@ class Projection(nn.Module):
 
 
 def wrap_lora(language: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """PEFT's own wrapping, with the r, alpha and targets of config.json; nothing is merged."""
+    """Wrap the decoder by PEFT with the r, alpha and targets of config.json; nothing is merged."""
     settings = peft.LoraConfig(
         r=config.get("lora_r", 16),
         lora_alpha=config.get("lora_alpha", 16),
@@ -243,8 +190,8 @@ def wrap_lora(language: nn.Module, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _places(model: PrefixModel) -> Iterator[Place]:
-    """Where an adapter may have been trained: on the decoder, or on the whole model, whose tower
-    had one more level in transformers 4."""
+    """List the places at which an adapter may have been trained: the decoder, or the whole model,
+    whose tower had one more level in transformers 4."""
     language = model.language_model
     inside = language.get_base_model() if isinstance(language, peft.PeftModel) else language
     yield Place(inside)
@@ -254,18 +201,18 @@ def _places(model: PrefixModel) -> Iterator[Place]:
 
 
 def _spelled(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors by the names of this transformers."""
+    """Rename the stored tensors as the installed transformers names them."""
     level = _has_level(model)
     return {_spell(name, level): tensor for name, tensor in state.items()}
 
 
 def _has_level(model: nn.Module) -> bool:
-    """Whether the tower of this transformers has a `vision_model`."""
+    """Return whether the tower of the installed transformers has a `vision_model`."""
     return any(name.startswith(VISION + "vision_model.") for name in model.state_dict())
 
 
 def _spell(name: str, level: bool) -> str:
-    """A stored name as this transformers spells it."""
+    """Spell a stored name as the installed transformers does."""
     name = name.removeprefix("module.")
     if name.startswith(BASE_CLASS):
         return name.replace(DECODER, f"{DECODER}model.", 1)
@@ -276,7 +223,7 @@ def _spell(name: str, level: bool) -> str:
 
 
 def _siglip_processor(folder: Path, size: int) -> Any:
-    """SigLIP's processor on Pillow: the folder's own if it has one, else as distilvit2 calls it."""
+    """Load SigLIP's processor on Pillow: the folder's own, else as distilvit2 calls it."""
     # Before transformers 5.3 or so, the plain name was the one on Pillow.
     kind = getattr(transformers, "SiglipImageProcessorPil", None)
     kind = kind or transformers.SiglipImageProcessor

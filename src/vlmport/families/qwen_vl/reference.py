@@ -1,8 +1,8 @@
-"""Qwen2.5-VL's and Qwen3-VL's truth: Hugging Face's own models, processor on Pillow and tokenizer.
+"""The reference of Qwen2.5-VL and Qwen3-VL: Hugging Face's models, tokenizer, processor on Pillow.
 
 `generate` runs the whole model from the pixels, as its users do; `logits` is given what the ladder
-hands from rung to rung. That both agree shows that features, lanes and positions are split and
-joined rightly here.
+hands from rung to rung. Where both agree, features, lanes and positions are split and joined as in
+the model.
 
 Traps:
 - Without mm_token_type_ids the model counts positions as if there were no pictures.
@@ -21,40 +21,21 @@ import torch
 import transformers
 from PIL import Image
 
-from vlmport.errors import PromptError
-from vlmport.parity.asked import Message, Request
+from vlmport.parity.asked import Request
 from vlmport.parity.pictures import Picture, drawn_pictures
 from vlmport.parity.protocol import Generated
 from vlmport.parity.reference_errors import in_one_line
-from vlmport.parity.references.adapter_files import (
-    with_adapter_generation,
-    with_adapter_processor,
-)
-from vlmport.parity.references.adapters import add_adapter
-from vlmport.parity.references.loading import (
-    DECODER_DIMS,
-    config_int,
-    generated_from,
-    prompt_text,
-    quietly,
-    useful_threads,
-    versions,
-)
-from vlmport.parity.references.pretrained import (
-    answer_stop_ids,
-    forget_options,
-    load_model,
-    load_processor,
-)
+from vlmport.parity.references.base import PretrainedReference, user_message
+from vlmport.parity.references.loading import generated_from, quietly
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CAPTION = "Describe this image."
-# The built-in models know it: what a model was never asked, it answers by a hair.
+# The built-in models know it. A question that a model never saw, it answers with a thin margin.
 QUESTION = "What is in this image?"
-# Sides of pictures beside the ladder's own, in units of a merged patch: both sides exactly between
-# two multiples, which Python rounds to the even one; a strip; the smallest there is; a square.
+# Sides of images in addition to the ladder's own, in units of a merged patch: both sides exactly
+# between two multiples, which Python rounds to the even one; a strip; less than a patch; a square.
 SIDES = ((12.5, 6.5), (1.0, 9.0), (0.25, 0.25), (7.0, 7.0), (3.4, 8.7))
 PROCESSORS: dict[str, Any] = {
     "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
@@ -63,7 +44,7 @@ PROCESSORS: dict[str, Any] = {
 
 
 @in_one_line
-class QwenVLReference:
+class QwenVLReference(PretrainedReference):
     """A checkpoint of either model type."""
 
     def __init__(
@@ -74,42 +55,22 @@ class QwenVLReference:
         adapter: str | Path | None = None,
         ignored: Collection[str] = (),
     ):
-        model = load_model(folder, ignored)
-        if adapter is not None:
-            add_adapter(model, Path(adapter))
-        self.model = model.eval().requires_grad_(False)
-        self.threads = useful_threads(sum(weight.numel() for weight in model.parameters()))
-        settings = model.config
-        self.image_token_id = settings.image_token_id
-        self.lanes = len(getattr(settings.vision_config, "deepstack_visual_indexes", ()))
-        files = None if adapter is None else Path(adapter)
-        with_adapter_generation(model, files)
-        kind = PROCESSORS[config["model_type"]]
-        self.processor = with_adapter_processor(
-            lambda path: load_processor(path, kind), folder, files
-        )
-        self.image_processor = self.processor.image_processor
-        self.grey_level = self.image_processor.rescale_factor / min(self.image_processor.image_std)
-        text: Any = settings.text_config
-        self.stop_token_ids = answer_stop_ids(model, self.processor)
-        forget_options(model)
-        self.dims: Mapping[str, int] = {
-            name: config_int(text, name) for name in DECODER_DIMS if name != "head_dim"
-        }
-        self.dims["head_dim"] = getattr(
-            text, "head_dim", text.hidden_size // text.num_attention_heads
-        )
-        self.versions = versions()
+        super().__init__(folder, config, image_token_id, adapter, ignored)
+        vision = self.model.config.vision_config
+        self.lanes = len(getattr(vision, "deepstack_visual_indexes", ()))
+
+    def _processor_class(self, config: Mapping[str, Any]) -> Any:
+        return PROCESSORS[config["model_type"]]
 
     def requests(self, pictures: Sequence[Picture]) -> list[Request]:
-        """Pictures of eight grids at least; other limits of their size; two in one prompt, over
-        two turns; three in one message; text alone, of one turn and of two."""
+        """Ask about images of eight grids at least, with other limits of their size, about two over
+        two turns, about three in one message, and about none, in one turn and two."""
         processor = self.image_processor
         factor = processor.patch_size * processor.merge_size
         sizes = [(max(1, round(w * factor)), max(1, round(h * factor))) for w, h in SIDES]
         taken = {one.image.size for one in pictures}
         pictures = [*pictures, *drawn_pictures([size for size in sizes if size not in taken])]
-        asked, question = _messages(CAPTION, 1), _messages(QUESTION, 1)
+        asked, question = user_message(CAPTION, 1), user_message(QUESTION, 1)
         requests = [Request(one.name, (one,), asked, is_caption=True) for one in pictures]
         most = {"max_pixels": 9 * factor**2, "min_pixels": 4 * factor**2}
         least = {"max_pixels": 40 * factor**2, "min_pixels": 30 * factor**2}
@@ -118,34 +79,25 @@ class QwenVLReference:
         turns = (
             *question,
             {"role": "assistant", "content": [{"type": "text", "text": "A square."}]},
-            *_messages("Which is larger?", 1),
+            *user_message("Which is larger?", 1),
         )
         few = {"max_pixels": 25 * factor**2, "min_pixels": 4 * factor**2}
         requests.append(
             Request("two pictures, two turns", tuple(pictures[1:3]), turns, options=few)
         )
         three = (pictures[2], pictures[0], pictures[1])
-        requests.append(Request("three pictures", three, _messages(QUESTION, 3), options=few))
-        requests.append(Request("text alone", (), _messages("Why is the sky blue?", 0)))
-        talk = ({"role": "system", "content": "Be brief."}, *_messages("Who are you?", 0))
-        talk = (*talk, {"role": "assistant", "content": "A model."}, *_messages("Which?", 0))
+        requests.append(Request("three pictures", three, user_message(QUESTION, 3), options=few))
+        requests.append(Request("text alone", (), user_message("Why is the sky blue?", 0)))
+        talk = ({"role": "system", "content": "Be brief."}, *user_message("Who are you?", 0))
+        talk = (*talk, {"role": "assistant", "content": "A model."}, *user_message("Which?", 0))
         requests.append(Request("text of two turns", (), talk))
         return requests
-
-    def image_ids(
-        self, image: Image.Image, options: Mapping[str, Any] | None = None
-    ) -> Int[np.ndarray, " T"]:
-        return self._process(self.processor.image_token, [image], options)["input_ids"][0]
-
-    def prompt_ids(self, request: Request) -> Int[np.ndarray, " S"]:
-        text = prompt_text(self.processor, request)
-        return self._process(text, request.images, request.options)["input_ids"][0]
 
     def pixels(
         self, image: Image.Image, options: Mapping[str, Any] | None = None
     ) -> dict[str, np.ndarray]:
-        """pixel_values float32 [N, K] and image_grid_thw int64 [1, 3]."""
-        made = self._process(self.processor.image_token, [image], options)
+        """Return pixel_values float32 [N, K] and image_grid_thw int64 [1, 3]."""
+        made = self._process(self.processor.image_token, [image], options or {})
         return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
 
     def at_size(self, request: Request, width: int, height: int) -> Request:
@@ -158,7 +110,7 @@ class QwenVLReference:
         return dataclasses.replace(request, pictures=pictures, options=options)
 
     def planes(self, pixels: Mapping[str, np.ndarray]) -> Float[np.ndarray, "1 3 h w"]:
-        """Of the frames, which are all alike, the first."""
+        """Put the patches of the first frame together; all frames are alike."""
         merge, side = self.image_processor.merge_size, self.image_processor.patch_size
         _, rows, columns = pixels["image_grid_thw"][0]
         blocks = (rows // merge, columns // merge, merge, merge)
@@ -167,45 +119,27 @@ class QwenVLReference:
         return np.ascontiguousarray(patches.reshape(1, 3, rows * side, columns * side))
 
     def _process(
-        self, text: str, images: Sequence[Image.Image], options: Mapping[str, Any] | None
+        self, text: str, images: Sequence[Image.Image], options: Mapping[str, Any]
     ) -> Mapping[str, np.ndarray]:
         if not images:
             return self.processor(text=text, return_tensors="np")
         size = dict(self.image_processor.size)
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            size[edge] = (options or {}).get(name, size[edge])
+            size[edge] = options.get(name, size[edge])
         return self.processor(text=text, images=list(images), size=size, return_tensors="np")
 
     @quietly
     def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T W"]:
-        """Features, then the lanes of DeepStack: W is D·(1+n)."""
+        """Return features, then the lanes of DeepStack: W is D·(1+n)."""
         tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
         made = self.model.get_image_features(**tensors)
         lanes = [torch.cat(lane) for lane in getattr(made, "deepstack_features", None) or ()]
         return torch.cat([torch.cat(made.pooler_output), *lanes], dim=-1).numpy()
 
-    @quietly
-    def embeds(
-        self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T W"]
-    ) -> Float[np.ndarray, "S W"]:
-        """Zeros in the lanes of text. Raises PromptError unless there are as many image tokens as
-        features."""
-        image = np.asarray(ids) == self.image_token_id
-        if image.sum() != len(features):
-            raise PromptError(
-                f"{image.sum()} image tokens in the prompt, {len(features)} features",
-                code="prompt.wrong-features",
-            )
-        plain = self.model.get_input_embeddings()(torch.from_numpy(np.asarray(ids))).numpy()
-        embeds = np.concatenate([plain, np.zeros_like(np.tile(plain, self.lanes))], axis=1)
-        if image.any():
-            embeds[image] = features
-        return embeds
-
     def position_ids(
         self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
     ) -> Int[np.ndarray, "3 S"]:
-        """In time, height and width, by the model's own get_rope_index."""
+        """Count positions in time, height and width, by the model's own get_rope_index."""
         inputs = self._inputs(ids, pictures)
         inputs.pop("pixel_values", None)
         return self.model.model.get_rope_index(**inputs)[0][:, 0].numpy()
@@ -213,7 +147,7 @@ class QwenVLReference:
     def _inputs(
         self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, torch.Tensor]:
-        """What the processor gives for a prompt, in a batch of one."""
+        """Make the processor's inputs for a prompt, in a batch of one."""
         tokens = torch.from_numpy(np.asarray(ids))[None]
         inputs = {
             "input_ids": tokens,
@@ -229,8 +163,8 @@ class QwenVLReference:
     def logits(
         self, embeds: Float[np.ndarray, "S W"], position_ids: Int[np.ndarray, "3 S"]
     ) -> Float[np.ndarray, "S V"]:
-        """One causal pass over the whole sequence, without a cache. A row with anything in its
-        lanes is one of a picture."""
+        """Run one causal pass over the whole sequence, without a cache. A row belongs to an image
+        where its lanes are not zero."""
         width = self.dims["hidden_size"]
         plain, lanes = embeds[:, :width], embeds[:, width:]
         stacked: dict[str, Any] = {}
@@ -256,15 +190,9 @@ class QwenVLReference:
         ids: Int[np.ndarray, " S"],
         pictures: Sequence[Mapping[str, np.ndarray]] = (),
     ) -> Generated:
-        """`generate(input_ids=…, pixel_values=…)`, greedy: nothing of it comes from `embeds`."""
+        """Run `generate(input_ids=…, pixel_values=…)` greedily; it takes nothing from `embeds`."""
         inputs = self._inputs(ids, pictures)
         return generated_from(self.model, inputs, max_new_tokens, self.stop_token_ids)
-
-
-def _messages(text: str, pictures: int) -> tuple[Message, ...]:
-    """A user's message: the pictures, then the text."""
-    parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
-    return ({"role": "user", "content": parts},)
 
 
 REFERENCE = QwenVLReference

@@ -1,4 +1,4 @@
-"""What the references share: threads, versions, prompts, generating."""
+"""Helpers of the references: threads, versions, sizes, prompts, generation."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 WEIGHTS_A_THREAD = 10_000_000  # for fewer, waking another thread costs more than it brings
-DECODER_DIMS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+DECODER_DIMS = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def quietly(method: Method) -> Method:
-    """Without gradients, on the reference's own number of threads; the caller's is put back."""
+    """Run a method without gradients, on the reference's own number of threads.
+
+    Afterwards the number of threads is the caller's again.
+    """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any) -> Any:
@@ -51,7 +48,7 @@ def quietly(method: Method) -> Method:
 
 
 def versions() -> str:
-    """The programs that the numbers come from."""
+    """Name the programs that the numbers come from."""
     return (
         f"transformers {transformers.__version__}, torch {torch.__version__}, "
         f"peft {peft.__version__}, Pillow {PIL.__version__}"
@@ -59,7 +56,7 @@ def versions() -> str:
 
 
 def config_int(config: transformers.PreTrainedConfig, name: str) -> int:
-    """A size that must be one whole number; some configs allow a pair."""
+    """Read a size that must be one whole number; some configs allow a pair."""
     value = getattr(config, name)
     if not isinstance(value, int):
         raise ConfigError(
@@ -68,8 +65,16 @@ def config_int(config: transformers.PreTrainedConfig, name: str) -> int:
     return value
 
 
+def decoder_dims(config: Any) -> dict[str, int]:
+    """Read the decoder's sizes from its config, under the names of `vlmport.bundle.Dims`."""
+    dims = {name: config_int(config, name) for name in DECODER_DIMS}
+    if hasattr(config, "head_dim"):
+        return dims | {"head_dim": config_int(config, "head_dim")}
+    return dims | {"head_dim": config.hidden_size // config.num_attention_heads}
+
+
 def prompt_text(processor: Any, request: Request) -> str:
-    """The prompt by the checkpoint's own template. Raises PromptError where that refuses it."""
+    """Render a prompt with the checkpoint's own template. Raises PromptError where it refuses."""
     messages = [dict(message) for message in request.messages]
     try:
         return render(processor, messages, add_generation_prompt=True)
@@ -84,7 +89,7 @@ def prompt_text(processor: Any, request: Request) -> str:
 def generated(
     model: Any, embeds: Float[np.ndarray, "S D"], max_new_tokens: int, stops: Sequence[int]
 ) -> Generated:
-    """Greedy tokens of `model.generate(inputs_embeds=…)`."""
+    """Run `model.generate(inputs_embeds=…)` greedily."""
     inputs = {
         "inputs_embeds": torch.from_numpy(embeds)[None],
         "attention_mask": torch.ones(1, len(embeds), dtype=torch.int64),
@@ -95,7 +100,7 @@ def generated(
 def generated_from(
     model: Any, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, stops: Sequence[int]
 ) -> Generated:
-    """Greedy tokens of `model.generate(**inputs)`, without those of the prompt."""
+    """Run `model.generate(**inputs)` greedily; the prompt's tokens are left out."""
     settings = transformers.GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -111,7 +116,7 @@ def generated_from(
 
 
 def useful_threads(weights: int) -> int:
-    """As many threads as a model of this size can use, and as this process may."""
+    """Return how many threads a model of this size can use, and this process may."""
     # In a container they are fewer than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus, weights // WEIGHTS_A_THREAD))
