@@ -22,7 +22,7 @@ async function vlmport({ device, precision, threads, picture, photo, repeats, bu
   if (repeats === null) return { load, runs: [], photos: [], reason: vlm.reason };
   const runs = [];
   for (let i = -1; i < repeats; i++) {
-    vlm.forgetPictures(); // else its features are known the second time
+    vlm.forgetImages(); // else its features are known the second time
     const { timings, tokenIds, text } = await vlm.caption(picture);
     const first = 1000 * (timings.image + timings.prefill);
     const perSecond = (tokenIds.length - 1) / timings.decode;
@@ -30,7 +30,7 @@ async function vlmport({ device, precision, threads, picture, photo, repeats, bu
   }
   const photos = [];
   for (let i = -1; photo && i < repeats; i++) {
-    vlm.forgetPictures();
+    vlm.forgetImages();
     const { timings } = await vlm.caption(photo, { maxNewTokens: 1 });
     if (i >= 0) photos.push(1000 * timings.image);
   }

@@ -19,12 +19,12 @@ afterAll(async () => {
   await server.stop();
 });
 
-/** Run in a page with `vlm`, a model on WebAssembly, and `outcome`, an error's kind and message. */
+/** Run in a page with `vlm`, a model on WebAssembly, and `outcome`, an error's code and message. */
 async function inPage<T>(work: (vlm: Vlmport.VLM, outcome: Outcome) => Promise<T>): Promise<T> {
   return (await page.evaluate(`(async () => {
       const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
       const outcome = work => Promise.resolve().then(work).then(
-        () => 'fine', error => (error.kind ?? error.name) + ': ' + error.message);
+        () => 'fine', error => (error.code ?? error.name) + ': ' + error.message);
       const found = await (${work.toString()})(vlm, outcome);
       vlm.dispose();
       return found;
@@ -94,21 +94,21 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
   });
   expect(found.kept).toBe(true);
   expect(found.outcomes).toEqual([
-    expect.stringMatching(/^ImageError: .*nowhere\.png: the server says 404/),
-    expect.stringMatching(/^PromptError: the prompt has \d+ tokens, the model's context is 2048/),
-    'PromptError: images must be a list of pictures, got "/kinds/rgb.png"',
-    'PromptError: a question is a text, got number',
-    'PromptError: messages[0].content[0]: not Unicode at character 5: "\\ud83d"',
-    expect.stringMatching(/^OptionError: unknown option 'numBeams'/),
-    expect.stringMatching(/^ImageError: .*nowhere\.png: the server says 404/),
-    "OptionError: unknown option 'sistem' (did you mean 'system'?)",
-    expect.stringMatching(/^OptionError: image option 'do_split' is unknown/),
-    'OptionError: image option do_image_splitting=1: expected bool',
-    'PromptError: messages must be a list of at least one message, got []',
-    'PromptError: messages[0]: role "bot" is unknown',
-    'PromptError: messages[0].content[0]: expected a text or an image part, got {"type":"video","video":"x.mp4"}',
-    'PromptError: 0 pictures given, 1 image part without a picture in the messages',
-    'PromptError: 1 picture given, 0 image parts without a picture in the messages',
+    expect.stringMatching(/^image\.not-fetched: .*nowhere\.png.* 404/),
+    expect.stringMatching(/^prompt\.too-long: .* \d+ tokens.* 2048/),
+    expect.stringMatching(/^prompt\.wrong-value: images .*"\/kinds\/rgb\.png"/),
+    expect.stringMatching(/^prompt\.wrong-value: .* number$/),
+    expect.stringMatching(/^prompt\.not-unicode: messages\[0\]\.content\[0\].* 5: "\\ud83d"$/),
+    expect.stringMatching(/^option\.unknown: .*'numBeams'/),
+    expect.stringMatching(/^image\.not-fetched: .*nowhere\.png.* 404/),
+    expect.stringMatching(/^option\.unknown: .*'sistem' .*'system'/),
+    expect.stringMatching(/^option\.unknown: .*'do_split'/),
+    expect.stringMatching(/^option\.wrong-value: .*do_image_splitting=1: .*bool/),
+    expect.stringMatching(/^prompt\.wrong-value: messages .*\[\]$/),
+    expect.stringMatching(/^prompt\.unknown-role: messages\[0\].*"bot"/),
+    expect.stringMatching(/^prompt\.unknown-part: messages\[0\]\.content\[0\].*x\.mp4/),
+    expect.stringMatching(/^prompt\.image-count: 0 images .* 1 image part /),
+    expect.stringMatching(/^prompt\.image-count: 1 image .* 0 image parts /),
     'fine',
   ]);
 });
@@ -123,9 +123,12 @@ test('too long a conversation is refused before anything runs', async () => {
     const error = await chat.ask('word '.repeat(2000), { images }).catch((thrown: Error) => thrown);
     const runs = await forgetRuns();
     vlm.dispose();
-    return { error: String(error), fed: runs.map(fed => Object.keys(fed).sort()) };
+    return {
+      code: (error as Vlmport.VlmportError).code,
+      fed: runs.map(fed => Object.keys(fed).sort()),
+    };
   });
-  expect(found.error).toMatch(/the model's context is 2048/);
+  expect(found.code).toBe('prompt.too-long');
   expect(found.fed).toEqual([['do_image_splitting', 'image']]); // what says how many tokens it takes
 });
 
@@ -151,11 +154,11 @@ test('a full conversation says so, and goes on without its oldest turns where as
     const { role } = dropping.messages[0]!;
     return { refused, fine, same, role, kept: dropping.messages.length, alone };
   });
-  expect(found.refused.at(-1)).toMatch(/^PromptError: the conversation is full/);
+  expect(found.refused.at(-1)).toMatch(/^conversation\.full: /);
   expect(found.fine).toEqual(['fine', 'fine', 'fine', 'fine']);
   expect(found).toMatchObject({ same: true, role: 'system' });
   expect(found.kept).toBeLessThan(11);
-  expect(found.alone).toMatch(/^PromptError: the prompt has/);
+  expect(found.alone).toMatch(/^prompt\.too-long: /);
 });
 
 test('attached pictures come first, and wait until a question succeeds', async () => {
@@ -198,8 +201,8 @@ test('a reset keeps the system message alone, and one question is answered at a 
     return { meanwhile, reset, roles, same, cached: again.counts.cachedTokens, length };
   });
   expect(found).toEqual({
-    meanwhile: 'PromptError: this conversation is still answering',
-    reset: 'PromptError: the conversation was reset while this answer was made',
+    meanwhile: expect.stringMatching(/^conversation\.busy: /),
+    reset: expect.stringMatching(/^conversation\.went-on: /),
     roles: ['system'],
     same: true,
     cached: 0,
@@ -226,7 +229,7 @@ test('pictures are known by their pixels, in and out of conversations', async ()
       await encoded(() =>
         vlm.caption(blob, { ...short, imageOptions: { do_image_splitting: false } }),
       ),
-      await encoded(() => (vlm.forgetPictures(), vlm.caption(blob, short))),
+      await encoded(() => (vlm.forgetImages(), vlm.caption(blob, short))),
     ];
     vlm.dispose();
     return counts;

@@ -38,52 +38,47 @@ async function visit(url = server.url): Promise<Answer> {
 }
 
 test('no GPU', async () => {
-  expect((await visit()).reason).toBe(
-    'WebGPU is not used: this browser offers WebGPU, but no GPU that works (no adapter)',
-  );
+  expect((await visit()).reason).toMatch(/^WebGPU is not used: .*\(no adapter\)$/);
 });
 
 test('no threads', async () => {
   server.isolated = false;
   const { threads, notes } = await visit();
   expect(threads).toBe(1);
-  expect(notes).toContain(
-    'one thread: the page is not cross-origin isolated (COOP and COEP headers)',
-  );
+  expect(notes.join('\n')).toMatch(/^one thread: .*COOP and COEP/m);
 });
 
 test('no Cache Storage', async () => {
   server.workerPrelude = "Object.defineProperty(globalThis, 'caches', { value: undefined })";
   const { notes } = await visit();
-  expect(notes).toEqual(['not kept for the next visit: this browser has no Cache Storage']);
+  expect(notes).toEqual([expect.stringMatching(/^not kept .* no Cache Storage$/)]);
 });
 
 test('Cache Storage that is refused', async () => {
   server.workerPrelude = "CacheStorage.prototype.open = () => Promise.reject(new Error('no'))";
   const { notes } = await visit();
-  expect(notes[0]).toMatch(/the browser refuses Cache Storage here/);
+  expect(notes[0]).toMatch(/^not kept .*private window/);
 });
 
 test('Cache Storage that is full', async () => {
   server.workerPrelude =
     "Cache.prototype.put = () => Promise.reject(new DOMException('full', 'QuotaExceededError'))";
   const { notes } = await visit();
-  expect(notes[0]).toMatch(/no room left/);
+  expect(notes[0]).toMatch(/^not kept .*space/);
 });
 
 test('Cache Storage that can not be read', async () => {
   server.workerPrelude = "Cache.prototype.match = () => Promise.reject(new Error('no'))";
   const { notes } = await visit();
-  expect(notes[0]).toMatch(/the browser can't read what it keeps/);
+  expect(notes[0]).toMatch(/^not kept .*read/);
 });
 
 test.each(['auto', 'wasm'] as const)("%s: ONNX Runtime's own file does not come", async device => {
   server.fault = ({ path }) => (path.endsWith('.wasm') ? { status: 404 } : null);
   const page = await openPage(browser, server.url);
   const refused = await refusal(page, { options: { device, precision: 'fp32' } });
-  expect(refused.kind).toBe('DownloadError');
-  expect(refused.message).toMatch(/^ONNX Runtime can't be loaded \(/);
-  expect(refused.hint).toMatch(/check the connection/);
+  expect(refused).toMatchObject({ kind: 'DownloadError', code: 'runtime.not-loaded' });
+  expect(refused.hint).toMatch(/wasmPaths/);
   await page.context().close();
 });
 
@@ -96,17 +91,18 @@ test('no worker', async () => {
       }
     } as unknown as typeof Worker;
   });
-  expect(await refusal(page, {})).toEqual({
+  expect(await refusal(page, {})).toMatchObject({
     kind: 'WorkerError',
-    message: "the worker can't be started (cannot be accessed from origin)",
-    hint: 'serve the package from the origin of the page, and let its policy (CSP) allow workers',
+    code: 'worker.not-started',
+    message: expect.stringMatching(/cannot be accessed from origin/),
+    hint: expect.stringMatching(/CSP/),
   });
   await page.context().close();
 });
 
 test('an insecure origin', async () => {
   const { reason, threads, notes } = await visit(`http://${INSECURE}:${server.port}/`);
-  expect(reason).toBe('WebGPU is not used: WebGPU needs a page on https or localhost');
+  expect(reason).toMatch(/^WebGPU is not used: .*https or localhost$/);
   expect(threads).toBe(1);
-  expect(notes.join('\n')).toMatch(/not on https or localhost, so the browser offers no Cache/);
+  expect(notes.join('\n')).toMatch(/https or localhost.*Cache Storage/);
 });

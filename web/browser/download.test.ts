@@ -86,8 +86,8 @@ test('a download that always breaks ends with where it stopped', async () => {
   server.fault = first(Infinity, DECODER, { cutAfter: 0 });
   const refused = await refusal(page, asking);
   expect(refused.kind).toBe('DownloadError');
-  expect(refused.message).toMatch(/decoder_model_merged\.onnx: broke off at byte 0 of \d+/);
-  expect(refused.hint).toMatch(/goes on where it stopped/);
+  expect(refused.code).toBe('download.failed');
+  expect(refused.message).toMatch(/decoder_model_merged\.onnx: .* byte 0 of \d+/);
 });
 
 test('a chunk that comes wrong once is fetched again', async () => {
@@ -102,13 +102,13 @@ test('a chunk that always comes wrong is named', async () => {
   server.fault = first(Infinity, DECODER, { flipByte: 70_000 });
   const refused = await refusal(page, asking);
   expect(refused.kind).toBe('BundleError');
-  expect(refused.message).toMatch(/decoder_model_merged\.onnx: chunk 1 of 1 is not what/);
+  expect(refused.message).toMatch(/decoder_model_merged\.onnx: chunk 1 of 1 /);
 });
 
 test('an address without a bundle says so', async () => {
   const refused = await refusal(page, { ...asking, url: '/nothing/' });
   expect(refused.kind).toBe('BundleError');
-  expect(refused.message).toMatch(/nothing\/vlmport\.json: the server says 404/);
+  expect(refused.message).toMatch(/nothing\/vlmport\.json.* 404/);
 });
 
 test('a second visit fetches the manifest alone, and works without a server', async () => {

@@ -3,7 +3,7 @@
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type * as Vlmport from '../src/index.js';
-import type { Reply } from '../src/protocol.js';
+import type { WorkerReply } from '../src/protocol.js';
 import type { TestServer } from './server.js';
 import { expected, folders, launch, openPage, startServer } from './support.js';
 
@@ -31,7 +31,7 @@ beforeAll(async () => {
     globalThis.Worker = class extends Worker {
       constructor(...given: ConstructorParameters<typeof Worker>) {
         super(...given);
-        this.addEventListener('message', ({ data }: MessageEvent<Reply>) => {
+        this.addEventListener('message', ({ data }: MessageEvent<WorkerReply>) => {
           if (data.type !== 'watched') return;
           if (data.doing === 'template') busy.add(this);
           else busy.delete(this);

@@ -35,7 +35,7 @@ test('no buffer is left behind', async () => {
       const channel = new BroadcastChannel('alive');
       const found: number[] = [];
       for (let i = 0; i < 6; i++) {
-        vlm.forgetPictures(); // so that it is encoded again
+        vlm.forgetImages(); // so that it is encoded again
         await vlm.caption(url, { maxNewTokens: 2 + i });
         const answer = new Promise<number>(resolve => {
           channel.onmessage = ({ data }: MessageEvent<number>) => resolve(data);
@@ -120,7 +120,7 @@ test('the cache stays on the GPU: a step reads back no more than its logits', as
       });
     const counts = [await read()];
     for (const maxNewTokens of [1, 4]) {
-      vlm.forgetPictures();
+      vlm.forgetImages();
       await vlm.caption(url, { maxNewTokens });
       counts.push(await read());
     }

@@ -227,18 +227,18 @@ export function ask(page: Page, asking: Asking = {}): Promise<Answer> {
   }, asking);
 }
 
-/** The kind, message and hint of the error that a call in the page ends with. */
+/** The error that a call in the page ends with. */
 export async function refusal(
   page: Page,
   asking: Asking,
-): Promise<{ kind: string; message: string; hint: string }> {
+): Promise<{ kind: string; code: string; message: string; hint: string }> {
   return page.evaluate(async ({ url = '/bundle/', options = {}, pictures = [] }: Asking) => {
     const { VLM, VlmportError } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
     try {
       const vlm = await VLM.load(url, options);
       for (const picture of pictures) await vlm.caption(picture);
       vlm.dispose();
-      return { kind: 'none', message: '', hint: '' };
+      return { kind: 'none', code: 'none', message: '', hint: '' };
     } catch (error) {
       if (!(error instanceof VlmportError)) throw error;
       return error.toPlain();

@@ -37,10 +37,10 @@ interface Form {
 }
 
 /**
- * Four turns of random models, three of trained ones. q4 of the latter alone: a CPU rounds what these
- * kernels multiply to 8 bits and a GPU does not, so that a near tie, of which a model without training
- * is full, falls to the other side. On WebGPU a family comes once in a precision at most: a GPU in
- * software compiles a model's shaders for ten seconds.
+ * Four turns of random models, three of trained ones. q4 of the latter alone: a CPU rounds what
+ * these kernels multiply to 8 bits and a GPU does not, so that a near tie, of which a model without
+ * training is full, falls to the other side. On WebGPU a family comes once in a precision at most:
+ * a GPU in software compiles a model's shaders for ten seconds.
  */
 const FORMS: readonly Form[] = [
   { model: 'tiles', device: 'wasm', precision: 'fp32', turns: 4 },

@@ -1,6 +1,6 @@
 import type { CaptionData } from './protocol.js';
 
-/** Generated text; `String(caption)` gives it. */
+/** A response; `String(caption)` is its text. */
 export class Caption implements CaptionData {
   readonly text: string;
   readonly tokenIds: readonly number[];
@@ -18,7 +18,7 @@ export class Caption implements CaptionData {
     this.counts = data.counts;
   }
 
-  /** Tokens per second, the first left out: it is the prompt's. */
+  /** Tokens per second. The first token is not counted: its time is that of the prompt. */
   get tokensPerSecond(): number {
     return this.timings.decode > 0 ? (this.counts.newTokens - 1) / this.timings.decode : 0;
   }
@@ -28,7 +28,7 @@ export class Caption implements CaptionData {
   }
 }
 
-/** A stream read to its end. */
+/** Read a stream to its end, and return the whole response. */
 export async function whole(pieces: AsyncGenerator<string, Caption>): Promise<Caption> {
   for (;;) {
     const next = await pieces.next();

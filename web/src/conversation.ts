@@ -1,13 +1,14 @@
 /**
- * A conversation: turns that build on each other, and a cache that is carried on (the page's half;
- * the worker's is runtime/conversations.ts).
+ * A conversation whose turns build on each other, with a cache that is kept from turn to turn (the
+ * page's part; the worker's part is runtime/conversation-caches.ts).
  *
- * What a conversation is stands in one `State`, replaced whole when an answer is complete: an abort
- * or an error leaves the old one. The worker holds nothing but pictures by number, and the cache.
+ * The conversation so far is one `History`, replaced in one assignment when an answer is complete: an
+ * abort or an error leaves the old one. The worker has only the images, by number, and the cache.
  */
 
 import { type Caption, whole } from './caption.js';
 import { VlmportError } from './errors.js';
+import { type ImageSource, toSentImage } from './image-source.js';
 import { type Message, checkImages, checkMessages, filled, stripped } from './messages.js';
 import type { Model } from './model.js';
 import {
@@ -17,58 +18,61 @@ import {
   checkFlag,
   checkNames,
 } from './options.js';
-import { type PictureSource, toPicture } from './picture.js';
-import type { NumberedPicture } from './protocol.js';
+import type { NumberedImage } from './protocol.js';
 
 export interface ConversationOptions {
-  /** A system message before all else. */
+  /** A system message, which comes first. */
   system?: string;
-  /** Of the image processor, over the bundle's own: `{ do_image_splitting: false }`. */
+  /** Options of the image processor, such as `{ do_image_splitting: false }`; they override the
+   * bundle's. */
   imageOptions?: ImageOptions;
-  /** Forget the oldest questions and answers, their pictures included, where a question would not
-   * fit into the context; else that is an error. */
+  /** Drop the oldest questions and answers, with their images, when a question does not fit into the
+   * context. Without it, that is an error. */
   dropOldest?: boolean;
 }
 
 export interface QuestionOptions extends AnswerOptions {
-  /** They stand before the question, after those that were attached. */
-  images?: readonly PictureSource[];
+  /** Images before the question, after the attached ones. */
+  images?: readonly ImageSource[];
 }
 
 interface Attached {
-  readonly source: PictureSource;
+  readonly source: ImageSource;
   readonly number: number;
 }
 
-/** What has been said: every content a list of parts, pictures within as they were given. */
-interface State {
+/** The conversation so far. */
+interface History {
+  /** Every content is a list of parts; images in it are as they were given. */
   readonly messages: readonly Message[];
-  readonly pictures: readonly number[];
+  /** The numbers of the same images. */
+  readonly images: readonly number[];
+  /** Images for the next question. */
   readonly attached: readonly Attached[];
 }
 
 /**
- * Questions and answers, with pictures anywhere among them.
+ * Questions and answers, with images anywhere among them.
  *
  *     const chat = vlm.conversation({ system: 'Answer in one word.' });
  *     await chat.ask('What color is the square?', { images: [file] });
  *     for await (const piece of chat.stream('And what is left of it?')) text.append(piece);
  *
- * A question belongs to the conversation once its answer is complete. One that fails, is aborted, or
- * whose stream is left early, leaves the conversation as it was; what was encoded and prefilled for
- * it is not lost, and serves when it is asked again.
+ * A question belongs to the conversation once its answer is complete. If it fails or is aborted, or
+ * its stream is left early, the conversation stays as it was. The work that was done for it is kept,
+ * and used when the question is asked again.
  */
 export class Conversation {
   private readonly number: number;
   private readonly imageOptions: ImageOptions;
   private readonly dropOldest: boolean;
   private readonly start: readonly Message[];
-  private state: State;
-  private turn: { readonly signal: AbortSignal | undefined } | null = null; // under way
-  private pictures = 0; // numbers given so far
-  private epoch = 0; // a picture of an earlier one waits for no question
+  private history: History;
+  private turn: { readonly signal: AbortSignal | undefined } | null = null; // the open one
+  private lastImage = 0; // the highest number so far
+  private epoch = 0; // an image of an earlier one is not attached
 
-  /** @internal `vlm.conversation(…)` makes one. */
+  /** @internal Call `vlm.conversation(…)`. */
   constructor(
     private readonly model: Model,
     options: ConversationOptions = {},
@@ -79,52 +83,51 @@ export class Conversation {
     this.dropOldest = dropOldest;
     this.number = model.newConversation();
     this.imageOptions = { ...imageOptions };
-    const said = system === undefined ? [] : filled([{ role: 'system', content: system }]);
-    this.state = { messages: said, pictures: [], attached: [] };
-    this.start = said;
+    this.start = system === undefined ? [] : filled([{ role: 'system', content: system }]);
+    this.history = { messages: this.start, images: [], attached: [] };
   }
 
-  /** All that was said, in the form that `vlm.generate` takes; pictures stand in it as given. */
+  /** All messages so far, in the form that `vlm.generate` takes, with images as given. */
   get messages(): Message[] {
-    return copied(this.state.messages);
+    return copied(this.history.messages);
   }
 
-  /** How many pictures wait for the next question. */
+  /** The number of images that wait for the next question. */
   get attached(): number {
-    return this.state.attached.length;
+    return this.history.attached.length;
   }
 
-  /** Give a picture along with the next question. Throws ImageError or OptionError at once. */
-  async attach(source: PictureSource): Promise<void> {
-    const [number, { epoch }] = [++this.pictures, this];
-    const picture = { number, picture: await toPicture(source) };
-    await this.model.attach(this.number, picture, this.imageOptions);
+  /** Add an image to the next question. Throws ImageError or OptionError at once. */
+  async attach(source: ImageSource): Promise<void> {
+    const [number, { epoch }] = [++this.lastImage, this];
+    const image = { number, image: await toSentImage(source) };
+    await this.model.attach(this.number, image, this.imageOptions);
     if (epoch !== this.epoch) {
       this.forget([number]);
       return;
     }
-    this.state = { ...this.state, attached: [...this.state.attached, { source, number }] };
+    this.history = { ...this.history, attached: [...this.history.attached, { source, number }] };
   }
 
-  /** Put away the pictures that wait for the next question. */
+  /** Remove the images that wait for the next question. */
   detach(): void {
     this.epoch++;
-    this.forget(this.state.attached.map(one => one.number));
-    this.state = { ...this.state, attached: [] };
+    this.forget(this.history.attached.map(one => one.number));
+    this.history = { ...this.history, attached: [] };
   }
 
-  /** Forget all but the system message: attached pictures and the cache too. */
+  /** Remove everything except the system message: attached images and the cache too. */
   reset(): void {
     this.epoch++;
     this.forget(null);
-    this.state = { messages: [...this.start], pictures: [], attached: [] };
+    this.history = { messages: [...this.start], images: [], attached: [] };
   }
 
   /**
-   * Ask about these pictures and all that came before. Without a question the model is asked for a
-   * caption, as `vlm.caption` asks.
+   * Ask about these images and everything before. Without a question the model is asked for a
+   * caption, as by `vlm.caption`.
    *
-   * Throws VlmportError (a conversation longer than the context among them, before anything is
+   * Throws VlmportError (for a conversation longer than the context, for example: before anything is
    * encoded), or the signal's reason.
    */
   async ask(question?: string, options: QuestionOptions = {}): Promise<Caption> {
@@ -132,34 +135,30 @@ export class Conversation {
   }
 
   /**
-   * The answer of `ask`, piece by piece as it is made; the generator returns the whole.
+   * Stream the answer of `ask` piece by piece; the generator returns the whole answer.
    *
-   * The answer belongs to the conversation when its last piece is given. One question at a time.
+   * The answer belongs to the conversation when its last piece is given. Ask one question at a time.
    */
   stream(question?: string, options: QuestionOptions = {}): AsyncGenerator<string, Caption> {
     checkAnswerOptions(options, ['images']);
     const { images = [], ...others } = options;
     checkImages(images);
     if (question !== undefined && typeof question !== 'string') {
-      const message = `a question is a text, got ${typeof question}`;
-      throw new VlmportError(
-        'PromptError',
-        'prompt.wrong-value',
-        message,
-        "ask('…', { images: […] })",
-      );
+      const message = `a question must be a text, got ${typeof question}`;
+      const hint = "for example ask('…', { images: […] })";
+      throw new VlmportError('PromptError', 'prompt.wrong-value', message, hint);
     }
     return this.pieces(question, images, others);
   }
 
   private async *pieces(
     question: string | undefined,
-    images: readonly PictureSource[],
+    images: readonly ImageSource[],
     { maxNewTokens, skipSpecialTokens = true, signal }: AnswerOptions,
   ): AsyncGenerator<string, Caption> {
     signal?.throwIfAborted();
     const turn = this.begin(signal);
-    const before = this.state;
+    const before = this.history;
     const fresh: number[] = [];
     let ended = false;
     try {
@@ -167,28 +166,32 @@ export class Conversation {
         ...before.attached.map(one => one.source),
         ...images,
       ]);
-      const { pictures: sources } = checkMessages([...before.messages, message]);
-      const known = [...before.pictures, ...before.attached.map(one => one.number)];
-      const all: NumberedPicture[] = known.map(number => ({ number, picture: null }));
+      const { images: sources } = checkMessages([...before.messages, message]);
+      const known = [...before.images, ...before.attached.map(one => one.number)];
+      const all: NumberedImage[] = known.map(number => ({ number, image: null }));
       for (const source of sources.slice(known.length)) {
-        fresh.push(++this.pictures);
-        all.push({ number: this.pictures, picture: await toPicture(source) });
+        fresh.push(++this.lastImage);
+        all.push({ number: this.lastImage, image: await toSentImage(source) });
       }
       const { imageOptions, number: conversation } = this;
-      const most = maxNewTokens ?? null;
-      const how = { imageOptions, conversation, maxNewTokens: most, skipSpecialTokens };
+      const options = {
+        imageOptions,
+        conversation,
+        maxNewTokens: maxNewTokens ?? null,
+        skipSpecialTokens,
+      };
       let kept = before.messages;
-      let pictures = all;
+      let numbered = all;
       for (;;) {
-        const rest = kept.slice(this.start.length); // questions and answers, one after the other
+        const rest = kept.slice(this.start.length); // questions and answers, alternating
         const leavesRoom = this.dropOldest && rest.length > 0;
         const { messages } = checkMessages([...kept, message]);
         const alone = rest.length ? checkMessages([...this.start, message]).messages : null;
         try {
-          const asked = { messages, alone, pictures, leavesRoom, ...how };
-          return yield* this.model.stream(asked, signal, said => {
-            this.end(before, [...kept, message], pictures, said);
-            this.forget(known.filter(number => !pictures.some(one => one.number === number)));
+          const prompt = { messages, alone, images: numbered, leavesRoom, ...options };
+          return yield* this.model.stream(prompt, signal, text => {
+            this.end(before, [...kept, message], numbered, text);
+            this.forget(known.filter(number => !numbered.some(one => one.number === number)));
             ended = true;
           });
         } catch (error) {
@@ -196,9 +199,9 @@ export class Conversation {
           if (!isFull || !this.dropOldest) throw error;
         }
         kept = [...this.start, ...rest.slice(2)];
-        // The worker has read all of them by now.
-        pictures = pictures.slice(countImages(rest.slice(0, 2)));
-        pictures = pictures.map(({ number }) => ({ number, picture: null }));
+        // The worker has read all images by now.
+        numbered = numbered.slice(countImages(rest.slice(0, 2)));
+        numbered = numbered.map(({ number }) => ({ number, image: null }));
       }
     } finally {
       if (!ended) this.forget(fresh);
@@ -208,63 +211,57 @@ export class Conversation {
 
   private begin(signal: AbortSignal | undefined) {
     if (this.turn && !this.turn.signal?.aborted) {
-      const message = 'this conversation is still answering';
+      const message = 'this conversation is still answering a question';
       const hint = 'await the answer, leave its loop or abort it before the next question';
       throw new VlmportError('PromptError', 'conversation.busy', message, hint);
     }
     return (this.turn = { signal });
   }
 
-  /** A user's message; with no question, the bundle's own for a caption. */
-  private message(question: string | undefined, images: readonly PictureSource[]): Message {
+  /** Make a user's message; without a question, the bundle's message for a caption. */
+  private message(question: string | undefined, images: readonly ImageSource[]): Message {
     const { caption } = this.model.info;
     const parts = images.map(() => ({ type: 'image' as const }));
     const text = { type: 'text' as const, text: question ?? '' };
-    const asked: readonly Message[] =
+    const messages: readonly Message[] =
       question === undefined
         ? (caption as readonly Message[])
         : [{ role: 'user', content: [...parts, text] }];
-    if (asked.length !== 1) {
-      const message = `a caption is asked for by ${asked.length} messages, a question is one`;
+    if (messages.length !== 1) {
+      const message = `this bundle asks for a caption with ${messages.length} messages, and a turn has one`;
       throw new VlmportError('PromptError', 'prompt.no-question', message, 'give a question');
     }
-    return filled(asked, images)[0]!;
+    return filled(messages, images)[0]!;
   }
 
-  /** The question and its answer are part of the conversation from here on. */
+  /** Add the question and its answer to the conversation. Throws PromptError after a reset. */
   private end(
-    before: State,
+    before: History,
     messages: readonly Message[],
-    pictures: readonly NumberedPicture[],
-    said: string,
+    images: readonly NumberedImage[],
+    answer: string,
   ): void {
-    if (this.state.messages !== before.messages) {
-      const message = 'the conversation was reset while this answer was made';
-      throw new VlmportError(
-        'PromptError',
-        'conversation.went-on',
-        message,
-        'abort the answer before a reset',
-      );
+    if (this.history.messages !== before.messages) {
+      const message = 'the conversation was reset while this answer was generated';
+      const hint = 'abort the answer before a reset';
+      throw new VlmportError('PromptError', 'conversation.went-on', message, hint);
     }
-    const text = stripped(said);
-    const answer: Message = { role: 'assistant', content: [{ type: 'text', text }] };
-    this.state = {
-      messages: [...messages, answer],
-      pictures: pictures.map(one => one.number),
-      attached: this.state.attached.filter(one => !before.attached.includes(one)),
+    const content = [{ type: 'text' as const, text: stripped(answer) }];
+    this.history = {
+      messages: [...messages, { role: 'assistant', content }],
+      images: images.map(one => one.number),
+      attached: this.history.attached.filter(one => !before.attached.includes(one)),
     };
   }
 
-  /** Have the worker forget pictures, or with null the cache too. */
+  /** Have the worker remove images, or with null the cache too. */
   private forget(numbers: readonly number[] | null): void {
     if (numbers?.length === 0) return;
     this.model.link.post({ type: 'forget', conversation: this.number, numbers });
   }
 }
 
-const countImages = (messages: readonly Message[]): number =>
-  checkMessages(messages).pictures.length;
+const countImages = (messages: readonly Message[]): number => checkMessages(messages).images.length;
 
 const copied = (messages: readonly Message[]): Message[] =>
   messages.map(({ content, ...rest }) => ({

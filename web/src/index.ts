@@ -8,7 +8,13 @@ export { VlmportError } from './errors.js';
 export type { ErrorKind } from './errors.js';
 export type { ImagePart, Message, TextPart } from './messages.js';
 export type { AnswerOptions, CaptionOptions, GenerateOptions, ImageOptions } from './options.js';
-export type { PictureSource, PixelValues, RawImage } from './picture.js';
+export type {
+  ImageSource,
+  /** @deprecated The former name of ImageSource. */
+  ImageSource as PictureSource,
+  PixelValues,
+  RawImage,
+} from './image-source.js';
 export { PrefixConditioningVLM } from './prefix.js';
 export type { Device, Progress } from './protocol.js';
 export { VLM } from './vlm.js';

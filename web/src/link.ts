@@ -1,13 +1,13 @@
-/** The page's end of the line to the worker. */
+/** The connection from the page to its worker. */
 
 import { VlmportError, firstLine } from './errors.js';
-import type { Reply, Request, Started } from './protocol.js';
+import type { RequestWithReply, WorkerReply, WorkerRequest } from './protocol.js';
 import type { Watched } from './runtime/watched.js';
 
 type Unnumbered<T> = T extends { readonly id: number } ? Omit<T, 'id'> : never;
-type Event = Exclude<Reply, { type: 'failed' | 'aborted' | 'watched' }>;
+type Event = Exclude<WorkerReply, { type: 'failed' | 'aborted' | 'watched' }>;
 
-const SECONDS = 10; // of a template or a tokenizer; those of real models take milliseconds
+const SECONDS = 10; // for a template or a tokenizer; those of real models take milliseconds
 
 interface Pending {
   readonly onReply: (reply: Event) => void;
@@ -21,7 +21,7 @@ export class Link {
   private ended: VlmportError | null = null;
   private watch: ReturnType<typeof setTimeout> | undefined;
 
-  /** Throws WorkerError where the page may not have one. */
+  /** Start a worker. Throws WorkerError where the page is not allowed to. */
   constructor() {
     try {
       this.worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
@@ -31,23 +31,17 @@ export class Link {
         'serve the package from the origin of the page, and let its policy (CSP) allow workers';
       throw new VlmportError('WorkerError', 'worker.not-started', message, hint);
     }
-    this.worker.onmessage = ({ data }: MessageEvent<Reply>) => this.receive(data);
+    this.worker.onmessage = ({ data }: MessageEvent<WorkerReply>) => this.receive(data);
     this.worker.onerror = event => {
       const detail = event.message || 'its script did not load';
-      this.end(
-        new VlmportError(
-          'WorkerError',
-          'worker.failed',
-          `the worker failed: ${detail}`,
-          'load the page again',
-        ),
-      );
+      const message = `the worker failed: ${detail}`;
+      this.end(new VlmportError('WorkerError', 'worker.failed', message, 'load the page again'));
     };
   }
 
-  /** Send a request; `onReply` hears all that comes for it, and says by `true` what is the last. */
+  /** Send a request. `onReply` is called with each reply, and returns true for the last one. */
   request(
-    request: Unnumbered<Started>,
+    request: Unnumbered<RequestWithReply>,
     onReply: (reply: Event) => boolean,
     { signal, transfer = [] }: { signal?: AbortSignal | undefined; transfer?: Transferable[] } = {},
   ): Promise<void> {
@@ -64,32 +58,26 @@ export class Link {
         onReply: reply => {
           if (onReply(reply)) (done(), resolve());
         },
-        // An abort ends with the signal's own reason.
+        // The error of an abort is the signal's reason.
         fail: error => (done(), reject(signal?.aborted ? signal.reason : error)),
       });
       signal?.addEventListener('abort', abort);
-      this.post({ ...request, id } as Started, transfer);
+      this.post({ ...request, id } as RequestWithReply, transfer);
     });
   }
 
-  /** End the worker, and with it all that it holds. */
+  /** End the worker, and free its memory. */
   close(): void {
-    this.end(
-      new VlmportError(
-        'WorkerError',
-        'model.not-loaded',
-        'this model was disposed',
-        'load it again',
-      ),
-    );
+    const message = 'this model was disposed';
+    this.end(new VlmportError('WorkerError', 'model.not-loaded', message, 'load it again'));
   }
 
-  /** Send what needs no answer. */
-  post(request: Request, transfer: Transferable[] = []): void {
+  /** Send a message that has no reply. */
+  post(request: WorkerRequest, transfer: Transferable[] = []): void {
     this.worker.postMessage(request, transfer);
   }
 
-  private receive(reply: Reply): void {
+  private receive(reply: WorkerReply): void {
     if (reply.type === 'watched') {
       clearTimeout(this.watch);
       const { doing } = reply;
@@ -102,10 +90,10 @@ export class Link {
     else pending?.onReply(reply);
   }
 
-  /** A worker in a loop hears no message: it can only be ended. */
+  /** End a worker that does not return from a template or a tokenizer: it receives no message. */
   private endLate(doing: Watched): void {
-    const message = `the ${doing === 'template' ? 'chat template' : 'tokenizer'} of this model was stopped: it has not ended after ${SECONDS} seconds`;
-    const hint = 'is it as its publisher wrote it? the model has to be loaded again';
+    const message = `the ${doing === 'template' ? 'chat template' : 'tokenizer'} of this model was stopped after ${SECONDS} seconds`;
+    const hint = 'check that its files are those of its publisher, and load the model again';
     this.end(new VlmportError('PromptError', `${doing}.too-slow` as const, message, hint));
   }
 

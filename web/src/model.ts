@@ -1,25 +1,23 @@
-/** A model that is loaded, as the page holds it: the line to the worker, and what is known of it. */
+/** A loaded model as the page holds it: the link to its worker, and the facts about it. */
 
 import { Caption } from './caption.js';
+import { transferOf } from './image-source.js';
 import type { Link } from './link.js';
-import { transferOf } from './picture.js';
-import type { Asked, Info, NumberedPicture, Reply } from './protocol.js';
-
-type Answered = Extract<Reply, { type: 'answered' }>;
+import type { GeneratedResponse, ModelInfo, NumberedImage, Question } from './protocol.js';
 
 export class Model {
   private conversations = 0;
 
   constructor(
     readonly link: Link,
-    private known: Info,
+    private current: ModelInfo,
   ) {}
 
-  get info(): Info {
-    return this.known;
+  get info(): ModelInfo {
+    return this.current;
   }
 
-  /** A number for a new conversation. */
+  /** Return a number for a new conversation. */
   newConversation(): number {
     return ++this.conversations;
   }
@@ -27,68 +25,68 @@ export class Model {
   /**
    * Stream the pieces of an answer as they are made; the generator returns the whole answer.
    *
-   * `onDone` is called with the text without its stop token once the answer is complete: before the
-   * last piece is given out where the worker is done by then, else after it. Leaving the loop ends
-   * the generation. An error of the worker comes after the pieces that were made before it.
+   * `onDone` is called with the text of the answer once it is complete: before the last piece is
+   * given out where the worker has finished by then, else after it. Leaving the loop ends the
+   * generation. An error of the worker comes after the pieces that were made before it.
    */
   async *stream(
-    asked: Asked,
+    question: Question,
     signal: AbortSignal | undefined,
-    onDone: (said: string) => void = () => {},
+    onDone: (history: string) => void = () => {},
   ): AsyncGenerator<string, Caption> {
-    const left = new AbortController(); // the caller left the loop
+    const left = new AbortController(); // the caller has left the loop
     let queue!: ReadableStreamDefaultController<string>;
     const start = (controller: typeof queue) => void (queue = controller);
     const pieces = new ReadableStream({ start }, { highWaterMark: 0 }).getReader();
-    let answer = null as Answered | null;
+    let response = null as GeneratedResponse | null;
     const finished = this.link
       .request(
-        { type: 'answer', asked },
+        { type: 'generate', question },
         reply => {
           if (reply.type === 'piece') queue.enqueue(reply.text);
-          if (reply.type === 'changed') this.known = reply.info;
-          if (reply.type === 'answered') answer = reply;
-          return answer !== null;
+          if (reply.type === 'changed') this.current = reply.info;
+          if (reply.type === 'generated') response = reply.response;
+          return response !== null;
         },
         {
           signal: signal ? AbortSignal.any([signal, left.signal]) : left.signal,
-          transfer: asked.pictures.flatMap(one => (one.picture ? transferOf(one.picture) : [])),
+          transfer: question.images.flatMap(transferOf),
         },
       )
       .finally(() => queue.close());
     finished.catch(() => {}); // it is awaited below
-    let told = false;
+    let isTold = false;
     try {
       for (;;) {
         const { done, value } = await pieces.read();
-        signal?.throwIfAborted(); // also where the worker was done before it heard of that
-        if (answer && queue.desiredSize === 0 && !told) {
-          told = true; // no piece waits
-          onDone(answer.said);
+        signal?.throwIfAborted(); // the worker may have finished before it saw the abort
+        if (response && queue.desiredSize === 0 && !isTold) {
+          isTold = true; // no piece is waiting
+          onDone(response.history);
         }
         if (done) break;
         yield value;
       }
       await finished;
-      return new Caption(answer!.caption);
+      return new Caption(response!.caption);
     } finally {
-      if (answer === null) left.abort();
+      if (response === null) left.abort();
     }
   }
 
-  /** Have a picture of a conversation read and cut. */
+  /** Have the worker read and process an image of a conversation. */
   async attach(
     conversation: number,
-    picture: NumberedPicture,
-    imageOptions: Asked['imageOptions'],
+    image: NumberedImage,
+    imageOptions: Question['imageOptions'],
   ): Promise<void> {
     await this.link.request(
-      { type: 'attach', conversation, picture, imageOptions },
+      { type: 'attach', conversation, image, imageOptions },
       reply => {
-        if (reply.type === 'changed') this.known = reply.info;
+        if (reply.type === 'changed') this.current = reply.info;
         return reply.type === 'attached';
       },
-      { transfer: picture.picture ? transferOf(picture.picture) : [] },
+      { transfer: transferOf(image) },
     );
   }
 }

@@ -1,35 +1,37 @@
-/** Options of calls: their types, and the checks that refuse what is not known. */
+/** The options of calls: their types, and checks that refuse unknown ones. */
 
 import type { ImageOptions } from './bundle/manifest.js';
 import { VlmportError, cut, didYouMean, quoted } from './errors.js';
-import type { PictureSource } from './picture.js';
+import type { ImageSource } from './image-source.js';
 
 export type { ImageOptions };
 
 export interface AnswerOptions {
-  /** Maximum number of new tokens; the bundle's default without it. */
+  /** Maximum number of new tokens (default: the bundle's). */
   maxNewTokens?: number;
   /**
-   * Leave special tokens out of the text (default true). With false it is what transformers'
-   * `decode(ids, skip_special_tokens=False)` gives, the stop token included.
+   * Leave special tokens out of the text (default true). With false the text is that of transformers'
+   * `decode(ids, skip_special_tokens=False)`, the stop token included.
    */
   skipSpecialTokens?: boolean;
   signal?: AbortSignal;
 }
 
 export interface CaptionOptions extends AnswerOptions {
-  /** Of the image processor, over the bundle's own: `{ do_image_splitting: false }`. */
+  /** Options of the image processor, such as `{ do_image_splitting: false }`; they override the
+   * bundle's. */
   imageOptions?: ImageOptions;
 }
 
 export interface GenerateOptions extends CaptionOptions {
-  /** For the image parts that carry no picture, in order. */
-  images?: readonly PictureSource[];
+  /** Images for the image parts without one, in order. */
+  images?: readonly ImageSource[];
 }
 
 const ANSWER_OPTIONS = ['maxNewTokens', 'skipSpecialTokens', 'signal'];
 
-/** Throws OptionError for what is neither one of AnswerOptions nor one of `more`. */
+/** Check the options of an answer, and that there are no others than those and `more`. Throws
+ * OptionError. */
 export function checkAnswerOptions(options: AnswerOptions, more: readonly string[] = []): void {
   checkNames(options, [...ANSWER_OPTIONS, ...more]);
   const { maxNewTokens, skipSpecialTokens } = options;
@@ -37,26 +39,22 @@ export function checkAnswerOptions(options: AnswerOptions, more: readonly string
   if (skipSpecialTokens !== undefined) checkFlag('skipSpecialTokens', skipSpecialTokens);
 }
 
-/** Throws OptionError for what is neither true nor false. */
+/** Throws OptionError unless a value is true or false. */
 export function checkFlag(name: string, value: boolean): void {
   if (typeof value === 'boolean') return;
   const message = `${name}=${quoted(value)}, expected true or false`;
-  throw new VlmportError(
-    'OptionError',
-    'option.wrong-value',
-    message,
-    `for example ${name}: false`,
-  );
+  const hint = `for example ${name}: false`;
+  throw new VlmportError('OptionError', 'option.wrong-value', message, hint);
 }
 
-/** Throws OptionError for what is no whole number from `least` on. */
+/** Throws OptionError unless a value is a whole number of at least `least`. */
 export function checkCount(name: string, value: number, least = 1): void {
   if (Number.isInteger(value) && value >= least) return;
   const message = `${name}=${quoted(value)}, expected a whole number of at least ${least}`;
   throw new VlmportError('OptionError', 'option.wrong-value', message, `for example ${name}: 2`);
 }
 
-/** Names of other programs, in small letters and without underscores → names here. */
+/** Names in other programs, in lower case and without underscores → names here. */
 const SAME: Readonly<Record<string, string>> = {
   maxtokens: 'maxNewTokens',
   maxcompletiontokens: 'maxNewTokens',
@@ -71,11 +69,11 @@ const SAME: Readonly<Record<string, string>> = {
   dropoldest: 'dropOldest',
   systemprompt: 'system',
 };
-// Options of how tokens are chosen.
+// Decoding options that the Python package has.
 const PYTHON =
   /^(do_?sample|temperature|(top|min|typical)_?[kp]|num_?beams|seed|n|stop(_?strings)?|logit_?bias|logprobs|(num_?return_?sequences)|(\w+_?penalty)|json_?schema|regex|response_?format)$/i;
 
-/** Unknown options are refused, not ignored. */
+/** Throws OptionError for an unknown option. */
 export function checkNames(options: object, known: readonly string[]): void {
   const unknown = Object.keys(options).find(name => !known.includes(name));
   if (unknown === undefined) return;
@@ -83,7 +81,7 @@ export function checkNames(options: object, known: readonly string[]): void {
   const isKnown = here !== undefined && known.includes(here);
   const near = isKnown ? ` (did you mean '${here}'?)` : didYouMean(unknown, known);
   const hint = PYTHON.test(unknown)
-    ? 'this package decodes greedily; the Python package has other ways'
+    ? 'this package decodes greedily; the Python package has this option'
     : `known: ${known.join(', ')}`;
   const message = `unknown option '${cut(unknown)}'${near}`;
   throw new VlmportError('OptionError', 'option.unknown', message, hint);

@@ -1,12 +1,12 @@
 /**
- * The surface that distilvit2 documents for its captioner, over `VLM`.
+ * The API that distilvit2 documents for its captioner, on top of `VLM`.
  *
- * Options that are not there yet are refused, not ignored.
+ * Options that are not supported yet are refused, not ignored.
  */
 
 import { VlmportError } from './errors.js';
 import { checkCount, checkNames } from './options.js';
-import type { PictureSource } from './picture.js';
+import type { ImageSource } from './image-source.js';
 import { VLM } from './vlm.js';
 
 const HUB_ID = /^[\w-][\w.-]*\/[\w-][\w.-]*$/;
@@ -30,7 +30,7 @@ export class PrefixConditioningVLM {
   async loadModel(modelId: string, options: LoadModelOptions = {}): Promise<void> {
     checkNames(options, ['onProgress']);
     const { onProgress } = options;
-    this.loading.abort(); // the last one asked for counts
+    this.loading.abort(); // only the last load counts
     const { signal } = (this.loading = new AbortController());
     const url = HUB_ID.test(modelId) ? `https://huggingface.co/${modelId}/resolve/main/` : modelId;
     const next = await VLM.load(url, {
@@ -44,22 +44,22 @@ export class PrefixConditioningVLM {
     this.vlm = next;
   }
 
-  async caption(image: PictureSource): Promise<string> {
+  async caption(image: ImageSource): Promise<string> {
     return (await this.loaded().caption(image)).text;
   }
 
-  /** Text for pixel values [1, 3, height, width], or for a picture. */
-  async generate(pixelValues: PictureSource, options: PrefixGenerateOptions = {}): Promise<string> {
+  /** Caption pixel values [1, 3, height, width], or an image. */
+  async generate(pixelValues: ImageSource, options: PrefixGenerateOptions = {}): Promise<string> {
     checkNames(options, ['maxLength', 'numBeams', 'temperature', 'doSample']);
     const { maxLength = 30, numBeams = 1, temperature = 1, doSample = false } = options;
     checkCount('maxLength', maxLength);
-    if (numBeams !== 1) throw notYet(`numBeams=${numBeams}`, 'numBeams: 1');
-    if (temperature !== 1) throw notYet(`temperature=${temperature}`, 'temperature: 1');
-    if (doSample) throw notYet('doSample=true', 'doSample: false');
+    if (numBeams !== 1) throw unsupported(`numBeams=${numBeams}`, 'numBeams: 1');
+    if (temperature !== 1) throw unsupported(`temperature=${temperature}`, 'temperature: 1');
+    if (doSample) throw unsupported('doSample=true', 'doSample: false');
     return (await this.loaded().caption(pixelValues, { maxNewTokens: maxLength })).text;
   }
 
-  /** Free all memory. A load that is under way ends with an AbortError. */
+  /** Free all memory. A load that still runs ends with an AbortError. */
   dispose(): void {
     this.loading.abort();
     this.vlm?.dispose();
@@ -77,11 +77,11 @@ export class PrefixConditioningVLM {
   }
 }
 
-function notYet(what: string, instead: string): VlmportError {
+function unsupported(option: string, instead: string): VlmportError {
   return new VlmportError(
     'OptionError',
     'option.unsupported',
-    `${what} is not there yet`,
-    `${instead} works`,
+    `${option} is not supported yet`,
+    `use ${instead}`,
   );
 }

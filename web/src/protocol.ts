@@ -1,4 +1,4 @@
-/** What page and worker say to each other. */
+/** The messages between the page and its worker. */
 
 import type { ImageOptions, Message } from './bundle/manifest.js';
 import type { PlainError } from './errors.js';
@@ -6,8 +6,8 @@ import type { Watched } from './runtime/watched.js';
 
 export type Device = 'webgpu' | 'wasm';
 
-/** A picture on its way to the worker. */
-export type Picture =
+/** An image as it is sent to the worker. */
+export type SentImage =
   | { readonly kind: 'blob'; readonly blob: Blob }
   | { readonly kind: 'url'; readonly url: string }
   | { readonly kind: 'bitmap'; readonly bitmap: ImageBitmap }
@@ -18,7 +18,7 @@ export type Picture =
       readonly channels: 1 | 3 | 4;
       readonly data: Uint8Array<ArrayBuffer> | Uint8ClampedArray<ArrayBuffer>;
     }
-  // What another program has made of a picture: the vision encoder's one input.
+  // Pixel values that another program has made: the vision encoder's one input.
   | {
       readonly kind: 'values';
       readonly dims: readonly number[];
@@ -26,29 +26,29 @@ export type Picture =
     };
 
 export interface Progress {
-  /** What is being done: fetching files, opening a graph, trying the device. */
+  /** The work being done: fetch files, open a graph, try the device. */
   readonly phase: 'download' | 'open' | 'probe' | 'ready';
-  /** The file or graph at hand. */
+  /** The current file or graph. */
   readonly name: string;
   readonly loadedBytes: number;
   readonly totalBytes: number;
 }
 
-/** What came of loading a bundle. */
-export interface Info {
+/** Facts about a loaded bundle. */
+export interface ModelInfo {
   readonly name: string;
   readonly device: Device;
   readonly precision: string;
   readonly threads: number;
-  /** Why this device and not another, in plain words; null where it is the one asked for. */
+  /** Why another device than the requested one is used, in plain words; null where it is not. */
   readonly reason: string | null;
-  /** What else a person may want to know: one thread only, nothing kept, … */
+  /** Limits that the user may want to know: one thread only, nothing kept, … */
   readonly notes: readonly string[];
-  /** Whether its template takes words beside a picture. */
+  /** Whether the chat template takes text next to an image. */
   readonly takesQuestions: boolean;
-  /** What asks for a caption. */
+  /** The messages that ask for a caption. */
   readonly caption: readonly Message[];
-  /** Names of the image processor's options. */
+  /** The names of the image processor's options. */
   readonly imageOptions: readonly string[];
 }
 
@@ -61,61 +61,71 @@ export interface LoadOptions {
   readonly imageCacheBytes: number | null;
 }
 
-/** A picture of a prompt. A conversation knows it by a number; null: it has come before. */
-export interface NumberedPicture {
+/** An image of a prompt, with the number by which a conversation knows it. */
+export interface NumberedImage {
   readonly number: number;
-  readonly picture: Picture | null;
-  /** For this picture alone, over those of the question. */
+  /** Null for an image that the worker has already. */
+  readonly image: SentImage | null;
+  /** Options for this image alone; they override those of the question. */
   readonly options?: ImageOptions;
 }
 
 /** A prompt, and how to answer it. */
-export interface Asked {
-  /** Checked; a part `{type: 'image'}` for each picture. */
+export interface Question {
+  /** Checked messages, with a part `{type: 'image'}` for each image. */
   readonly messages: readonly Message[];
-  readonly pictures: readonly NumberedPicture[];
+  readonly images: readonly NumberedImage[];
   readonly imageOptions: ImageOptions;
   readonly maxNewTokens: number | null;
   readonly skipSpecialTokens: boolean;
   /** Refuse a prompt that leaves no room for an answer. */
   readonly leavesRoom: boolean;
-  /** The same question without what was said before it; null where nothing was. */
+  /** The same question without the earlier messages; null where there are none. */
   readonly alone: readonly Message[] | null;
-  /** Whose pictures and cache these are; null for none. */
+  /** The conversation whose images and cache are used; null for none. */
   readonly conversation: number | null;
 }
 
-/** Generated text; `toString()` of what the page gets gives it. */
+/** A response as plain data. */
 export interface CaptionData {
   readonly text: string;
-  /** As generated, the stop token included. */
+  /** Token ids as generated, the stop token included. */
   readonly tokenIds: readonly number[];
   readonly stopReason: 'stop' | 'length';
-  /** False where the answer was cut: by maxNewTokens or a full context. */
+  /** False for an answer that was cut, by maxNewTokens or by the end of the context. */
   readonly complete: boolean;
-  /** Seconds. `image` is reading and encoding. */
+  /** Seconds. `image` is the time for reading and encoding images. */
   readonly timings: { readonly image: number; readonly prefill: number; readonly decode: number };
   readonly counts: {
     readonly promptTokens: number;
-    /** Those that a conversation had not to prefill again. */
+    /** Prompt tokens that a conversation did not need to prefill again. */
     readonly cachedTokens: number;
     readonly imageTokens: number;
     readonly newTokens: number;
   };
 }
 
-export type Request =
+/** A response, and its text as the next turn of a conversation contains it. */
+export interface GeneratedResponse {
+  readonly caption: CaptionData;
+  /** The text without the stop token. */
+  readonly history: string;
+}
+
+/** A message from the page. */
+export type WorkerRequest =
   | { readonly type: 'load'; readonly id: number; readonly options: LoadOptions }
-  | { readonly type: 'answer'; readonly id: number; readonly asked: Asked }
-  // A picture for a question to come: read, cut and known by its number.
+  | { readonly type: 'generate'; readonly id: number; readonly question: Question }
+  // Read and process an image for a later question.
   | {
       readonly type: 'attach';
       readonly id: number;
       readonly conversation: number;
-      readonly picture: NumberedPicture;
+      readonly image: NumberedImage;
       readonly imageOptions: ImageOptions;
     }
-  // Pictures of a conversation, all of it (null), or the cache of recently encoded ones.
+  // Remove images of a conversation, or all of it (numbers: null); without a conversation, empty
+  // the cache of recently encoded images.
   | {
       readonly type: 'forget';
       readonly conversation: number | null;
@@ -123,22 +133,19 @@ export type Request =
     }
   | { readonly type: 'abort'; readonly id: number };
 
-/** A request that is answered, and can be aborted. */
-export type Started = Exclude<Request, { readonly type: 'forget' | 'abort' }>;
+/** A request that has a reply, and can be aborted. */
+export type RequestWithReply = Exclude<WorkerRequest, { readonly type: 'forget' | 'abort' }>;
 
-export type Reply =
-  // A template or a tokenizer runs, or no longer does; of no request.
+/** A message from the worker. */
+export type WorkerReply =
+  // A template or a tokenizer starts, or has ended (null). It belongs to no request.
   | { readonly type: 'watched'; readonly id: 0; readonly doing: Watched | null }
   | { readonly type: 'progress'; readonly id: number; readonly progress: Progress }
-  | { readonly type: 'loaded'; readonly id: number; readonly info: Info }
-  | { readonly type: 'changed'; readonly id: number; readonly info: Info } // another device now
+  | { readonly type: 'loaded'; readonly id: number; readonly info: ModelInfo }
+  // Another device has taken over.
+  | { readonly type: 'changed'; readonly id: number; readonly info: ModelInfo }
   | { readonly type: 'piece'; readonly id: number; readonly text: string }
-  | {
-      readonly type: 'answered';
-      readonly id: number;
-      readonly caption: CaptionData;
-      readonly said: string;
-    } // without the stop token
+  | { readonly type: 'generated'; readonly id: number; readonly response: GeneratedResponse }
   | { readonly type: 'attached'; readonly id: number }
   | { readonly type: 'failed'; readonly id: number; readonly error: PlainError }
   | { readonly type: 'aborted'; readonly id: number };

@@ -1,10 +1,11 @@
-/** `VLM`: load a bundle, ask it about pictures. */
+/** `VLM`: load a bundle, caption images, answer messages. */
 
 import { wholeAddress } from './address.js';
 import { bundleAddress } from './bundle/store.js';
 import { type Caption, whole } from './caption.js';
 import { Conversation, type ConversationOptions } from './conversation.js';
-import { VlmportError, firstLine } from './errors.js';
+import { VlmportError, firstLine, quoted } from './errors.js';
+import { type ImageSource, toSentImage } from './image-source.js';
 import { Link } from './link.js';
 import { type Message, checkMessages } from './messages.js';
 import { Model } from './model.js';
@@ -15,23 +16,23 @@ import {
   checkCount,
   checkNames,
 } from './options.js';
-import { type PictureSource, toPicture } from './picture.js';
-import type { Device, Info, LoadOptions, Progress } from './protocol.js';
+import type { Device, LoadOptions, ModelInfo, Progress } from './protocol.js';
 
 export interface VlmOptions {
-  /** 'auto' takes WebGPU where it gives right results, else WebAssembly. */
+  /** 'auto' (default) uses WebGPU where it gives right results, else WebAssembly. */
   device?: 'auto' | Device;
-  /** 'auto' (the bundle's choice for the device), 'fp32', 'q4', … or 'vision=q4,decoder=fp32'. */
+  /** 'auto' (default: the bundle's choice for the device), 'fp32', 'q4', … or
+   * 'vision=q4,decoder=fp32'. */
   precision?: string;
   onProgress?: (progress: Progress) => void;
   signal?: AbortSignal;
-  /** Threads on WebAssembly; more than one needs a cross-origin isolated page. */
+  /** Number of threads on WebAssembly; more than one needs a cross-origin isolated page. */
   threads?: number;
-  /** Where ONNX Runtime's .wasm and .mjs files lie, where a bundler does not see to that. */
+  /** The folder of ONNX Runtime's .wasm and .mjs files, where no bundler handles them. */
   wasmPaths?: string;
   /**
-   * Maximum size of the cache of encoded pictures (default 64 MB, 0 = none): a picture in it is not
-   * encoded again. The least recently used go first.
+   * Maximum size of the cache of encoded images (default 64 MB, 0 = none). An image in it is not
+   * encoded again; the least recently used image is removed first.
    */
   imageCacheBytes?: number;
 }
@@ -50,15 +51,16 @@ export class VLM {
   private constructor(private readonly model: Model) {}
 
   /**
-   * Load a bundle from its address, a folder with a vlmport.json.
+   * Load a bundle from its address: a folder with a vlmport.json.
    *
    * Throws VlmportError, or the signal's reason.
    */
   static async load(url: string | URL, options: VlmOptions = {}): Promise<VLM> {
     const checked = checkLoadOptions(url, options);
     const link = new Link();
-    let info: Info | null = null;
-    // The worker hears nothing while ONNX Runtime waits for a file or opens a graph: it is ended.
+    let info: ModelInfo | null = null;
+    // An abort ends the worker: it receives no message while ONNX Runtime waits for a file or opens a
+    // graph.
     const abort = () => link.close();
     options.signal?.addEventListener('abort', abort);
     try {
@@ -89,7 +91,7 @@ export class VLM {
     return this.model.info.device;
   }
 
-  /** The precision in use, or the mix. */
+  /** The precision in use, or a mix such as 'vision_encoder=q4,decoder_model_merged=fp32'. */
   get precision(): string {
     return this.model.info.precision;
   }
@@ -98,111 +100,120 @@ export class VLM {
     return this.model.info.threads;
   }
 
-  /** Why this device and not another, in plain words; null where it is the one asked for. */
+  /** Why another device than the requested one is used, in plain words; null where it is not. */
   get reason(): string | null {
     return this.model.info.reason;
   }
 
-  /** What else a person may want to know: one thread only, nothing kept, … */
+  /** Limits that the user may want to know: one thread only, nothing kept, … */
   get notes(): readonly string[] {
     return this.model.info.notes;
   }
 
-  /** Whether the model answers questions; else it captions pictures and refuses words. */
+  /** Whether the model answers questions; else it captions images only. */
   get takesQuestions(): boolean {
     return this.model.info.takesQuestions;
   }
 
-  /** Caption one picture. Throws VlmportError, or the signal's reason. */
-  async caption(image: PictureSource, options: CaptionOptions = {}): Promise<Caption> {
+  /** Caption one image. Throws VlmportError, or the signal's reason. */
+  async caption(image: ImageSource, options: CaptionOptions = {}): Promise<Caption> {
     return whole(this.stream(image, options));
   }
 
   /**
-   * Answer messages. Each part `{ type: 'image' }` without a picture takes the next of `images`.
+   * Answer messages. Each part `{ type: 'image' }` without an image takes the next of `images`.
    *
    * Throws VlmportError, or the signal's reason.
    */
   async generate(messages: readonly Message[], options: GenerateOptions = {}): Promise<Caption> {
-    checkMessages(messages, options.images, this.model.info.imageOptions); // one picture is no message, though `stream` takes it
+    checkMessages(messages, options.images, this.model.info.imageOptions); // no image, unlike stream
     return whole(this.stream(messages, options));
   }
 
   /**
-   * The caption of a picture, or the answer to messages, piece by piece as it is made; the generator
-   * returns the whole.
+   * Stream the caption of an image, or the answer to messages, piece by piece; the generator returns
+   * the whole response.
    *
    * All pieces together are the text that `caption` or `generate` gives. Leaving the loop ends the
-   * generation. What is wrong with the arguments is thrown here, not at the first piece.
+   * generation. Wrong arguments throw here, not at the first piece.
    */
-  stream(image: PictureSource, options?: CaptionOptions): AsyncGenerator<string, Caption>;
+  stream(image: ImageSource, options?: CaptionOptions): AsyncGenerator<string, Caption>;
   stream(messages: readonly Message[], options?: GenerateOptions): AsyncGenerator<string, Caption>;
   stream(
-    asked: PictureSource | readonly Message[],
+    input: ImageSource | readonly Message[],
     options: GenerateOptions = {},
   ): AsyncGenerator<string, Caption> {
-    if (isMessages(asked)) {
+    if (isMessages(input)) {
       checkAnswerOptions(options, ['imageOptions', 'images']);
-      return this.pieces(asked, options);
+      return this.pieces(input, options);
     }
     checkAnswerOptions(options, ['imageOptions']);
     const caption = this.model.info.caption as readonly Message[];
-    return this.pieces(caption, { ...options, images: [asked] });
+    return this.pieces(caption, { ...options, images: [input] });
   }
 
-  /** A conversation that begins with nothing but, perhaps, a system message. */
+  /** Begin a conversation, empty or with a system message. */
   conversation(options: ConversationOptions = {}): Conversation {
     return new Conversation(this.model, options);
   }
 
-  /** Empty the cache of recently encoded pictures; conversations keep theirs. */
-  forgetPictures(): void {
+  /** Empty the cache of recently encoded images; conversations keep theirs. */
+  forgetImages(): void {
     this.model.link.post({ type: 'forget', conversation: null, numbers: null });
   }
 
-  /** End the worker and free all memory. What still runs fails with a WorkerError. */
+  /** @deprecated The former name of `forgetImages`. */
+  forgetPictures(): void {
+    this.forgetImages();
+  }
+
+  /** End the worker and free all memory. Calls that still run fail with a WorkerError. */
   dispose(): void {
     this.model.link.close();
   }
 
   private pieces(
-    asked: readonly Message[],
+    given: readonly Message[],
     { images, imageOptions = {}, maxNewTokens, skipSpecialTokens = true, signal }: GenerateOptions,
   ): AsyncGenerator<string, Caption> {
     const { model } = this;
-    const chat = checkMessages(asked, images, model.info.imageOptions);
-    const { messages, pictures: sources, options } = chat;
+    const { imageOptions: known } = model.info;
+    const { messages, images: sources, options } = checkMessages(given, images, known);
     return (async function* () {
       signal?.throwIfAborted();
-      const read = await Promise.all(sources.map(source => toPicture(source)));
-      const pictures = read.map((picture, number) => {
-        return { number, picture, options: options[number]! };
-      });
-      const most = maxNewTokens ?? null;
-      const how = {
+      const sent = await Promise.all(sources.map(source => toSentImage(source)));
+      const question = {
+        messages,
+        images: sent.map((image, number) => ({ number, image, options: options[number]! })),
         imageOptions,
-        maxNewTokens: most,
+        maxNewTokens: maxNewTokens ?? null,
         skipSpecialTokens,
         leavesRoom: false,
         alone: null,
+        conversation: null,
       };
-      return yield* model.stream({ messages, pictures, ...how, conversation: null }, signal);
+      return yield* model.stream(question, signal);
     })();
   }
 }
 
-const isMessages = (asked: PictureSource | readonly Message[]): asked is readonly Message[] =>
-  Array.isArray(asked);
+const isMessages = (input: ImageSource | readonly Message[]): input is readonly Message[] =>
+  Array.isArray(input);
 
 function checkLoadOptions(url: string | URL, options: VlmOptions): LoadOptions {
   checkNames(options, VLM_OPTIONS);
   const { device = 'auto', precision = 'auto', threads, wasmPaths, imageCacheBytes } = options;
   if (!['auto', 'webgpu', 'wasm'].includes(device)) {
     const message = `device '${device}' is unknown`;
-    throw new VlmportError('OptionError', 'device.unknown', message, "'auto', 'webgpu' or 'wasm'");
+    throw new VlmportError(
+      'OptionError',
+      'device.unknown',
+      message,
+      "use 'auto', 'webgpu' or 'wasm'",
+    );
   }
   if (typeof precision !== 'string') {
-    const message = `precision ${String(precision)} is no text`;
+    const message = `precision must be a text, got ${quoted(precision)}`;
     throw new VlmportError('OptionError', 'option.wrong-value', message, "for example 'q8'");
   }
   if (threads !== undefined) checkCount('threads', threads);

@@ -1,14 +1,14 @@
-/** The worker: everything heavy happens here, one request after the other. */
+/** The worker: all heavy work is done here, one request after the other. */
 
 import { VlmportError, asVlmportError, isAbort } from './errors.js';
-import type { Reply, Request, Started } from './protocol.js';
+import type { ModelInfo, RequestWithReply, WorkerReply, WorkerRequest } from './protocol.js';
 import { Engine } from './runtime/engine.js';
 import { onWatched } from './runtime/watched.js';
 
-/** What of a worker's global scope is used here. */
+/** The parts of a worker's global scope that are used here. */
 interface Scope {
-  onmessage: ((event: MessageEvent<Request>) => void) | null;
-  postMessage(message: Reply): void;
+  onmessage: ((event: MessageEvent<WorkerRequest>) => void) | null;
+  postMessage(message: WorkerReply): void;
 }
 
 const scope = globalThis as unknown as Scope;
@@ -29,10 +29,11 @@ scope.onmessage = ({ data: request }) => {
   }
   const controller = new AbortController();
   running.set(request.id, controller);
-  last = last.then(() => answer(request, controller.signal));
+  last = last.then(() => serve(request, controller.signal));
 };
 
-async function answer(request: Started, signal: AbortSignal) {
+/** Perform a request, and send its reply, its error or that it was aborted. */
+async function serve(request: RequestWithReply, signal: AbortSignal): Promise<void> {
   const { id } = request;
   try {
     signal.throwIfAborted();
@@ -48,7 +49,8 @@ async function answer(request: Started, signal: AbortSignal) {
   }
 }
 
-async function perform(request: Started, signal: AbortSignal): Promise<Reply> {
+/** Do the work of a request, and return its reply. */
+async function perform(request: RequestWithReply, signal: AbortSignal): Promise<WorkerReply> {
   const { id } = request;
   if (request.type === 'load') {
     const onProgress = throttled(progress => scope.postMessage({ type: 'progress', id, progress }));
@@ -56,36 +58,37 @@ async function perform(request: Started, signal: AbortSignal): Promise<Reply> {
     return { type: 'loaded', id, info: engine.info };
   }
   if (engine === null) {
-    throw new VlmportError(
-      'WorkerError',
-      'model.not-loaded',
-      'no bundle is loaded',
-      'VLM.load(…) comes first',
-    );
+    const message = 'no bundle is loaded';
+    const hint = 'call VLM.load(…) first';
+    throw new VlmportError('WorkerError', 'model.not-loaded', message, hint);
   }
-  const hear = {
+  const listeners = {
     onPiece: (text: string) => scope.postMessage({ type: 'piece', id, text }),
-    onChange: (info: Engine['info']) => scope.postMessage({ type: 'changed', id, info }),
+    onChange: (info: ModelInfo) => scope.postMessage({ type: 'changed', id, info }),
   };
   if (request.type === 'attach') {
-    const { conversation, picture, imageOptions } = request;
-    await engine.attach(conversation, picture, imageOptions, hear, signal);
+    const { conversation, image, imageOptions } = request;
+    await engine.attach(conversation, image, imageOptions, listeners, signal);
     return { type: 'attached', id };
   }
-  return { type: 'answered', id, ...(await engine.answer(request.asked, hear, signal)) };
+  return {
+    type: 'generated',
+    id,
+    response: await engine.generate(request.question, listeners, signal),
+  };
 }
 
-type Tell = Parameters<typeof Engine.open>[1];
+type OnProgress = Parameters<typeof Engine.open>[1];
 
-/** Not every few kilobytes: at most every 50 ms, and whenever something new begins. */
-function throttled(tell: Tell): Tell {
-  let then = -Infinity;
-  let before = '';
+/** Report progress at most every 50 ms, and at once when a phase begins or all is loaded. */
+function throttled(report: OnProgress): OnProgress {
+  let lastTime = -Infinity;
+  let lastPhase = '';
   return progress => {
     const now = performance.now();
     const complete = progress.loadedBytes === progress.totalBytes;
-    if (now - then < 50 && progress.phase === before && !complete) return;
-    [then, before] = [now, progress.phase];
-    tell(progress);
+    if (now - lastTime < 50 && progress.phase === lastPhase && !complete) return;
+    [lastTime, lastPhase] = [now, progress.phase];
+    report(progress);
   };
 }

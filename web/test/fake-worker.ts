@@ -1,10 +1,10 @@
 /** A worker for tests: it records what it is sent, and says what a test makes it say. */
 
-import type { Reply } from '../src/protocol.js';
+import type { WorkerReply } from '../src/protocol.js';
 
 export class FakeWorker {
   static last: FakeWorker;
-  onmessage: ((event: { data: Reply }) => void) | null = null;
+  onmessage: ((event: { data: WorkerReply }) => void) | null = null;
   onerror: ((event: { message: string }) => void) | null = null;
   readonly sent: { readonly type: string; readonly id?: number }[] = [];
   terminated = 0;
@@ -21,7 +21,7 @@ export class FakeWorker {
     this.terminated++;
   }
 
-  say(data: Reply): void {
+  say(data: WorkerReply): void {
     this.onmessage?.({ data });
   }
 }

@@ -3,7 +3,7 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { Link } from '../src/link.js';
 import { onWatched, watched } from '../src/runtime/watched.js';
-import type { Reply } from '../src/protocol.js';
+import type { WorkerReply } from '../src/protocol.js';
 import { FakeWorker } from './fake-worker.js';
 
 beforeEach(() => {
@@ -42,7 +42,7 @@ test('one that ends in time, before a long answer', async () => {
   FakeWorker.last.say({ type: 'watched', id: 0, doing: null });
   vi.advanceTimersByTime(600_000);
   expect(FakeWorker.last.terminated).toBe(0);
-  FakeWorker.last.say({ type: 'loaded', id: 1, info: {} } as unknown as Reply);
+  FakeWorker.last.say({ type: 'loaded', id: 1, info: {} } as unknown as WorkerReply);
   await answer;
 });
 

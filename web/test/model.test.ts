@@ -4,7 +4,7 @@ import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import type { Caption } from '../src/caption.js';
 import { Link } from '../src/link.js';
 import { Model } from '../src/model.js';
-import type { Asked, CaptionData, Info } from '../src/protocol.js';
+import type { CaptionData, ModelInfo, Question } from '../src/protocol.js';
 import { FakeWorker } from './fake-worker.js';
 
 const ID = 1; // of the first request of a link
@@ -19,15 +19,16 @@ afterEach(() => {
 });
 
 const piece = (text: string) => FakeWorker.last.say({ type: 'piece', id: ID, text });
-const answered = () => FakeWorker.last.say({ type: 'answered', id: ID, caption, said: 'said' });
+const generated = () =>
+  FakeWorker.last.say({ type: 'generated', id: ID, response: { caption, history: 'text' } });
 const aborts = () => FakeWorker.last.sent.filter(one => one.type === 'abort');
 
 function open(signal?: AbortSignal) {
-  const model = new Model(new Link(), { device: 'webgpu' } as Info);
-  const asked = { pictures: [] } as unknown as Asked;
-  const said: string[] = [];
-  const stream = model.stream(asked, signal, text => said.push(text));
-  return { model, stream, said };
+  const model = new Model(new Link(), { device: 'webgpu' } as ModelInfo);
+  const question = { images: [] } as unknown as Question;
+  const told: string[] = [];
+  const stream = model.stream(question, signal, text => told.push(text));
+  return { model, stream, told };
 }
 
 /** Read a stream to its end or its error. */
@@ -45,41 +46,41 @@ async function read(stream: AsyncGenerator<string, Caption>) {
 }
 
 test('pieces come as they are made, then the whole', async () => {
-  const { stream, said } = open();
+  const { stream, told } = open();
   const first = stream.next();
   piece('a red');
   expect(await first).toEqual({ done: false, value: 'a red' });
   const rest = read(stream);
   piece(' square');
-  answered();
+  generated();
   expect(await rest).toEqual({ pieces: [' square'], whole: 'a red square' });
-  expect(said).toEqual(['said']);
+  expect(told).toEqual(['text']);
 });
 
 test('what came while nobody read is given in order, and the end is told before the last', async () => {
-  const { stream, said } = open();
+  const { stream, told } = open();
   const first = stream.next();
   for (const text of ['a', ' red', ' square']) piece(text);
-  answered();
+  generated();
   expect((await first).value).toBe('a');
   expect((await stream.next()).value).toBe(' red');
-  expect(said).toEqual([]);
+  expect(told).toEqual([]);
   expect((await stream.next()).value).toBe(' square');
-  expect(said).toEqual(['said']);
+  expect(told).toEqual(['text']);
   expect((await stream.next()).done).toBe(true);
-  expect(said).toEqual(['said']);
+  expect(told).toEqual(['text']);
 });
 
 test('an answer without any text ends too', async () => {
-  const { stream, said } = open();
+  const { stream, told } = open();
   const whole = read(stream);
-  answered();
+  generated();
   expect(await whole).toEqual({ pieces: [], whole: 'a red square' });
-  expect(said).toEqual(['said']);
+  expect(told).toEqual(['text']);
 });
 
 test('leaving the loop early aborts the work, and late pieces harm nothing', async () => {
-  const { stream, said } = open();
+  const { stream, told } = open();
   const first = stream.next();
   piece('a');
   await first;
@@ -89,21 +90,21 @@ test('leaving the loop early aborts the work, and late pieces harm nothing', asy
   FakeWorker.last.say({ type: 'aborted', id: ID });
   await Promise.resolve();
   expect((await stream.next()).done).toBe(true);
-  expect(said).toEqual([]);
+  expect(told).toEqual([]);
 });
 
 test('leaving the loop after the last piece aborts nothing', async () => {
   const { stream } = open();
   const first = stream.next();
   piece('a');
-  answered();
+  generated();
   await first;
   await stream.return(undefined as never);
   expect(aborts()).toEqual([]);
 });
 
 test('a worker that fails ends the stream, after the pieces that it made', async () => {
-  const { model, stream, said } = open();
+  const { model, stream, told } = open();
   const first = stream.next();
   piece('a');
   piece(' red');
@@ -112,8 +113,8 @@ test('a worker that fails ends the stream, after the pieces that it made', async
   const error = { kind: 'WorkerError', code: 'worker.failed' };
   expect(await read(stream)).toMatchObject({ pieces: [' red'], error });
   expect(FakeWorker.last.terminated).toBe(1);
-  expect(said).toEqual([]);
-  const again = model.stream({ pictures: [] } as unknown as Asked, undefined);
+  expect(told).toEqual([]);
+  const again = model.stream({ images: [] } as unknown as Question, undefined);
   expect(await read(again)).toMatchObject({ pieces: [], error });
 });
 
@@ -144,22 +145,22 @@ test("an abort ends with the signal's own reason", async () => {
 
 test('an abort counts also where the worker was done before it heard of that', async () => {
   const controller = new AbortController();
-  const { stream, said } = open(controller.signal);
+  const { stream, told } = open(controller.signal);
   const first = stream.next();
   piece('a');
   piece(' red');
-  answered();
+  generated();
   await first;
   controller.abort('enough');
   expect(await read(stream)).toEqual({ pieces: [], error: 'enough' });
-  expect(said).toEqual([]);
+  expect(told).toEqual([]);
 });
 
 test('another device that takes over is known afterwards', async () => {
   const { model, stream } = open();
   const found = read(stream);
-  FakeWorker.last.say({ type: 'changed', id: ID, info: { device: 'wasm' } as Info });
-  answered();
+  FakeWorker.last.say({ type: 'changed', id: ID, info: { device: 'wasm' } as ModelInfo });
+  generated();
   await found;
   expect(model.info.device).toBe('wasm');
 });

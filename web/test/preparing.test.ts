@@ -1,10 +1,10 @@
 /** What a prompt shares with what a cache holds. */
 
 import { expect, test } from 'vitest';
-import { type Held, shared } from '../src/runtime/preparing.js';
+import { shared } from '../src/runtime/preparing.js';
 
 const IMAGE = 9;
-const held = (ids: number[], imageRows: string[] = []) => ({ ids, imageRows }) as unknown as Held;
+const prefix = (ids: number[], imageRows: string[] = []) => ({ ids, imageRows });
 
 test.each([
   ['all of it', [1, 2, 3], [1, 2, 3, 4], 3],
@@ -13,15 +13,15 @@ test.each([
   ['what goes on elsewhere is longer', [1, 2, 3, 4, 5], [1, 2], 1],
   ['nothing', [1], [2], 0],
 ])('a prompt shares %s', (_, before, ids, count) => {
-  expect(shared(held(before), ids, [], IMAGE)).toBe(count);
+  expect(shared(prefix(before), ids, [], IMAGE)).toBe(count);
 });
 
 test('image tokens are alike where their pictures are', () => {
   const ids = [1, IMAGE, IMAGE, 2, IMAGE, 3];
-  const before = held(ids, ['a', 'a', 'b']);
+  const before = prefix(ids, ['a', 'a', 'b']);
   expect(shared(before, [...ids, 4], ['a', 'a', 'b'], IMAGE)).toBe(6);
   expect(shared(before, [...ids, 4], ['a', 'a', 'c'], IMAGE)).toBe(4);
   expect(shared(before, [...ids, 4], ['c', 'c', 'b'], IMAGE)).toBe(1);
   // One that the model said itself is a word, and of no picture.
-  expect(shared(held(ids, ['a', 'a']), [...ids, 4], ['a', 'a', 'b'], IMAGE)).toBe(4);
+  expect(shared(prefix(ids, ['a', 'a']), [...ids, 4], ['a', 'a', 'b'], IMAGE)).toBe(4);
 });

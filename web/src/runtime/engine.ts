@@ -1,50 +1,61 @@
 /**
- * A bundle, loaded on a device that was tried: what the worker holds.
+ * A loaded bundle on a device that was tried with the golden input: the state of the worker.
  *
- * 'auto' tries WebGPU first. A device that is not there, fails or gives wrong numbers is left for
- * WebAssembly, and the reason is kept in plain words.
+ * 'auto' tries WebGPU first. If the GPU is missing, fails or gives wrong numbers, WebAssembly is used
+ * instead, and `reason` says why.
  */
 
 import { type BundleFiles, openBundle } from '../bundle/download.js';
+import type { ImageOptions } from '../bundle/manifest.js';
 import { choose, precisionName } from '../bundle/precisions.js';
 import { bundleAddress, openStore } from '../bundle/store.js';
 import { VlmportError, asVlmportError } from '../errors.js';
-import type { ImageOptions } from '../bundle/manifest.js';
-import type { Asked, Device, Info, LoadOptions, NumberedPicture, Progress } from '../protocol.js';
-import { type Answered, type Question, answer } from './preparing.js';
-import { Components, graphFiles } from './graphs/components.js';
-import { Conversation, Conversations } from './conversations.js';
-import { FeatureCache, MAX_BYTES, type Picture } from './images/features.js';
+import type {
+  Device,
+  GeneratedResponse,
+  LoadOptions,
+  ModelInfo,
+  NumberedImage,
+  Progress,
+  Question,
+} from '../protocol.js';
+import { ConversationCache, ConversationCaches } from './conversation-caches.js';
 import { notFollowed } from './generate.js';
+import { Components, graphFiles } from './graphs/components.js';
+import { Runtime } from './graphs/sessions.js';
+import { FeatureCache, MAX_BYTES, type PromptImage } from './images/features.js';
+import { Preparer, type ProcessedQuestion } from './preparing.js';
 import { probe } from './probe.js';
 import { Prompter, promptFiles } from './prompt.js';
-import { Runtime } from './graphs/sessions.js';
+import type { ResponseOptions } from './response.js';
 
 const HALF = /f(p)?16$/; // precisions that compute in 16 bits
 
 type OnProgress = (progress: Progress) => void;
-type OnChange = (info: Info) => void;
+type OnChange = (info: ModelInfo) => void;
+
+interface Listeners {
+  readonly onPiece: (text: string) => void;
+  /** Called when another device has taken over. */
+  readonly onChange: OnChange;
+}
 
 interface Ready {
-  readonly components: Components;
-  readonly prompter: Prompter;
+  readonly preparer: Preparer;
   readonly probed: boolean;
 }
 
 export class Engine {
-  /** The GPU was left for this, which holds no graphs yet; null once it does. */
+  /** The runtime that replaces a failed GPU, until its graphs are open. */
   private next: Runtime | null = null;
-  private readonly features: FeatureCache;
-  private readonly conversations = new Conversations();
+  private readonly conversations = new ConversationCaches();
 
   private constructor(
     private readonly options: LoadOptions,
     private readonly files: BundleFiles,
     private ready: Ready,
     private reason: string | null,
-  ) {
-    this.features = new FeatureCache(options.imageCacheBytes ?? MAX_BYTES);
-  }
+  ) {}
 
   /** Throws BundleError, DownloadError, TokenizerError or DeviceError, or the abort. */
   static async open(
@@ -53,12 +64,13 @@ export class Engine {
     signal: AbortSignal,
   ): Promise<Engine> {
     const files = await openBundle(bundleAddress(options.url), await openStore(), signal);
+    const features = new FeatureCache(options.imageCacheBytes ?? MAX_BYTES);
+    const load = (on: Runtime) => loadOn(on, files, options, features, onProgress, signal);
     const wanted: Device = options.device === 'auto' ? 'webgpu' : options.device;
     let runtime: Runtime | null = null;
     try {
       runtime = await Runtime.start(wanted, options);
-      const ready = await loadOn(runtime, files, options, onProgress, signal);
-      return new Engine(options, files, ready, null);
+      return new Engine(options, files, await load(runtime), null);
     } catch (error) {
       signal.throwIfAborted();
       const cause = asVlmportError(error, 'DeviceError');
@@ -66,8 +78,7 @@ export class Engine {
       const host = runtime ? runtime.withoutGpu() : await Runtime.start('wasm', options);
       const reason = `WebGPU is not used: ${cause.message}`;
       try {
-        const ready = await loadOn(host, files, options, onProgress, signal);
-        return new Engine(options, files, ready, reason);
+        return new Engine(options, files, await load(host), reason);
       } catch (error) {
         signal.throwIfAborted();
         const { kind, message, hint, code } = asVlmportError(error, 'DeviceError');
@@ -77,157 +88,165 @@ export class Engine {
     }
   }
 
-  get info(): Info {
-    const { components, prompter, probed } = this.ready;
+  get info(): ModelInfo {
+    const { preparer, probed } = this.ready;
+    const { components, prompter } = preparer;
+    const { manifest, store } = this.files;
     const { device, threads } = components.runtime;
+    const { precision } = components;
     const notes = [];
     if (!globalThis.crossOriginIsolated) {
       notes.push('one thread: the page is not cross-origin isolated (COOP and COEP headers)');
     }
-    if (this.files.store.problem) notes.push(this.files.store.problem);
-    if (!probed) notes.push(`not probed: nothing is recorded for ${components.precision}`);
-    const idle = notFollowed(this.files.manifest.generation.defaults);
-    if (idle.length)
-      notes.push(`greedy decoding: the model's own ${idle.join(', ')} are not there yet`);
-    const { precision } = components;
+    if (store.problem) notes.push(store.problem);
+    if (!probed) notes.push(`not probed: the bundle has no recorded results for ${precision}`);
+    const ignored = notFollowed(manifest.generation.defaults);
+    if (ignored.length) {
+      notes.push(`greedy decoding: the model's own ${ignored.join(', ')} are not supported yet`);
+    }
     return {
-      name: this.files.manifest.name,
+      name: manifest.name,
       device,
       precision,
       threads,
       reason: this.reason,
       notes,
       takesQuestions: prompter.takesQuestions,
-      caption: this.files.manifest.prompt.caption,
-      imageOptions: Object.keys(this.files.manifest.image_options ?? {}),
+      caption: manifest.prompt.caption,
+      imageOptions: Object.keys(manifest.image_options ?? {}),
     };
   }
 
   /**
-   * Answer a prompt. Where the GPU fails before the first piece, WebAssembly takes over; `onChange`
-   * is then called.
+   * Generate the answer of a question. If the GPU fails before the first piece, WebAssembly takes
+   * over.
    *
    * Throws ImageError, OptionError, PromptError, BundleError or DeviceError, or the abort.
    */
-  async answer(
-    asked: Asked,
-    hear: { onPiece: (text: string) => void; onChange: OnChange },
+  async generate(
+    { conversation, images: numbered, imageOptions, ...question }: Question,
+    listeners: Listeners,
     signal: AbortSignal,
-  ): Promise<Answered> {
+  ): Promise<GeneratedResponse> {
     const start = performance.now();
-    const { conversation: number, messages, maxNewTokens, skipSpecialTokens } = asked;
-    const own = number === null ? new Conversation() : this.conversations.of(number);
+    const cache =
+      conversation === null ? new ConversationCache() : this.conversations.of(conversation);
     try {
-      if (this.next) await this.takeOver(this.next, hear.onChange, signal);
-      this.ready.components.checkImageOptions(asked.imageOptions); // where there is no picture too
-      const pictures: Picture[] = [];
-      for (const one of asked.pictures) {
-        const options = { ...asked.imageOptions, ...one.options };
-        pictures.push(await this.picture(own, one, options, signal));
+      if (this.next) await this.takeOver(this.next, listeners.onChange, signal);
+      const { components } = this.ready.preparer;
+      components.checkImageOptions(imageOptions); // also for a question without images
+      const images: PromptImage[] = [];
+      for (const one of numbered) {
+        images.push(await this.image(cache, one, { ...imageOptions, ...one.options }, signal));
       }
-      const { leavesRoom, alone } = asked;
-      const how = { maxNewTokens, skipSpecialTokens, leavesRoom, alone };
-      const question = { messages, pictures, ...how };
-      const onEncoded = (encoded: readonly Picture[]) =>
-        encoded.forEach((picture, i) => own.pictures.set(asked.pictures[i]!.number, picture));
-      return await this.withFallback(question, own, { ...hear, onEncoded, start }, signal);
+      const numbers = numbered.map(one => one.number);
+      const { skipSpecialTokens } = question;
+      return await this.withFallback({ ...question, images }, numbers, cache, listeners, {
+        skipSpecialTokens,
+        start,
+        signal,
+      });
     } finally {
-      if (number === null) own.dispose();
+      if (conversation === null) cache.dispose();
     }
   }
 
-  /** Read a picture for a question to come. Throws ImageError or OptionError, or the abort. */
+  /** Read and process an image for a later question. Throws ImageError or OptionError, or the
+   * abort. */
   async attach(
     conversation: number,
-    picture: NumberedPicture,
+    image: NumberedImage,
     options: ImageOptions,
-    { onChange }: { onChange: OnChange },
+    { onChange }: Pick<Listeners, 'onChange'>,
     signal: AbortSignal,
   ): Promise<void> {
     if (this.next) await this.takeOver(this.next, onChange, signal);
-    await this.picture(this.conversations.of(conversation), picture, options, signal);
+    await this.image(this.conversations.of(conversation), image, options, signal);
   }
 
-  /** Forget some pictures of a conversation or all of it; with no conversation, features. */
+  /** Remove some images of a conversation or all of it; without a conversation, empty the cache of
+   * recently encoded images. */
   forget(conversation: number | null, numbers: readonly number[] | null): void {
-    if (conversation === null) this.features.clear();
+    if (conversation === null) this.ready.preparer.features.clear();
     else this.conversations.forget(conversation, numbers);
   }
 
-  /** A picture of a conversation: read and cut, known by its number from here on. */
-  private async picture(
-    { pictures }: Conversation,
-    { number, picture }: NumberedPicture,
+  /** Return an image of a conversation. It is read and processed where its number is new. */
+  private async image(
+    { images }: ConversationCache,
+    { number, image }: NumberedImage,
     options: ImageOptions,
     signal: AbortSignal,
-  ): Promise<Picture> {
-    const known = pictures.get(number);
+  ): Promise<PromptImage> {
+    const known = images.get(number);
     if (known) return known;
-    if (picture === null) {
-      throw new VlmportError(
-        'WorkerError',
-        'program.defect',
-        `no picture ${number}`,
-        'please report this',
-      );
+    if (image === null) {
+      const message = `no image ${number}`;
+      throw new VlmportError('WorkerError', 'program.defect', message, 'please report this');
     }
-    const read = await this.features.process(this.ready.components, picture, options, signal);
+    const { features, components } = this.ready.preparer;
+    const processed = await features.process(components, image, options, signal);
     signal.throwIfAborted();
-    pictures.set(number, read);
-    return read;
+    images.set(number, processed);
+    return processed;
   }
 
   private async withFallback(
-    question: Question,
-    own: Conversation,
-    hear: Parameters<typeof answer>[3] & { onChange: OnChange },
-    signal: AbortSignal,
-  ): Promise<Answered> {
-    let said = false;
-    const onPiece = (text: string) => ((said = true), hear.onPiece(text));
-    const attempt = () => {
-      const model = { ...this.ready, features: this.features };
-      return answer(model, question, own, { ...hear, onPiece }, signal);
+    question: ProcessedQuestion,
+    numbers: readonly number[],
+    cache: ConversationCache,
+    listeners: Listeners,
+    options: Omit<ResponseOptions, 'onPiece'>,
+  ): Promise<GeneratedResponse> {
+    const { signal } = options;
+    let hasPieces = false;
+    const onPiece = (text: string) => ((hasPieces = true), listeners.onPiece(text));
+    const attempt = async () => {
+      const { preparer } = this.ready;
+      const { components, prompter } = preparer;
+      const reusable = cache.reusableBy(components);
+      const prepared = await preparer.assemble(question, reusable, signal);
+      prepared.images.forEach((image, i) => cache.images.set(numbers[i]!, image));
+      return cache.respond(prepared, components, prompter, { ...options, onPiece });
     };
     try {
       return await attempt();
     } catch (error) {
       const cause = asVlmportError(error, 'DeviceError');
-      const hopeless = this.options.device !== 'auto' || this.info.device === 'wasm';
-      if (signal.aborted || hopeless || cause.kind !== 'DeviceError') throw error;
-      await this.leaveGpu(cause, hear.onChange, signal);
-      if (said)
-        throw new VlmportError(
-          'DeviceError',
-          cause.code,
-          cause.message,
-          'try again: now on WebAssembly',
-        );
+      const isLast = this.options.device !== 'auto' || this.info.device === 'wasm';
+      if (signal.aborted || isLast || cause.kind !== 'DeviceError') throw error;
+      await this.leaveGpu(cause, listeners.onChange, signal);
+      if (hasPieces) {
+        const hint = 'try again: WebAssembly is used now';
+        throw new VlmportError('DeviceError', cause.code, cause.message, hint);
+      }
       return attempt();
     }
   }
 
   private async leaveGpu(cause: VlmportError, onChange: OnChange, signal: AbortSignal) {
-    const { components } = this.ready;
-    await components.dispose().catch(() => undefined); // a lost device may refuse that
+    const { components } = this.ready.preparer;
+    await components.dispose().catch(() => undefined); // it may fail on a lost device
     this.reason = `WebGPU failed while it ran: ${cause.message}`;
     this.next = components.runtime.withoutGpu();
     await this.takeOver(this.next, onChange, signal);
   }
 
-  /** Where this is given up or fails, the next caption begins with it. */
+  /** Open the graphs on another runtime. If that is aborted or fails, the next question tries again. */
   private async takeOver(host: Runtime, onChange: OnChange, signal: AbortSignal): Promise<void> {
-    this.ready = await loadOn(host, this.files, this.options, () => {}, signal);
+    const { features } = this.ready.preparer;
+    this.ready = await loadOn(host, this.files, this.options, features, () => {}, signal);
     this.next = null;
     onChange(this.info);
   }
 }
 
-/** Fetch, open and try the bundle on one device. Throws DeviceError where it can't be trusted. */
+/** Fetch, open and try the bundle on one device. Throws DeviceError where it gives wrong results. */
 async function loadOn(
   runtime: Runtime,
   files: BundleFiles,
   options: LoadOptions,
+  features: FeatureCache,
   onProgress: OnProgress,
   signal: AbortSignal,
 ): Promise<Ready> {
@@ -250,38 +269,39 @@ async function loadOn(
     0,
   );
   let loadedBytes = 0;
-  const tell = (phase: Progress['phase'], name: string) =>
+  const report = (phase: Progress['phase'], name: string) =>
     onProgress({ phase, name, loadedBytes, totalBytes });
   files.onBytes = bytes => {
     loadedBytes += bytes;
-    tell('download', manifest.name);
+    report('download', manifest.name);
   };
   const prompter = await Prompter.open(files);
-  const onOpen = (name: string) => tell('open', name);
+  const onOpen = (name: string) => report('open', name);
   const textOf = (token: number) => prompter.tokenizer.id_to_token(token);
   const components = await Components.open(runtime, files, choice, onOpen, textOf);
   try {
-    tell('probe', runtime.device);
+    report('probe', runtime.device);
     const expected = manifest.golden.expected[precisionName(choice)];
     const problems = expected
       ? await probe(components, manifest.golden, expected, signal)
       : unrecorded(runtime.device, components.precision);
     if (problems.length) throw untrusted(runtime.device, problems);
-    tell('ready', manifest.name);
-    return { components, prompter, probed: expected !== undefined };
+    report('ready', manifest.name);
+    const preparer = new Preparer(components, prompter, features);
+    return { preparer, probed: expected !== undefined };
   } catch (error) {
     await components.dispose();
     throw error;
   }
 }
 
-/** Graphics drivers differ too much to be trusted unseen; WebAssembly is one program everywhere. */
+/** A precision that was not recorded is refused on WebGPU, because graphics drivers differ. */
 function unrecorded(device: Device, precision: string): string[] {
-  return device === 'wasm' ? [] : [`the bundle records nothing for precision ${precision}`];
+  return device === 'wasm' ? [] : [`the bundle has no recorded results for precision ${precision}`];
 }
 
 function untrusted(device: Device, problems: readonly string[]): VlmportError {
-  const message = `${device} gives other results than recorded: ${problems.join('; ')}`;
-  const hint = device === 'webgpu' ? "device: 'wasm' works" : 'export the bundle again';
+  const message = `${device} gives other results than the recorded ones: ${problems.join('; ')}`;
+  const hint = device === 'webgpu' ? "use device: 'wasm'" : 'export the bundle again';
   return new VlmportError('DeviceError', 'device.wrong-numbers', message, hint);
 }

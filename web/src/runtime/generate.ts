@@ -3,23 +3,22 @@
 import type { Json } from '../bundle/schema.js';
 import { VlmportError } from '../errors.js';
 import type { KeyValueCache } from './graphs/cache.js';
-import type { Prompt } from './graphs/components.js';
+import type { Request } from './request.js';
 import { nextTask } from './tasks.js';
 
 export interface GenerateOptions {
-  readonly maxNewTokens: number;
   readonly stopTokenIds: ReadonlySet<number>;
   readonly signal: AbortSignal;
 }
 
-/** One token, and the scores that it was chosen by. */
+/** One token, and the scores from which it was chosen. */
 export interface Step {
   readonly token: number;
   readonly scores: Float32Array;
 }
 
-/** Options of generation_config.json that change what is chosen greedily → where they do not. */
-const IDLE: Readonly<Record<string, readonly Json[]>> = {
+/** Options of generation_config.json that affect greedy decoding → values that have no effect. */
+const NO_EFFECT: Readonly<Record<string, readonly Json[]>> = {
   do_sample: [false],
   num_beams: [1],
   min_new_tokens: [0],
@@ -37,36 +36,32 @@ const IDLE: Readonly<Record<string, readonly Json[]>> = {
   exponential_decay_length_penalty: [],
 };
 
-/** The defaults of a bundle that Python follows and greedy decoding does not, as 'name=value'. */
+/** List the bundle's defaults that Python follows and greedy decoding does not, as 'name=value'. */
 export function notFollowed(defaults: Readonly<Record<string, Json>>): string[] {
-  const says = ([name, value]: [string, Json]) =>
-    name in IDLE && value !== null && !IDLE[name]!.includes(value);
+  const hasEffect = ([name, value]: [string, Json]) =>
+    name in NO_EFFECT && value !== null && !NO_EFFECT[name]!.includes(value);
   return Object.entries(defaults)
-    .filter(says)
+    .filter(hasEffect)
     .map(([name, value]) => `${name}=${JSON.stringify(value)}`);
 }
 
 /**
- * Generate until a stop token, which is given out too, or `maxNewTokens`. Disposes the embeddings;
- * the cache then holds the prompt and all tokens but the last.
+ * Generate until a stop token, which is yielded too, or `maxNewTokens`. Disposes the request's
+ * embeddings. At the end the cache contains the prompt and all new tokens but the last.
  */
 export async function* generate(
   cache: KeyValueCache,
-  prompt: Prompt,
-  { maxNewTokens, stopTokenIds, signal }: GenerateOptions,
+  { embeds, positions, maxNewTokens }: Request,
+  { stopTokenIds, signal }: GenerateOptions,
 ): AsyncGenerator<Step, void, undefined> {
-  cache.offset = prompt.offset;
-  let scores = await cache.append(prompt.embeds, prompt.positions);
+  cache.ropeDelta = positions.ropeDelta;
+  let scores = await cache.append(embeds, positions.ids);
   for (let made = 1; ; made++) {
     const token = best(scores);
     if (!Number.isFinite(scores[token])) {
-      const message = `the decoder's scores are not finite at token ${made - 1}`;
-      throw new VlmportError(
-        'DeviceError',
-        'device.not-finite',
-        message,
-        'another device or precision may work',
-      );
+      const message = `the decoder's scores are NaN or infinite at token ${made - 1}`;
+      const hint = 'try another device or precision';
+      throw new VlmportError('DeviceError', 'device.not-finite', message, hint);
     }
     yield { token, scores };
     if (stopTokenIds.has(token) || made >= maxNewTokens) return;
@@ -76,7 +71,7 @@ export async function* generate(
   }
 }
 
-/** The index of the highest score, the first of several; of a NaN where there is one. */
+/** Return the index of the highest score (the first of several), or of the first NaN. */
 export function best(scores: Float32Array): number {
   let at = 0;
   for (let i = 0; i < scores.length; i++) {

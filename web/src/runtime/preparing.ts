@@ -1,218 +1,143 @@
 /**
- * What is asked, made ready to run, and what came of it (the twin of vlmport/runtime/preparing.py and
- * vlmport/runtime/conversation.py): messages and pictures to a prompt, a prompt to its caption.
+ * Turn messages and images into requests (the twin of vlmport/runtime/preparing.py).
  *
  * A prompt is always the whole conversation, rendered again. As far as its ids (and, under image
- * tokens, its pictures) are those that the cache was made of, nothing is encoded or prefilled again.
+ * tokens, its images) are those that the cache was computed from, nothing is encoded or prefilled
+ * again.
  */
 
 import type { Message } from '../bundle/manifest.js';
 import { VlmportError } from '../errors.js';
-import type { CaptionData } from '../protocol.js';
-import { type KeyValueCache, openCache } from './graphs/cache.js';
+import type { KeyValueCache } from './graphs/cache.js';
 import type { Components } from './graphs/components.js';
-import type { FeatureCache, Picture } from './images/features.js';
-import { generate } from './generate.js';
+import type { EncodedImage, FeatureCache, PromptImage } from './images/features.js';
 import type { Prompter } from './prompt.js';
-import { TextStream } from './streamed-text.js';
+import { type Request, answerLength } from './request.js';
 
-/** A bundle that is loaded, and the cache of recently encoded pictures. */
-export interface Model {
-  readonly components: Components;
-  readonly prompter: Prompter;
-  readonly features: FeatureCache;
-}
-
-/** A cache, and what it was made of. */
-export interface Held {
+/** A cache, and the prompt that it was computed from. */
+export interface ReusablePrefix {
   readonly cache: KeyValueCache;
-  /** A token id for each token of the cache. */
+  /** One token id for each token of the cache. */
   readonly ids: readonly number[];
-  /** Of each image row of the prompt, the key of the picture that it is of. */
+  /** For each image row of that prompt, the key of its image. */
   readonly imageRows: readonly string[];
 }
 
-/** What is kept from turn to turn. Its cache is disposed by whoever owns it. */
-export interface Kept {
-  held: Held | null;
-}
-
-/** One question: its pictures are processed, some may be encoded. */
-export interface Question {
+/** Messages and their processed images; some of the images may be encoded. */
+export interface ProcessedQuestion {
   readonly messages: readonly Message[];
-  readonly pictures: readonly Picture[];
+  readonly images: readonly PromptImage[];
   readonly maxNewTokens: number | null;
   readonly skipSpecialTokens: boolean;
-  /** Refuse a prompt that leaves no room for an answer: for maxNewTokens, or a quarter of the
+  /** Refuse a prompt that leaves no room for an answer: for maxNewTokens, or for a quarter of the
    * context where that is less. */
   readonly leavesRoom: boolean;
-  /** The same question without what was said before it; null where nothing was. */
+  /** The same question without the earlier messages; null where there are none. */
   readonly alone: readonly Message[] | null;
 }
 
-/** An answer, and its text without the stop token, with which a conversation goes on. */
-export interface Answered {
-  readonly caption: CaptionData;
-  readonly said: string;
-}
-
-export interface Hearing {
-  readonly onPiece: (text: string) => void;
-  /** The pictures, once they are encoded. */
-  readonly onEncoded: (pictures: readonly Picture[]) => void;
-  /** When the work began. */
-  readonly start: number;
+/** A request, and what its response needs besides. */
+export interface PreparedRequest {
+  readonly request: Request;
+  /** The whole prompt, image tokens included. */
+  readonly ids: readonly number[];
+  /** The number of tokens at the start that are in the cache. */
+  readonly cachedTokens: number;
+  /** The images of the prompt, encoded. */
+  readonly images: readonly EncodedImage[];
+  /** For each image row of the prompt, the key of its image. */
+  readonly imageRows: readonly string[];
+  /** When the images were encoded, by `performance.now()`. */
+  readonly encodedAt: number;
 }
 
 /**
- * How many tokens from the start a prompt has in common with what is held.
+ * Count the tokens at the start that a new prompt has in common with a cache.
  *
- * At least one token of the prompt is left: its logits choose the first new one.
+ * At least one token of the prompt is left over: its logits choose the first new token.
  */
 export function shared(
-  held: Held,
+  reusable: Pick<ReusablePrefix, 'ids' | 'imageRows'>,
   ids: readonly number[],
   imageRows: readonly string[],
   imageTokenId: number,
 ): number {
-  const most = Math.min(held.ids.length, ids.length - 1);
-  for (let at = 0, row = 0; at < most; at++) {
-    if (ids[at] !== held.ids[at]) return at;
+  const length = Math.min(reusable.ids.length, ids.length - 1);
+  for (let at = 0, row = 0; at < length; at++) {
+    if (ids[at] !== reusable.ids[at]) return at;
     if (ids[at] !== imageTokenId) continue;
-    // An image token that the model said itself is a word, and of no picture.
-    if (row >= held.imageRows.length || held.imageRows[row] !== imageRows[row]) return at;
+    // An image token that the model generated itself is text and belongs to no image.
+    if (row >= reusable.imageRows.length || reusable.imageRows[row] !== imageRows[row]) return at;
     row++;
   }
-  return Math.max(0, most);
+  return Math.max(0, length);
 }
 
-/** A prompt that fits, before anything of it has run. */
-interface Plan {
-  readonly ids: readonly number[];
-  readonly imageRows: readonly string[];
-  readonly maxNewTokens: number;
-}
+/** A bundle's graphs, its chat template and tokenizer, and its image cache. */
+export class Preparer {
+  constructor(
+    readonly components: Components,
+    readonly prompter: Prompter,
+    readonly features: FeatureCache,
+  ) {}
 
-/** Throws PromptError for what does not fit together, or into the context. */
-function plan({ components, prompter }: Model, question: Question): Plan {
-  const { prompt, generation, dims } = components.manifest;
-  const promptIds = question.pictures.map(one => one.promptIds);
-  const ids = prompter.splice(prompter.ids(question.messages), promptIds);
-  if (!ids.length) {
-    throw new VlmportError(
-      'PromptError',
-      'prompt.empty',
-      'the prompt is empty',
-      'give it a text or a picture',
+  /**
+   * Make a request: template → ids with images spliced in → embeddings with features over image
+   * rows. Tokens that `reusable` has are not computed again, as far as the prompt begins alike.
+   *
+   * Throws PromptError for a prompt that does not fit, before anything is encoded; BundleError or
+   * DeviceError, or the abort.
+   */
+  async assemble(
+    question: ProcessedQuestion,
+    reusable: ReusablePrefix | null,
+    signal: AbortSignal,
+  ): Promise<PreparedRequest> {
+    const { components } = this;
+    const ids = this.ids(question.messages, question.images);
+    const maxNewTokens = this.answerLength(question, ids.length);
+    components.checkIds(ids);
+    const token = components.manifest.prompt.image_token_id;
+    const imageRows = question.images.flatMap(({ key, promptIds }) =>
+      promptIds.filter(id => id === token).map(() => key),
     );
+    const cachedTokens = reusable ? shared(reusable, ids, imageRows, token) : 0;
+    const images: EncodedImage[] = [];
+    for (const image of question.images) {
+      images.push(await this.features.encoded(components, image, signal));
+    }
+    const encodedAt = performance.now();
+    const inputs = await components.embedPrompt(ids, images, cachedTokens);
+    const request = { ...inputs, maxNewTokens };
+    return { request, ids, cachedTokens, images, imageRows, encodedAt };
   }
-  const context = dims.context_length;
-  if (ids.length > context) {
-    const message = `the prompt has ${ids.length} tokens, the model's context is ${context}`;
-    throw tooLong(prompter, question, context, message);
-  }
-  components.checkIds(ids);
-  const room = context - ids.length + 1; // the last token is never fed back
-  const wanted = question.maxNewTokens ?? generation.max_new_tokens;
-  if (question.leavesRoom && room < Math.min(wanted, Math.floor(context / 4))) {
-    const message = `a prompt of ${ids.length} tokens leaves room for ${room} in the context`;
-    throw tooLong(prompter, question, context, message);
-  }
-  const maxNewTokens = Math.min(wanted, room);
-  const isImage = (id: number) => id === prompt.image_token_id;
-  const rowsOf = ({ key, promptIds }: Picture) => promptIds.filter(isImage).map(() => key);
-  return { ids, imageRows: question.pictures.flatMap(rowsOf), maxNewTokens };
-}
 
-/** The error of a prompt that does not fit: where it would alone, the conversation is full. */
-function tooLong(prompter: Prompter, question: Question, context: number, message: string) {
-  const { alone, pictures } = question;
-  if (alone) {
-    const ids = prompter.ids(alone);
-    const own = pictures.slice(pictures.length - prompter.countPlaceholders(ids));
-    const spliced = prompter.splice(
-      ids,
-      own.map(one => one.promptIds),
-    );
-    if (spliced.length <= context) {
-      const text = `the conversation is full: with this question ${message}`;
-      const hint = 'reset() begins a new one; with dropOldest: true the oldest turns are forgotten';
-      return new VlmportError('PromptError', 'conversation.full', text, hint);
+  /** The token ids of checked messages, with the ids of their images. */
+  private ids(messages: readonly Message[], images: readonly PromptImage[]): number[] {
+    const ids = images.map(image => image.promptIds);
+    return this.prompter.splice(this.prompter.ids(messages), ids);
+  }
+
+  /** Throws the PromptError of a full conversation where the question alone would fit. */
+  private answerLength(question: ProcessedQuestion, tokens: number): number {
+    const { manifest } = this.components;
+    try {
+      return answerLength(manifest, tokens, question.maxNewTokens, question.leavesRoom);
+    } catch (error) {
+      const isTooLong = error instanceof VlmportError && error.code === 'prompt.too-long';
+      if (!isTooLong || !question.alone || !this.fitsAlone(question.alone, question.images)) {
+        throw error;
+      }
+      const message = `the conversation is full: with this question ${error.message}`;
+      const hint = 'call reset() to begin a new one, or use dropOldest: true';
+      throw new VlmportError('PromptError', 'conversation.full', message, hint);
     }
   }
-  const hint = 'fewer or smaller pictures, or a shorter prompt';
-  return new VlmportError('PromptError', 'prompt.too-long', message, hint);
-}
 
-/**
- * Answer a question: template → ids with pictures spliced in → embeddings with features over image
- * rows → text. What does not fit is refused before anything is encoded.
- *
- * `kept` has afterwards what the cache holds, also of an answer that was given up; of one that
- * failed, nothing.
- *
- * Throws PromptError, BundleError or DeviceError, or the abort.
- */
-export async function answer(
-  model: Model,
-  question: Question,
-  kept: Kept,
-  hear: Hearing,
-  signal: AbortSignal,
-): Promise<Answered> {
-  const { components, features, prompter } = model;
-  const { ids, imageRows, maxNewTokens } = plan(model, question);
-  const { prompt, generation } = components.manifest;
-  const before = kept.held?.cache.components === components ? kept.held : null; // else of a lost GPU
-  const cached = before ? shared(before, ids, imageRows, prompt.image_token_id) : 0;
-  const pictures = [];
-  for (const one of question.pictures) {
-    pictures.push(await features.encoded(components, one, signal));
+  /** Whether a question without the earlier messages fits into the context. Its images are the last. */
+  private fitsAlone(messages: readonly Message[], images: readonly PromptImage[]): boolean {
+    const count = this.prompter.countPlaceholders(this.prompter.ids(messages));
+    const ids = this.ids(messages, images.slice(images.length - count));
+    return ids.length <= this.components.manifest.dims.context_length;
   }
-  hear.onEncoded(pictures);
-  const encoded = performance.now();
-  const fresh = await components.prompt(ids, pictures, cached);
-  const capacity = ids.length + maxNewTokens - 1;
-  const cache = before?.cache ?? openCache(components, capacity);
-  const stopTokenIds = new Set(generation.stop_token_ids);
-  const tokenIds: number[] = [];
-  const { skipSpecialTokens: skips } = question;
-  const text = new TextStream(prompter.tokenizer, skips);
-  const say = (piece: string) => piece && hear.onPiece(piece);
-  let first = encoded;
-  try {
-    cache.truncate(cached);
-    cache.reserve(capacity);
-    for await (const { token } of generate(cache, fresh, { maxNewTokens, stopTokenIds, signal })) {
-      if (tokenIds.push(token) === 1) first = performance.now();
-      // The stop token is a special token.
-      if (!skips || !stopTokenIds.has(token)) say(text.push(token));
-    }
-  } catch (error) {
-    if (!signal.aborted) cache.truncate(0); // what it holds is not known
-    throw error;
-  } finally {
-    kept.held = { cache, ids: [...ids, ...tokenIds].slice(0, cache.length), imageRows };
-  }
-  say(text.finish());
-  const seconds = (from: number, to: number) => (to - from) / 1000;
-  const stopped = stopTokenIds.has(tokenIds.at(-1) ?? -1);
-  const caption: CaptionData = {
-    text: text.whole(),
-    tokenIds,
-    stopReason: stopped ? 'stop' : 'length',
-    complete: stopped,
-    timings: {
-      image: seconds(hear.start, encoded),
-      prefill: seconds(encoded, first),
-      decode: seconds(first, performance.now()),
-    },
-    counts: {
-      promptTokens: ids.length,
-      cachedTokens: cached,
-      imageTokens: imageRows.length,
-      newTokens: tokenIds.length,
-    },
-  };
-  return { caption, said: text.decode(stopped ? tokenIds.slice(0, -1) : tokenIds) };
 }

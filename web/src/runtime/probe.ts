@@ -1,6 +1,6 @@
 /**
- * Try a device with the bundle's golden input before it is trusted (the twin of
- * vlmport/runtime/probe.py): the exporter recorded what its graphs give on a CPU.
+ * Try a device with the bundle's golden input, and compare with the results that the exporter recorded
+ * on a CPU (the twin of vlmport/runtime/probe.py).
  */
 
 import type { Golden, GoldenExpectation } from '../bundle/manifest.js';
@@ -11,7 +11,7 @@ import { generate } from './generate.js';
 import { goldenImage } from './golden.js';
 
 /**
- * What is wrong, in plain words; an empty list means that the device can be trusted.
+ * List the differences in plain words; an empty list means that the device gives right results.
  *
  * Throws BundleError for a bundle that no device could run, and the abort.
  */
@@ -26,7 +26,7 @@ export async function probe(
   } catch (error) {
     signal.throwIfAborted();
     const cause = asVlmportError(error, 'DeviceError');
-    if (cause.kind === 'BundleError') throw cause; // no device is at fault
+    if (cause.kind === 'BundleError') throw cause; // the cause is not the device
     return [cause.message];
   }
 }
@@ -43,26 +43,26 @@ async function compare(
   const copies = Array.from({ length: golden.copies });
   const ids = copies.flatMap(() => promptIds);
   if (ids.length !== golden.prefill_tokens) {
-    return [`the prompt has ${ids.length} tokens, recorded were ${golden.prefill_tokens}`];
+    return [`the prompt has ${ids.length} tokens, expected ${golden.prefill_tokens}`];
   }
-  const picture = { features, inputs: components.positionInputs(inputs) };
-  const prompt = await components.prompt(
+  const encoded = { features, inputs: components.positionInputs(inputs) };
+  const prompt = await components.embedPrompt(
     ids,
-    copies.map(() => picture),
+    copies.map(() => encoded),
   );
   const maxNewTokens = expected.tokens.length;
   const cache = openCache(components, ids.length + maxNewTokens - 1);
-  const options = { maxNewTokens, stopTokenIds: new Set<number>(), signal };
+  const options = { stopTokenIds: new Set<number>(), signal };
   let step = 0;
   try {
-    for await (const { token, scores } of generate(cache, prompt, options)) {
+    for await (const { token, scores } of generate(cache, { ...prompt, maxNewTokens }, options)) {
       const problem = (step === 0 && logitsProblem(scores, expected)) || null;
       if (problem) return [problem];
       const wanted = expected.tokens[step++]!;
       if (token === wanted) continue;
-      // After a near tie the texts may well part.
+      // After a near tie the texts may differ.
       if (scores[token]! - (scores[wanted] ?? -Infinity) <= expected.tolerance) return [];
-      return [`token ${step} of ${maxNewTokens} is ${token}, recorded was ${wanted}`];
+      return [`token ${step} of ${maxNewTokens} is ${token}, expected ${wanted}`];
     }
     return [];
   } finally {
@@ -77,5 +77,5 @@ function logitsProblem(scores: Float32Array, expected: GoldenExpectation): strin
   const largest = errors.reduce((a, b) => (b <= a ? a : b), 0); // NaN stays
   if (largest <= expected.tolerance) return null;
   const allowed = expected.tolerance.toPrecision(3);
-  return `first logits are off by ${largest.toPrecision(3)}, allowed ${allowed}`;
+  return `the first logits differ by ${largest.toPrecision(3)}, allowed is ${allowed}`;
 }

@@ -1,10 +1,10 @@
 import { expect, test } from 'vitest';
 import type { Components } from '../../src/runtime/graphs/components.js';
-import { FeatureCache, type Picture } from '../../src/runtime/images/features.js';
+import { FeatureCache, type PromptImage } from '../../src/runtime/images/features.js';
 
 const signal = new AbortController().signal;
 
-/** Components that only count what they encode: 100 bytes of features for each picture. */
+/** Components that count what they encode: 100 bytes of features for each image. */
 function counting(fails = false) {
   const encoded: string[] = [];
   const components = {
@@ -18,16 +18,16 @@ function counting(fails = false) {
   return { components, encoded };
 }
 
-const picture = (key: string, more = {}): Picture =>
+const image = (key: string, more = {}): PromptImage =>
   ({ key, promptIds: [], inputs: { [key]: 'pixels', ...more }, features: null }) as never;
 
 test('what was encoded is not encoded again, by key', async () => {
   const { components, encoded } = counting();
   const cache = new FeatureCache(1000);
-  for (const key of ['a', 'b', 'a']) await cache.encoded(components, picture(key), signal);
+  for (const key of ['a', 'b', 'a']) await cache.encoded(components, image(key), signal);
   expect(encoded).toEqual(['a', 'b']);
   cache.clear();
-  await cache.encoded(components, picture('a'), signal);
+  await cache.encoded(components, image('a'), signal);
   expect(encoded).toEqual(['a', 'b', 'a']);
 });
 
@@ -35,11 +35,11 @@ test('the oldest are forgotten, the most recently used are kept', async () => {
   const { components, encoded } = counting();
   const cache = new FeatureCache(250);
   for (const key of ['a', 'b', 'a', 'c', 'a', 'b']) {
-    await cache.encoded(components, picture(key), signal);
+    await cache.encoded(components, image(key), signal);
   }
   expect(encoded).toEqual(['a', 'b', 'c', 'b']);
   const none = new FeatureCache(50);
-  const once = await none.encoded(components, picture('d'), signal);
+  const once = await none.encoded(components, image('d'), signal);
   await none.encoded(components, once, signal); // it carries its features itself
   expect(encoded.slice(4)).toEqual(['d']);
 });
@@ -48,7 +48,7 @@ test('pixels are let go, what positions are computed from stays', async () => {
   const { components } = counting();
   const { inputs } = await new FeatureCache().encoded(
     components,
-    picture('a', { grid: [1, 2, 2] }),
+    image('a', { grid: [1, 2, 2] }),
     signal,
   );
   expect(inputs).toEqual({ grid: [1, 2, 2] });
@@ -56,7 +56,7 @@ test('pixels are let go, what positions are computed from stays', async () => {
 
 test('a picture whose encoding failed can be encoded elsewhere', async () => {
   const cache = new FeatureCache();
-  const one = picture('a');
+  const one = image('a');
   await expect(cache.encoded(counting(true).components, one, signal)).rejects.toThrow('lost');
   const { components, encoded } = counting();
   await cache.encoded(components, one, signal);

@@ -35,9 +35,9 @@ export function openCache(components: Components, capacity: number): KeyValueCac
 }
 
 export abstract class KeyValueCache {
-  /** What the next position is beyond the length (0 but for models whose pictures take fewer
-   * positions than tokens). */
-  offset = 0;
+  /** The next position minus the number of tokens: 0, except for models whose images take fewer
+   * positions than tokens. */
+  ropeDelta = 0;
   protected tokens = 0;
   /** How many tokens of a prompt one call reads. */
   protected readonly chunk: number = Infinity;
@@ -107,7 +107,7 @@ export abstract class KeyValueCache {
   }
 
   private countedOn(added: number): BigInt64Array {
-    const start = this.tokens + this.offset;
+    const start = this.tokens + this.ropeDelta;
     return BigInt64Array.from({ length: added }, (_, i) => BigInt(start + i));
   }
 

@@ -9,6 +9,7 @@ import type { ImageOptions, Manifest } from '../../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../../bundle/precisions.js';
 import { VlmportError, firstLine } from '../../errors.js';
 import { goldenImage } from '../golden.js';
+import type { EncodedImage } from '../images/features.js';
 import type { Rgb } from '../images/reading.js';
 import { nextTask } from '../tasks.js';
 import { type Decoder, decoderOf } from './decoder.js';
@@ -26,20 +27,10 @@ const TILES = 'num_images'; // the axis of the vision encoder's inputs whose ind
 const USED = [IMAGE, VISION, EMBED, DECODER];
 const ON_HOST = [IMAGE, POSITIONS]; // exact integers
 
-/** A picture as a prompt takes it. */
-export interface InPrompt {
-  readonly features: Rows;
-  /** What positions are computed from. */
-  readonly inputs: Feeds;
-}
-
-/** What of a prompt is to be run: its embeddings [1, S, D]; whoever gets it owns them. */
-export interface Prompt {
+/** The decoder's inputs for a prompt, or for the end of one: embeddings [1, S, D], and positions. */
+export interface PromptInputs {
   readonly embeds: Tensor;
-  /** One row of S positions, or three (time, height and width). */
-  readonly positions: readonly BigInt64Array[];
-  /** What the position after the prompt is beyond the number of its tokens. */
-  readonly offset: number;
+  readonly positions: Positions;
 }
 
 /** The files of the chosen graphs, the largest graph first: so that the peak of memory is small. */
@@ -229,23 +220,24 @@ export class Components {
   }
 
   /**
-   * A prompt from its token `start` on: embeddings with features, in order, over the rows of image
-   * tokens, and positions. Of the pictures before `start` nothing is looked at but the positions.
+   * Embed a prompt from its token `start` on: embeddings, with image features in order over the rows
+   * of image tokens, and positions. The features of images before `start` are not used.
    */
-  async prompt(ids: readonly number[], pictures: readonly InPrompt[], start = 0): Promise<Prompt> {
+  async embedPrompt(
+    ids: readonly number[],
+    images: readonly Pick<EncodedImage, 'features' | 'inputs'>[],
+    start = 0,
+  ): Promise<PromptInputs> {
     const token = this.manifest.prompt.image_token_id;
-    const where = await this.positions(
-      ids,
-      pictures.map(one => one.inputs),
-    );
-    const features = pictures.map(one => one.features);
+    const inputs = images.map(one => one.inputs);
+    const { ids: positions, ropeDelta } = await this.positions(ids, inputs);
+    const features = images.map(one => one.features);
     const past = ids.slice(0, start).filter(id => id === token).length;
     const embeds = await rowsOf(await this.embed(ids.slice(start)));
     const merged = mergeImageFeatures(embeds, ids.slice(start), features, token, past);
     return {
       embeds: this.tensor('float32', merged, [1, embeds.count, embeds.width]),
-      positions: where.ids.map(row => row.slice(start)),
-      offset: where.offset,
+      positions: { ids: positions.map(row => row.slice(start)), ropeDelta },
     };
   }
 

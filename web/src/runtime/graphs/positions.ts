@@ -19,12 +19,12 @@ export interface Positions {
   /** One row of S positions, or three (time, height and width). */
   readonly ids: readonly BigInt64Array[];
   /** The next position after the prompt, minus the number of its tokens. */
-  readonly offset: number;
+  readonly ropeDelta: number;
 }
 
 /** 0, 1, …: for a bundle without a graph of positions. */
 export function counted(ids: readonly number[]): Positions {
-  return { ids: [BigInt64Array.from(ids, (_, i) => BigInt(i))], offset: 0 };
+  return { ids: [BigInt64Array.from(ids, (_, i) => BigInt(i))], ropeDelta: 0 };
 }
 
 /**
@@ -56,9 +56,9 @@ export async function computed(
     throw new VlmportError('PromptError', 'prompt.refused', message, hint);
   });
   const all = integers(position_ids, `${POSITIONS}: position_ids`);
-  const [offset] = integers(rope_delta, `${POSITIONS}: rope_delta`);
+  const [ropeDelta] = integers(rope_delta, `${POSITIONS}: rope_delta`);
   const axes = Array.from({ length: all.length / ids.length }, (_, axis) =>
     all.slice(axis * ids.length, (axis + 1) * ids.length),
   );
-  return { ids: axes, offset: Number(offset) };
+  return { ids: axes, ropeDelta: Number(ropeDelta) };
 }

@@ -1,11 +1,11 @@
 /**
- * Image features by content, so that a picture that was seen is not encoded again (the twin of
+ * A cache of image features by content, so that an image is encoded once (the twin of
  * vlmport/runtime/images/features.py).
  */
 
 import type { ImageOptions } from '../../bundle/manifest.js';
 import { sha256 } from '../../bundle/sha256.js';
-import type { Picture as Source } from '../../protocol.js';
+import type { SentImage } from '../../protocol.js';
 import type { Components } from '../graphs/components.js';
 import type { Feeds } from '../graphs/sessions.js';
 import { type Rgb, openImage } from './reading.js';
@@ -13,59 +13,64 @@ import type { Rows } from '../graphs/rows.js';
 
 export const MAX_BYTES = 64 * 1024 * 1024;
 
-/** A picture whose place in the prompt is known. Nothing of it lies on a GPU. */
-export interface Picture {
-  /** Equal for equal pixels of equal shape, under the same options. */
+/** A processed image, whose tokens in the prompt are known. No part of it is on a GPU. */
+export interface PromptImage {
+  /** The content hash of its pixels, their shape and the options. */
   readonly key: string;
   readonly promptIds: readonly number[];
-  /** What the image processor gave; with features, only what positions are computed from. */
+  /** The image processor's outputs; once the image is encoded, only those that the positions are
+   * computed from. */
   readonly inputs: Feeds;
+  /** Null until the image is encoded. */
   readonly features: Rows | null;
 }
 
-export type EncodedPicture = Picture & { readonly features: Rows };
+export type EncodedImage = PromptImage & { readonly features: Rows };
 
-/** The most recently used pictures, up to `maxBytes` of features. */
+/** The most recently used images, up to `maxBytes` of features; 0 keeps none. */
 export class FeatureCache {
-  private readonly kept = new Map<string, EncodedPicture>(); // the oldest first
+  private readonly images = new Map<string, EncodedImage>(); // the oldest first
   private bytes = 0;
 
   constructor(private readonly maxBytes = MAX_BYTES) {}
 
   /**
-   * Read a picture and run the image processor, unless it is known. Its prompt ids are then known,
-   * so that a prompt can be refused before the vision encoder has cost anything.
+   * Read an image and run the image processor, unless the image is in the cache.
+   *
+   * The image's prompt ids are known afterwards, so a prompt that is too long can be refused before
+   * the vision encoder runs.
    *
    * Throws ImageError or OptionError, or the abort.
    */
   async process(
     components: Components,
-    source: Source,
+    source: SentImage,
     options: ImageOptions,
     signal: AbortSignal,
-  ): Promise<Picture> {
+  ): Promise<PromptImage> {
     if (source.kind === 'values') {
       const { dims, data } = source;
       const key = await contentKey(['values', dims], data);
-      const known = this.kept.get(key);
+      const known = this.images.get(key);
       return known ?? { key, ...(await components.processValues(dims, data)), features: null };
     }
     const rgb: Rgb = await openImage(source, signal);
-    const told = { ...components.manifest.image_options, ...options };
-    const key = await contentKey([rgb.height, rgb.width, Object.entries(told).sort()], rgb.data);
+    const merged = { ...components.manifest.image_options, ...options };
+    const key = await contentKey([rgb.height, rgb.width, Object.entries(merged).sort()], rgb.data);
     signal.throwIfAborted();
-    const known = this.kept.get(key);
+    const known = this.images.get(key);
     if (known) return known;
     return { key, ...(await components.processImage(rgb, options)), features: null };
   }
 
-  /** The picture with its features and without its pixels, from here or from the vision encoder. */
+  /** Return the image with its features and without its pixels, from the cache or from the vision
+   * encoder. An image that is encoded already keeps its features. */
   async encoded(
     components: Components,
-    picture: Picture,
+    image: PromptImage,
     signal: AbortSignal,
-  ): Promise<EncodedPicture> {
-    const known = picture.features ? picture : (this.kept.get(picture.key) ?? picture);
+  ): Promise<EncodedImage> {
+    const known = image.features ? image : (this.images.get(image.key) ?? image);
     const encoded = isEncoded(known)
       ? known
       : {
@@ -73,37 +78,38 @@ export class FeatureCache {
           features: await components.encodeImage(known.inputs, signal),
           inputs: components.positionInputs(known.inputs),
         };
-    this.keep(encoded);
+    this.add(encoded);
     return encoded;
   }
 
+  /** Remove all images. */
   clear(): void {
-    this.kept.clear();
+    this.images.clear();
     this.bytes = 0;
   }
 
-  private keep(picture: EncodedPicture): void {
-    if (sizeOf(picture) > this.maxBytes) return;
-    if (!this.kept.delete(picture.key)) this.bytes += sizeOf(picture);
-    this.kept.set(picture.key, picture); // the newest is the last
-    for (const [key, oldest] of this.kept) {
+  private add(image: EncodedImage): void {
+    if (sizeOf(image) > this.maxBytes) return;
+    if (!this.images.delete(image.key)) this.bytes += sizeOf(image);
+    this.images.set(image.key, image); // the newest is the last
+    for (const [key, oldest] of this.images) {
       if (this.bytes <= this.maxBytes) break;
-      this.kept.delete(key);
+      this.images.delete(key);
       this.bytes -= sizeOf(oldest);
     }
   }
 }
 
-const isEncoded = (picture: Picture): picture is EncodedPicture => picture.features !== null;
+const isEncoded = (image: PromptImage): image is EncodedImage => image.features !== null;
 
-const sizeOf = ({ features, promptIds }: EncodedPicture) =>
+const sizeOf = ({ features, promptIds }: EncodedImage) =>
   features.data.byteLength + promptIds.length * 8;
 
-/** SHA-256 of what is told and of the numbers. */
+/** Compute a key from shape and options, and the SHA-256 of the numbers. */
 async function contentKey(
-  told: readonly unknown[],
+  header: readonly unknown[],
   data: Uint8Array<ArrayBuffer> | Float32Array<ArrayBuffer>,
 ): Promise<string> {
   const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
-  return `${JSON.stringify(told)} ${await sha256(bytes)}`;
+  return `${JSON.stringify(header)} ${await sha256(bytes)}`;
 }

@@ -12,7 +12,7 @@ import { SAVE, notRead } from './kinds.js';
 
 export type Format = 'PNG' | 'JPEG' | 'WebP' | 'GIF' | 'BMP' | 'AVIF' | 'HEIC';
 
-export interface PictureFile {
+export interface ImageFile {
   readonly format: Format;
   /** As stored: before it is turned. */
   readonly width: number;
@@ -42,7 +42,7 @@ const FLAGS_OF_THEM = 0x20 | 0x08 | 0x04; // in WebP's VP8X
 const XMP_IN_JPEG = 'http://ns.adobe.com/xap/1.0/\0';
 
 /** Throws ImageError for what is no picture, one of a format that is not read, or damaged. */
-export async function readFile(bytes: Bytes): Promise<PictureFile> {
+export async function readFile(bytes: Bytes): Promise<ImageFile> {
   const read = READERS.find(([begins]) => begins(bytes))?.[1];
   if (read === undefined) throw notRead(bytes);
   try {
@@ -53,7 +53,7 @@ export async function readFile(bytes: Bytes): Promise<PictureFile> {
   }
 }
 
-type Reader = (bytes: Bytes) => PictureFile | Promise<PictureFile>;
+type Reader = (bytes: Bytes) => ImageFile | Promise<ImageFile>;
 
 const READERS: readonly [(bytes: Bytes) => boolean, Reader][] = [
   [bytes => text(bytes, 0, 8) === '\x89PNG\r\n\x1a\n', readPng],
@@ -74,7 +74,7 @@ function damaged(): VlmportError {
   );
 }
 
-async function readPng(bytes: Bytes): Promise<PictureFile> {
+async function readPng(bytes: Bytes): Promise<ImageFile> {
   const view = viewOf(bytes);
   const parts = [bytes.subarray(0, 8)];
   let [exif, raw, xmp, ended, hasPixels] = [null as Bytes | null, '', '', false, false];
@@ -147,7 +147,7 @@ export async function inflate(packed: readonly Bytes[], most: number): Promise<B
   return unpacked.subarray(0, length);
 }
 
-function readJpeg(bytes: Bytes): PictureFile {
+function readJpeg(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   const parts = [bytes.subarray(0, 2)];
   let [exif, xmp, width, height] = [null as Bytes | null, '', 0, 0];
@@ -177,7 +177,7 @@ function readJpeg(bytes: Bytes): PictureFile {
   return { format: 'JPEG', width, height, depth: 8, orientation, parts };
 }
 
-function readWebp(bytes: Bytes): PictureFile {
+function readWebp(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   const head = bytes.slice(0, 12);
   const parts = [head];
@@ -207,7 +207,7 @@ function readWebp(bytes: Bytes): PictureFile {
   viewOf(head).setUint32(4, length - 8, true);
   const [width, height] = size;
   const orientation = orientationOf(exif, xmp);
-  const file: PictureFile = { format: 'WebP', width, height, depth: 8, orientation, parts };
+  const file: ImageFile = { format: 'WebP', width, height, depth: 8, orientation, parts };
   return frame && !isClear ? { ...file, frame } : file;
 }
 
@@ -231,7 +231,7 @@ function webpSize(kind: string, data: Bytes): [number, number] | null {
 }
 
 /** The screen, or more where the first frame is larger, as browsers and Pillow make it. */
-function readGif(bytes: Bytes): PictureFile {
+function readGif(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   let [width, height] = [view.getUint16(6, true), view.getUint16(8, true)];
   const flags = view.getUint8(10);
@@ -249,7 +249,7 @@ function readGif(bytes: Bytes): PictureFile {
   height = Math.max(height, place.y + place.height);
   const colours = view.getUint8(at + 9) & 0x80 ? at + 10 : flags & 0x80 ? 13 : null;
   const [r, g, b] = colours === null ? [0, 0, 0] : bytes.subarray(colours, colours + 3);
-  const file: PictureFile = {
+  const file: ImageFile = {
     format: 'GIF',
     width,
     height,
@@ -261,7 +261,7 @@ function readGif(bytes: Bytes): PictureFile {
 }
 
 /** Of the many kinds of BMP those that browsers read as Pillow does, all others are refused. */
-function readBmp(bytes: Bytes): PictureFile {
+function readBmp(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   const old = view.getUint32(14, true) === 12;
   const width = old ? view.getUint16(18, true) : view.getInt32(18, true);
@@ -291,7 +291,7 @@ function heifFormat(bytes: Bytes): Format | null {
 }
 
 /** The largest of the sizes that the file names: its picture's, not those of its tiles. */
-function readHeif(bytes: Bytes): PictureFile {
+function readHeif(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   const file = bytes.slice();
   let [width, height] = [0, 0];
@@ -358,7 +358,7 @@ function exifOrientation(exif: Bytes): number | undefined {
 }
 
 /** The error for a file that the browser refuses. */
-export function undecoded({ format }: PictureFile): VlmportError {
+export function undecoded({ format }: ImageFile): VlmportError {
   if (format !== 'HEIC') return damaged();
   const message = "a HEIC (HEIF) picture, which this browser can't read";
   return new VlmportError('ImageError', 'image.unsupported-format', message, SAVE);

@@ -5,7 +5,7 @@
 
 import { VlmportError } from '../../errors.js';
 import type { Bytes } from './bytes.js';
-import { type PictureFile, inflate } from './files.js';
+import { type ImageFile, inflate } from './files.js';
 
 const CHANNELS: Readonly<Record<number, number>> = { 0: 1, 2: 3, 4: 2, 6: 4 };
 // Adam7: the first column and row of each pass, and the steps between.
@@ -20,7 +20,7 @@ const PASSES = [
 ] as const;
 
 /** RGBA of 8 bits, not turned. Throws ImageError where the data is not as its header says. */
-export async function decodePng16({ parts, width, height }: PictureFile): Promise<Bytes> {
+export async function decodePng16({ parts, width, height }: ImageFile): Promise<Bytes> {
   const [, header, ...chunks] = parts;
   const [color, , , interlaced] = header!.subarray(17, 21);
   const channels = CHANNELS[color!];

@@ -1,23 +1,22 @@
 /**
- * Any picture as RGB pixels, read as Python does (the twin of
- * vlmport/runtime/images/reading.py): upright, transparency over
- * white, colour profiles ignored, never scaled.
+ * Read any image as RGB pixels, as Python does (the twin of vlmport/runtime/images/reading.py): upright,
+ * with transparency on white, colour profiles ignored, never scaled.
  */
 
 import { isWebPage } from '../../bundle/download.js';
 import type { ErrorCode } from '../../error-codes.js';
 import { VlmportError, firstLine, quoted } from '../../errors.js';
-import type { Picture as AnyPicture } from '../../protocol.js';
+import type { SentImage } from '../../protocol.js';
 import { AS_STORED, type Rgba, readBitmap } from './canvas.js';
-import { type Frame, type PictureFile, readFile, undecoded } from './files.js';
+import { type Frame, type ImageFile, readFile, undecoded } from './files.js';
 import { decodePng16 } from './png16.js';
 
-/** A picture whose pixels are to be read. */
-export type Picture = Exclude<AnyPicture, { kind: 'values' }>;
+/** An image whose pixels are read here. */
+export type PixelSource = Exclude<SentImage, { kind: 'values' }>;
 
 const MAX_PIXELS = 100_000_000;
-const MAX_SIDE = 65_536; // up to here the image processor's integers hold
-const BY_THE_BROWSER = ['AVIF', 'HEIC']; // it turns these itself
+const MAX_SIDE = 65_536; // larger sides overflow the image processor's integers
+const BY_THE_BROWSER = ['AVIF', 'HEIC']; // the browser turns these itself
 
 export interface Rgb {
   readonly width: number;
@@ -25,30 +24,31 @@ export interface Rgb {
   readonly data: Uint8Array<ArrayBuffer>; // [height, width, 3]
 }
 
-/** What helps where an address of this scheme can't be fetched. */
+/** Hints for addresses that can't be fetched, by scheme. */
 const HINTS: Readonly<Record<string, string>> = {
   'data:': 'does the policy (CSP) of this page allow data: addresses?',
-  'blob:': 'was it revoked, or made by another page?',
-  'file:': 'pages read no files by their address: give a File',
+  'blob:': 'was it revoked, or created by another page?',
+  'file:': "a page can't read files by address: give a File",
 };
 
-/** Throws ImageError for whatever is no whole picture, for more than MAX_PIXELS pixels and a longer side than MAX_SIDE. */
-export async function openImage(picture: Picture, signal: AbortSignal): Promise<Rgb> {
+/** Read an image. Throws ImageError for one that is not complete, or larger than MAX_PIXELS pixels or
+ * MAX_SIDE a side. */
+export async function openImage(source: PixelSource, signal: AbortSignal): Promise<Rgb> {
   try {
-    switch (picture.kind) {
+    switch (source.kind) {
       case 'pixels':
-        checkSize(picture.width, picture.height);
-        return fromPixels(picture);
+        checkSize(source.width, source.height);
+        return fromPixels(source);
       case 'bitmap':
-        return await fromBitmap(picture.bitmap);
+        return await fromBitmap(source.bitmap);
       case 'blob':
-        return await fromFile(picture.blob);
+        return await fromFile(source.blob);
       case 'url':
-        return await fromFile(await fetchBlob(picture.url, signal));
+        return await fromFile(await fetchBlob(source.url, signal));
     }
   } catch (error) {
-    if (!(error instanceof RangeError)) throw error; // an array that there is no memory for
-    const message = `not enough memory for this picture (${firstLine(error)})`;
+    if (!(error instanceof RangeError)) throw error; // JavaScript throws it where there is no memory for an array
+    const message = `not enough memory for this image (${firstLine(error)})`;
     const hint = 'scale it down first';
     throw new VlmportError('ImageError', 'image.out-of-memory', message, hint);
   }
@@ -57,9 +57,9 @@ export async function openImage(picture: Picture, signal: AbortSignal): Promise<
 async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
   try {
     const response = await fetch(url, { signal });
-    if (response.ok) return await pictureOf(response, url);
-    const message = `${url}: the server says ${response.status}`;
-    throw new VlmportError('ImageError', 'image.not-fetched', message, 'is it there?');
+    if (response.ok) return await imageOf(response, url);
+    const message = `${url}: the server answered with status ${response.status}`;
+    throw new VlmportError('ImageError', 'image.not-fetched', message, 'check the address');
   } catch (error) {
     signal.throwIfAborted();
     if (error instanceof VlmportError) throw error;
@@ -72,11 +72,12 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
   }
 }
 
-/** What is wrong with a data: address, if anything is (the twin of vlmport/runtime/images/uris.py). */
+/** Return the error of a malformed data: address, or null (the twin of
+ * vlmport/runtime/images/uris.py). */
 function badData(url: string): VlmportError | null {
   const [, head = '', body] = /^data:([^,]*)(?:,(.*))?$/s.exec(url) ?? [];
   if (body === undefined) {
-    const message = `${quoted(url, 40)}: a data: address without a comma, after which its data begin`;
+    const message = `${quoted(url, 40)}: a data: address without the comma before its data`;
     const hint = 'for example data:image/png;base64,iVBORw0…';
     return new VlmportError('ImageError', 'image.bad-data-address', message, hint);
   }
@@ -85,30 +86,26 @@ function badData(url: string): VlmportError | null {
     atob(decodeURIComponent(body));
     return null;
   } catch {
-    const hint = 'is it whole? toBase64() of a Uint8Array writes it';
-    return new VlmportError(
-      'ImageError',
-      'image.bad-base64',
-      `not base64: ${quoted(url, 40)}`,
-      hint,
-    );
+    const message = `not base64: ${quoted(url, 40)}`;
+    const hint = 'check that it is complete; toBase64() of a Uint8Array writes base64';
+    return new VlmportError('ImageError', 'image.bad-base64', message, hint);
   }
 }
 
-/** The body of a response. A server may answer with a web page, with status 200, for no file. */
-async function pictureOf(response: Response, url: string): Promise<Blob> {
+/** Read the body of a response. Some servers send a web page with status 200 for a missing file. */
+async function imageOf(response: Response, url: string): Promise<Blob> {
   const blob = await response.blob();
   if (!isWebPage(await blob.slice(0, 1024).text())) return blob;
-  const message = `${url}: a web page, not a picture`;
-  const hint = 'is the picture at this address? Its server may send a page, or a login, instead';
+  const message = `${url} is a web page, not an image`;
+  const hint = 'check the address: the server may send a page or a login instead of the image';
   throw new VlmportError('ImageError', 'source.web-page', message, hint);
 }
 
-/** Sizes are checked before anything is decoded. */
+/** Read a file. Its size is checked before anything is decoded. */
 async function fromFile(blob: Blob): Promise<Rgb> {
   if (blob.size === 0) {
-    const message = 'the picture is empty (0 bytes)';
-    throw new VlmportError('ImageError', 'image.empty', message, 'choose it again');
+    const message = 'the image file is empty (0 bytes)';
+    throw new VlmportError('ImageError', 'image.empty', message, 'download or copy it again');
   }
   const file = await readFile(new Uint8Array(await blob.arrayBuffer()));
   const { width, height, format, orientation } = file;
@@ -120,7 +117,7 @@ async function fromFile(blob: Blob): Promise<Rgb> {
   if (!BY_THE_BROWSER.includes(format) && (bitmap.width !== width || bitmap.height !== height)) {
     const found = `${bitmap.width}x${bitmap.height}`;
     bitmap.close();
-    const message = `the browser makes ${found} of a picture of ${width}x${height} pixels`;
+    const message = `the browser decodes an image of ${width}x${height} pixels to ${found}`;
     const hint = 'save it as PNG';
     throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
@@ -129,7 +126,7 @@ async function fromFile(blob: Blob): Promise<Rgb> {
   return turned(rgb, orientation);
 }
 
-/** Give what a frame leaves free the colour that Pillow gives it. */
+/** Fill the pixels that a frame does not cover with the colour that Pillow uses. */
 function paintOutside({ width, height, data }: Rgb, frame: Frame): void {
   if (frame.width >= width && frame.height >= height) return;
   for (let y = 0, at = 0; y < height; y++) {
@@ -141,7 +138,7 @@ function paintOutside({ width, height, data }: Rgb, frame: Frame): void {
   }
 }
 
-async function decode(file: PictureFile, type: string): Promise<ImageBitmap> {
+async function decode(file: ImageFile, type: string): Promise<ImageBitmap> {
   try {
     return await createImageBitmap(new Blob([...file.parts], { type }), AS_STORED);
   } catch {
@@ -149,7 +146,7 @@ async function decode(file: PictureFile, type: string): Promise<ImageBitmap> {
   }
 }
 
-/** Reads a bitmap and closes it. */
+/** Read a bitmap and close it. */
 async function fromBitmap(bitmap: ImageBitmap): Promise<Rgb> {
   const { width, height } = bitmap;
   try {
@@ -168,7 +165,7 @@ async function fromBitmap(bitmap: ImageBitmap): Promise<Rgb> {
   }
 }
 
-/** Turned as EXIF's orientation says. */
+/** Turn pixels as an EXIF orientation says. */
 export function turned(rgb: Rgb, orientation: number): Rgb {
   if (orientation === 1) return rgb;
   const { width, height, data } = rgb;
@@ -191,10 +188,10 @@ export function turned(rgb: Rgb, orientation: number): Rgb {
   return { width: columns, height: rows, data: result };
 }
 
-function fromPixels({ width, height, channels, data }: Picture & { kind: 'pixels' }): Rgb {
+function fromPixels({ width, height, channels, data }: PixelSource & { kind: 'pixels' }): Rgb {
   if (data.length !== width * height * channels) {
     const message = `${data.length} bytes for ${width}x${height} pixels of ${channels} channels`;
-    const hint = 'channels come last; one picture at a time';
+    const hint = 'the shape is [height, width, channels]; give one image at a time';
     throw new VlmportError('ImageError', 'image.wrong-array', message, hint);
   }
   if (channels === 4) return { width, height, data: onWhite(data) };
@@ -211,7 +208,7 @@ function checkSize(width: number, height: number): void {
     throw new VlmportError('ImageError', code, message, hint);
   };
   if (!(width >= 1 && height >= 1)) {
-    refuse(`${size} pixels`, 'a picture needs pixels', 'image.empty');
+    refuse(`${size} pixels`, 'give an image with at least one pixel', 'image.empty');
   }
   if (width * height > MAX_PIXELS) {
     const message = `${size} is ${number(width * height)} pixels, the limit is ${number(MAX_PIXELS)}`;
@@ -224,9 +221,9 @@ function checkSize(width: number, height: number): void {
 }
 
 /**
- * Lay RGBA on white.
+ * Blend RGBA with white.
  *
- * Source: Pillow 13, AlphaComposite.c, with an opaque white below.
+ * Source: Pillow 13, AlphaComposite.c, with an opaque white background.
  */
 export function onWhite(rgba: Rgba): Uint8Array<ArrayBuffer> {
   const rgb = new Uint8Array((rgba.length / 4) * 3);

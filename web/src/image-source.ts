@@ -1,8 +1,8 @@
-/** Whatever a page has of a picture, made ready for the worker. */
+/** The images that a page can give, and how each is sent to the worker. */
 
 import { wholeAddress } from './address.js';
 import { VlmportError, cut, firstLine } from './errors.js';
-import type { Picture } from './protocol.js';
+import type { NumberedImage, SentImage } from './protocol.js';
 
 /** The image class of transformers.js: channels come last. */
 export interface RawImage {
@@ -12,13 +12,13 @@ export interface RawImage {
   readonly channels: number;
 }
 
-/** What a processor of transformers.js makes of a picture, float32 [1, 3, height, width]. */
+/** The output of a processor of transformers.js for one image: float32 [1, 3, height, width]. */
 export interface PixelValues {
   readonly dims: readonly number[];
   readonly data: Float32Array;
 }
 
-export type PictureSource =
+export type ImageSource =
   | Blob // a File is one
   | string
   | URL
@@ -30,8 +30,8 @@ export type PictureSource =
   | RawImage
   | PixelValues;
 
-/** Throws ImageError for what is no picture. The source itself is left as it is. */
-export async function toPicture(source: PictureSource): Promise<Picture> {
+/** Convert an image for the worker; the source is not changed. Throws ImageError for other types. */
+export async function toSentImage(source: ImageSource): Promise<SentImage> {
   if (source instanceof Blob) return { kind: 'blob', blob: source };
   if (typeof source === 'string' || source instanceof URL) return fromUrl(source);
   if (isA('HTMLImageElement', source)) return fromElement(source as HTMLImageElement);
@@ -50,18 +50,18 @@ export async function toPicture(source: PictureSource): Promise<Picture> {
   if (isPixelValues(source)) {
     return { kind: 'values', dims: [...source.dims], data: Float32Array.from(source.data) };
   }
-  const message = `a picture can't be ${describe(source)}`;
-  const hint = 'a File, Blob, URL, <img>, canvas, ImageData, ImageBitmap or RawImage';
+  const message = `unsupported image type: ${describe(source)}`;
+  const hint = 'use a File, Blob, URL, <img>, canvas, ImageData, ImageBitmap or RawImage';
   throw new VlmportError('ImageError', 'image.wrong-type', message, hint);
 }
 
-/** What of a picture moves to the worker instead of being copied. */
-export function transferOf(picture: Picture): Transferable[] {
-  if (picture.kind === 'bitmap') return [picture.bitmap];
-  return picture.kind === 'pixels' || picture.kind === 'values' ? [picture.data.buffer] : [];
+/** List the parts of an image that are moved to the worker, not copied. */
+export function transferOf({ image }: NumberedImage): Transferable[] {
+  if (image?.kind === 'bitmap') return [image.bitmap];
+  return image?.kind === 'pixels' || image?.kind === 'values' ? [image.data.buffer] : [];
 }
 
-function fromUrl(source: string | URL): Picture {
+function fromUrl(source: string | URL): SentImage {
   try {
     return { kind: 'url', url: wholeAddress(source).href };
   } catch {
@@ -71,27 +71,27 @@ function fromUrl(source: string | URL): Picture {
   }
 }
 
-/** From its address where that can be read, for the pixels of the file itself. */
-async function fromElement(image: HTMLImageElement): Promise<Picture> {
+/** Fetch the file of an <img> where that is allowed, for its own pixels; else read the element. */
+async function fromElement(image: HTMLImageElement): Promise<SentImage> {
   try {
     await image.decode();
   } catch (error) {
-    const message = `the <img> shows no picture (${firstLine(error)})`;
-    const hint = `is ${image.currentSrc || 'its src'} a picture?`;
+    const message = `the <img> has no readable image (${firstLine(error)})`;
+    const hint = `is ${image.currentSrc || 'its src'} an image?`;
     throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
   try {
     const response = await fetch(image.currentSrc);
     if (response.ok) return { kind: 'blob', blob: await response.blob() };
   } catch {
-    // Its pixels may be readable all the same.
+    // The pixels of the element may still be readable.
   }
   return fromBitmap(image);
 }
 
 async function fromBitmap(
   source: HTMLImageElement | HTMLCanvasElement | OffscreenCanvas | ImageBitmap,
-): Promise<Picture> {
+): Promise<SentImage> {
   try {
     const bitmap = await createImageBitmap(source, {
       colorSpaceConversion: 'none',
@@ -99,16 +99,16 @@ async function fromBitmap(
     });
     return { kind: 'bitmap', bitmap };
   } catch (error) {
-    const message = `the picture can't be read (${firstLine(error)})`;
+    const message = `the image can't be read (${firstLine(error)})`;
     const hint = 'is it empty, or from another origin?';
     throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
 }
 
-function fromRawImage({ width, height, channels, data }: RawImage): Picture {
+function fromRawImage({ width, height, channels, data }: RawImage): SentImage {
   if (channels !== 1 && channels !== 3 && channels !== 4) {
-    const message = `a RawImage of ${channels} channels`;
-    const hint = 'RawImage.rgb() makes it 3';
+    const message = `a RawImage has ${channels} channels, expected 1, 3 or 4`;
+    const hint = 'RawImage.rgb() converts it to 3';
     throw new VlmportError('ImageError', 'image.wrong-array', message, hint);
   }
   return { kind: 'pixels', width, height, channels, data: Uint8Array.from(data) };
