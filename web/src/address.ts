@@ -1,6 +1,9 @@
-/** Addresses that people write, made whole. */
+/** Complete addresses. */
 
-/** A relative address starts at the page, or in a worker at its script. Throws where it is none. */
+/**
+ * Resolve a relative address against the page, or in a worker against its script. Throws where it
+ * is not an address.
+ */
 export function wholeAddress(address: string | URL): URL {
   // TypeScript believes that every script has a document.
   const page = globalThis.document as Document | undefined;

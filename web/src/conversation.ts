@@ -2,8 +2,9 @@
  * A conversation whose turns build on each other, with a cache that is kept from turn to turn (the
  * page's part; the worker's part is runtime/conversation-caches.ts).
  *
- * The conversation so far is one `History`, replaced in one assignment when an answer is complete: an
- * abort or an error leaves the old one. The worker has only the images, by number, and the cache.
+ * The conversation so far is one `History`, replaced in one assignment when an answer is complete:
+ * an abort or an error leaves the old one. The worker has only the images, by number, and the
+ * cache.
  */
 
 import { type Caption, whole } from './caption.js';
@@ -26,8 +27,10 @@ export interface ConversationOptions {
   /** Options of the image processor, such as `{ do_image_splitting: false }`; they override the
    * bundle's. */
   imageOptions?: ImageOptions;
-  /** Drop the oldest questions and answers, with their images, when a question does not fit into the
-   * context. Without it, that is an error. */
+  /**
+   * Drop the oldest questions and answers, with their images, when a question does not fit into the
+   * context. Without it, that is an error.
+   */
   dropOldest?: boolean;
 }
 
@@ -59,8 +62,8 @@ interface History {
  *     for await (const piece of chat.stream('And what is left of it?')) text.append(piece);
  *
  * A question belongs to the conversation once its answer is complete. If it fails or is aborted, or
- * its stream is left early, the conversation stays as it was. The work that was done for it is kept,
- * and used when the question is asked again.
+ * its stream is left early, the conversation stays as it was. The work that was done for it is
+ * kept, and used when the question is asked again.
  */
 export class Conversation {
   private readonly number: number;
@@ -127,8 +130,8 @@ export class Conversation {
    * Ask about these images and everything before. Without a question the model is asked for a
    * caption, as by `vlm.caption`.
    *
-   * Throws VlmportError (for a conversation longer than the context, for example: before anything is
-   * encoded), or the signal's reason.
+   * Throws VlmportError (for a conversation longer than the context, for example: before anything
+   * is encoded), or the signal's reason.
    */
   async ask(question?: string, options: QuestionOptions = {}): Promise<Caption> {
     return whole(this.stream(question, options));
@@ -137,7 +140,8 @@ export class Conversation {
   /**
    * Stream the answer of `ask` piece by piece; the generator returns the whole answer.
    *
-   * The answer belongs to the conversation when its last piece is given. Ask one question at a time.
+   * The answer belongs to the conversation when its last piece is given. Ask one question at a
+   * time.
    */
   stream(question?: string, options: QuestionOptions = {}): AsyncGenerator<string, Caption> {
     checkAnswerOptions(options, ['images']);

@@ -1,4 +1,4 @@
-/** The codes of all errors here: docs/errors.md says what each means. */
+/** The codes of all errors of this package; docs/errors.md explains each. */
 export type ErrorCode =
   | 'bundle.malformed'
   | 'bundle.missing-file'

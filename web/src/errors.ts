@@ -1,23 +1,23 @@
 /**
- * Every error that a user can cause, with a kind, a hint that says what to do next, and a code.
+ * The error of this package: a kind, a code, a message, and a hint that says what to do next.
  *
- * The kinds are the names of the Python package's error classes, and a few of the web's own. A code
- * is a stable name of one problem, the same as in Python.
+ * The kinds are the names of the Python package's error classes, and a few that only the web has. A
+ * code is a stable name of one problem, the same as in Python.
  */
 
 import type { ErrorCode } from './error-codes.js';
 
 export type ErrorKind =
   | 'BundleError' // a bundle that is missing, incomplete, corrupt or of a newer version
-  | 'DownloadError' // the network or the server failed, and trying again did not help
-  | 'ImageError' // a picture that can't be read
-  | 'PromptError' // messages, template and pictures that don't fit together
+  | 'DownloadError' // the network or the server failed, also when asked again
+  | 'ImageError' // an image that can't be read
+  | 'PromptError' // messages, template and images that don't fit together
   | 'TokenizerError' // tokenizer files missing or unreadable
-  | 'DeviceError' // a device that is not there, or that gives wrong numbers
-  | 'OptionError' // an option that is unknown or out of its range
+  | 'DeviceError' // a device that is missing, or gives wrong numbers
+  | 'OptionError' // an unknown option, or a wrong value
   | 'WorkerError'; // the worker could not start, or has ended
 
-/** An error as plain data, as it crosses the border of a worker. */
+/** An error as plain data, as it is sent from the worker to the page. */
 export interface PlainError {
   readonly kind: ErrorKind;
   readonly message: string;
@@ -25,8 +25,8 @@ export interface PlainError {
   readonly code: ErrorCode;
 }
 
-const LONGEST = 200; // characters of any one value in a message
-const MESSAGE = 2000; // characters of a whole message: lists of names are the longest
+const LONGEST = 200; // characters of one value in a message
+const MESSAGE = 2000; // characters of a message; lists of names are the longest
 const RUN = /\S{201,}/g;
 
 export class VlmportError extends Error {
@@ -56,7 +56,7 @@ export class VlmportError extends Error {
   }
 }
 
-/** A value as it is written, cut where it is long: for a message that repeats it. */
+/** Write a value for a message; a long one is cut. */
 export function quoted(value: unknown, width = LONGEST): string {
   let text: string;
   try {
@@ -67,26 +67,30 @@ export function quoted(value: unknown, width = LONGEST): string {
   return cut(text, width);
 }
 
-/** A text, cut where it is long. */
+/** Cut a long text. */
 export function cut(text: string, width = LONGEST): string {
   return text.length > width ? `${text.slice(0, width - 1)}…` : text;
 }
 
-/** A message that repeats no value of any length: what has no space is cut, and so is a message
- * that is longer than any of ours. */
+/**
+ * Bound a message that repeats a value: a long run without a space is cut, and so is a message that
+ * is longer than all of ours.
+ */
 function bounded(text: string): string {
   const shorter = text.replace(RUN, run => cut(run));
   return shorter.length > MESSAGE ? `${shorter.slice(0, 139)} … ${shorter.slice(-58)}` : shorter;
 }
 
-/** Any thrown value as an error of ours; what nobody foresaw gets `kind` and asks for a report. */
+/**
+ * Convert a thrown value to a VlmportError. An unexpected one gets `kind`, and asks for a report.
+ */
 export function asVlmportError(error: unknown, kind: ErrorKind): VlmportError {
   if (error instanceof VlmportError) return error;
   const [message, hint] = [firstLine(error), 'please report this'];
   return new VlmportError(kind, 'program.defect', message, hint, { cause: error });
 }
 
-/** What a thrown value says, without its later lines. */
+/** Return the first line of an error's message. */
 export function firstLine(error: unknown): string {
   const text = error instanceof Error ? error.message || error.name : String(error);
   return cut(text.trim().split('\n')[0] ?? '');
@@ -96,11 +100,11 @@ export function isAbort(error: unknown): boolean {
   return error instanceof DOMException && error.name === 'AbortError';
 }
 
-const LONGEST_NAME = 100;
+const LONGEST_NAME = 100; // the time grows with the product of both lengths
 
-/** " (did you mean 'x'?)" for the nearest known name, else an empty string. */
+/** Return " (did you mean 'x'?)" for the nearest known name, else an empty string. */
 export function didYouMean(name: string, known: Iterable<string>): string {
-  if (name.length > LONGEST_NAME) return ''; // every comparison takes its length once more
+  if (name.length > LONGEST_NAME) return '';
   let best = '';
   let least = Math.floor(name.length * 0.4) + 1;
   for (const candidate of known) {

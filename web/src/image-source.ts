@@ -30,7 +30,9 @@ export type ImageSource =
   | RawImage
   | PixelValues;
 
-/** Convert an image for the worker; the source is not changed. Throws ImageError for other types. */
+/**
+ * Convert an image for the worker; the source is not changed. Throws ImageError for other types.
+ */
 export async function toSentImage(source: ImageSource): Promise<SentImage> {
   if (source instanceof Blob) return { kind: 'blob', blob: source };
   if (typeof source === 'string' || source instanceof URL) return fromUrl(source);

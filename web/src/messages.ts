@@ -14,8 +14,8 @@ export interface TextPart {
 }
 
 /**
- * An image: the part's own, or without one the next of `images`. Other keys are options of the image
- * processor for this image alone: `{ type: 'image', url: 'a.png', max_pixels: 50000 }`.
+ * An image: the part's own, or without one the next of `images`. Other keys are options of the
+ * image processor for this image alone: `{ type: 'image', url: 'a.png', max_pixels: 50000 }`.
  */
 export interface ImagePart {
   type: 'image';
@@ -75,8 +75,8 @@ export const stripped = (text: string) => text.replace(ENDS, '');
  *
  * `options` are the names of the image processor's options, which an image part may contain.
  *
- * Throws PromptError for a wrong role, part or key, and where the number of images is not that of the
- * image parts without one; ImageError for base64 that can't be read.
+ * Throws PromptError for a wrong role, part or key, and where the number of images is not that of
+ * the image parts without one; ImageError for base64 that can't be read.
  */
 export function checkMessages(
   messages: readonly Message[],

@@ -10,8 +10,8 @@ export interface AnswerOptions {
   /** Maximum number of new tokens (default: the bundle's). */
   maxNewTokens?: number;
   /**
-   * Leave special tokens out of the text (default true). With false the text is that of transformers'
-   * `decode(ids, skip_special_tokens=False)`, the stop token included.
+   * Leave special tokens out of the text (default true). With false the text is that of
+   * transformers' `decode(ids, skip_special_tokens=False)`, the stop token included.
    */
   skipSpecialTokens?: boolean;
   signal?: AbortSignal;

@@ -26,7 +26,7 @@ export class PrefixConditioningVLM {
   private vlm: VLM | null = null;
   private loading = new AbortController();
 
-  /** Load by Hub id ('owner/name'), or by the address of a bundle ('./models/x/', 'https://…'). */
+  /** Load a model by its Hub id ('owner/name'), or by a bundle's address ('./models/x/'). */
   async loadModel(modelId: string, options: LoadModelOptions = {}): Promise<void> {
     checkNames(options, ['onProgress']);
     const { onProgress } = options;

@@ -59,8 +59,8 @@ export class VLM {
     const checked = checkLoadOptions(url, options);
     const link = new Link();
     let info: ModelInfo | null = null;
-    // An abort ends the worker: it receives no message while ONNX Runtime waits for a file or opens a
-    // graph.
+    // An abort ends the worker: it receives no message while ONNX Runtime waits for a file or opens
+    // a graph.
     const abort = () => link.close();
     options.signal?.addEventListener('abort', abort);
     try {
@@ -126,13 +126,14 @@ export class VLM {
    * Throws VlmportError, or the signal's reason.
    */
   async generate(messages: readonly Message[], options: GenerateOptions = {}): Promise<Caption> {
-    checkMessages(messages, options.images, this.model.info.imageOptions); // no image, unlike stream
+    // An image is refused here, though `stream` takes one.
+    checkMessages(messages, options.images, this.model.info.imageOptions);
     return whole(this.stream(messages, options));
   }
 
   /**
-   * Stream the caption of an image, or the answer to messages, piece by piece; the generator returns
-   * the whole response.
+   * Stream the caption of an image, or the answer to messages, piece by piece; the generator
+   * returns the whole response.
    *
    * All pieces together are the text that `caption` or `generate` gives. Leaving the loop ends the
    * generation. Wrong arguments throw here, not at the first piece.

@@ -1,4 +1,4 @@
-/** A worker for tests: it records what it is sent, and says what a test makes it say. */
+/** A worker for tests, which records its messages and sends those of the test. */
 
 import type { WorkerReply } from '../src/protocol.js';
 

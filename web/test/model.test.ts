@@ -57,7 +57,7 @@ test('pieces come as they are made, then the whole', async () => {
   expect(told).toEqual(['text']);
 });
 
-test('what came while nobody read is given in order, and the end is told before the last', async () => {
+test('pieces wait in order, and the end is told before the last is read', async () => {
   const { stream, told } = open();
   const first = stream.next();
   for (const text of ['a', ' red', ' square']) piece(text);

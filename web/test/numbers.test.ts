@@ -30,8 +30,18 @@ test('features are written over the image tokens, in order', () => {
   expect([...merged]).toEqual([7, 8, 2, 2, 7, 8, 4, 4]);
   expect(embeds.data[0]).toBe(1);
   const wide = { count: 1, width: 1, data: Float32Array.of(7) };
-  expect(() => mergeImageFeatures(embeds, [9, 5, 9, 6], [one], 9)).toThrow(/2 image tokens .* 1 f/);
-  expect(() => mergeImageFeatures(embeds, [9, 5, 5, 6], [wide], 9)).toThrow(/1 wide, embeddings 2/);
+  expect(() => mergeImageFeatures(embeds, [9, 5, 9, 6], [one], 9)).toThrow(
+    expect.objectContaining({
+      code: 'prompt.wrong-features',
+      message: expect.stringMatching(/^2 .* 1 /),
+    }),
+  );
+  expect(() => mergeImageFeatures(embeds, [9, 5, 5, 6], [wide], 9)).toThrow(
+    expect.objectContaining({
+      code: 'prompt.wrong-features',
+      message: expect.stringMatching(/ 1, .* 2$/),
+    }),
+  );
 });
 
 test('16-bit floats', () => {

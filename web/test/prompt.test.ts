@@ -70,13 +70,15 @@ test('a template sees what Python shows it', async () => {
 
 test('a template that refuses says what it says', async () => {
   const prompter = await open("{{ raise_exception('no user here') }}");
-  expect(() => prompter.render(hello)).toThrow(/refuses these messages: no user here/);
+  expect(() => prompter.render(hello)).toThrow(/no user here/);
 });
 
-test('pictures take the places of the placeholders, as many as there are', async () => {
+test('images replace the placeholders, and their numbers have to match', async () => {
   const prompter = await open('');
   expect(prompter.splice([1, 5, 2, 5], [[8, 8], [9]])).toEqual([1, 8, 8, 2, 9]);
-  expect(() => prompter.splice([1, 5], [])).toThrow(/0 pictures for 1 placeholders/);
+  expect(() => prompter.splice([1, 5], [])).toThrow(
+    expect.objectContaining({ code: 'prompt.placeholder-count' }),
+  );
 });
 
 test('text is decoded by tokenizer.json alone, whatever tokenizer_config.json adds', async () => {

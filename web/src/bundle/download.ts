@@ -1,8 +1,9 @@
 /**
- * The files of a bundle at an address: checked chunk by chunk, kept, and resumed where they broke.
+ * Download the files of a bundle: check them chunk by chunk, keep them, and resume after an
+ * interruption.
  *
- * A file is asked for from the first byte that is missing. Whatever breaks off is asked for again
- * from there, by byte range; a chunk whose hash is wrong is fetched once more, past all caches.
+ * A file is requested from the first missing byte on. After an interruption it is requested again
+ * from there, by byte range. A chunk whose hash is wrong is fetched once more, without any cache.
  */
 
 import { VlmportError, firstLine } from '../errors.js';
@@ -17,16 +18,16 @@ import {
 import { sha256 } from './sha256.js';
 import type { Store } from './store.js';
 
-const ATTEMPTS = 5; // without a single new byte
+const ATTEMPTS = 5; // in a row without a new byte
 const FIRST_PAUSE_MS = 300;
-const PART_BYTES = 256 * 1024; // what is asked for of a body at once
-const WHOLE = 'upload the bundle again, all files together';
-const HEAD_BYTES = 1024; // of a body, by which a web page is known
-const STALL_MS = 30_000; // no byte for so long counts as broken
+const PART_BYTES = 256 * 1024; // of a body, read at a time
+const UPLOAD = 'upload all files of the bundle again';
+const HEAD_BYTES = 1024; // of a body, by which a web page is recognized
+const STALL_MS = 30_000; // without a byte: the connection counts as broken
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
-/** Fetch and validate the manifest; the one that was kept where there is no network. */
+/** Fetch and validate the manifest. Without a network, the kept one is used. */
 export async function openBundle(
   base: URL,
   store: Store,
@@ -52,14 +53,14 @@ export async function openBundle(
 }
 
 export class BundleFiles {
-  /** Called with the number of bytes that have come; below 0 where some have to come again. */
+  /** Called with the number of bytes that have arrived; negative where some are fetched again. */
   onBytes: (bytes: number) => void = () => {};
 
   constructor(
     readonly base: URL,
     readonly manifest: Manifest,
     readonly store: Store,
-    public signal: AbortSignal, // of whoever waits for the files now
+    public signal: AbortSignal, // of the caller that waits for the files now
   ) {}
 
   size(path: string): number {
@@ -70,7 +71,7 @@ export class BundleFiles {
     return new TextDecoder().decode(await this.read(path));
   }
 
-  /** A file's bytes, each chunk checked. Throws BundleError or DownloadError, or the abort. */
+  /** Read a file, and check each chunk. Throws BundleError or DownloadError, or the abort. */
   async read(path: string): Promise<Bytes> {
     const entry = entryOf(this.manifest, path);
     const bytes = new Uint8Array(entry.size);
@@ -82,7 +83,7 @@ export class BundleFiles {
       else {
         bytes.set(kept, index * CHUNK_BYTES);
         this.onBytes(kept.length);
-        letGo(kept.buffer);
+        freeNow(kept.buffer);
       }
     }
     for (const [start, end] of runsOf(missing)) {
@@ -91,7 +92,7 @@ export class BundleFiles {
     return bytes;
   }
 
-  /** A chunk from the last visit, if it is still what it was. */
+  /** Return a chunk from an earlier visit, if its hash is right. */
   private async kept(hash: string, size: number): Promise<Bytes | null> {
     const chunk = await this.store.getChunk(hash);
     if (chunk === null) return null;
@@ -101,12 +102,12 @@ export class BundleFiles {
   }
 }
 
-/** One run of missing chunks of a file on its way. */
+/** The transfer of consecutive missing chunks of a file. */
 class Transfer {
   private position = 0;
   private failures = 0; // since the last byte
-  private readonly spoiled = new Set<number>(); // chunks that came wrong once
-  private readonly chunk: Bytes; // the one that is coming; `bytes` itself never leaves JavaScript
+  private readonly wrong = new Set<number>(); // chunks whose hash was wrong once
+  private readonly chunk: Bytes; // the current one; `bytes` itself is never given to the browser
   private readonly url: URL;
 
   constructor(
@@ -127,28 +128,29 @@ class Transfer {
       const before = this.position;
       try {
         await this.request(end);
-        if (this.position < end && this.position === before) throw new TypeError('no bytes came');
+        if (this.position < end && this.position === before)
+          throw new TypeError('no bytes arrived');
       } catch (error) {
         this.signal.throwIfAborted();
         if (error instanceof VlmportError && error.kind !== 'DownloadError') throw error;
         this.failures = this.position > before ? 1 : this.failures + 1;
-        if (this.failures >= ATTEMPTS) throw this.brokenOff(error);
+        if (this.failures >= ATTEMPTS) throw this.interrupted(error);
         await pause(FIRST_PAUSE_MS * 2 ** (this.failures - 1), this.signal);
       }
     }
   }
 
-  /** One request, from the first missing byte on. */
+  /** Send one request, from the first missing byte on. */
   private async request(end: number): Promise<void> {
     const stall = new AbortController();
     const signal = AbortSignal.any([this.signal, stall.signal]);
     const partial = this.position > 0 || end < this.entry.size;
     const headers = partial ? { range: `bytes=${this.position}-${end - 1}` } : undefined;
-    const cache = this.spoiled.size ? 'reload' : 'default';
+    const cache = this.wrong.size ? 'reload' : 'default';
     let timer = setTimeout(() => stall.abort(), STALL_MS);
     try {
       const response = await fetch(this.url, { signal, cache, ...(headers && { headers }) });
-      let skip = this.leadingBytes(response); // bytes of the body that we have already
+      let skip = this.leadingBytes(response); // bytes of the body that are here already
       let start = response.status === 200 || this.position === 0;
       for await (const part of partsOf(response)) {
         clearTimeout(timer);
@@ -162,33 +164,29 @@ class Transfer {
       }
     } finally {
       clearTimeout(timer);
-      stall.abort(); // ends a body that is longer than it should be
+      stall.abort(); // ends a body that is too long
     }
   }
 
-  /** How many bytes of the body come before the first that is missing. */
+  /** Return the number of bytes of the body before the first missing one. */
   private leadingBytes(response: Response): number {
-    if (response.status === 200) return this.position; // a server without byte ranges
+    if (response.status === 200) return this.position; // the server has no byte ranges
     if (response.status !== 206) throw badStatus(this.url, response.status);
     const range = response.headers.get('content-range');
     const [, start, total] = /^bytes (\d+)-\d+(?:\/(\d+))?/.exec(range ?? '') ?? [];
     if (total !== undefined && Number(total) !== this.entry.size) {
       const { headers } = response;
       if (headers.get('content-type')?.startsWith('text/html')) throw webPage(this.url);
-      const message = `${this.url}: ${total} bytes on the server, ${this.entry.size} in the manifest`;
-      throw new VlmportError('BundleError', 'bundle.other-size', message, WHOLE);
+      const message = `${this.url}: the server has ${total} bytes, the manifest says ${this.entry.size}`;
+      throw new VlmportError('BundleError', 'bundle.other-size', message, UPLOAD);
     }
     if (start === undefined || Number(start) === this.position) return 0;
-    const message = `${this.url}: asked for byte ${this.position}, got '${range}'`;
-    throw new VlmportError(
-      'DownloadError',
-      'download.failed',
-      message,
-      'does a proxy alter byte ranges?',
-    );
+    const message = `${this.url}: requested byte ${this.position}, got '${range}'`;
+    const hint = 'check whether a proxy changes byte ranges';
+    throw new VlmportError('DownloadError', 'download.failed', message, hint);
   }
 
-  /** Write bytes where they belong; each chunk is checked and kept as soon as it is whole. */
+  /** Write bytes to their place; each chunk is checked and kept as soon as it is complete. */
   private async take(part: Uint8Array): Promise<void> {
     let rest = part;
     while (rest.length) {
@@ -214,25 +212,26 @@ class Transfer {
     }
     this.position = index * CHUNK_BYTES;
     this.files.onBytes(-chunk.length);
-    const message = `${this.path}: chunk ${index + 1} of ${this.entry.chunks.length} is not what the manifest says`;
-    if (this.spoiled.has(index)) {
-      throw new VlmportError('BundleError', 'bundle.not-as-listed', message, WHOLE);
+    const message = `${this.path}: chunk ${index + 1} of ${this.entry.chunks.length} differs from the manifest`;
+    if (this.wrong.has(index)) {
+      throw new VlmportError('BundleError', 'bundle.not-as-listed', message, UPLOAD);
     }
-    this.spoiled.add(index);
-    throw new VlmportError('DownloadError', 'download.failed', message, 'it will be fetched again');
+    this.wrong.add(index);
+    throw new VlmportError('DownloadError', 'download.failed', message, 'it is fetched again');
   }
 
-  private brokenOff(error: unknown): VlmportError {
+  private interrupted(error: unknown): VlmportError {
     if (error instanceof VlmportError) return error;
-    const message = `${this.url}: broke off at byte ${this.position} of ${this.entry.size} (${firstLine(error)})`;
-    const hint = 'check the connection and load again: it goes on where it stopped';
+    const message = `${this.url}: the download stopped at byte ${this.position} of ${this.entry.size} (${firstLine(error)})`;
+    const hint = 'check the connection and load again: the download continues from there';
     return new VlmportError('DownloadError', 'download.failed', message, hint);
   }
 }
 
 /**
- * A body, part by part. All parts lie in one buffer, each valid until the next: else hundreds of
- * megabytes of parts wait for the garbage collector while the model's memory is claimed.
+ * Read a body part by part. All parts use one buffer, so each is valid until the next: with a
+ * buffer for each, hundreds of megabytes would wait for the garbage collector while the model is
+ * loaded.
  */
 async function* partsOf({ body }: Response): AsyncGenerator<Uint8Array, void, undefined> {
   const reader = body && bufferReader(body);
@@ -249,7 +248,7 @@ async function* partsOf({ body }: Response): AsyncGenerator<Uint8Array, void, un
   }
 }
 
-/** A reader into our own buffer; null where the browser has none for downloads. */
+/** Return a reader that fills a given buffer; null where the browser has none for downloads. */
 function bufferReader(body: ReadableStream): ReadableStreamBYOBReader | null {
   try {
     return body.getReader({ mode: 'byob' });
@@ -268,12 +267,12 @@ async function* defaultParts(
 }
 
 /**
- * Free a buffer now: the garbage collector may let hundreds of megabytes wait.
+ * Free a buffer now; the garbage collector may free hundreds of megabytes too late.
  *
- * It is free only where JavaScript alone has held it; what was given to the browser (to be hashed,
- * kept, sent) is held there for longer. Browsers before 2024 leave it to the garbage collector.
+ * This works for a buffer that was only used in JavaScript. One that was given to the browser (to
+ * be hashed, kept or sent) is freed later. Browsers before 2024 leave it to the garbage collector.
  */
-export function letGo(buffer: ArrayBuffer): void {
+export function freeNow(buffer: ArrayBuffer): void {
   const { transfer } = buffer as Partial<ArrayBuffer>;
   transfer?.call(buffer, 0);
 }
@@ -282,7 +281,7 @@ function chunkOf(bytes: Bytes, index: number): Bytes {
   return bytes.subarray(index * CHUNK_BYTES, (index + 1) * CHUNK_BYTES);
 }
 
-/** Neighbouring indices as ranges [first, end). */
+/** Merge consecutive indices into ranges [first, end). */
 export function runsOf(indices: readonly number[]): [number, number][] {
   const runs: [number, number][] = [];
   for (const index of indices) {
@@ -294,51 +293,46 @@ export function runsOf(indices: readonly number[]): [number, number][] {
 }
 
 function badStatus(url: URL, status: number): VlmportError {
-  const message = `${url}: the server says ${status}`;
+  const message = `${url}: the server answered with status ${status}`;
   if (status === 404 || status === 410) {
-    return new VlmportError(
-      'BundleError',
-      'bundle.missing-file',
-      message,
-      'does the address name a vlmport bundle?',
-    );
+    const hint = 'check that this is the address of a vlmport bundle';
+    return new VlmportError('BundleError', 'bundle.missing-file', message, hint);
   }
   if (status === 416) {
-    return new VlmportError(
-      'BundleError',
-      'bundle.other-size',
-      `${url}: shorter than the manifest says`,
-      WHOLE,
-    );
+    const shorter = `${url}: shorter than the manifest says`;
+    return new VlmportError('BundleError', 'bundle.other-size', shorter, UPLOAD);
   }
   if (status === 401 || status === 403) {
-    return new VlmportError('BundleError', 'download.no-access', message, 'is the bundle public?');
+    return new VlmportError(
+      'BundleError',
+      'download.no-access',
+      message,
+      'check that the bundle is public',
+    );
   }
-  return new VlmportError(
-    'DownloadError',
-    'download.failed',
-    message,
-    'try again later: it goes on where it stopped',
-  );
+  const hint = 'try again later: the download continues from there';
+  return new VlmportError('DownloadError', 'download.failed', message, hint);
 }
 
-/** Whether a body begins as an HTML document; a bundle holds none. */
+/** Whether a body begins like an HTML document. No file of a bundle is one. */
 export function isWebPage(head: Uint8Array | string): boolean {
   const text = typeof head === 'string' ? head : new TextDecoder().decode(head);
   return /^\s*(?:<!--[^]{0,500}?-->\s*){0,3}<(?:!doctype\s+html|html|head)\b/i.test(text);
 }
 
-/** A server for an app of one page answers so with status 200 where there is no file; logins too. */
+/**
+ * The error for a web page with status 200, which some servers send for a missing file or a login.
+ */
 function webPage(url: URL): VlmportError {
-  const message = `${url}: a web page, not the file of a bundle`;
+  const message = `${url} is a web page, not a file of a bundle`;
   const hint =
-    'does the address name a vlmport bundle? A server for an app of one page sends that page where there is no file, and a proxy its login';
+    'check the address: some servers send their page for a missing file, and a proxy its login';
   return new VlmportError('BundleError', 'source.web-page', message, hint);
 }
 
 function unreachable(url: URL, error: unknown): VlmportError {
   const message = `${url} can't be fetched (${firstLine(error)})`;
-  const hint = 'check the connection; on another origin the server has to allow this page (CORS)';
+  const hint = 'check the connection; a server of another origin has to allow this page (CORS)';
   return new VlmportError('DownloadError', 'download.failed', message, hint);
 }
 

@@ -1,7 +1,8 @@
 /**
- * Read and validate vlmport.json, here and nowhere else (the twin of vlmport/bundle/manifest_file.py).
+ * Read and validate vlmport.json, here and nowhere else (the twin of
+ * vlmport/bundle/manifest_file.py).
  *
- * Everything that the runtime knows of a model is in it or in the graphs' inputs and outputs.
+ * All facts about a model that the runtime uses are in it, or in the graphs' inputs and outputs.
  */
 
 import { VlmportError, firstLine } from '../errors.js';
@@ -21,10 +22,10 @@ export type {
 export const MANIFEST = 'vlmport.json';
 export const VERSION = 1;
 export const CHUNK_BYTES = 8 * 1024 * 1024;
-/** The only layout that is run here, and what it can't be without. */
+/** The one layout that is supported here, and the components that it needs. */
 const HUB = 'hub';
 const NEEDED = ['image_processor', 'vision_encoder', 'embed_tokens', 'decoder_model_merged'];
-export const ANY = 'any'; // the precision of a component that has only one form
+export const ANY = 'any'; // the precision of a component with one form only
 
 /** A message of a chat, its parts without images. */
 export interface Message {
@@ -48,17 +49,17 @@ export function parseManifest(text: string, where: string): Manifest {
   }
   const version = typeof raw === 'object' && raw !== null && 'version' in raw ? raw.version : null;
   if (typeof version === 'number' && version > VERSION) {
-    const message = `${where}: manifest version ${version}; this @vlmport/web reads up to ${VERSION}`;
+    const message = `${where}: manifest version ${version}, but this @vlmport/web reads versions up to ${VERSION}`;
     throw new VlmportError('BundleError', 'bundle.newer-version', message, 'update @vlmport/web');
   }
   const layout = typeof raw === 'object' && raw !== null && 'layout' in raw ? raw.layout : HUB;
   if (layout !== HUB) {
-    const message = `${where}: written in the layout '${String(layout)}', expected '${HUB}'`;
+    const message = `${where}: the layout is '${String(layout)}', expected '${HUB}'`;
     throw new VlmportError(
       'BundleError',
       'bundle.other-layout',
       message,
-      '`vlmport export SRC OUT` writes it',
+      'write it with `vlmport export SRC OUT`',
     );
   }
   const problem = firstProblem(raw, schema, 'manifest');
@@ -77,7 +78,10 @@ export function parseManifest(text: string, where: string): Manifest {
   return manifest;
 }
 
-/** What a schema can't say: each named file is listed with all its chunks, each choice exists. */
+/**
+ * List the problems that a schema can't express: files that are not listed, missing chunks, choices
+ * that do not exist.
+ */
 function badReferences(manifest: Manifest): string[] {
   const absent = NEEDED.filter(name => !Object.hasOwn(manifest.components, name));
   const problems = absent.map(name => `layout ${HUB}: no component ${name}`);
@@ -104,7 +108,7 @@ function badReferences(manifest: Manifest): string[] {
   return problems;
 }
 
-/** The entry of a file. Throws BundleError where the manifest does not list it. */
+/** Return the entry of a file. Throws BundleError where the manifest does not list it. */
 export function entryOf(manifest: Manifest, path: string): FileEntry {
   const entry = manifest.files[path];
   if (entry !== undefined) return entry;

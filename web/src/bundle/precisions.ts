@@ -1,4 +1,4 @@
-/** Precisions by name, and which a bundle serves (the twin of vlmport/bundle/precisions.py). */
+/** Choose the precisions of a bundle's components (the twin of vlmport/bundle/precisions.py). */
 
 import { VlmportError, didYouMean } from '../errors.js';
 import { ANY, type Manifest, type Variant } from './manifest.js';
@@ -6,10 +6,10 @@ import { ANY, type Manifest, type Variant } from './manifest.js';
 const AUTO = 'auto';
 const NAMES = ['fp32', 'fp16', 'q8', 'q4', 'q4f16'];
 
-/** Other names that people know them by. */
+/** Other names of precisions. */
 const ALIASES: ReadonlyMap<string, string> = new Map([['int8', 'q8']]);
 
-/** What people write in a mixed precision such as 'vision=q4,decoder=fp32'. */
+/** Short names in a mixed precision such as 'vision=q4,decoder=fp32'. */
 const SHORT_NAMES: ReadonlyMap<string, string> = new Map([
   ['vision', 'vision_encoder'],
   ['embed', 'embed_tokens'],
@@ -19,15 +19,15 @@ const SHORT_NAMES: ReadonlyMap<string, string> = new Map([
 /** Component → precision. */
 export type Choice = Readonly<Record<string, string>>;
 
-/** A precision by our name for it; one that nobody knows stays as it is, without blanks. */
+/** Return the canonical name of a precision; an unknown one only loses its blanks. */
 function canonical(name: string): string {
   return ALIASES.get(name.trim()) ?? name.trim();
 }
 
 /**
- * Component → precision for a request: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
+ * Choose a precision for each component: 'auto', 'fp32', 'int8', or 'vision=q4,…'.
  *
- * Throws BundleError for a precision or component that is not there.
+ * Throws BundleError for a precision or component that the bundle lacks.
  */
 export function choose(manifest: Manifest, precision: string, device: string): Choice {
   const names = Object.keys(manifest.components);
@@ -60,24 +60,24 @@ function check(manifest: Manifest, component: string, precision: string): string
   if (ANY in forms) return ANY;
   const held = Object.keys(forms);
   const message = `precision '${precision}' is not in this bundle (component ${component})`;
-  // An export replaces the bundle, so what is there has to be named again.
+  // An export replaces the bundle, so its present precisions have to be named again.
   const all = NAMES.filter(name => name === precision || complete(manifest).includes(name));
-  const again = `; to have it too, export again with --precision ${all.join(',')}`;
+  const again = `; to add it, export again with --precision ${all.join(',')}`;
   throw new VlmportError(
     'BundleError',
     'precision.not-in-bundle',
     message + didYouMean(precision, held),
-    `it holds ${held.join(', ')}${NAMES.includes(precision) ? again : ''}`,
+    `it has ${held.join(', ')}${NAMES.includes(precision) ? again : ''}`,
   );
 }
 
-/** The precisions in which every component exists. */
+/** List the precisions in which every component exists. */
 function complete(manifest: Manifest): string[] {
   const components = Object.values(manifest.components);
   return NAMES.filter(name => components.every(forms => name in forms || ANY in forms));
 }
 
-/** The files of a component at the chosen precision. */
+/** Return the files of a component at the chosen precision. */
 export function variantOf(manifest: Manifest, choice: Choice, component: string): Variant {
   const variant = manifest.components[component]?.[choice[component] ?? ANY];
   if (variant !== undefined) return variant;
@@ -85,7 +85,7 @@ export function variantOf(manifest: Manifest, choice: Choice, component: string)
   throw new VlmportError('BundleError', 'bundle.malformed', message, 'export the bundle again');
 }
 
-/** One name where all components share a precision, else 'component=precision,…'. */
+/** Return one name where all components have the same precision, else 'component=precision,…'. */
 export function precisionName(choice: Choice): string {
   const chosen = Object.entries(choice).filter(([, value]) => value !== ANY);
   const values = new Set(chosen.map(([, value]) => value));

@@ -1,7 +1,7 @@
 /**
- * A validator for the part of JSON Schema (draft 7) that vlmport.schema.json uses.
+ * Validate a document by JSON Schema (the part of draft 7 that vlmport.schema.json uses).
  *
- * The browser checks a manifest by the very schema that Python checks it by.
+ * The browser checks a manifest by the same schema as Python.
  */
 
 export type Json =
@@ -22,7 +22,9 @@ type Check = (value: Json, schema: Schema, path: string) => string | null;
 
 const ANNOTATIONS = new Set(['$schema', 'title', 'description', 'definitions']);
 
-/** The first thing wrong with a document, as "manifest.files.x must be integer"; null if none. */
+/**
+ * Return the first problem of a document, such as "manifest.files.x must be integer"; else null.
+ */
 export function firstProblem(document: Json, schema: Schema, name: string): string | null {
   const definitions = asObject(schema.definitions ?? {});
   const check: Check = (value, part, path) => {
@@ -32,7 +34,7 @@ export function firstProblem(document: Json, schema: Schema, name: string): stri
     for (const [keyword, argument] of Object.entries(part)) {
       if (ANNOTATIONS.has(keyword)) continue;
       const rule = RULES[keyword];
-      if (rule === undefined) throw new Error(`schema keyword ${keyword} is not known here`);
+      if (rule === undefined) throw new Error(`schema keyword ${keyword} is not supported`);
       const problem = rule(value, argument, part, check, path);
       if (problem !== null) return problem;
     }
@@ -59,7 +61,9 @@ const RULES: Record<string, Rule> = {
   maximum: (value, most, _, __, path) =>
     typeof value !== 'number' || value <= Number(most) ? null : `${path} must be at most ${most}`,
   exclusiveMinimum: (value, least, _, __, path) =>
-    typeof value !== 'number' || value > Number(least) ? null : `${path} must be above ${least}`,
+    typeof value !== 'number' || value > Number(least)
+      ? null
+      : `${path} must be greater than ${least}`,
   minLength: (value, least, _, __, path) =>
     typeof value !== 'string' || value.length >= Number(least) ? null : `${path} is too short`,
   pattern: (value, pattern, _, __, path) =>
@@ -109,7 +113,7 @@ const RULES: Record<string, Rule> = {
     const patterns = Object.keys(asObject(schema.patternProperties ?? {}));
     return first(Object.entries(value), ([name, item]) => {
       if (name in named || patterns.some(pattern => new RegExp(pattern).test(name))) return null;
-      if (allowed === false) return `${path}.${name} is not known`;
+      if (allowed === false) return `${path}.${name} is unknown`;
       return check(item, asObject(allowed), `${path}.${name}`);
     });
   },

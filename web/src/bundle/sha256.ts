@@ -1,12 +1,12 @@
 /**
  * SHA-256 as hexadecimal digits.
  *
- * The browser's own is used where there is one. A page on plain http has none, so that a few lines
- * here (FIPS 180-4) stand in: slower, but a download is still checked.
+ * The browser's own is used where it exists. A page on plain http has none: the code here (FIPS
+ * 180-4) is slower, but a download is still checked.
  */
 
 export async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
-  // A secure context has `crypto.subtle`; TypeScript believes that every page does.
+  // Only a secure context has `crypto.subtle`, unlike TypeScript's types.
   const subtle = globalThis.crypto?.subtle as SubtleCrypto | undefined;
   return subtle ? hex(new Uint8Array(await subtle.digest('SHA-256', bytes))) : sha256Plain(bytes);
 }
@@ -28,7 +28,7 @@ function firstPrimes(count: number): number[] {
   return primes;
 }
 
-/** The same in plain JavaScript. */
+/** Compute SHA-256 in plain JavaScript. */
 export function sha256Plain(bytes: Uint8Array): string {
   const state = Int32Array.from(START);
   const words = new Int32Array(64);

@@ -1,8 +1,8 @@
 /**
- * Chunks and manifests kept in Cache Storage between visits.
+ * Keep chunks and manifests in Cache Storage between visits.
  *
- * A chunk lies under its own SHA-256, so that two bundles share what they have in common, and each
- * is a whole synthetic response: `put` refuses partial ones.
+ * The key of a chunk is its SHA-256, so two bundles share the chunks that they have in common. Each
+ * chunk is stored as a complete response, because `put` refuses partial ones.
  */
 
 import { wholeAddress } from '../address.js';
@@ -13,7 +13,7 @@ const CACHE_NAME = 'vlmport-1';
 const CHUNKS = '/.vlmport/chunks/';
 const MODELS = '/.vlmport/models/';
 
-/** What a bundle's download keeps. */
+/** Storage for the chunks and the manifest of a bundle. */
 export interface Store {
   /** Why chunks are not kept, in plain words; null while they are. */
   readonly problem: string | null;
@@ -24,15 +24,16 @@ export interface Store {
   putManifest(base: URL, text: string): Promise<void>;
 }
 
-/** A model of which something is kept. */
+/** A model of which files are kept. */
 export interface CachedModel {
   /** The bundle's address, with a slash at the end. */
   readonly url: string;
   readonly name: string;
-  /** Bytes that are kept. Chunks that two models share count for both. */
+  /** Number of bytes that are kept. Chunks that two models share count for both. */
   readonly bytes: number;
 }
 
+/** Open Cache Storage, or a store that keeps nothing and says why. */
 export async function openStore(): Promise<Store> {
   const why = 'not kept for the next visit: ';
   if (typeof caches === 'undefined') {
@@ -48,7 +49,7 @@ export async function openStore(): Promise<Store> {
   }
 }
 
-/** Keeps nothing. */
+/** A store that keeps nothing. */
 export class NoStore implements Store {
   constructor(readonly problem: string) {}
   getChunk = () => Promise.resolve(null);
@@ -89,23 +90,23 @@ class CacheStore implements Store {
     if (before !== null) await sweep(this.cache); // another version of the same model
   }
 
-  /** What can't be read is as good as not there. */
+  /** Read an entry; one that can't be read counts as missing. */
   private async get(key: string): Promise<Response | undefined> {
     try {
       return await this.cache.match(key);
     } catch {
-      this.problem = "not kept for the next visit: the browser can't read what it keeps";
+      this.problem = "not kept for the next visit: the browser can't read its Cache Storage";
       return undefined;
     }
   }
 
-  /** A full disk keeps nothing more, and is no reason to stop. */
+  /** Write an entry. After an error, such as a full disk, nothing more is kept. */
   private async put(key: string, response: Response): Promise<void> {
     if (this.problem) return;
     try {
       await this.cache.put(key, response);
     } catch {
-      this.problem = 'not kept for the next visit: the browser has no room left for this page';
+      this.problem = 'not kept for the next visit: the browser has no space left for this page';
     }
   }
 }
@@ -114,7 +115,7 @@ const origin = () => globalThis.location.origin;
 const chunkKey = (hash: string) => origin() + CHUNKS + hash;
 const modelKey = (url: string) => origin() + MODELS + encodeURIComponent(url);
 
-/** The models of which something is kept in this browser for this page's origin. */
+/** List the models of which this browser keeps files for the page's origin. */
 export async function cachedModels(): Promise<CachedModel[]> {
   const cache = await openCache();
   if (cache === null) return [];
@@ -126,7 +127,7 @@ export async function cachedModels(): Promise<CachedModel[]> {
   });
 }
 
-/** Forget one model, or all. What another model shares with it stays. */
+/** Delete the files of one model, or of all. Chunks that another model needs stay. */
 export async function clearCache(url?: string): Promise<void> {
   const cache = await openCache();
   if (cache === null) return;
@@ -138,7 +139,7 @@ export async function clearCache(url?: string): Promise<void> {
   await sweep(cache);
 }
 
-/** Forget the chunks that no model needs. */
+/** Delete the chunks that no model needs. */
 async function sweep(cache: Cache): Promise<void> {
   const kept = await keptManifests(cache);
   const needed = new Set(kept.flatMap(one => [...chunkSizes(one.manifest).keys()]));
@@ -168,7 +169,7 @@ async function keptManifests(cache: Cache): Promise<{ url: string; manifest: Man
     try {
       found.push({ url, manifest: parseManifest(text ?? '', url + MANIFEST) });
     } catch {
-      await cache.delete(request); // of a version that this program can't read
+      await cache.delete(request); // its version is not supported
     }
   }
   return found;
@@ -182,7 +183,7 @@ function chunkSizes(manifest: Manifest): Map<string, number> {
   return sizes;
 }
 
-/** A bundle's address as a URL with a slash at the end; relative ones start at the page. */
+/** Return a bundle's address with a slash at the end; a relative one starts at the page. */
 export function bundleAddress(url: string | URL): URL {
   try {
     const address = wholeAddress(url);
@@ -193,11 +194,7 @@ export function bundleAddress(url: string | URL): URL {
     if (!address.pathname.endsWith('/')) address.pathname += '/';
     return address;
   } catch {
-    throw new VlmportError(
-      'OptionError',
-      'option.wrong-value',
-      `'${url}' is not a URL`,
-      "for example './models/shapes/'",
-    );
+    const hint = "for example './models/shapes/'";
+    throw new VlmportError('OptionError', 'option.wrong-value', `'${url}' is not a URL`, hint);
   }
 }

@@ -1,8 +1,8 @@
 /**
  * A loaded bundle on a device that was tried with the golden input: the state of the worker.
  *
- * 'auto' tries WebGPU first. If the GPU is missing, fails or gives wrong numbers, WebAssembly is used
- * instead, and `reason` says why.
+ * 'auto' tries WebGPU first. If the GPU is missing, fails or gives wrong numbers, WebAssembly is
+ * used instead, and `reason` says why.
  */
 
 import { type BundleFiles, openBundle } from '../bundle/download.js';
@@ -232,7 +232,9 @@ export class Engine {
     await this.takeOver(this.next, onChange, signal);
   }
 
-  /** Open the graphs on another runtime. If that is aborted or fails, the next question tries again. */
+  /**
+   * Open the graphs on another runtime. If that is aborted or fails, the next question tries again.
+   */
   private async takeOver(host: Runtime, onChange: OnChange, signal: AbortSignal): Promise<void> {
     const { features } = this.ready.preparer;
     this.ready = await loadOn(host, this.files, this.options, features, () => {}, signal);
@@ -241,7 +243,9 @@ export class Engine {
   }
 }
 
-/** Fetch, open and try the bundle on one device. Throws DeviceError where it gives wrong results. */
+/**
+ * Fetch, open and try the bundle on one device. Throws DeviceError where it gives wrong results.
+ */
 async function loadOn(
   runtime: Runtime,
   files: BundleFiles,

@@ -1,5 +1,5 @@
 /**
- * Tell the placeholders that a template writes from texts that spell one (the twin of
+ * Distinguish the placeholders that a template writes from texts that spell one (the twin of
  * vlmport/runtime/placeholders.py).
  */
 
@@ -13,7 +13,7 @@ interface TokenizerFile {
   };
 }
 
-/** A mark that does not occur in a text: private characters round a number. */
+/** Return a mark that does not occur in a text: a number between private characters. */
 export function freeMark(text: string): string {
   for (let number = 0; ; number++) {
     const mark = `\ue0f0${number}\ue0f1`;
@@ -22,7 +22,7 @@ export function freeMark(text: string): string {
 }
 
 /**
- * A tokenizer.json with other names for some added tokens; all ids stay the same.
+ * Rename some added tokens of a tokenizer.json; all ids stay the same.
  *
  * Throws TokenizerError where one of them is no added token.
  */
@@ -37,12 +37,12 @@ export function renamed(text: string, names: ReadonlyMap<string, string>): objec
   }
   if (found.size !== names.size) {
     const spelled = [...names.keys()].map(one => `'${one}'`).join(' or ');
-    const message = `a text spells ${spelled}, which this tokenizer can't encode as ordinary characters`;
+    const message = `a text contains ${spelled}, which this tokenizer can't encode as ordinary characters`;
     throw new VlmportError(
       'TokenizerError',
       'tokenizer.placeholder-in-text',
       message,
-      'take it out of the text',
+      'remove it from the text',
     );
   }
   const { model } = file;

@@ -134,7 +134,9 @@ export class Preparer {
     }
   }
 
-  /** Whether a question without the earlier messages fits into the context. Its images are the last. */
+  /**
+   * Whether a question without the earlier messages fits into the context. Its images are the last.
+   */
   private fitsAlone(messages: readonly Message[], images: readonly PromptImage[]): boolean {
     const count = this.prompter.countPlaceholders(this.prompter.ids(messages));
     const ids = this.ids(messages, images.slice(images.length - count));

@@ -1,6 +1,6 @@
 /**
- * Try a device with the bundle's golden input, and compare with the results that the exporter recorded
- * on a CPU (the twin of vlmport/runtime/probe.py).
+ * Try a device with the bundle's golden input, and compare with the results that the exporter
+ * recorded on a CPU (the twin of vlmport/runtime/probe.py).
  */
 
 import type { Golden, GoldenExpectation } from '../bundle/manifest.js';

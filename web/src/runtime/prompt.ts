@@ -1,6 +1,6 @@
 /**
- * Messages to token ids: the chat template, the tokenizer, and pictures spliced in (the twin of
- * vlmport/runtime/prompt.py, whose checks of messages are on the page, in messages.ts).
+ * Convert messages to token ids: the chat template, the tokenizer, and the ids of images spliced in
+ * (the twin of vlmport/runtime/prompt.py).
  */
 
 import { Template } from '@huggingface/jinja';
@@ -24,10 +24,11 @@ const SPECIAL_TOKENS = [
   'cls_token',
 ];
 
-const KEYS = ['name', 'tool_calls', 'tool_call_id', 'reasoning_content']; // that some templates read
+// Keys of messages that some templates read.
+const KEYS = ['name', 'tool_calls', 'tool_call_id', 'reasoning_content'];
 
-// Python reads tokenizer.json alone; of the other file, this library would take settings that
-// change the text (blanks before full stops and commas go, unless it is told otherwise).
+// Python reads tokenizer.json alone. From the other file this library takes settings that change
+// the text: by default it removes spaces before full stops and commas.
 const AS_WRITTEN = { clean_up_tokenization_spaces: false };
 
 interface TokenizerConfig {
@@ -35,14 +36,15 @@ interface TokenizerConfig {
   readonly [name: string]: unknown;
 }
 
-/** The files that a Prompter reads. */
+/** List the files that a Prompter reads. */
 export function promptFiles(manifest: Manifest): string[] {
   return [TOKENIZER, CONFIG, TEMPLATE].filter(name => name in manifest.files);
 }
 
+/** A bundle's chat template and tokenizer. */
 export class Prompter {
-  /** The tokenizer with other names for what stands for a picture, once a text has spelled one. */
-  private other: { readonly key: string; readonly tokenizer: Tokenizer } | null = null;
+  /** The tokenizer with renamed image tokens, once a text has spelled one. */
+  private renamed: { readonly key: string; readonly tokenizer: Tokenizer } | null = null;
 
   private constructor(
     private readonly spec: Manifest['prompt'],
@@ -62,8 +64,8 @@ export class Prompter {
       const raw = JSON.parse(file) as object;
       const problems = problemsOf(file, raw);
       if (problems.length) {
-        const message = `the tokenizer is not read: ${problems.slice(0, 6).join('; ')}`;
-        const hint = 'is it as its publisher wrote it?';
+        const message = `the tokenizer is refused: ${problems.slice(0, 6).join('; ')}`;
+        const hint = 'check that the file is that of its publisher';
         throw new VlmportError('TokenizerError', 'tokenizer.refused', message, hint);
       }
       const tokenizer = watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN));
@@ -77,12 +79,12 @@ export class Prompter {
     }
   }
 
-  /** The prompt as text. Throws PromptError where the template refuses the messages. */
+  /** Render messages as text. Throws PromptError where the template refuses the messages. */
   render(messages: readonly Message[]): string {
     return this.marked(messages, this.spec.image_placeholder);
   }
 
-  /** The prompt as text, with `mark` for each placeholder that the template itself writes. */
+  /** Render messages with `mark` for each placeholder that the template itself writes. */
   private marked(messages: readonly Message[], mark: string): string {
     if (this.template === undefined) {
       const message = 'this bundle has no chat template';
@@ -99,12 +101,12 @@ export class Prompter {
       return watched('template', () => new Template(source).render(given));
     } catch (error) {
       const message = `the chat template refuses these messages: ${firstLine(error).slice(0, 200)}`;
-      const hint = 'roles and content must be as this model expects them';
+      const hint = 'check the roles and contents that this model expects';
       throw new VlmportError('PromptError', 'template.refuses', message, hint);
     }
   }
 
-  /** Whether the template takes words beside a picture, and shows them to the model. */
+  /** Whether the template takes text next to an image, and shows it to the model. */
   get takesQuestions(): boolean {
     const content = [{ type: 'image' }, { type: 'text', text: 'words' }];
     try {
@@ -114,17 +116,17 @@ export class Prompter {
     }
   }
 
-  /** Token ids of a rendered prompt: nothing is added to it. */
+  /** Tokenize a rendered prompt, without adding tokens. */
   encode(text: string): number[] {
     return encoded(this.tokenizer, text);
   }
 
   /**
-   * Token ids of messages, a placeholder for each image part. No text becomes one: a text that
-   * spells the placeholder, or the token of an image's rows, is encoded as ordinary characters.
+   * Tokenize messages, with one placeholder for each image part. A text that spells the
+   * placeholder, or the token of an image's rows, is encoded as ordinary characters.
    *
-   * Throws PromptError as `render` does, and for a key of a message that the template does not read:
-   * it would have no effect.
+   * Throws PromptError as `render` does, and for a key of a message that the template does not
+   * read, because it would have no effect.
    */
   ids(messages: readonly Message[]): number[] {
     this.checkKeys(messages);
@@ -140,7 +142,7 @@ export class Prompter {
     const parts = messages.flatMap(one => asParts(one.content));
     const texts = parts.map(part => part.text ?? '').join('');
     const missing = count !== parts.filter(part => part.type === 'image').length;
-    // A template that builds the placeholder of pieces.
+    // The template builds the placeholder from pieces.
     if (missing && !texts.includes(image_placeholder)) return ids;
     return this.encodeMarked(marked, mark);
   }
@@ -148,8 +150,8 @@ export class Prompter {
   private checkKeys(messages: readonly Message[]): void {
     const words = new Set(this.template?.match(/\w+/g));
     for (const [number, { role: _, content: __, ...others }] of messages.entries()) {
-      const says = ([name, value]: [string, unknown]) => !words.has(name) && !isEmpty(value);
-      const unread = Object.entries(others).find(says)?.[0];
+      const isUnread = ([name, value]: [string, unknown]) => !words.has(name) && !isEmpty(value);
+      const unread = Object.entries(others).find(isUnread)?.[0];
       if (unread === undefined) continue;
       const near = KEYS.includes(unread) ? '' : didYouMean(unread, ['role', 'content', ...KEYS]);
       const message = `messages[${number}]: ${quoted(unread)}${near}: this model's chat template does not read it`;
@@ -162,44 +164,44 @@ export class Prompter {
     }
   }
 
-  /** A rendered prompt's ids, where a mark is a placeholder and nothing else is. */
+  /** Tokenize a rendered prompt in which only the marks are placeholders. */
   private encodeMarked(text: string, mark: string): number[] {
     const { image_placeholder, placeholder_token_id, image_token_id } = this.spec;
     const placeholder = this.tokenizer.id_to_token(placeholder_token_id) ?? image_placeholder;
     const row = this.tokenizer.id_to_token(image_token_id) ?? placeholder;
-    // What a picture's rows have may be another token: it gets a name that no text holds.
+    // The rows of an image may have another token: it gets a name that no text contains.
     const names = new Map([
       [row, freeMark(text)],
       [placeholder, mark],
     ]);
     const key = [...names].flat().join('\n');
-    if (this.other?.key !== key) {
+    if (this.renamed?.key !== key) {
       const raw = renamed(this.file, names);
-      this.other = { key, tokenizer: watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN)) };
+      this.renamed = { key, tokenizer: watched('tokenizer', () => new Tokenizer(raw, AS_WRITTEN)) };
     }
-    return encoded(this.other.tokenizer, text);
+    return encoded(this.renamed.tokenizer, text);
   }
 
-  /** How many pictures a prompt has a place for. */
+  /** Count the placeholders of a prompt. */
   countPlaceholders(ids: readonly number[]): number {
     return ids.filter(id => id === this.spec.placeholder_token_id).length;
   }
 
   /**
-   * Replace the n-th placeholder by the n-th picture's ids.
+   * Replace the n-th placeholder by the n-th image's ids.
    *
-   * Throws PromptError unless there are as many placeholders as pictures.
+   * Throws PromptError unless there are as many placeholders as images.
    */
   splice(ids: readonly number[], images: readonly (readonly number[])[]): number[] {
     const placeholder = this.spec.placeholder_token_id;
     const places = this.countPlaceholders(ids);
     if (places !== images.length) {
       const { image_placeholder } = this.spec;
-      const message = `${images.length} pictures for ${places} placeholders '${image_placeholder}' in the prompt`;
+      const message = `${images.length} images for ${places} placeholders '${image_placeholder}' in the prompt`;
       const hint =
         places > images.length
-          ? 'this chat template writes it where no image part is'
-          : "the template leaves out a picture; put it into a user's message";
+          ? 'this chat template writes a placeholder without an image part'
+          : "this chat template leaves out an image; put it into a user's message";
       const code = 'prompt.placeholder-count';
       throw new VlmportError('PromptError', code, message, hint);
     }
@@ -208,7 +210,7 @@ export class Prompter {
   }
 }
 
-/** Whether a value says nothing, as tables of messages fill every row's keys. */
+/** Whether a value is empty, like keys that do not apply in a table of messages. */
 function isEmpty(value: unknown): boolean {
   if (value === null || value === undefined || value === '') return true;
   return typeof value === 'object' && Object.keys(value).length === 0;
@@ -219,12 +221,12 @@ function encoded(tokenizer: Tokenizer, text: string): number[] {
     return watched('tokenizer', () => tokenizer.encode(text, { add_special_tokens: false }).ids);
   } catch (error) {
     const message = `the tokenizer can't encode this text: ${firstLine(error).slice(0, 200)}`;
-    const hint = 'does it have a token for each character, or one for unknown ones?';
+    const hint = 'check that it has a token for each character, or one for unknown ones';
     throw new VlmportError('PromptError', 'tokenizer.can-not-encode', message, hint);
   }
 }
 
-/** A message's content as a list of parts, as templates of vision models expect it. */
+/** Return a message's content as a list of parts, which templates of vision models expect. */
 function asParts(content: Message['content']) {
   return typeof content === 'string' ? [{ type: 'text', text: content }] : content;
 }
@@ -236,8 +238,8 @@ function templateOf(config: TokenizerConfig): string | undefined {
 }
 
 /**
- * Special tokens' texts: tokenizer_config.json has them plain or as objects. Throws TokenizerError
- * for one that is no text.
+ * Read the special tokens' texts, which tokenizer_config.json has as texts or as objects. Throws
+ * TokenizerError for one of another type.
  */
 function specialTokens(config: TokenizerConfig): Record<string, string> {
   const found: Record<string, string> = {};

@@ -24,8 +24,8 @@ export function roomForTokens({ dims }: Manifest, tokens: number): number {
 }
 
 /**
- * Return the maximum number of new tokens for a prompt of `tokens` tokens: `wanted`, or the bundle's
- * default, limited by the context.
+ * Return the maximum number of new tokens for a prompt of `tokens` tokens: `wanted`, or the
+ * bundle's default, limited by the context.
  *
  * With `leavesRoom`, a prompt is refused after which the context has room for less than that number
  * and less than a quarter of itself. Throws PromptError for a prompt that does not fit.

@@ -21,8 +21,8 @@ export interface ResponseOptions {
 /**
  * Generate the answer, with a cache that has the prompt's first `cachedTokens` tokens.
  *
- * `tokenIds` gets each token as it is generated, so that the caller has them also where this throws.
- * Throws BundleError or DeviceError, or the abort.
+ * `tokenIds` gets each token as it is generated, so that the caller has them also where this
+ * throws. Throws BundleError or DeviceError, or the abort.
  */
 export async function respond(
   { request, ids, cachedTokens, imageRows, encodedAt }: PreparedRequest,

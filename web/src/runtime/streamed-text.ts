@@ -1,14 +1,15 @@
 /**
- * Tokens to text, piece by piece, never half a character (the twin of vlmport/runtime/streamed_text.py).
+ * Convert tokens to text piece by piece, never half a character (the twin of
+ * vlmport/runtime/streamed_text.py).
  *
  * A piece is the difference between two decodes of a short window of tokens that begins at a clean
- * boundary: so leading spaces that a decoder strips at the start of a text are stripped once.
+ * boundary. So leading spaces that a decoder strips at the start of a text are stripped once only.
  */
 
 const REPLACEMENT = '\ufffd';
 const BYTE_TOKEN = /^<0x[0-9A-Fa-f]{2}>$/; // byte fallback: a token for one byte
 
-/** What of a tokenizer is needed here. */
+/** The part of a tokenizer that is used here. */
 export interface Decoder {
   decode(tokens: number[], options: { skip_special_tokens: boolean }): string;
   id_to_token(id: number): string | undefined;
@@ -16,16 +17,16 @@ export interface Decoder {
 
 export class TextStream {
   readonly tokens: number[] = [];
-  private start = 0; // the window begins here
-  private read = 0; // tokens before this have been given out
-  private inBytes = false; // the last tokens are bytes, perhaps of one run
+  private start = 0; // the start of the window
+  private read = 0; // the text of the tokens before this was given out
+  private inBytes = false; // the last tokens are bytes, perhaps of one character
 
   constructor(
     private readonly tokenizer: Decoder,
     private readonly skipsSpecial = true,
   ) {}
 
-  /** The text that is certain with this token; '' while a character is incomplete. */
+  /** Add a token, and return the text that is certain now; '' while a character is incomplete. */
   push(token: number): string {
     this.tokens.push(token);
     const isByte = BYTE_TOKEN.test(this.tokenizer.id_to_token(token) ?? '');
@@ -37,12 +38,12 @@ export class TextStream {
     return text.slice(given.length);
   }
 
-  /** All of it at once. */
+  /** Return the whole text. */
   whole(): string {
     return this.decode(this.tokens);
   }
 
-  /** The rest, with incomplete characters as the decoder writes them. */
+  /** Return the rest, with incomplete characters as the decoder writes them. */
   finish(): string {
     const [given, text] = this.window();
     this.start = this.read = this.tokens.length;
@@ -54,7 +55,10 @@ export class TextStream {
     return [this.decode(given), this.decode(this.tokens.slice(this.start))];
   }
 
-  /** Ids past the vocabulary say nothing: some embeddings have more rows than there are tokens. */
+  /**
+   * Decode tokens. Ids past the vocabulary have no text: some embeddings have more rows than
+   * tokens.
+   */
   decode(tokens: readonly number[]): string {
     const known = tokens.filter(token => this.tokenizer.id_to_token(token) !== undefined);
     return known.length

@@ -1,8 +1,8 @@
-/** A worker that computes hears no message; this lets them in. */
+/** Let a busy worker receive messages. */
 
 const channel = new MessageChannel();
 
-/** Let messages in: WebAssembly never waits, so that without this no abort would be heard. */
+/** Wait for the next task. WebAssembly never waits, so without this no abort would arrive. */
 export function nextTask(): Promise<void> {
   return new Promise(resolve => {
     channel.port1.onmessage = () => resolve();

@@ -1,14 +1,14 @@
 /**
- * Which tokenizers are refused: parts that make a text longer and longer, sizes of zero, nesting
- * without end (the twin of vlmport/text/tokenizer_checks.py).
+ * Check a tokenizer before it is used: refuse parts that make a text very long, sizes of zero, and
+ * deep nesting (the twin of vlmport/text/tokenizer_checks.py).
  */
 
 import { quoted } from '../errors.js';
 
-const MAX_CHARACTERS = 256 * 1024 * 1024; // of a file; the largest published ones have 35 MB
+const MAX_CHARACTERS = 256 * 1024 * 1024; // in a file; the largest published ones have 35 MB
 const MAX_PARTS = 64;
 const MAX_DEPTH = 8;
-const MAX_GROWTH = 64; // characters that a part makes of one
+const MAX_GROWTH = 64; // characters that the parts make of one
 const MAX_PATTERN = 2000; // characters
 const MAX_STRIP = 64;
 const NESTED = ['normalizers', 'pretokenizers', 'decoders'];
@@ -21,12 +21,12 @@ const GROWTH: Readonly<Record<string, number>> = {
   ByteLevel: 4,
   BertNormalizer: 3,
 };
-// Regular expressions of decoders of published tokenizers; each takes time in proportion to the text.
+// Regular expressions in decoders of published tokenizers; the time of each is linear in the text.
 const KNOWN_PATTERNS = new Set(['\\n\\n', '\\n', '\\s', '\\s+', ' {2,}', '\\p{N}', '[0-9]', '\\d']);
 
 type Part = Readonly<Record<string, unknown>>;
 
-/** What is wrong with the text and the parts of tokenizer.json. */
+/** List the problems of the text and the parts of tokenizer.json. */
 export function problemsOf(text: string, raw: unknown): string[] {
   if (text.length > MAX_CHARACTERS) return [`${text.length} characters, at most ${MAX_CHARACTERS}`];
   return PARTS.flatMap(name => {
@@ -57,13 +57,13 @@ function problemsOfStep(step: Part, where: (typeof PARTS)[number]): string[] {
     if (pattern.length > MAX_PATTERN) {
       problems.push(`a pattern of ${pattern.length} characters, at most ${MAX_PATTERN}`);
     } else if (where === 'decoder' && !KNOWN_PATTERNS.has(pattern)) {
-      problems.push(`the pattern ${pattern.slice(0, 40)}, which is none of those that are known`);
+      problems.push(`the pattern ${pattern.slice(0, 40)}, which is not a known one`);
     }
   }
   return problems;
 }
 
-/** The most characters that a step makes of one. */
+/** Return the maximum number of characters that a step makes of one. */
 function growth(step: Part): number {
   if (step.type === 'Replace') {
     const content = textOf(step.content).length;
@@ -74,7 +74,7 @@ function growth(step: Part): number {
   return GROWTH[String(step.type)] ?? 1;
 }
 
-/** The parts of a part that hold no others, in their order. */
+/** List the parts without inner parts, in order. */
 function stepsOf(part: unknown): Part[] {
   if (!isPart(part)) return [];
   return inner(part)?.flatMap(stepsOf) ?? [part];

@@ -54,7 +54,7 @@ test('pixels are let go, what positions are computed from stays', async () => {
   expect(inputs).toEqual({ grid: [1, 2, 2] });
 });
 
-test('a picture whose encoding failed can be encoded elsewhere', async () => {
+test('an image whose encoding failed can be encoded by other components', async () => {
   const cache = new FeatureCache();
   const one = image('a');
   await expect(cache.encoded(counting(true).components, one, signal)).rejects.toThrow('lost');

@@ -1,4 +1,6 @@
-/** Files that are not read get the codes that Python gives them (tests/runtime/test_image_kinds.py). */
+/**
+ * Unsupported files get the codes that Python gives them (tests/runtime/test_image_kinds.py).
+ */
 
 import { expect, test } from 'vitest';
 import { readFile } from '../../src/runtime/images/files.js';
@@ -31,7 +33,7 @@ test.each([
   [`${'\0'.repeat(128)}DICM`, 'DICOM', FORMAT],
   [`\x01\0\0\0${'\0'.repeat(36)} EMF`, 'EMF', FORMAT],
   ['once upon a time', 'text', NOTHING],
-  ['\x01\x02\x03\x04\x05\x06\x07\x08\x09', 'not a picture', NOTHING],
+  ['\x01\x02\x03\x04\x05\x06\x07\x08\x09', 'not an image', NOTHING],
 ])('%o is named', async (data, said, code) => {
   const bytes = Uint8Array.from(data, one => one.charCodeAt(0));
   const wanted = { code, message: expect.stringContaining(said) as string };

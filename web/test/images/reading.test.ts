@@ -1,4 +1,4 @@
-/** Errors of pictures that come by address. */
+/** Errors of images given by address. */
 
 import { expect, test } from 'vitest';
 
@@ -10,7 +10,7 @@ const BAD: readonly (readonly [string, string])[] = [
   ['data:image/png;base64,iVBOR*0', 'image.bad-base64'],
   ['data:image/png;base64,', 'image.empty'],
   ['data:text/plain,words', 'image.not-a-picture'],
-  ['nowhere:picture.png', 'image.not-fetched'],
+  ['nowhere:image.png', 'image.not-fetched'],
 ];
 
 test.each(BAD)('%s is %s', async (url, code) => {

@@ -1,8 +1,8 @@
 /**
  * The key-value cache of one sequence (the twin of vlmport/runtime/graphs/cache.py).
  *
- * On the GPU, past and present are one buffer that a step writes in place. WebAssembly copies what
- * goes in and comes out of each run, so there the cache grows with the text and is never larger.
+ * On the GPU, past and present are one buffer that a step writes in place. WebAssembly copies the
+ * inputs and outputs of each run, so there the cache is never larger than the text.
  */
 
 import { VlmportError } from '../../errors.js';
@@ -15,19 +15,22 @@ import { firstOfAxis } from './slices.js';
 const BYTES: Readonly<Record<string, number>> = { float32: 4, float16: 2 };
 
 /**
- * Tokens of a prompt that a decoder on the CPU reads at a time, as Python does: an 8-bit decoder
- * scales activations by all rows of a call, so the last bits hang on where it is cut.
+ * Number of tokens of a prompt in one call of a decoder on the CPU, the same as in Python: an 8-bit
+ * decoder scales activations by all rows of a call, so the last bits depend on it.
  */
 const CHUNK = 192;
 
-/** Where the chunks of a prompt end. The last has half a chunk at least, or is the whole. */
+/**
+ * List where the chunks of a prompt end. The last has at least half a chunk, or is the whole
+ * prompt.
+ */
 export function cuts(length: number, chunk: number): number[] {
   const inner: number[] = [];
   for (let at = chunk; at < length - chunk / 2; at += chunk) inner.push(at);
   return [...inner, length];
 }
 
-/** The cache that fits the device. `capacity` is what the sequence may come to at first. */
+/** Create the cache for the device, with room for `capacity` tokens at first. */
 export function openCache(components: Components, capacity: number): KeyValueCache {
   return components.runtime.gpu === null
     ? new GrowingCache(components)
@@ -39,7 +42,7 @@ export abstract class KeyValueCache {
    * positions than tokens. */
   ropeDelta = 0;
   protected tokens = 0;
-  /** How many tokens of a prompt one call reads. */
+  /** Number of tokens of a prompt in one call. */
   protected readonly chunk: number = Infinity;
 
   constructor(readonly components: Components) {}
@@ -47,21 +50,23 @@ export abstract class KeyValueCache {
   protected abstract run(feeds: Feeds): Promise<Tensor | undefined>;
   abstract dispose(): void;
 
-  /** Make room for a sequence of `length` tokens. What is here stays. */
+  /** Make room for a sequence of `length` tokens; the contents stay. */
   abstract reserve(length: number): void;
 
-  /** Forget all but the first `length` tokens. */
+  /** Remove all but the first `length` tokens. */
   abstract truncate(length: number): void;
 
-  /** How many tokens are in it. */
+  /** The number of tokens in the cache. */
   get length(): number {
     return this.tokens;
   }
 
   /**
-   * Run embeddings [1, S, D] after what is here; the logits of the last. Disposes `embeds`.
+   * Run embeddings [1, S, D] after the tokens in the cache, and return the logits of the last one.
+   * Disposes `embeds`.
    *
-   * `positions` are of the new tokens, one row of S or three; without them they count on.
+   * `positions` has the positions of the new tokens, one row of S or three; without it they count
+   * on.
    */
   async append(embeds: Tensor, positions?: readonly BigInt64Array[]): Promise<Float32Array> {
     const added = embeds.dims[1] ?? 0;
@@ -83,14 +88,14 @@ export abstract class KeyValueCache {
     }
   }
 
-  /** Some rows of embeddings [1, S, D], which share their memory. */
+  /** Select rows of embeddings [1, S, D]; the memory is shared. */
   private rows(embeds: Tensor, start: number, stop: number): Tensor {
     const width = embeds.dims[2] ?? 0;
     const rows = (embeds.data as Float32Array).subarray(start * width, stop * width);
     return new this.components.runtime.ort.Tensor('float32', rows, [1, stop - start, width]);
   }
 
-  /** One call of the decoder. */
+  /** Call the decoder once. */
   private async appendPart(
     embeds: Tensor,
     positions: readonly BigInt64Array[],
@@ -111,13 +116,13 @@ export abstract class KeyValueCache {
     return BigInt64Array.from({ length: added }, (_, i) => BigInt(start + i));
   }
 
-  /** All inputs but the cache, as far as the decoder has them. */
+  /** Make all inputs except the cache that the decoder has. */
   private feeds(inputs_embeds: Tensor, positions: readonly BigInt64Array[]): Feeds {
     const { decoder } = this.components;
     const added = inputs_embeds.dims[1] ?? 0;
     const total = this.tokens + added;
     const axes = decoder.positionsRank === 3 ? [0, 1, 2] : [0];
-    const rows = axes.map(axis => positions[positions.length === 1 ? 0 : axis]!); // else alike
+    const rows = axes.map(axis => positions[positions.length === 1 ? 0 : axis]!); // one row serves all
     const position_ids = new BigInt64Array(axes.length * added);
     rows.forEach((row, axis) => position_ids.set(row, axis * added));
     const dims = axes.length === 3 ? [3, 1, added] : [1, added];
@@ -151,7 +156,7 @@ class GrowingCache extends KeyValueCache {
     for (const { past, present } of this.components.decoder.ports) {
       const grown = outputs[present];
       if (grown?.dims[2] !== wanted) {
-        const message = `${past} grew to ${grown?.dims[2]} after ${wanted} tokens`;
+        const message = `${past} has ${grown?.dims[2]} tokens, expected ${wanted}`;
         throw new VlmportError(
           'BundleError',
           'bundle.wrong-graph',
@@ -165,7 +170,7 @@ class GrowingCache extends KeyValueCache {
     return outputs.logits;
   }
 
-  reserve(): void {} // it grows by itself
+  reserve(): void {} // it grows with each run
 
   truncate(length: number): void {
     for (const [name, tensor] of Object.entries(this.past)) {
@@ -199,7 +204,7 @@ class BufferCache extends KeyValueCache {
     return (await this.components.decode({ ...feeds, ...this.past }, this.fetches)).logits;
   }
 
-  /** Larger buffers with the same contents: [heads, capacity, headDim], head by head. */
+  /** Copy the contents to larger buffers [heads, capacity, headDim], head by head. */
   reserve(length: number): void {
     if (length <= this.capacity) return;
     const { ports } = this.components.decoder;
@@ -220,7 +225,7 @@ class BufferCache extends KeyValueCache {
     this.bind(grown);
   }
 
-  /** What lies behind the length is never read. */
+  /** The buffers stay: their contents after the length are never read. */
   truncate(length: number): void {
     this.tokens = Math.min(length, this.tokens);
   }

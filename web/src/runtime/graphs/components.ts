@@ -1,10 +1,11 @@
 /**
  * The graphs of a bundle as functions (the twin of vlmport/runtime/graphs/components.py).
  *
- * What a graph is called with follows its own inputs. Whoever gets a tensor from here owns it.
+ * A graph gets the inputs that it names itself. The caller owns, and disposes, each returned
+ * tensor.
  */
 
-import { type BundleFiles, letGo } from '../../bundle/download.js';
+import { type BundleFiles, freeNow } from '../../bundle/download.js';
 import type { ImageOptions, Manifest } from '../../bundle/manifest.js';
 import { type Choice, precisionName, variantOf } from '../../bundle/precisions.js';
 import { VlmportError, firstLine } from '../../errors.js';
@@ -23,17 +24,21 @@ import { slices } from './slices.js';
 const VISION = 'vision_encoder';
 const EMBED = 'embed_tokens';
 const DECODER = 'decoder_model_merged';
-const TILES = 'num_images'; // the axis of the vision encoder's inputs whose indices are independent
+const TILES = 'num_images'; // the axis of the vision encoder's inputs with independent indices
 const USED = [IMAGE, VISION, EMBED, DECODER];
 const ON_HOST = [IMAGE, POSITIONS]; // exact integers
 
-/** The decoder's inputs for a prompt, or for the end of one: embeddings [1, S, D], and positions. */
+/**
+ * The decoder's inputs for a prompt, or for the end of one: embeddings [1, S, D], and positions.
+ */
 export interface PromptInputs {
   readonly embeds: Tensor;
   readonly positions: Positions;
 }
 
-/** The files of the chosen graphs, the largest graph first: so that the peak of memory is small. */
+/**
+ * List the files of the chosen graphs, the largest graph first, which keeps the peak of memory low.
+ */
 export function graphFiles(
   manifest: Manifest,
   choice: Choice,
@@ -64,7 +69,7 @@ export class Components {
     const names = this.session(IMAGE).inputMetadata.map(one => one.name);
     const stray = Object.keys(manifest.image_options ?? {}).find(name => !names.includes(name));
     if (stray !== undefined) {
-      const message = `${IMAGE}: no input '${stray}', which image_options name`;
+      const message = `${IMAGE}: no input '${stray}', but image_options has it`;
       throw new VlmportError(
         'BundleError',
         'bundle.wrong-graph',
@@ -75,9 +80,9 @@ export class Components {
   }
 
   /**
-   * Fetch and open the graphs, one after the other; a graph's bytes are let go before the next.
+   * Fetch and open the graphs one after the other; the bytes of one are freed before the next.
    *
-   * `textOf` gives a token's text, for errors.
+   * `textOf` returns a token's text, for errors.
    */
   static async open(
     runtime: Runtime,
@@ -117,26 +122,28 @@ export class Components {
   }
 
   /**
-   * Resize, normalise and lay out one picture. `options` are further inputs of the graph; the
-   * manifest's are taken where they say nothing.
+   * Resize, normalise and lay out one image. `options` are further inputs of the graph; they
+   * override the manifest's.
    *
-   * Throws OptionError for an option that the graph does not have, ImageError where it refuses the
-   * picture.
+   * Throws OptionError for an option that the graph does not have, ImageError where the graph
+   * refuses the image, BundleError where it gives no prompt ids.
    */
   async processImage(rgb: Rgb, options: ImageOptions = {}): Promise<ProcessedImage> {
     const told = { ...this.manifest.image_options, ...options };
     return processImage(this.runtime.ort, this.session(IMAGE), rgb, told);
   }
 
-  /** Throws OptionError for one that the image processor does not have, or of another kind. */
+  /**
+   * Throws OptionError for an option that the image processor does not have, or of another type.
+   */
   checkImageOptions(options: ImageOptions): void {
     const feeds = optionFeeds(this.runtime.ort, this.session(IMAGE), options);
     Object.values(feeds).forEach(tensor => tensor.dispose());
   }
 
   /**
-   * What another program's processor has made of one picture. The ids that stand for it are those
-   * of the golden picture: right where every picture takes the same.
+   * Take pixel values that another program has made of one image. Its prompt ids are those of the
+   * golden image, which is right for models where every image takes the same ids.
    */
   async processValues(dims: readonly number[], data: Float32Array): Promise<ProcessedImage> {
     const { inputMetadata } = this.session(VISION);
@@ -145,8 +152,8 @@ export class Components {
     const fits = dims.length === shape.length && shape.every((n, i) => isName(n) || n === dims[i]);
     if (inputMetadata.length !== 1 || !fits || !input) {
       const wanted = inputMetadata.map(one => `${one.name} [${one.isTensor ? one.shape : ''}]`);
-      const message = `pixel values [${dims}], but the vision encoder takes ${wanted.join(', ')}`;
-      throw new VlmportError('ImageError', 'image.wrong-array', message, 'give the picture itself');
+      const message = `pixel values have the shape [${dims}], but the vision encoder takes ${wanted.join(', ')}`;
+      throw new VlmportError('ImageError', 'image.wrong-array', message, 'give the image itself');
     }
     const { image, options } = this.manifest.golden;
     const { inputs, promptIds } = await this.processImage(goldenImage(image), options);
@@ -155,16 +162,16 @@ export class Components {
   }
 
   /**
-   * Image features [T, D] of the processor's output, which may be encoded again.
+   * Encode the image processor's output to image features [T, D]. The inputs are not disposed.
    *
-   * Where every input has an axis named `num_images`, its indices (a picture's tiles) are run one
-   * by one: all at once take many times the memory, and no abort would be heard for as long.
+   * Where every input has an axis named `num_images`, its indices (the tiles of an image) are run
+   * one by one: together they take many times the memory, and an abort waits until the end.
    */
   async encodeImage(inputs: Feeds, signal: AbortSignal): Promise<Rows> {
     const session = this.session(VISION);
     const missing = session.inputNames.find(name => !(name in inputs));
     if (missing !== undefined) {
-      const message = `${VISION}: input '${missing}' is not made by the image processor`;
+      const message = `${VISION}: the image processor has no output '${missing}'`;
       throw new VlmportError(
         'BundleError',
         'bundle.wrong-graph',
@@ -186,7 +193,7 @@ export class Components {
     return joined(parts);
   }
 
-  /** Of what the image processor gave, what positions are computed from. */
+  /** Select the outputs of the image processor that positions are computed from. */
   positionInputs(inputs: Feeds): Feeds {
     const wanted = this.sessions.get(POSITIONS)?.inputNames ?? [];
     return Object.fromEntries(Object.entries(inputs).filter(([name]) => wanted.includes(name)));
@@ -198,7 +205,7 @@ export class Components {
   }
 
   /**
-   * Rows of the embedding table: a tensor [1, S, D], on the device.
+   * Look up rows of the embedding table: a tensor [1, S, D], on the device.
    *
    * Throws PromptError for an id outside it.
    */
@@ -220,8 +227,8 @@ export class Components {
   }
 
   /**
-   * Embed a prompt from its token `start` on: embeddings, with image features in order over the rows
-   * of image tokens, and positions. The features of images before `start` are not used.
+   * Embed a prompt from its token `start` on: embeddings, with image features in order over the
+   * rows of image tokens, and positions. The features of images before `start` are not used.
    */
   async embedPrompt(
     ids: readonly number[],
@@ -241,13 +248,13 @@ export class Components {
     };
   }
 
-  /** Positions of a prompt: 0, 1, …, or what the bundle's own graph gives. */
+  /** Compute the positions of a prompt: 0, 1, …, or those of the bundle's own graph. */
   private async positions(ids: readonly number[], images: readonly Feeds[]): Promise<Positions> {
     const session = this.sessions.get(POSITIONS);
     return session ? computed(this.runtime.ort, session, ids, images) : counted(ids);
   }
 
-  /** Run the decoder. The caller owns what it gets, and what it gave. */
+  /** Run the decoder. The caller owns both the inputs and the outputs. */
   async decode(feeds: Feeds, fetches?: Record<string, Tensor | null>): Promise<Feeds> {
     return this.run(DECODER, feeds, fetches);
   }
@@ -267,7 +274,7 @@ export class Components {
         'DeviceError',
         'graph.run-failed',
         message,
-        'another device or precision may work',
+        'try another device or precision',
       );
     }
   }
@@ -292,7 +299,7 @@ async function openGraph(
   onBytes: (name: string, model: Uint8Array) => void,
 ): Promise<Session> {
   const [model = '', ...data] = paths;
-  const folder = model.slice(0, model.lastIndexOf('/') + 1); // data lies in it or below
+  const folder = model.slice(0, model.lastIndexOf('/') + 1); // the data files are in it or below
   const external = [];
   for (const path of data) {
     external.push({ path: path.slice(folder.length), data: await files.read(path) });
@@ -300,13 +307,13 @@ async function openGraph(
   const bytes = await files.read(model);
   onBytes(name, bytes);
   try {
-    // Embeddings go from step to step on the GPU.
+    // Embeddings stay on the GPU between the steps.
     return await runtime.open(name, bytes, external, {
       onHost: ON_HOST.includes(name),
       onGpu: name === EMBED ? ['inputs_embeds'] : [],
     });
   } finally {
-    for (const one of [bytes, ...external.map(({ data }) => data)]) letGo(one.buffer);
+    for (const one of [bytes, ...external.map(({ data }) => data)]) freeNow(one.buffer);
   }
 }
 

@@ -1,13 +1,13 @@
 /**
- * The decoder's inputs and outputs: which cache tensor belongs to which, and of what sizes (the twin
- * of vlmport/runtime/graphs/decoder.py).
+ * The decoder's inputs and outputs: its pairs of cache tensors and their sizes (the twin of
+ * vlmport/runtime/graphs/decoder.py).
  */
 
 import type { Manifest } from '../../bundle/manifest.js';
 import { VlmportError } from '../../errors.js';
 import type { Session, TensorType } from './sessions.js';
 
-/** One cache tensor: its input, its output, and the sizes that never change. */
+/** One cache tensor: its input, its output, and its fixed sizes. */
 export interface CachePort {
   readonly past: string;
   readonly present: string;
@@ -16,7 +16,7 @@ export interface CachePort {
   readonly type: TensorType;
 }
 
-/** The decoder's session and what its inputs and outputs are. */
+/** The decoder's session with its inputs and outputs. */
 export interface Decoder {
   readonly session: Session;
   readonly ports: readonly CachePort[];
@@ -24,7 +24,7 @@ export interface Decoder {
   readonly positionsRank: number; // 2: [B, S]; 3: [3, B, S]
 }
 
-/** Pair cache inputs and outputs by name. Throws BundleError where one has no partner. */
+/** Pair cache inputs and outputs by name. Throws BundleError where one has no match. */
 export function decoderOf(session: Session, cache: Manifest['cache'], where: string): Decoder {
   const again = 'export the bundle again';
   const { past, present } = cache;
@@ -34,7 +34,7 @@ export function decoderOf(session: Session, cache: Manifest['cache'], where: str
     const partner = present + input.name.slice(past.length);
     const [heads, headDim] = input.isTensor ? [input.shape[1], input.shape[3]] : [];
     if (!outputs.has(partner) || !input.isTensor || !isSize(heads) || !isSize(headDim)) {
-      const message = `${where}: ${input.name} has no partner, or no fixed sizes`;
+      const message = `${where}: ${input.name} has no matching output, or no fixed sizes`;
       throw new VlmportError('BundleError', 'bundle.wrong-graph', message, again);
     }
     return [{ past: input.name, present: partner, heads, headDim, type: input.type }];

@@ -1,9 +1,9 @@
 /**
- * Which token ids have an embedding (the twin of vlmport/runtime/graphs/base.py and
+ * Check that token ids have an embedding (the twin of vlmport/runtime/graphs/base.py and
  * vlmport/files/onnx_bytes.py).
  *
- * Some kernels give zeros for an id past the table, and some take another row. So the rows are read
- * from the graph's bytes, and ids are checked before each look-up.
+ * For an id past the table, some kernels give zeros and some another row. So the number of rows is
+ * read from the graph's bytes, and ids are checked before each look-up.
  */
 
 import { VlmportError } from '../../errors.js';
@@ -24,16 +24,17 @@ const LOOK_UPS: ReadonlyMap<string, string> = new Map([
 interface Field {
   readonly number: number;
   readonly kind: number;
-  /** Of a whole number; else 0. */
+  /** The value of a whole number; else 0. */
   readonly value: number;
   readonly start: number;
   readonly end: number;
 }
 
 /**
- * How many rows have the tables in which a graph looks up its input `ids`, the smallest of several.
+ * Return the number of rows of the table in which a graph looks up its input `ids`, the smallest of
+ * several.
  *
- * Null where there is none, as in a graph that changes the ids first. Throws BundleError.
+ * It is null where there is no table, as in a graph that changes the ids first. Throws BundleError.
  */
 export function tableRows(model: Uint8Array, ids: string): number | null {
   const axes = new Map<string, number>();
@@ -56,7 +57,7 @@ export function tableRows(model: Uint8Array, ids: string): number | null {
 /**
  * Throws PromptError for an id that is negative or past the embedding's rows.
  *
- * `textOf` gives a token's text, where the tokenizer knows it.
+ * `textOf` returns a token's text, where the tokenizer knows it.
  */
 export function checkIds(
   ids: readonly number[],
@@ -68,12 +69,12 @@ export function checkIds(
   if (first === undefined) return;
   const text = first >= 0 ? textOf(first)?.slice(0, 80) : undefined;
   const named = text === undefined ? `token ${first}` : `token ${first} ('${text}')`;
-  const message = `${named} is past the embedding, which has ${rows} rows; ${wrong.length} of ${ids.length} tokens are`;
+  const message = `${named} has no embedding: the table has ${rows} rows; ${wrong.length} of ${ids.length} tokens have none`;
   const hint = 'leave this token out; the tokenizer knows more tokens than the model';
   throw new VlmportError('PromptError', 'prompt.token-past-embedding', message, hint);
 }
 
-/** The table of a node that looks up `ids`, and along which axis. */
+/** Return the table of a node that looks up `ids`, and the axis. */
 function lookUp(data: Uint8Array, node: Field, ids: string): [string, number] | null {
   const inputs: string[] = [];
   const attributes = new Map<string, number>();
@@ -95,7 +96,7 @@ function lookUp(data: Uint8Array, node: Field, ids: string): [string, number] | 
   return [table, attributes.get(axis) ?? 0];
 }
 
-/** A tensor's name and dims, which are packed into one field or have one each. */
+/** Read a tensor's name and dims, which are packed into one field or have one each. */
 function tensor(data: Uint8Array, { start, end }: Field): [string, number[]] {
   const sizes: number[] = [];
   let name = '';
@@ -129,7 +130,7 @@ function* fields(data: Uint8Array, from: number, end: number): Generator<Field, 
   }
 }
 
-/** A number in groups of seven bits, lowest first, and where it ends. */
+/** Read a number in groups of seven bits, lowest first; return it and where it ends. */
 function varint(data: Uint8Array, from: number, end: number): [number, number] {
   let value = 0;
   for (let at = from, scale = 1; at < end && at < from + 10; at++, scale *= 128) {
@@ -146,6 +147,6 @@ const notOnnx = () =>
   new VlmportError(
     'BundleError',
     'bundle.unreadable',
-    'embed_tokens: not a whole ONNX graph',
-    'export it again',
+    'embed_tokens: the file is not a complete ONNX graph',
+    'export the bundle again',
   );

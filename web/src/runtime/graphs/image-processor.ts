@@ -1,6 +1,6 @@
 /**
- * The image processor's graph: an image and options in, the vision encoder's inputs out (the twin of
- * vlmport/runtime/graphs/image_processor.py).
+ * The image processor's graph: an image and options in, the vision encoder's inputs out (the twin
+ * of vlmport/runtime/graphs/image_processor.py).
  */
 
 import type { ImageOptions } from '../../bundle/manifest.js';

@@ -51,7 +51,7 @@ export async function computed(
     ]),
   );
   const { position_ids, rope_delta } = await session.run(feeds).catch((error: unknown) => {
-    const [reason, hint] = refusal(error, 'do all files belong to one bundle?');
+    const [reason, hint] = refusal(error, 'check that all files are of one bundle');
     const message = `no positions for ${images.length} images: ${reason}`;
     throw new VlmportError('PromptError', 'prompt.refused', message, hint);
   });

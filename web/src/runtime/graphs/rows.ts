@@ -16,7 +16,7 @@ export async function rowsOf(tensor: Tensor | undefined): Promise<Rows> {
     throw new VlmportError(
       'BundleError',
       'bundle.wrong-graph',
-      'a graph lacks an output',
+      'a graph has no such output',
       'export the bundle again',
     );
   }
@@ -37,7 +37,7 @@ export function integers(tensor: Tensor | undefined, where: string): BigInt64Arr
   throw new VlmportError('BundleError', 'bundle.wrong-graph', message, 'export the bundle again');
 }
 
-/** Rows of several, in order. All are as wide as the first. */
+/** Join rows in order. All have the width of the first. */
 export function joined(parts: readonly Rows[]): Rows {
   const [first] = parts;
   if (first && parts.length === 1) return first;
@@ -51,7 +51,7 @@ export function joined(parts: readonly Rows[]): Rows {
   return { count: data.length / width, width, data };
 }
 
-/** Float32, copied out; 16-bit floats come as Float16Array, or as their bits where there is none. */
+/** Convert to float32. 16-bit floats are a Float16Array, or their bits in browsers without that. */
 function asFloat32(data: TensorData): Float32Array {
   if (data instanceof Float32Array) return data;
   if (data instanceof Uint16Array) return Float32Array.from(data, halfToNumber);
@@ -68,8 +68,8 @@ export function halfToNumber(bits: number): number {
 }
 
 /**
- * Embeddings with features, in order, over the rows where the id is the image token's. The first
- * `past` of the features' rows have been used before.
+ * Return a copy of embeddings, with features in order over the rows where the id is the image
+ * token. The first `past` rows of the features are skipped.
  *
  * Throws PromptError unless there are exactly as many rows as such ids.
  */
@@ -87,19 +87,20 @@ export function mergeImageFeatures(
     )
     .slice(past);
   if (places.length !== rows.length) {
-    const message = `${places.length} image tokens in the prompt, ${rows.length} features`;
-    const hint = "is every picture's placeholder in the prompt, and no image token by hand?";
+    const message = `${places.length} image tokens in the prompt, but ${rows.length} features`;
+    const hint =
+      'check that each image has its placeholder, and that no image token is written by hand';
     throw new VlmportError('PromptError', 'prompt.wrong-features', message, hint);
   }
   const merged = Float32Array.from(embeds.data);
   rows.forEach((row, i) => {
     if (row.length !== embeds.width) {
-      const message = `features are ${row.length} wide, embeddings ${embeds.width}`;
+      const message = `features have width ${row.length}, embeddings ${embeds.width}`;
       throw new VlmportError(
         'PromptError',
         'prompt.wrong-features',
         message,
-        'do all files belong to one bundle?',
+        'check that all files are of one bundle',
       );
     }
     merged.set(row, places[i]! * embeds.width);

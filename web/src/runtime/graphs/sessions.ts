@@ -3,12 +3,12 @@
  * vlmport/runtime/graphs/sessions.py).
  *
  * Traps:
- * - Only the entries `/wasm` and `/webgpu` are used: the kernels that the default entry has for
- *   WebGPU are silently wrong in several places.
+ * - Only the entries `/wasm` and `/webgpu` are used: the WebGPU kernels of the default entry are
+ *   silently wrong in several places.
  * - WebGPU attention is wrong from 32 rows on where the subgroup size is 4 and the device has the
- *   feature 'subgroups'. So the device is our own, without that feature there, and is handed over
- *   as an option of each session: `ort.env.webgpu.device` alone is ignored.
- * - The number of threads counts only before the first session.
+ *   feature 'subgroups'. So the device is created here without that feature, and given to each
+ *   session as an option: `ort.env.webgpu.device` alone is ignored.
+ * - The number of threads has an effect only before the first session.
  */
 
 import type * as OrtModule from 'onnxruntime-web/webgpu';
@@ -24,14 +24,14 @@ export type TensorData = OrtModule.Tensor.DataType;
 export type Feeds = Record<string, Tensor>;
 
 const SMALLEST_SUBGROUP = 4;
-const MOST_THREADS = 4;
-// How ONNX Runtime says that its .wasm file did not come, or that something else came instead.
+const MAX_THREADS = 4;
+// Errors of ONNX Runtime whose .wasm file is missing, or is another file.
 const NOT_LOADED = /CompileError|fetching of the wasm|Failed to fetch|NetworkError/;
-// How it says that it lacks an operator for some type. The build with WebGPU lacks a few that the
-// other one has: embeddings of 4 bits that come out in 16, for example.
+// Errors for an operator without a kernel for a type. The build with WebGPU lacks a few kernels
+// that the other one has: embeddings of 4 bits with a 16-bit output, for example.
 const NO_KERNEL = /Failed to find kernel for (?:[\w.]+\.)?(\w+)\(/;
 
-// What ONNX Runtime's kernels may ask of a device, beyond WebGPU's defaults.
+// Limits that ONNX Runtime's kernels may need, beyond WebGPU's defaults.
 const LIMITS = [
   'maxBufferSize',
   'maxStorageBufferBindingSize',
@@ -43,10 +43,10 @@ const LIMITS = [
   'maxComputeWorkgroupSizeZ',
 ] as const;
 
-/** What a runtime is started with. */
+/** Options of a runtime. */
 export interface RuntimeOptions {
-  readonly threads: number | null; // null: what this page may have
-  readonly wasmPaths: string | null; // where ONNX Runtime's files lie; null: where it looks itself
+  readonly threads: number | null; // null: as many as this page may use
+  readonly wasmPaths: string | null; // the folder of ONNX Runtime's files; null: its default
 }
 
 /** ONNX Runtime on a device. It owns the GPU device. */
@@ -58,7 +58,7 @@ export class Runtime {
     readonly threads: number,
   ) {}
 
-  /** Throws DeviceError where the device is not there. */
+  /** Import ONNX Runtime for a device. Throws DeviceError where the device is missing. */
   static async start(device: Device, options: RuntimeOptions): Promise<Runtime> {
     const gpu = device === 'webgpu' ? await requestGpu() : null;
     const ort = await importOrt(device);
@@ -69,13 +69,13 @@ export class Runtime {
     return new Runtime(ort, device, gpu, threads);
   }
 
-  /** The same ONNX Runtime without the GPU, so that nothing has to be fetched again. */
+  /** Return the same ONNX Runtime without the GPU, so that no file is fetched again. */
   withoutGpu(): Runtime {
     this.dispose();
     return new Runtime(this.ort, 'wasm', null, this.threads);
   }
 
-  /** Whether the device computes in 16 bits; WebAssembly always does. */
+  /** Whether the device supports 16-bit floats; WebAssembly always does. */
   get hasFloat16(): boolean {
     return this.gpu === null || this.gpu.features.has('shader-f16');
   }
@@ -95,7 +95,7 @@ export class Runtime {
     const options: OrtModule.InferenceSession.SessionOptions = {
       executionProviders: [host ? 'wasm' : { name: 'webgpu', device: this.gpu }],
       externalData: [...data],
-      enableMemPattern: false, // else one pattern for each length, that is for each token
+      enableMemPattern: false, // there would be a pattern for each length, that is for each token
       logSeverityLevel: 4,
     };
     if (!host && onGpu.length) {
@@ -113,7 +113,7 @@ export class Runtime {
   }
 }
 
-/** Two imports, so that a page on WebAssembly fetches the smaller build. */
+/** Import one of two builds: a page on WebAssembly fetches the smaller one. */
 async function importOrt(device: Device): Promise<Ort> {
   try {
     if (device === 'webgpu') return await import('onnxruntime-web/webgpu');
@@ -123,41 +123,41 @@ async function importOrt(device: Device): Promise<Ort> {
   }
 }
 
-/** The script or the .wasm file of ONNX Runtime did not come. */
+/** The error for a script or a .wasm file of ONNX Runtime that is missing. */
 function notLoaded(error: unknown): VlmportError {
   const message = `ONNX Runtime can't be loaded (${firstLine(error)})`;
   const hint =
-    'check the connection, and that its .wasm file lies where wasmPaths says; load again';
+    'check the connection, and that its .wasm file is where wasmPaths says; then load again';
   return new VlmportError('DownloadError', 'runtime.not-loaded', message, hint);
 }
 
-/** Threads need memory that is shared, which only a cross-origin isolated page has. */
+/** Threads need shared memory, which only a cross-origin isolated page has. */
 function allowedThreads(wanted: number | null): number {
   if (!globalThis.crossOriginIsolated) return 1;
-  return wanted ?? Math.max(1, Math.min(MOST_THREADS, navigator.hardwareConcurrency || 1));
+  return wanted ?? Math.max(1, Math.min(MAX_THREADS, navigator.hardwareConcurrency || 1));
 }
 
 async function requestGpu(): Promise<GPUDevice> {
-  const gpu = navigator.gpu as GPU | undefined; // not on every page, whatever TypeScript says
+  const gpu = navigator.gpu as GPU | undefined; // not every page has it, unlike TypeScript's types
   if (gpu === undefined) {
     const message = globalThis.isSecureContext
       ? 'this browser has no WebGPU'
       : 'WebGPU needs a page on https or localhost';
-    throw new VlmportError('DeviceError', 'device.not-available', message, "device: 'wasm' works");
+    throw new VlmportError('DeviceError', 'device.not-available', message, "use device: 'wasm'");
   }
   try {
     const adapter = await gpu.requestAdapter({ powerPreference: 'high-performance' });
     if (adapter === null) throw new Error('no adapter');
     return await requestDevice(adapter);
   } catch (error) {
-    const message = `this browser offers WebGPU, but no GPU that works (${firstLine(error)})`;
-    throw new VlmportError('DeviceError', 'device.not-available', message, "device: 'wasm' works");
+    const message = `this browser has WebGPU, but no GPU that works (${firstLine(error)})`;
+    throw new VlmportError('DeviceError', 'device.not-available', message, "use device: 'wasm'");
   }
 }
 
 function requestDevice(adapter: GPUAdapter): Promise<GPUDevice> {
   const wanted: GPUFeatureName[] = ['shader-f16'];
-  const info = adapter.info as GPUAdapterInfo | undefined; // older browsers have none
+  const info = adapter.info as GPUAdapterInfo | undefined; // missing in older browsers
   const smallest = info?.subgroupMinSize ?? SMALLEST_SUBGROUP;
   if (smallest > SMALLEST_SUBGROUP) wanted.push('subgroups');
   return adapter.requestDevice({
@@ -178,12 +178,12 @@ function openError(name: string, device: Device, error: unknown): VlmportError {
       'DeviceError',
       'device.wrong-precision',
       message,
-      "precision: 'auto' takes one that it can",
+      "use precision: 'auto'",
     );
   }
   const message = `${name} can't be opened on ${device}: ${detail}`;
   const hint = /memory|alloc/i.test(detail)
     ? 'close other pages, or load a smaller precision'
-    : 'another precision or device may work';
+    : 'try another precision or device';
   return new VlmportError('DeviceError', 'graph.not-opened', message, hint);
 }

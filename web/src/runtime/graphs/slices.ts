@@ -1,14 +1,14 @@
-/** Tensors cut along a named axis, joined along the first; and single numbers as tensors. */
+/** Cut tensors along an axis, join them along the first, and convert numbers to tensors. */
 
 import { VlmportError } from '../../errors.js';
 import type { Ort, Session, Tensor, TensorData, TensorType } from './sessions.js';
 
-/** A tensor's numbers: whatever indexes like a typed array. */
+/** The numbers of a tensor: a typed array. */
 type Numbers = Exclude<TensorData, string[]>;
 
 /**
- * Feeds cut along the axis that their inputs call `name`, index by index; as they are, once, where
- * not every input has it, or they disagree about its length. The caller owns what it gets.
+ * Cut feeds along the axis that their inputs call `name`, index by index. They are yielded whole,
+ * once, where not every input has the axis, or its lengths differ. The caller owns the tensors.
  */
 export function* slices(
   ort: Ort,
@@ -30,7 +30,7 @@ export function* slices(
   }
 }
 
-/** One index of an axis, which stays with a length of 1. */
+/** Select one index of an axis, which stays with a length of 1. */
 function sliceOf(ort: Ort, { type, data, dims }: Tensor, axis: number, index: number): Tensor {
   const product = (sizes: readonly number[]) => sizes.reduce((a, b) => a * b, 1);
   const [outer, inner] = [product(dims.slice(0, axis)), product(dims.slice(axis + 1))];
@@ -44,7 +44,7 @@ function sliceOf(ort: Ort, { type, data, dims }: Tensor, axis: number, index: nu
   return new ort.Tensor(type, cut, dims.with(axis, 1));
 }
 
-/** The first `length` indices of an axis, as a tensor of its own. */
+/** Copy the first `length` indices of an axis to a new tensor. */
 export function firstOfAxis(
   ort: Ort,
   { type, data, dims }: Tensor,
@@ -74,10 +74,10 @@ const ARRAYS: Readonly<Record<string, { new (length: number): TensorData }>> = {
 };
 
 /**
- * What several feeds have for an input, one after the other along its first axis; with no feeds, or
- * none of them with rows, an empty tensor.
+ * Join the tensors that several feeds have for an input, along its first axis; without feeds, or
+ * without rows in them, the tensor is empty.
  *
- * Throws BundleError where one of them lacks it, or has it in another type or shape.
+ * Throws BundleError where a feed lacks the input, or has it in another type or shape.
  */
 export function joinedTensors(
   ort: Ort,
@@ -95,7 +95,7 @@ export function joinedTensors(
     inner.every((size, i) => size === part.dims[i + 1]);
   const Numbers = ARRAYS[type];
   if (Numbers === undefined || !shape.length || !parts.every(fits)) {
-    const message = `input '${input.name}' ${type}[${shape}] is not what the image processor gives`;
+    const message = `input '${input.name}' ${type}[${shape}] is not an output of the image processor`;
     throw new VlmportError('BundleError', 'bundle.wrong-graph', message, 'export the bundle again');
   }
   const count = parts.reduce((sum, part) => sum + (part.dims[0] ?? 0), 0);
@@ -108,7 +108,7 @@ export function joinedTensors(
   return new ort.Tensor(type as TensorType, data, [count, ...inner]);
 }
 
-/** A number or a truth value as a tensor of no axes. */
+/** Convert a number or a boolean to a tensor without axes. */
 export function scalar(ort: Ort, type: TensorType, value: boolean | number): Tensor {
   if (type === 'int64') return new ort.Tensor(type, BigInt64Array.of(BigInt(value)), []);
   if (type === 'bool') return new ort.Tensor(type, [Boolean(value)], []);

@@ -1,4 +1,4 @@
-/** Bytes of files, as numbers and as text. */
+/** Read bytes as numbers and as text. */
 
 export type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -7,7 +7,7 @@ export const viewOf = (bytes: Bytes) =>
 
 export const latin = (bytes: Bytes) => new TextDecoder('latin1').decode(bytes);
 
-/** Bytes as characters of the same numbers; fewer where there are fewer. */
+/** Convert up to `length` bytes to characters of the same numbers. */
 export function text(bytes: Bytes, at: number, length: number): string {
   return String.fromCharCode(...bytes.subarray(at, at + Math.max(0, length)));
 }

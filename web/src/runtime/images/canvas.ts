@@ -1,27 +1,28 @@
 /**
- * The pixels of a bitmap, exactly, or an error.
+ * Read the pixels of a bitmap exactly, or throw an error.
  *
- * A 2D canvas holds colours multiplied by their alpha, which loses bits of half transparent pixels.
- * Bitmaps with such pixels are read back through WebGL, which does not multiply. Browsers that
- * protect privacy give other pixels back than were drawn (Firefox's resistFingerprinting, Brave),
- * and a canvas that is too large gives back nothing: known pixels are drawn and read once for each.
+ * A 2D canvas stores colours multiplied by their alpha, which loses bits of half transparent
+ * pixels. Bitmaps with such pixels are read through WebGL, which does not multiply. Browsers that
+ * protect privacy return other pixels than those that were drawn (Firefox's resistFingerprinting,
+ * Brave), and a canvas that is too large returns none. To detect both, known pixels are drawn and
+ * read once.
  */
 
 import { VlmportError, firstLine } from '../../errors.js';
 
 export type Rgba = Uint8ClampedArray<ArrayBuffer> | Uint8Array<ArrayBuffer>;
 
-/** How a bitmap is decoded so that its numbers are those of the file. */
+/** Options for a bitmap with the numbers of its file. */
 export const AS_STORED: ImageBitmapOptions = {
   colorSpaceConversion: 'none',
   premultiplyAlpha: 'none',
   imageOrientation: 'from-image',
 };
 
-const TILE = 2048; // pixels a side that are read at a time: every browser has such a canvas
-const LONG = 8192; // sides up to here need no trial
+const TILE = 2048; // pixels a side that are read at a time; every browser supports this canvas
+const LONG = 8192; // sides up to here are not tested
 
-/** Called with each part of a bitmap: its RGBA, and where it lies. */
+/** Called with each part of a bitmap: its RGBA, and its place. */
 type OnTile = (rgba: Rgba, x: number, y: number, width: number, height: number) => void;
 
 /**
@@ -39,8 +40,8 @@ export async function readBitmap(bitmap: ImageBitmap, onTile: OnTile): Promise<v
   });
   if (!partial) return;
   if (!(webGlTells ??= await tryWebGl()) || !(await readExactly(bitmap, onTile))) {
-    const message = 'half transparent pixels of this picture can not be read exactly here';
-    const hint = 'lay it on white, or save it without transparency (WebGL is missing)';
+    const message = "half transparent pixels of this image can't be read exactly here";
+    const hint = 'save it without transparency (WebGL is missing)';
     throw new VlmportError('ImageError', 'image.no-exact-alpha', message, hint);
   }
 }
@@ -84,13 +85,13 @@ function drawTiles(bitmap: ImageBitmap, onTile: OnTile): void {
     const tainted = error instanceof DOMException && error.name === 'SecurityError';
     const message = `the pixels can't be read (${firstLine(error)})`;
     const hint = tainted
-      ? "the picture is from another origin: load it with crossorigin='anonymous'"
+      ? "the image is from another origin: load it with crossorigin='anonymous'"
       : 'scale it down first';
     throw new VlmportError('ImageError', 'image.unreadable', message, hint);
   }
 }
 
-/** The pixels as they are in the file; null where WebGL is missing or too small. */
+/** Read the pixels of the file; null where WebGL is missing or too small. */
 function readByWebGl(bitmap: ImageBitmap): Rgba | null {
   const { width, height } = bitmap;
   const gl = new OffscreenCanvas(1, 1).getContext('webgl');
@@ -112,12 +113,12 @@ function readByWebGl(bitmap: ImageBitmap): Rgba | null {
   return failed ? null : rgba;
 }
 
-// What the trials found; one that failed is made again, as the user may have allowed it since.
+// Results of the tests. A failed one is repeated, because the user may have allowed it since.
 let canvasTells: true | undefined;
 let webGlTells: true | undefined;
 const lengthsThatWork = new Set<string>();
 
-/** Pixels of many colours, which nothing makes but a browser that gives back what was drawn. */
+/** Make pixels of many colours, which a browser returns only if it does not change them. */
 function pattern(width: number, height: number, alpha: (i: number) => number): ImageData {
   const data = new Uint8ClampedArray(width * height * 4);
   for (let i = 0, state = 1; i < data.length; i++) {
@@ -127,7 +128,7 @@ function pattern(width: number, height: number, alpha: (i: number) => number): I
   return new ImageData(data, width, height);
 }
 
-/** Draw a pattern and read it back. Throws ImageError where other pixels come. */
+/** Draw a pattern and read it back. Throws ImageError where the pixels differ. */
 async function tryCanvas(): Promise<true> {
   const drawn = pattern(64, 64, () => 255);
   const bitmap = await createImageBitmap(drawn, AS_STORED);
@@ -135,7 +136,7 @@ async function tryCanvas(): Promise<true> {
   drawTiles(bitmap, rgba => (same = isSame(rgba, drawn.data)));
   bitmap.close();
   if (same) return true;
-  const message = 'this browser gives back other pixels than were drawn: it protects from tracking';
+  const message = 'this browser changes the pixels of a canvas, as a protection from tracking';
   const hint = 'allow this page to read canvases (in Brave: Shields; in Firefox: the permission)';
   throw new VlmportError('ImageError', 'image.readback', message, hint);
 }
@@ -148,7 +149,7 @@ async function tryWebGl(): Promise<true | undefined> {
   return (rgba !== null && isSame(rgba, drawn.data)) || undefined;
 }
 
-/** Try a line as long as the bitmap. Throws ImageError where the browser's canvas loses its end. */
+/** Test a line as long as the bitmap. Throws ImageError where the browser's canvas cuts it. */
 async function tryLength({ width, height }: ImageBitmap): Promise<void> {
   for (const [columns, rows] of [
     [width, 1],
@@ -161,7 +162,7 @@ async function tryLength({ width, height }: ImageBitmap): Promise<void> {
     drawTiles(bitmap, (rgba, x, y) => whole.set(rgba, (x + y) * 4));
     bitmap.close();
     if (!isSame(whole, drawn.data)) {
-      const message = `this browser can't read a picture of ${width}x${height} pixels`;
+      const message = `this browser can't read an image of ${width}x${height} pixels`;
       const hint = 'cut it into pieces, or scale it down first';
       throw new VlmportError('ImageError', 'image.readback', message, hint);
     }

@@ -1,9 +1,9 @@
 /**
- * What a picture's file says of itself before anything is decoded: its format, size and
- * orientation; and the file without what makes browsers change pixels.
+ * Read the header of an image file before it is decoded: format, size and orientation; and remove
+ * the parts that make browsers change pixels.
  *
- * Browsers differ in what they do with orientations, colour profiles and animations. So what
- * is given to them has neither: colours come as stored, and turning is done here.
+ * Browsers treat orientations, colour profiles and animations in different ways. So the file that
+ * they get has none of them: colours are as stored, and the image is turned here.
  */
 
 import { VlmportError } from '../../errors.js';
@@ -14,20 +14,20 @@ export type Format = 'PNG' | 'JPEG' | 'WebP' | 'GIF' | 'BMP' | 'AVIF' | 'HEIC';
 
 export interface ImageFile {
   readonly format: Format;
-  /** As stored: before it is turned. */
+  /** The size as stored, before turning. */
   readonly width: number;
   readonly height: number;
-  /** EXIF's, 1 to 8; 1 where the browser turns the picture itself (AVIF, HEIC). */
+  /** The EXIF orientation, 1 to 8; 1 where the browser turns the image itself (AVIF, HEIC). */
   readonly orientation: number;
-  /** Of a PNG, bits a channel; else 8. */
+  /** Bits per channel of a PNG; else 8. */
   readonly depth: number;
-  /** What the first frame of an animation leaves free, and its colour as Pillow has it. */
+  /** The first frame of an animation, where it does not cover the whole image. */
   readonly frame?: Frame;
   /** The file to decode. */
   readonly parts: readonly Bytes[];
 }
 
-/** Where a frame lies, and the colour of all else. */
+/** The place of a frame, and the colour of the other pixels in Pillow. */
 export interface Frame {
   readonly x: number;
   readonly y: number;
@@ -36,12 +36,14 @@ export interface Frame {
   readonly outside: readonly [number, number, number];
 }
 
-const KEPT_OF_PNG = ['IHDR', 'PLTE', 'tRNS', 'IDAT', 'IEND'];
-const LEFT_OUT_OF_WEBP = ['ICCP', 'EXIF', 'XMP '];
-const FLAGS_OF_THEM = 0x20 | 0x08 | 0x04; // in WebP's VP8X
+const KEPT_IN_PNG = ['IHDR', 'PLTE', 'tRNS', 'IDAT', 'IEND'];
+const REMOVED_FROM_WEBP = ['ICCP', 'EXIF', 'XMP '];
+const REMOVED_FLAGS = 0x20 | 0x08 | 0x04; // the same in WebP's VP8X
 const XMP_IN_JPEG = 'http://ns.adobe.com/xap/1.0/\0';
 
-/** Throws ImageError for what is no picture, one of a format that is not read, or damaged. */
+/**
+ * Read a file. Throws ImageError for one that is not an image, damaged or of an unsupported format.
+ */
 export async function readFile(bytes: Bytes): Promise<ImageFile> {
   const read = READERS.find(([begins]) => begins(bytes))?.[1];
   if (read === undefined) throw notRead(bytes);
@@ -49,7 +51,7 @@ export async function readFile(bytes: Bytes): Promise<ImageFile> {
     return await read(bytes);
   } catch (error) {
     if (error instanceof VlmportError) throw error;
-    throw damaged(); // a RangeError: it ends too early
+    throw damaged(); // a RangeError: the file ends too early
   }
 }
 
@@ -66,12 +68,7 @@ const READERS: readonly [(bytes: Bytes) => boolean, Reader][] = [
 
 function damaged(): VlmportError {
   const hint = 'download or copy it again';
-  return new VlmportError(
-    'ImageError',
-    'image.damaged',
-    'the picture is damaged or truncated',
-    hint,
-  );
+  return new VlmportError('ImageError', 'image.damaged', 'the image is damaged or truncated', hint);
 }
 
 async function readPng(bytes: Bytes): Promise<ImageFile> {
@@ -82,7 +79,7 @@ async function readPng(bytes: Bytes): Promise<ImageFile> {
     const [length, kind] = [view.getUint32(at), text(bytes, at + 4, 4)];
     const data = bytes.subarray(at + 8, at + 8 + length);
     if (at + 12 + length > bytes.length) throw damaged();
-    if (KEPT_OF_PNG.includes(kind)) parts.push(bytes.subarray(at, at + 12 + length));
+    if (KEPT_IN_PNG.includes(kind)) parts.push(bytes.subarray(at, at + 12 + length));
     if (kind === 'eXIf') exif = data;
     if (['tEXt', 'zTXt', 'iTXt'].includes(kind)) {
       const [name, value] = await pngText(kind, data);
@@ -105,7 +102,7 @@ async function readPng(bytes: Bytes): Promise<ImageFile> {
   };
 }
 
-/** Name and text of one of PNG's chunks of text; a text is empty that can't be unpacked. */
+/** Read the name and text of a PNG text chunk; the text is empty where it can't be unpacked. */
 async function pngText(kind: string, data: Bytes): Promise<[string, string]> {
   const end = data.indexOf(0);
   const name = text(data, 0, Math.max(0, end));
@@ -117,17 +114,17 @@ async function pngText(kind: string, data: Bytes): Promise<[string, string]> {
   return [name, latin(packed ? await inflated(value) : value)];
 }
 
-const MOST_TEXT = 1 << 20; // Pillow's limit
+const MAX_TEXT = 1 << 20; // Pillow's limit
 
 async function inflated(packed: Bytes): Promise<Bytes> {
   try {
-    return await inflate([packed], MOST_TEXT);
+    return await inflate([packed], MAX_TEXT);
   } catch {
     return new Uint8Array(0);
   }
 }
 
-/** Unpack zlib's format; what comes after `most` bytes is left out. Throws for damaged data. */
+/** Unpack up to `most` bytes of zlib data. Throws for damaged data. */
 export async function inflate(packed: readonly Bytes[], most: number): Promise<Bytes> {
   const unpacked = new Uint8Array(most);
   let length = 0;
@@ -154,7 +151,7 @@ function readJpeg(bytes: Bytes): ImageFile {
   for (let at = 2; ;) {
     const marker = view.getUint8(at + 1);
     if (bytes[at] !== 0xff || marker === 0xff || marker === 0) {
-      at += 1; // a byte that fills, or that nobody knows
+      at += 1; // a fill byte, or an unknown one
       continue;
     }
     if (marker === 0xda) {
@@ -170,7 +167,7 @@ function readJpeg(bytes: Bytes): ImageFile {
     if (marker === 0xe1 && text(data, 0, 6) === 'Exif\0\0') exif ??= data;
     if (marker === 0xe1 && text(data, 0, XMP_IN_JPEG.length) === XMP_IN_JPEG) xmp ||= latin(data);
     const isMetadata = (marker >= 0xe1 && marker <= 0xef && marker !== 0xee) || marker === 0xfe;
-    if (!isMetadata) parts.push(segment); // what is kept: JFIF's, Adobe's, the tables
+    if (!isMetadata) parts.push(segment); // kept: JFIF's, Adobe's, the tables
     at += length;
   }
   const orientation = orientationOf(exif, xmp);
@@ -183,7 +180,7 @@ function readWebp(bytes: Bytes): ImageFile {
   const parts = [head];
   let [exif, xmp, size] = [null as Bytes | null, '', null as [number, number] | null];
   let frame: Frame | undefined;
-  let isClear = false; // what no frame covers is transparent then, else black
+  let isClear = false; // pixels outside of the frame are then transparent, else black
   const end = Math.min(bytes.length, 8 + view.getUint32(4, true));
   for (let at = 12; at + 8 <= end;) {
     const [kind, length] = [text(bytes, at, 4), view.getUint32(at + 4, true)];
@@ -197,9 +194,9 @@ function readWebp(bytes: Bytes): ImageFile {
     if (kind === 'VP8X') {
       isClear = (data[0]! & 0x10) !== 0;
       const plain = bytes.slice(at, after);
-      plain[8]! &= ~FLAGS_OF_THEM;
+      plain[8]! &= ~REMOVED_FLAGS;
       parts.push(plain);
-    } else if (!LEFT_OUT_OF_WEBP.includes(kind)) parts.push(bytes.subarray(at, after));
+    } else if (!REMOVED_FROM_WEBP.includes(kind)) parts.push(bytes.subarray(at, after));
     at = after;
   }
   if (size === null) throw damaged();
@@ -230,7 +227,10 @@ function webpSize(kind: string, data: Bytes): [number, number] | null {
   return [(bits & 0x3fff) + 1, ((bits >>> 14) & 0x3fff) + 1];
 }
 
-/** The screen, or more where the first frame is larger, as browsers and Pillow make it. */
+/**
+ * Read a GIF. Its size is the screen's, or larger where the first frame is, as in browsers and
+ * Pillow.
+ */
 function readGif(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   let [width, height] = [view.getUint16(6, true), view.getUint16(8, true)];
@@ -260,7 +260,7 @@ function readGif(bytes: Bytes): ImageFile {
   return isClear ? file : { ...file, frame: { ...place, outside: [r!, g!, b!] } };
 }
 
-/** Of the many kinds of BMP those that browsers read as Pillow does, all others are refused. */
+/** Read a BMP of a kind that browsers and Pillow read alike; all others are refused. */
 function readBmp(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   const old = view.getUint32(14, true) === 12;
@@ -269,14 +269,14 @@ function readBmp(bytes: Bytes): ImageFile {
   const bits = view.getUint16(old ? 24 : 28, true);
   const packing = old ? 0 : view.getUint32(30, true);
   if (![1, 4, 8, 24, 32].includes(bits) || !(packing === 0 || (packing === 3 && bits === 32))) {
-    const message = `a BMP of ${bits} bits a pixel, packed by method ${packing}, which is not read`;
+    const message = `a BMP of ${bits} bits per pixel with compression ${packing} is not supported`;
     throw new VlmportError('ImageError', 'image.unsupported-format', message, 'save it as PNG');
   }
   const begins = view.getUint32(10, true);
   const colours = bits > 8 || old ? 0 : view.getUint32(46, true) || 2 ** bits;
   if (14 + view.getUint32(14, true) + 4 * colours > begins) throw damaged();
   const ends = begins + 4 * Math.ceil((width * bits) / 32) * height;
-  const parts = ends > bytes.length ? [] : [bytes]; // too short: nothing to decode
+  const parts = ends > bytes.length ? [] : [bytes]; // too short to decode
   return { format: 'BMP', width, height, depth: 8, orientation: 1, parts };
 }
 
@@ -290,7 +290,9 @@ function heifFormat(bytes: Bytes): Format | null {
   return text(bytes, 16, length - 16).includes('avi') ? 'AVIF' : 'HEIC';
 }
 
-/** The largest of the sizes that the file names: its picture's, not those of its tiles. */
+/**
+ * Read an AVIF or HEIC file. Of the sizes in it the largest is the image's, the others are tiles'.
+ */
 function readHeif(bytes: Bytes): ImageFile {
   const view = viewOf(bytes);
   const file = bytes.slice();
@@ -316,20 +318,23 @@ function readHeif(bytes: Bytes): ImageFile {
   return { format, width, height, depth: 8, orientation: 1, parts: [file] };
 }
 
-/** Chromium takes the alpha of AVIF for one of limited range, which it never is. */
+/** Chromium reads the alpha of AVIF as if it had a limited range, which is wrong. */
 function transparentAvif(): VlmportError {
-  const message = 'an AVIF picture with transparency, which browsers read differently';
+  const message = 'an AVIF image with transparency is not supported: browsers read it differently';
   const hint = 'save it as PNG or WebP, or without transparency';
   return new VlmportError('ImageError', 'image.no-exact-alpha', message, hint);
 }
 
-/** Make a profile nothing, and primaries and transfer those of sRGB, at the same length. */
+/**
+ * Replace a profile by a free box, and primaries and transfer by those of sRGB, without a new
+ * length.
+ */
 function plainColour(file: Bytes, at: number): void {
   if (text(file, at, 4) !== 'nclx') file.set(new TextEncoder().encode('free'), at - 4);
   else file.set([0, 1, 0, 13], at + 4);
 }
 
-/** EXIF's orientation, else the one in XMP (as Pillow 13 takes them), else 1. */
+/** Return EXIF's orientation, else the one in XMP (as Pillow 13 does), else 1. */
 function orientationOf(exif: Bytes | null, xmp: string): number {
   const found =
     (exif === null ? undefined : exifOrientation(exif)) ??
@@ -352,14 +357,14 @@ function exifOrientation(exif: Bytes): number | undefined {
       if (kind === 4) return view.getUint32(at + 8, little);
     }
   } catch {
-    // It ends too early: no orientation.
+    // The data end too early: there is no orientation.
   }
   return undefined;
 }
 
-/** The error for a file that the browser refuses. */
+/** The error for a file that the browser can't decode. */
 export function undecoded({ format }: ImageFile): VlmportError {
   if (format !== 'HEIC') return damaged();
-  const message = "a HEIC (HEIF) picture, which this browser can't read";
+  const message = "this browser can't read HEIC (HEIF) images";
   return new VlmportError('ImageError', 'image.unsupported-format', message, SAVE);
 }

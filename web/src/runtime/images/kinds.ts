@@ -1,5 +1,5 @@
 /**
- * What a file is that no reader takes: another picture format, or no picture at all (the twin of
+ * Name the kind of a file that can't be read: another image format, or not an image (the twin of
  * vlmport/runtime/images/kinds.py).
  */
 
@@ -7,11 +7,11 @@ import type { ErrorCode } from '../../error-codes.js';
 import { VlmportError } from '../../errors.js';
 import { type Bytes, text } from './bytes.js';
 
-const FORMATS = 'PNG, JPEG, WebP, AVIF, GIF and BMP are read';
+const FORMATS = 'PNG, JPEG, WebP, AVIF, GIF and BMP are supported';
 export const SAVE = `save it as PNG or JPEG: ${FORMATS}`;
 const DRAW = 'draw it at the size that you need: save it as PNG';
 const PAGE = 'save a page of it as PNG';
-const VIDEO = 'give some of its frames as pictures';
+const VIDEO = 'give some of its frames as images';
 
 interface Kind {
   readonly message: string;
@@ -19,29 +19,29 @@ interface Kind {
   readonly code: ErrorCode;
 }
 
-const picture = (what: string, hint = SAVE): Kind => ({
-  message: `${what}, which is not read`,
+const format = (name: string, hint = SAVE): Kind => ({
+  message: `${name} is not supported`,
   hint,
   code: 'image.unsupported-format',
 });
 
-const other = (what: string, hint = FORMATS): Kind => ({
-  message: `not a picture but ${what}`,
+const other = (name: string, hint = FORMATS): Kind => ({
+  message: `not an image but ${name}`,
   hint,
   code: 'image.not-a-picture',
 });
 
-const RAW = picture('a camera raw file', 'develop it: save it as JPEG, PNG or WebP');
-const SVG = picture('an SVG drawing', DRAW);
-const JXL = picture('a JPEG XL picture');
-const JPEG_2000 = picture('a JPEG 2000 picture');
-const EPS = picture('a PostScript file (EPS)', PAGE);
-const NETPBM = picture('a Netpbm picture (PBM, PGM, PPM or PAM)');
+const RAW = format('a camera raw file', 'develop it: save it as JPEG, PNG or WebP');
+const SVG = format('an SVG drawing', DRAW);
+const JXL = format('a JPEG XL image');
+const JPEG_2000 = format('a JPEG 2000 image');
+const EPS = format('a PostScript file (EPS)', PAGE);
+const NETPBM = format('a Netpbm image (PBM, PGM, PPM or PAM)');
 const WEB_PAGE = other('a web page');
 const FILM = other('a video (MP4 or MOV)', VIDEO);
-const SOUND = other('sound (M4A or the like)');
+const SOUND = other('sound (M4A)');
 
-/** What stands after `ftyp` → what it is; anything else there is a video. */
+/** The brand after `ftyp` → the kind; any other brand is a video. */
 const BRANDS: ReadonlyMap<string, Kind> = new Map([
   ['crx ', RAW],
   ['jxl ', JXL],
@@ -49,48 +49,48 @@ const BRANDS: ReadonlyMap<string, Kind> = new Map([
   ...['M4A ', 'M4B ', 'F4A ', 'F4B '].map(brand => [brand, SOUND] as const),
 ]);
 
-/** What a file begins with, in small letters → what it is. The first that fits counts. */
+/** The beginning of a file, in lower case → the kind. The first match counts. */
 const BEGINNINGS: readonly (readonly [string, Kind])[] = [
-  ['%pdf', picture('a PDF', PAGE)],
-  ['8bps', picture('a Photoshop file (PSD)')],
-  ['8bpb', picture('a Photoshop file (PSB)')],
+  ['%pdf', format('a PDF', PAGE)],
+  ['8bps', format('a Photoshop file (PSD)')],
+  ['8bpb', format('a Photoshop file (PSB)')],
   ['\xff\x0a', JXL],
   ['\0\0\0\x0cjxl ', JXL],
   ['\0\0\0\x0cjp  ', JPEG_2000],
   ['\xff\x4f\xff\x51', JPEG_2000],
-  ['ii\xbc', picture('a JPEG XR picture')],
+  ['ii\xbc', format('a JPEG XR image')],
   ['ii*\0\x10\0\0\0cr', RAW], // Canon CR2
   ['fujifilmccd-raw', RAW],
   ...['iiro', 'iirs', 'mmor', 'iiu\0', 'fovb', '\0mrm'].map(start => [start, RAW] as const),
-  ['ii*\0', picture('a TIFF picture')],
-  ['mm\0*', picture('a TIFF picture')],
+  ['ii*\0', format('a TIFF image')],
+  ['mm\0*', format('a TIFF image')],
   ['%!ps', EPS],
   ['\xc5\xd0\xd3\xc6', EPS],
-  ['\xd7\xcd\xc6\x9a', picture('a Windows metafile (WMF)', DRAW)],
-  ['gimp xcf', picture('a GIMP file (XCF)')],
-  ['v/1\x01', picture('an OpenEXR picture')],
-  ['#?radiance', picture('a Radiance picture (HDR)')],
-  ['#?rgbe', picture('a Radiance picture (HDR)')],
-  ['dds ', picture('a DirectDraw texture (DDS)')],
-  ['\xabktx ', picture('a texture (KTX)')],
-  ['qoif', picture('a QOI picture')],
-  ['flif', picture('a FLIF picture')],
-  ['bpg\xfb', picture('a BPG picture')],
-  ['icns', picture('an icon of macOS (ICNS)')],
-  ['\0\0\x01\0', picture('an icon (ICO)')],
-  ['\0\0\x02\0\0\0\0\0', picture('a Targa picture (TGA)')],
-  ['\0\0\x0a\0\0\0\0\0', picture('a Targa picture (TGA)')],
-  ['\0\0\x02\0', picture('a mouse pointer (CUR)')],
-  ['\x8amng', picture('an MNG animation')],
-  ['\x8bjng', picture('a JNG picture')],
-  ['at&tform', picture('a DjVu document', PAGE)],
-  ['simple  =', picture('a FITS picture')],
-  ['\x01\xda', picture('an SGI picture')],
-  ['/* xpm', picture('an XPM picture')],
+  ['\xd7\xcd\xc6\x9a', format('a Windows metafile (WMF)', DRAW)],
+  ['gimp xcf', format('a GIMP file (XCF)')],
+  ['v/1\x01', format('an OpenEXR image')],
+  ['#?radiance', format('a Radiance image (HDR)')],
+  ['#?rgbe', format('a Radiance image (HDR)')],
+  ['dds ', format('a DirectDraw texture (DDS)')],
+  ['\xabktx ', format('a texture (KTX)')],
+  ['qoif', format('a QOI image')],
+  ['flif', format('a FLIF image')],
+  ['bpg\xfb', format('a BPG image')],
+  ['icns', format('an icon of macOS (ICNS)')],
+  ['\0\0\x01\0', format('an icon (ICO)')],
+  ['\0\0\x02\0\0\0\0\0', format('a Targa image (TGA)')],
+  ['\0\0\x0a\0\0\0\0\0', format('a Targa image (TGA)')],
+  ['\0\0\x02\0', format('a mouse pointer (CUR)')],
+  ['\x8amng', format('an MNG animation')],
+  ['\x8bjng', format('a JNG image')],
+  ['at&tform', format('a DjVu document', PAGE)],
+  ['simple  =', format('a FITS image')],
+  ['\x01\xda', format('an SGI image')],
+  ['/* xpm', format('an XPM image')],
   ...['1', '2', '3', '4', '5', '6', '7'].flatMap(number =>
     ['\n', '\r', ' ', '\t', '#'].map(space => [`p${number}${space}`, NETPBM] as const),
   ),
-  ['pf\n', picture('a PFM picture')],
+  ['pf\n', format('a PFM image')],
   ['pk\x03\x04', other('a ZIP archive or an Office file')],
   ['<svg', SVG],
   ['<!doctype svg', SVG],
@@ -99,7 +99,10 @@ const BEGINNINGS: readonly (readonly [string, Kind])[] = [
   ['<?xml', other('XML')],
   ['{', other('JSON')],
   ['\x1f\x8b', other('a gzip archive')],
-  ['version https://git-lfs', other('a Git LFS pointer: its file was not fetched', 'git lfs pull')],
+  [
+    'version https://git-lfs',
+    other('a Git LFS pointer whose file was not fetched', 'git lfs pull'),
+  ],
   ['\x1ae\xdf\xa3', other('a video (Matroska or WebM)', VIDEO)],
   ['flv\x01', other('a video (FLV)', VIDEO)],
   ['\0\0\x01\xba', other('a video (MPEG)', VIDEO)],
@@ -114,26 +117,26 @@ const RIFFS: ReadonlyMap<string, Kind> = new Map([
   ['wave', other('sound (WAV)')],
 ]);
 
-/** The error for a file that is none of the formats that are read, by its first bytes. */
+/** The error for a file of an unsupported kind, by its first bytes. */
 export function notRead(bytes: Bytes): VlmportError {
   const { message, hint, code } = kindOf(bytes);
   return new VlmportError('ImageError', code, message, hint);
 }
 
-const HEAD = 512; // bytes that are looked at: an SVG drawing may begin with a comment
+const HEAD = 512; // bytes that are compared: an SVG drawing may begin with a comment
 const SPACE = /^[\xef\xbb\xbf \t\r\n]+/;
-const SMALL = /[A-Z]+/g; // of ASCII alone
+const CAPITALS = /[A-Z]+/g; // ASCII only
 
 function kindOf(bytes: Bytes): Kind {
   const head = text(bytes, 0, HEAD);
-  const start = head.replace(SPACE, '').replace(SMALL, found => found.toLowerCase());
+  const start = head.replace(SPACE, '').replace(CAPITALS, found => found.toLowerCase());
   if (head.slice(4, 8) === 'ftyp') return BRANDS.get(head.slice(8, 12)) ?? FILM;
   if (start.startsWith('riff')) return RIFFS.get(start.slice(8, 12)) ?? other('a RIFF file');
-  if (head.slice(128, 132) === 'DICM') return picture('a DICOM picture');
-  if (head.slice(40, 44) === ' EMF') return picture('a Windows metafile (EMF)', DRAW);
+  if (head.slice(128, 132) === 'DICM') return format('a DICOM image');
+  if (head.slice(40, 44) === ' EMF') return format('a Windows metafile (EMF)', DRAW);
   if (/^<(\?xml|!--)/.test(start) && start.includes('<svg')) return SVG;
   const known = BEGINNINGS.find(([beginning]) => start.startsWith(beginning));
   if (known) return known[1];
   if (/^[\t\n\r\x20-\x7e]*$/.test(head)) return other('text');
-  return { message: 'not a picture', hint: FORMATS, code: 'image.not-a-picture' };
+  return { message: 'not an image', hint: FORMATS, code: 'image.not-a-picture' };
 }

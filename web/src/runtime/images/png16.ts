@@ -1,6 +1,6 @@
 /**
- * PNG with 16 bits a channel, which browsers round to 8 bits each in their own way: as Pillow does,
- * gray divided by 257, of all else the high byte.
+ * Decode PNG with 16 bits per channel, which each browser rounds to 8 bits in its own way. Here it
+ * is done as in Pillow: gray is divided by 257, other channels keep the high byte.
  */
 
 import { VlmportError } from '../../errors.js';
@@ -19,13 +19,16 @@ const PASSES = [
   [0, 1, 1, 2],
 ] as const;
 
-/** RGBA of 8 bits, not turned. Throws ImageError where the data is not as its header says. */
+/**
+ * Decode to RGBA of 8 bits, without turning. Throws ImageError where the data don't match the
+ * header.
+ */
 export async function decodePng16({ parts, width, height }: ImageFile): Promise<Bytes> {
   const [, header, ...chunks] = parts;
   const [color, , , interlaced] = header!.subarray(17, 21);
   const channels = CHANNELS[color!];
   const clear = chunks.find(chunk => kindOf(chunk) === 'tRNS')?.subarray(8);
-  if (channels === undefined || (clear && color === 2)) throw wrong('of this kind');
+  if (channels === undefined || (clear && color === 2)) throw damaged('an unknown kind');
   const passes = interlaced ? PASSES : ([[0, 0, 1, 1]] as const);
   const sizes = passes.map(([x, y, dx, dy]) => {
     const [columns, rows] = [Math.ceil((width - x) / dx), Math.ceil((height - y) / dy)];
@@ -40,9 +43,9 @@ export async function decodePng16({ parts, width, height }: ImageFile): Promise<
       total,
     );
   } catch {
-    throw wrong('that can be unpacked');
+    throw damaged('its data');
   }
-  if (data.length < total) throw wrong('that is whole');
+  if (data.length < total) throw damaged('its length');
   const rgba = new Uint8Array(width * height * 4);
   const transparent = clear && color === 0 ? clear[0]! * 256 + clear[1]! : -1;
   let at = 0;
@@ -73,7 +76,7 @@ function write(
 ): void {
   if (channels === 1) {
     const value = line[from]! * 256 + line[from + 1]!;
-    rgba.fill(Math.round(value / 257), to, to + 3); // never halfway: 257 is odd;
+    rgba.fill(Math.round(value / 257), to, to + 3); // never halfway, because 257 is odd
     rgba[to + 3] = value === transparent ? 0 : 255;
   } else {
     for (let c = 0; c < 3; c++) rgba[to + c] = line[from + (channels > 2 ? 2 * c : 0)]!;
@@ -83,7 +86,7 @@ function write(
 
 /** Undo one of PNG's five filters in place. */
 function unfilter(filter: number, line: Bytes, above: Bytes, pixel: number): void {
-  if (filter > 4) throw wrong('with a known filter');
+  if (filter > 4) throw damaged('an unknown filter');
   for (let i = 0; i < line.length; i++) {
     const left = i >= pixel ? line[i - pixel]! : 0;
     const up = above[i]!;
@@ -103,8 +106,8 @@ function paeth(left: number, up: number, corner: number): number {
 
 const kindOf = (chunk: Bytes) => String.fromCharCode(...chunk.subarray(4, 8));
 
-function wrong(what: string): VlmportError {
-  const message = `the picture is damaged or truncated: no 16-bit PNG ${what}`;
+function damaged(what: string): VlmportError {
+  const message = `the image is damaged or truncated: a 16-bit PNG (${what})`;
   const hint = 'download or copy it again, or save it with 8 bits';
   return new VlmportError('ImageError', 'image.damaged', message, hint);
 }

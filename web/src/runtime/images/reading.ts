@@ -1,6 +1,6 @@
 /**
- * Read any image as RGB pixels, as Python does (the twin of vlmport/runtime/images/reading.py): upright,
- * with transparency on white, colour profiles ignored, never scaled.
+ * Read any image as RGB pixels, as Python does (the twin of vlmport/runtime/images/reading.py):
+ * upright, with transparency on white, colour profiles ignored, never scaled.
  */
 
 import { isWebPage } from '../../bundle/download.js';
@@ -31,8 +31,10 @@ const HINTS: Readonly<Record<string, string>> = {
   'file:': "a page can't read files by address: give a File",
 };
 
-/** Read an image. Throws ImageError for one that is not complete, or larger than MAX_PIXELS pixels or
- * MAX_SIDE a side. */
+/**
+ * Read an image. Throws ImageError for one that is not complete, or larger than MAX_PIXELS pixels
+ * or MAX_SIDE a side.
+ */
 export async function openImage(source: PixelSource, signal: AbortSignal): Promise<Rgb> {
   try {
     switch (source.kind) {
@@ -47,7 +49,7 @@ export async function openImage(source: PixelSource, signal: AbortSignal): Promi
         return await fromFile(await fetchBlob(source.url, signal));
     }
   } catch (error) {
-    if (!(error instanceof RangeError)) throw error; // JavaScript throws it where there is no memory for an array
+    if (!(error instanceof RangeError)) throw error; // it is thrown for an array without memory
     const message = `not enough memory for this image (${firstLine(error)})`;
     const hint = 'scale it down first';
     throw new VlmportError('ImageError', 'image.out-of-memory', message, hint);
@@ -67,7 +69,7 @@ async function fetchBlob(url: string, signal: AbortSignal): Promise<Blob> {
     const scheme = /^\w+:/.exec(url)?.[0] ?? '';
     const problem = scheme === 'data:' ? badData(url) : null;
     if (problem) throw problem;
-    const hint = HINTS[scheme] ?? 'on another origin the server has to allow this page (CORS)';
+    const hint = HINTS[scheme] ?? 'a server of another origin has to allow this page (CORS)';
     throw new VlmportError('ImageError', 'image.not-fetched', message, hint);
   }
 }
