@@ -1,4 +1,4 @@
-/** What a program that uses the package relies on. */
+/** The public API, as a program uses it. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -43,7 +43,7 @@ test('maxNewTokens, counts and stop reason', async () => {
   expect(caption.timings.image).toBeGreaterThan(0);
 });
 
-test('captions asked for together come one after the other, and one may be given up', async () => {
+test('captions that are requested together run one after the other, and one may be aborted', async () => {
   const found = await page.evaluate(async url => {
     const { VLM } = (globalThis as unknown as Page_).vlmport;
     const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
@@ -116,7 +116,7 @@ test('a caption that begins with a stop token is empty', async () => {
   await other.context().close();
 });
 
-test("a model's own decoding options that greedy decoding leaves out are noted", async () => {
+test("a note names the model's own decoding options that greedy decoding ignores", async () => {
   const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
   manifest.generation.defaults = { repetition_penalty: 1.2, num_beams: 3, temperature: 0.6 };
   const other = await openPage(browser, server.url);
@@ -128,7 +128,7 @@ test("a model's own decoding options that greedy decoding leaves out are noted",
   await other.context().close();
 });
 
-test('after dispose nothing works any more, and says so', async () => {
+test('after dispose each call ends with an error', async () => {
   const codes = await page.evaluate(async url => {
     const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
     const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });

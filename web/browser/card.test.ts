@@ -1,4 +1,4 @@
-/** The code for the browser in a bundle's model card, as it is written there, for every family. */
+/** The browser code in a bundle's model card runs as it is written there, for each family. */
 
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';

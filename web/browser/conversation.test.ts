@@ -1,4 +1,4 @@
-/** What a conversation is: when a turn counts, what is refused, what is kept. */
+/** Conversations: when a turn counts, which questions are refused, and what is kept. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -33,7 +33,7 @@ async function inPage<T>(work: (vlm: Vlmport.VLM, outcome: Outcome) => Promise<T
 
 type Outcome = (work: () => unknown) => Promise<string>;
 
-test('an aborted turn leaves the conversation as it was, and its work is not lost', async () => {
+test('an aborted turn does not change the conversation, and its work is kept', async () => {
   const found = await inPage(async vlm => {
     const chat = vlm.conversation();
     const images = ['/kinds/rgb.png'];
@@ -58,12 +58,12 @@ test('an aborted turn leaves the conversation as it was, and its work is not los
     const same = again.tokenIds.join() === fresh.tokenIds.join();
     return { end: thrown === reason, kept, left, said, same, rest: promptTokens - cachedTokens };
   });
-  // The whole prompt is in the cache: one token is left, whose logits are wanted.
+  // The whole prompt is in the cache, except one token whose logits are needed.
   const said = ['user', 'assistant', 'user', 'assistant'];
   expect(found).toEqual({ end: true, kept: true, left: true, said, same: true, rest: 1 });
 });
 
-test('what is wrong is said, and leaves the conversation as it was', async () => {
+test('a bad question is refused, and does not change the conversation', async () => {
   const found = await inPage(async (vlm, outcome) => {
     const chat = vlm.conversation({ system: 'Be brief.' });
     await chat.ask('What is it?', { images: ['/kinds/rgb.png'], maxNewTokens: 2 });
@@ -113,7 +113,7 @@ test('what is wrong is said, and leaves the conversation as it was', async () =>
   ]);
 });
 
-test('too long a conversation is refused before anything runs', async () => {
+test('a conversation that is too long is refused before anything is encoded', async () => {
   const found = await page.evaluate(async () => {
     const { vlmport, forgetRuns } = globalThis as unknown as CountedPage;
     const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });
@@ -129,10 +129,11 @@ test('too long a conversation is refused before anything runs', async () => {
     };
   });
   expect(found.code).toBe('prompt.too-long');
-  expect(found.fed).toEqual([['do_image_splitting', 'image']]); // what says how many tokens it takes
+  // Only the image processor ran, which gives the number of tokens.
+  expect(found.fed).toEqual([['do_image_splitting', 'image']]);
 });
 
-test('a full conversation says so, and goes on without its oldest turns where asked to', async () => {
+test('a full conversation is refused, or with dropOldest goes on without its oldest turns', async () => {
   const found = await inPage(async (vlm, outcome) => {
     const long = 'word '.repeat(140);
     const images = ['/kinds/rgb.png'];
@@ -161,7 +162,7 @@ test('a full conversation says so, and goes on without its oldest turns where as
   expect(found.alone).toMatch(/^prompt\.too-long: /);
 });
 
-test('attached pictures come first, and wait until a question succeeds', async () => {
+test('attached images come first, and wait until a question succeeds', async () => {
   const found = await inPage(async (vlm, outcome) => {
     const chat = vlm.conversation();
     await chat.attach('/kinds/rgb.png');
@@ -185,7 +186,7 @@ test('attached pictures come first, and wait until a question succeeds', async (
   });
 });
 
-test('a reset keeps the system message alone, and one question is answered at a time', async () => {
+test('a reset keeps only the system message, and one question is answered at a time', async () => {
   const found = await inPage(async (vlm, outcome) => {
     const chat = vlm.conversation({ system: 'Be brief.' });
     const first = await chat.ask('What is it?', { images: ['/kinds/rgb.png'], maxNewTokens: 3 });
@@ -195,7 +196,7 @@ test('a reset keeps the system message alone, and one question is answered at a 
     const reset = await outcome(() => running);
     const roles = chat.messages.map(one => one.role);
     const again = await chat.ask('What is it?', { images: ['/kinds/rgb.png'], maxNewTokens: 3 });
-    chat.messages.push({ role: 'user', content: 'not heard' }); // what is handed out is a copy
+    chat.messages.push({ role: 'user', content: 'not heard' }); // it is a copy
     const same = first.tokenIds.join() === again.tokenIds.join();
     const { length } = chat.messages;
     return { meanwhile, reset, roles, same, cached: again.counts.cachedTokens, length };
@@ -210,7 +211,7 @@ test('a reset keeps the system message alone, and one question is answered at a 
   });
 });
 
-test('pictures are known by their pixels, in and out of conversations', async () => {
+test('images are found in the cache by their pixels, in conversations and outside', async () => {
   const found = await page.evaluate(async () => {
     const { vlmport, forgetRuns } = globalThis as unknown as CountedPage;
     const vlm = await vlmport.VLM.load('/tiles/', { device: 'wasm', precision: 'fp32' });

@@ -1,4 +1,4 @@
-/** Pages that lack something: each works, or says why not. */
+/** Pages without a GPU, threads, storage or a worker: each works, or gives the reason. */
 
 import type { Browser } from 'playwright-core';
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
@@ -67,13 +67,13 @@ test('Cache Storage that is full', async () => {
   expect(notes[0]).toMatch(/^not kept .*space/);
 });
 
-test('Cache Storage that can not be read', async () => {
+test('Cache Storage that is unreadable', async () => {
   server.workerPrelude = "Cache.prototype.match = () => Promise.reject(new Error('no'))";
   const { notes } = await visit();
   expect(notes[0]).toMatch(/^not kept .*read/);
 });
 
-test.each(['auto', 'wasm'] as const)("%s: ONNX Runtime's own file does not come", async device => {
+test.each(['auto', 'wasm'] as const)("%s: ONNX Runtime's own file does not load", async device => {
   server.fault = ({ path }) => (path.endsWith('.wasm') ? { status: 404 } : null);
   const page = await openPage(browser, server.url);
   const refused = await refusal(page, { options: { device, precision: 'fp32' } });

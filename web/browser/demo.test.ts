@@ -16,7 +16,7 @@ beforeAll(async () => {
 });
 afterAll(() => browser.close());
 
-/** A visitor who has never been here. */
+/** Open a page as a new visitor. */
 async function visitor(options: BrowserContextOptions = {}): Promise<Page> {
   const page = await (await browser.newContext(options)).newPage();
   page.setDefaultTimeout(120_000);
@@ -83,7 +83,7 @@ test.each([
   await server.stop();
 });
 
-test('a load that is stopped can be begun again', async () => {
+test('a load that was stopped can be started again', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
   server.fault = ({ path }) => (path.includes('vision_encoder') ? { hangAfter: 1000 } : null);
   const page = await visitor();
@@ -100,7 +100,7 @@ test('a load that is stopped can be begun again', async () => {
   await server.stop();
 });
 
-test('a file that is no picture leaves none broken; the next one is captioned', async () => {
+test('a file that is not an image shows no broken image, and the next one is captioned', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
   const page = await visitor();
   await page.goto(server.url);
@@ -117,7 +117,7 @@ test('a file that is no picture leaves none broken; the next one is captioned', 
   await server.stop();
 });
 
-test('the same file can be chosen again, and no file shown before is held', async () => {
+test('the same file can be chosen again, and the memory of earlier files is freed', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
   const page = await visitor();
   await page.addInitScript(() => {
@@ -152,7 +152,7 @@ test('the same file can be chosen again, and no file shown before is held', asyn
   await server.stop();
 });
 
-test('by keyboard alone, and every control has a name', async () => {
+test('the page works by keyboard alone, and every control has a name', async () => {
   const server = await TestServer.start({ '/': BUILT, '/bundle/': folders.bundle() });
   const page = await visitor();
   await page.goto(server.url);
@@ -170,7 +170,7 @@ test('by keyboard alone, and every control has a name', async () => {
   await server.stop();
 });
 
-test('what goes wrong is said, with a hint', async () => {
+test('an error is shown with its hint', async () => {
   const server = await TestServer.start({ '/': BUILT });
   const page = await visitor();
   await page.goto(`${server.url}?model=/elsewhere/`);
@@ -182,7 +182,7 @@ test('what goes wrong is said, with a hint', async () => {
   await server.stop();
 });
 
-test('a model that answers questions is asked; of a captioner nothing can be asked', async () => {
+test('a model that answers questions has a field for them, and a captioner has none', async () => {
   const server = await TestServer.start({
     '/': BUILT,
     '/bundle/': folders.bundle(),
@@ -196,7 +196,7 @@ test('a model that answers questions is asked; of a captioner nothing can be ask
   await page.waitForSelector('#facts:not([hidden])');
   await page.click('#samples button');
   await page.waitForFunction(() => document.getElementById('caption')!.textContent !== '');
-  const question = 'What is it? '.repeat(50).trim(); // more than the talk shows at once
+  const question = 'What is it? '.repeat(50).trim(); // longer than the visible part of the talk
   await page.fill('#question', question); // in the middle of the caption, perhaps
   await page.keyboard.press('Enter');
   await page.waitForSelector('.answered:not(:empty)');
@@ -211,8 +211,8 @@ test('a model that answers questions is asked; of a captioner nothing can be ask
       return scrollHeight > clientHeight;
     }),
   );
-  expect(overflows).toEqual([true, false, false]); // it scrolls; no text leaves its bubble
-  await page.click('#samples button:nth-child(2)'); // another picture, another conversation
+  expect(overflows).toEqual([true, false, false]); // the talk scrolls, and bubbles fit
+  await page.click('#samples button:nth-child(2)'); // another image begins another conversation
   expect(await page.locator('#talk li').count()).toBe(0);
   await page.context().close();
   await server.stop();

@@ -1,4 +1,4 @@
-/** Downloads that break, come wrong, are given up, or are there already. */
+/** Downloads that are interrupted, damaged, aborted, or already kept. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
@@ -34,7 +34,7 @@ afterAll(async () => {
   await server.stop();
 });
 
-/** The fault for the first `times` requests of a file. */
+/** Make a fault for the first `times` requests of a file. */
 function first(times: number, name: string, fault: ReturnType<TestServer['fault']>) {
   let count = 0;
   return ({ path }: { path: string }) => (path.endsWith(name) && count++ < times ? fault : null);
@@ -59,7 +59,7 @@ test('the largest graph comes first', async () => {
   expect(sizes).toEqual([...sizes].sort((a, b) => b - a));
 });
 
-test('a broken download goes on where it stopped', async () => {
+test('an interrupted download continues where it stopped', async () => {
   server.fault = first(2, DECODER, { cutAfter: 100_000 });
   const answer = await ask(page, asking);
   expect(answer.tokens).toEqual(tokens);
@@ -70,7 +70,7 @@ test('a broken download goes on where it stopped', async () => {
   expect(starts[2]).toBeGreaterThan(starts[1]!);
 });
 
-test('a broken download goes on with a server that knows no ranges', async () => {
+test('an interrupted download continues with a server without byte ranges', async () => {
   server.ranges = false;
   server.fault = first(1, DECODER, { cutAfter: 100_000 });
   expect((await ask(page, asking)).tokens).toEqual(tokens);
@@ -82,7 +82,7 @@ test('a server that is busy is asked again', async () => {
   expect(server.askedFor(DECODER)).toHaveLength(3);
 });
 
-test('a download that always breaks ends with where it stopped', async () => {
+test('a download that is always interrupted ends with the byte where it stopped', async () => {
   server.fault = first(Infinity, DECODER, { cutAfter: 0 });
   const refused = await refusal(page, asking);
   expect(refused.kind).toBe('DownloadError');
@@ -90,7 +90,7 @@ test('a download that always breaks ends with where it stopped', async () => {
   expect(refused.message).toMatch(/decoder_model_merged\.onnx: .* byte 0 of \d+/);
 });
 
-test('a chunk that comes wrong once is fetched again', async () => {
+test('a chunk that is damaged once is fetched again', async () => {
   server.fault = first(1, DECODER, { flipByte: 70_000 });
   const answer = await ask(page, asking);
   expect(answer.tokens).toEqual(tokens);
@@ -98,14 +98,14 @@ test('a chunk that comes wrong once is fetched again', async () => {
   expect(answer.progress.at(-1)!.loadedBytes).toBe(answer.progress.at(-1)!.totalBytes);
 });
 
-test('a chunk that always comes wrong is named', async () => {
+test('a chunk that is always damaged is named', async () => {
   server.fault = first(Infinity, DECODER, { flipByte: 70_000 });
   const refused = await refusal(page, asking);
   expect(refused.kind).toBe('BundleError');
   expect(refused.message).toMatch(/decoder_model_merged\.onnx: chunk 1 of 1 /);
 });
 
-test('an address without a bundle says so', async () => {
+test('an address without a bundle is refused', async () => {
   const refused = await refusal(page, { ...asking, url: '/nothing/' });
   expect(refused.kind).toBe('BundleError');
   expect(refused.message).toMatch(/nothing\/vlmport\.json.* 404/);
@@ -123,7 +123,7 @@ test('a second visit fetches the manifest alone, and works without a server', as
   expect((await ask(page, asking)).tokens).toEqual(tokens);
 });
 
-test('models that are kept are listed and can be forgotten', async () => {
+test('kept models are listed and can be deleted', async () => {
   await ask(page, asking);
   const kept = () =>
     page.evaluate(async () => {
@@ -156,8 +156,8 @@ test('two pages that load the same model at once', async () => {
   expect(server.askedFor('.onnx')).toEqual([]);
 });
 
-test('a model that is forgotten while another page loads it', async () => {
-  server.fault = first(1, DECODER, { hangAfter: 50_000 }); // it goes on when that breaks off
+test('a model that is deleted while another page loads it', async () => {
+  server.fault = first(1, DECODER, { hangAfter: 50_000 }); // it continues after the interruption
   const other = await page.context().newPage();
   await other.goto(server.url);
   await other.waitForFunction(() => 'vlmport' in globalThis);
@@ -171,7 +171,7 @@ test('a model that is forgotten while another page loads it', async () => {
   expect((await loading).tokens).toEqual(tokens);
 });
 
-test('what only an older version of a model needed is forgotten', async () => {
+test('chunks that only an older version of a model needed are deleted', async () => {
   await ask(page, asking);
   const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
   const hashes = () =>
@@ -186,7 +186,7 @@ test('what only an older version of a model needed is forgotten', async () => {
     await cache.put(`/.vlmport/chunks/${old}`, new Response('of an older version'));
   }, old);
   expect(await hashes()).toHaveLength(before.length + 1);
-  await ask(page, asking); // the same version: nothing is looked through
+  await ask(page, asking); // the same version: the chunks are not searched
   expect(await hashes()).toHaveLength(before.length + 1);
   manifest.producer = 'a later one';
   await page.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
@@ -194,7 +194,7 @@ test('what only an older version of a model needed is forgotten', async () => {
   expect(await hashes()).toEqual(before);
 });
 
-test('an abort ends the download, and what was whole by then is kept', async () => {
+test('an abort ends the download, and complete chunks are kept', async () => {
   server.fault = first(1, DECODER, { hangAfter: 50_000 });
   const name = await page.evaluate(async () => {
     const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
@@ -211,6 +211,6 @@ test('an abort ends the download, and what was whole by then is kept', async () 
   expect(name).toBe('AbortError');
   server.asked.length = 0;
   expect((await ask(page, asking)).tokens).toEqual(tokens);
-  expect(server.askedFor('vision_encoder.onnx')).toEqual([]); // the largest: it came first
+  expect(server.askedFor('vision_encoder.onnx')).toEqual([]); // it is the largest
   expect(server.askedFor(DECODER)).toHaveLength(1);
 });

@@ -1,4 +1,4 @@
-/** A chat template that never ends, in a real worker: the page stops it, and goes on. */
+/** The page stops a chat template that never ends in a real worker, and goes on. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -9,7 +9,7 @@ import { expected, folders, launch, openPage, startServer } from './support.js';
 
 const FOR_EVER = 'for ever?'; // as in tests/web/endless.py
 const WAIT = { timeout: 60_000 };
-const LIMIT = 10_000; // what web/src/link.ts allows; here the page's clock is put forward
+const LIMIT = 10_000; // the limit of web/src/link.ts; the tests move the page's clock
 const { system, maxNewTokens, said } = expected().talks.tiles!;
 const turn = said.fp32!.alone[0]!;
 const stopped = { kind: 'PromptError', code: 'template.too-slow' };
@@ -23,8 +23,8 @@ beforeAll(async () => {
   browser = await launch();
   page = await openPage(browser, server.url);
   await page.clock.install({ time: 0 });
-  await page.clock.pauseAt(1000); // from here on it goes on only where a test puts it forward
-  // The page's own Worker, overheard: which of them run a template.
+  await page.clock.pauseAt(1000); // from here on only a test moves it
+  // The page's own Worker, watched: it records which workers run a template.
   await page.evaluate(() => {
     const busy = new Set<Worker>();
     Object.assign(globalThis, { busy });
@@ -58,7 +58,7 @@ interface Page_ {
   end: Promise<unknown>;
 }
 
-/** Begin in the page what ends with an error; that is kept as plain data. */
+/** Begin a call in the page that ends with an error, and keep the error as plain data. */
 const begin = (work: { readonly load: string } | { readonly ask: string }) =>
   page.evaluate(work => {
     const its = globalThis as unknown as Page_;
@@ -73,7 +73,7 @@ const begin = (work: { readonly load: string } | { readonly ask: string }) =>
 
 const end = () => page.evaluate(() => (globalThis as unknown as Page_).end);
 
-/** Load the model and ask what Python's runtime was asked, in a new conversation. */
+/** Load the model, and ask the question of Python's runtime in a new conversation. */
 const answer = () =>
   page.evaluate(
     async ({ question, system, maxNewTokens }) => {
@@ -87,7 +87,7 @@ const answer = () =>
     { question: turn.question!, system: system!, maxNewTokens: maxNewTokens! },
   );
 
-/** The worker hangs in the template until the limit is over, and the page does not. */
+/** Check that the worker hangs in the template until the limit, and that the page does not. */
 async function stoppedByThePage() {
   const state = () =>
     page.evaluate(async () => {
@@ -97,14 +97,14 @@ async function stoppedByThePage() {
     });
   await expect.poll(state, WAIT).toEqual({ busy: 1, ended: 'not ended' });
   await page.clock.fastForward(LIMIT - 1);
-  expect(await state()).toEqual({ busy: 1, ended: 'not ended' }); // the page itself answers
+  expect(await state()).toEqual({ busy: 1, ended: 'not ended' }); // the page itself responds
   expect(page.workers()).toHaveLength(1);
   await page.clock.fastForward(1);
   expect(await end()).toMatchObject(stopped);
   await expect.poll(() => page.workers(), WAIT).toHaveLength(0);
 }
 
-test('a template that never ends for any message ends the load, and another model opens', async () => {
+test('a template that never ends ends the load, and another model opens', async () => {
   await begin({ load: '/always/' });
   await stoppedByThePage();
   expect(await answer()).toEqual(turn.tokens);

@@ -1,4 +1,4 @@
-/** What loading takes, and that a caption gives back what it takes on the GPU. */
+/** The memory of loading, and of captions and conversations on the GPU. */
 
 import { existsSync, readFileSync } from 'node:fs';
 import type { Browser } from 'playwright-core';
@@ -23,7 +23,7 @@ const COUNTING = `
   const channel = new BroadcastChannel('alive');
   channel.onmessage = () => channel.postMessage(alive);`;
 
-test('no buffer is left behind', async () => {
+test('a caption frees its buffers', async () => {
   const server = await startServer();
   const browser = await launch({ webgpu: true });
   server.workerPrelude = COUNTING;
@@ -48,14 +48,14 @@ test('no buffer is left behind', async () => {
     },
     `/pictures/${Object.keys(expected().captions)[0]}`,
   );
-  // ONNX Runtime keeps a pool of its own, which is full after a few.
+  // ONNX Runtime has a pool of its own, which is full after a few captions.
   expect(counts[3]).toBeGreaterThan(0);
   expect(counts.slice(3)).toEqual(counts.slice(3).map(() => counts[3]));
   await browser.close();
   await server.stop();
 });
 
-test('a conversation gives its buffers back, the smaller ones that it began with too', async () => {
+test('a conversation frees its buffers, also the smaller ones from its beginning', async () => {
   const server = await startServer({ '/tiles/': folders.tiles() });
   const browser = await launch({ webgpu: true });
   server.workerPrelude = COUNTING;
@@ -78,7 +78,7 @@ test('a conversation gives its buffers back, the smaller ones that it began with
       await chat.ask('And where is it?', short); // longer than the first buffers
       const two = await alive();
       chat.reset();
-      await vlm.generate([{ role: 'user', content: 'x' }], short); // the reset has been heard
+      await vlm.generate([{ role: 'user', content: 'x' }], short); // the worker has the reset
       found.push([one, two, await alive()]);
     }
     vlm.dispose();
@@ -133,12 +133,12 @@ test('the cache stays on the GPU: a step reads back no more than its logits', as
   expect(one).toBeGreaterThanOrEqual(logits);
   expect((four - one) / 3).toBeLessThan(logits + 1024);
   const position = 2 * 4 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim;
-  expect(position).toBeGreaterThan(1024); // so that one position of the cache would be seen
+  expect(position).toBeGreaterThan(1024); // so that reading one position of the cache would show
   await browser.close();
   await server.stop();
 });
 
-/** Bytes that the largest page process has held at its peak. */
+/** Return the peak memory of the largest page process, in bytes. */
 async function peakMemory(browser: Browser): Promise<number> {
   const session = await browser.newBrowserCDPSession();
   const { processInfo } = await session.send('SystemInfo.getProcessInfo');
@@ -148,7 +148,7 @@ async function peakMemory(browser: Browser): Promise<number> {
   return 1024 * Math.max(...peaks.map(Number));
 }
 
-/** The peak, and the bytes loaded, of a first visit and of one that finds everything kept. */
+/** Measure the peak and the loaded bytes of a first visit, and of one with all files kept. */
 async function loadTwice(folder: string): Promise<{ peak: number; bytes: number }[]> {
   const server = await startServer({ '/bundle/': folder });
   const context = await (await launch()).newContext();
@@ -163,7 +163,7 @@ async function loadTwice(folder: string): Promise<{ peak: number; bytes: number 
     visits.push({ peak: await peakMemory(context.browser()!), bytes: progress.at(-1)!.totalBytes });
     await page.close();
   }
-  expect(server.askedFor('.onnx')).toHaveLength(4); // the second visit asked for none
+  expect(server.askedFor('.onnx')).toHaveLength(4); // the second visit requested none
   await context.browser()!.close();
   await server.stop();
   return visits;

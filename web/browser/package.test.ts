@@ -26,7 +26,7 @@ test.each(['plain', 'built'] as const)('%s', async kind => {
   await page.goto(server.url);
   await page.waitForFunction(() => document.body.textContent?.trim());
   expect(await page.textContent('body')).toContain(captions[SAMPLE]!.q8!.text);
-  // No GPU here: so the smaller of the two builds of ONNX Runtime has come, and it alone.
+  // There is no GPU, so only the smaller of the two builds of ONNX Runtime is fetched.
   expect(server.askedFor('.wasm').map(one => one.path)).toEqual([
     expect.stringMatching(/ort-wasm-simd-threaded-[^.]*\.wasm$/),
   ]);

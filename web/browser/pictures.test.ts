@@ -1,4 +1,4 @@
-/** Pictures: the pixels that Python reads, from whatever a page has of them. */
+/** Images have the pixels that Python reads, from each type that a page has. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -8,7 +8,7 @@ import type { openImage } from '../src/runtime/images/reading.js';
 import type { TestServer } from './server.js';
 import { expected, folders, launch, openPage, startServer } from './support.js';
 
-/** What of transformers.js's class is used here. */
+/** The part of transformers.js's class that is used here. */
 interface Raw extends Vlmport.RawImage {
   clone(): Raw;
   rgb(): Raw;
@@ -47,7 +47,7 @@ test.each(Object.keys(pixels))('%s', async name => {
   expect(got).toEqual(pixels[name]);
 });
 
-/** What browsers read otherwise than Python, and the package refuses. */
+/** Kinds that browsers read differently from Python, and that the package refuses. */
 const REFUSED_HERE = {
   'avif alpha': 'image.no-exact-alpha',
   'bmp 16 bits': 'image.unsupported-format',
@@ -78,8 +78,8 @@ test('every format and feature gives the pixels of Python, or its error', async 
   }
 });
 
-test('a browser that gives back other pixels than were drawn is found out', async () => {
-  const fresh = await openPage(browser, server.url); // what was tried is remembered
+test('a browser that changes the pixels of a canvas is detected', async () => {
+  const fresh = await openPage(browser, server.url); // results of tests are kept in a page
   const codes = await fresh.evaluate(async () => {
     const { inside } = globalThis as unknown as Page_;
     const outcome = async (name: string) => {
@@ -112,7 +112,7 @@ test('a browser that gives back other pixels than were drawn is found out', asyn
   expect(codes).toEqual(['image.readback', 'read', 'image.no-exact-alpha', 'read']);
 });
 
-test('every kind of source gives the same tokens', async () => {
+test('each type of source gives the same tokens', async () => {
   const tokens = await page.evaluate(async url => {
     const { VLM } = (globalThis as unknown as Page_).vlmport;
     const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32', threads: 1 });
@@ -144,7 +144,7 @@ test('every kind of source gives the same tokens', async () => {
     const found: Record<string, readonly number[]> = {};
     for (const [kind, source] of Object.entries(sources)) {
       found[kind] = (await vlm.caption(source)).tokenIds;
-      found[`${kind} again`] = (await vlm.caption(source)).tokenIds; // it was left as it is
+      found[`${kind} again`] = (await vlm.caption(source)).tokenIds; // it was not changed
     }
     vlm.dispose();
     return found;
@@ -155,7 +155,7 @@ test('every kind of source gives the same tokens', async () => {
 });
 
 test("transformers.js's own RawImage, of each number of channels", async () => {
-  // What its module imports is ONNX Runtime, of which nothing runs here.
+  // Its module imports ONNX Runtime, which does not run here.
   const empty = 'data:text/javascript,export const env={},Tensor=class{},InferenceSession={}';
   const imports = { 'onnxruntime-web/webgpu': empty, 'onnxruntime-common': empty };
   await page.addScriptTag({ type: 'importmap', content: JSON.stringify({ imports }) });
@@ -185,7 +185,7 @@ test("transformers.js's own RawImage, of each number of channels", async () => {
   expect(found.gray).toBeGreaterThan(0);
 });
 
-test('what is no picture is refused in plain words', async () => {
+test('a source that is not an image is refused', async () => {
   const errors = await page.evaluate(async () => {
     const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
     const options = { device: 'wasm', precision: 'fp32', threads: 1, imageCacheBytes: 0 } as const;

@@ -1,4 +1,4 @@
-/** A GPU that gives wrong results, or none, is found out and left for WebAssembly. */
+/** A GPU that gives wrong results, or none, is detected, and WebAssembly is used. */
 
 import type { Browser } from 'playwright-core';
 import { afterAll, afterEach, beforeAll, expect, test } from 'vitest';
@@ -50,7 +50,7 @@ const BROKEN_SHADERS = `
 const NO_DEVICE = `
   GPUAdapter.prototype.requestDevice = () => Promise.reject(new Error('the driver crashed'));`;
 
-// The device goes away when the first picture is read.
+// The device is lost when the first image is read.
 const LOST_LATER = `
   const plain = GPUAdapter.prototype.requestDevice, read = createImageBitmap;
   GPUAdapter.prototype.requestDevice = async function (wanted) {
@@ -59,7 +59,7 @@ const LOST_LATER = `
     return device;
   };`;
 
-// The device goes away in the middle of a text.
+// The device is lost during an answer.
 const LOST_WHILE_WRITING = `
   const plain = GPUAdapter.prototype.requestDevice, post = self.postMessage.bind(self);
   let device = null, pieces = 0;
@@ -85,7 +85,7 @@ test.each([
   ['broken shaders', BROKEN_SHADERS, /WebGPU is not used/],
   ['no device', NO_DEVICE, /no GPU that works \(the driver crashed\)/],
   ['no WebGPU', NO_WEBGPU, /this browser has no WebGPU/],
-])('%s: WebAssembly takes over, and says why', async (_, prelude, reason) => {
+])('%s: WebAssembly takes over, with a reason', async (_, prelude, reason) => {
   server.workerPrelude = prelude;
   const page = await openPage(browser, server.url);
   const answer = await ask(page, { options, pictures: [`/pictures/${picture}`] });
@@ -107,7 +107,7 @@ test.each([
   await page.context().close();
 });
 
-test('a GPU that is lost while it runs is left in the middle', async () => {
+test('a GPU that is lost while it runs is replaced by WebAssembly', async () => {
   server.workerPrelude = LOST_LATER;
   const page = await openPage(browser, server.url);
   const found = await page.evaluate(async url => {
@@ -125,7 +125,7 @@ test('a GPU that is lost while it runs is left in the middle', async () => {
   await page.context().close();
 });
 
-test('an abort is heard while WebAssembly takes over, and the next caption works', async () => {
+test('an abort works while WebAssembly takes over, and so does the next caption', async () => {
   const nothingKept = "Object.defineProperty(globalThis, 'caches', { value: undefined });";
   server.workerPrelude = LOST_LATER + nothingKept;
   const page = await openPage(browser, server.url);
@@ -167,7 +167,7 @@ test('an abort is heard while WebAssembly takes over, and the next caption works
   await page.context().close();
 });
 
-test('a GPU that is lost in the middle of a text: an error, and WebAssembly from then on', async () => {
+test('a GPU that is lost during an answer gives an error, and then WebAssembly is used', async () => {
   server.workerPrelude = LOST_WHILE_WRITING;
   const page = await openPage(browser, server.url);
   const found = await page.evaluate(async url => {
@@ -199,7 +199,7 @@ test('a GPU without 16-bit shaders', async () => {
     message: expect.stringMatching(/q4f16.* 16-bit/),
   });
   expect(refused.hint).toMatch(/precision: 'auto'/);
-  // Nor has this build's WebAssembly a kernel for its embeddings: so nothing could take over.
+  // This build's WebAssembly has no kernel for its embeddings either, so it can't take over.
   expect(await refusal(page, { options: half })).toMatchObject({
     kind: 'DeviceError',
     code: 'device.wrong-precision',
@@ -211,7 +211,7 @@ test('a GPU without 16-bit shaders', async () => {
   const fp16 = await ask(page, { options: { ...options, precision: 'fp16' } });
   expect(fp16).toMatchObject({ device: 'wasm', precision: 'fp16' });
   expect(fp16.reason).toMatch(/^WebGPU is not used: the GPU can't compute fp16/);
-  // What the bundle chooses needs no such shaders.
+  // The bundle's own choice needs no such shaders.
   expect(await ask(page, { options })).toMatchObject({ device: 'webgpu', reason: null });
   await page.context().close();
 });

@@ -1,4 +1,4 @@
-/** A static server for the tests that can be told to misbehave. */
+/** A static server for the tests, which can simulate faults. */
 
 import { createReadStream, existsSync, readFileSync, statSync } from 'node:fs';
 import http from 'node:http';
@@ -21,7 +21,7 @@ export interface Asked {
   readonly range: string | null;
 }
 
-/** What is done to an answer: a status instead of it, its end cut off, or a byte turned over. */
+/** A fault in an answer: another status, a missing end, or a wrong byte. */
 export type Fault =
   | { readonly status: number }
   | { readonly cutAfter: number }
@@ -29,13 +29,13 @@ export type Fault =
   | { readonly hangAfter: number };
 
 export class TestServer {
-  /** With COOP and COEP headers, which threads need. */
+  /** Whether it sends COOP and COEP headers, which threads need. */
   isolated = true;
-  /** Answers byte ranges. */
+  /** Whether it supports byte ranges. */
   ranges = true;
   /** Called for each request of a file. */
   fault: (asked: Asked) => Fault | null = () => null;
-  /** Put before the worker's own script: how a test spoils what a worker finds there. */
+  /** A script that runs before the worker's own, to change its environment. */
   workerPrelude = '';
   /** All requests, in order. */
   readonly asked: Asked[] = [];

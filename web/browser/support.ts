@@ -1,4 +1,4 @@
-/** What the browser tests share: the bundle, what Python made of it, Chromium, the page. */
+/** Parts that the browser tests share: the bundle, Python's results, Chromium, the page. */
 
 import { existsSync, readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
@@ -9,22 +9,22 @@ import { TestServer } from './server.js';
 
 const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
 
-/** What Python's runtime gave: written by tests/web/test_web.py. */
+/** The results of Python's runtime, written by tests/web/test_web.py. */
 export interface Expected {
   readonly precisions: readonly string[];
-  /** Picture → precision → tokens and text. */
+  /** Image → precision → tokens and text. */
   readonly captions: Readonly<
     Record<string, Readonly<Record<string, { tokens: number[]; text: string }>>>
   >;
-  /** The same for a model that cuts pictures into tiles, and how many there are. */
+  /** The same for a model that cuts images into tiles, with their number. */
   readonly tiles: Readonly<
     Record<string, { tokens: number[]; text: string; count: number; imageTokens: number }>
   >;
-  /** Conversations: model → what was said, precision by precision. */
+  /** Model → its conversations, by precision. */
   readonly talks: Readonly<Record<string, Talks>>;
-  /** What the image processor makes of the first picture of `captions`. */
+  /** The image processor's output for the first image of `captions`. */
   readonly pixelValues: { readonly dims: readonly number[]; readonly data: readonly number[] };
-  /** Picture of all kinds → size and SHA-256 of its RGB pixels. */
+  /** Image → size and SHA-256 of its RGB pixels. */
   readonly pixels: Readonly<Record<string, Pixels>>;
   /** Format and feature → the file's number, and the same or the code of Python's error. */
   readonly matrix: Readonly<
@@ -50,7 +50,7 @@ export interface Turn {
 }
 
 export interface Talks {
-  /** Where its pictures are, on the server. */
+  /** The folder of its images on the server. */
   readonly folder: string;
   readonly system: string | null;
   readonly maxNewTokens: number | null;
@@ -79,18 +79,18 @@ function setting(name: string): string {
 export const folders = {
   bundle: () => setting('VLMPORT_WEB_BUNDLE'),
   pictures: () => setting('VLMPORT_WEB_PICTURES'), // the examples
-  kinds: () => setting('VLMPORT_WEB_KINDS'), // small ones of all kinds
-  /** Bundles that answer questions, by name; 'tiles' cuts pictures into tiles. */
+  kinds: () => setting('VLMPORT_WEB_KINDS'), // small images of all kinds
+  /** Bundles that answer questions, by name; 'tiles' cuts images into tiles. */
   talkers: () => JSON.parse(setting('VLMPORT_WEB_TALKERS')) as Record<string, string>,
   tiles: () => folders.talkers().tiles!,
   /** 'tiles' with a template that never ends: 'always', or where 'asked' for it. */
   endless: () => JSON.parse(setting('VLMPORT_WEB_ENDLESS')) as Record<'always' | 'asked', string>,
-  /** What transformers.js is made of, with ONNX Runtime beside it. */
+  /** The modules of transformers.js, next to those of ONNX Runtime. */
   transformers: () => setting('VLMPORT_WEB_TRANSFORMERS'),
   page: here('built'),
   /** Small projects that use the packed package. */
   packed: () => ({ plain: setting('VLMPORT_WEB_PLAIN'), built: setting('VLMPORT_WEB_BUILT') }),
-  /** The same architecture with next to no weights, and with 200 MB of them. */
+  /** The same architecture with tiny weights, and with 200 MB of weights. */
   sizes: () => ({
     tiny: setting('VLMPORT_WEB_TINY'),
     large: setting('VLMPORT_WEB_LARGE'),
@@ -130,11 +130,11 @@ export function launch({ webgpu = false, args = [] as string[] } = {}): Promise<
   });
 }
 
-/** Roots of a server: each talking model under its name. */
+/** Make the roots of a server: each talking model under its name. */
 export const talkers = () =>
   Object.fromEntries(Object.entries(folders.talkers()).map(([name, at]) => [`/${name}/`, at]));
 
-/** A new page of the tests' server, with the package loaded. */
+/** Open a new page of the tests' server, with the package loaded. */
 export async function openPage(browser: Browser, url: string): Promise<Page> {
   const page = await (await browser.newContext()).newPage();
   page.setDefaultTimeout(120_000);
@@ -144,16 +144,16 @@ export async function openPage(browser: Browser, url: string): Promise<Page> {
   return page;
 }
 
-/** What a page of `openCounted` has within reach. */
+/** The globals of a page of `openCounted`. */
 export interface CountedPage {
   readonly vlmport: typeof Vlmport;
-  /** Forget what ONNX Runtime was fed so far, run by run. */
+  /** Return the inputs of ONNX Runtime's runs so far, and remove them. */
   readonly forgetRuns: () => Promise<Fed[]>;
 }
 
-/** A page that hears what ONNX Runtime is fed in its worker, of which there is one at a time. */
+/** Open a page that records the inputs of ONNX Runtime in its one worker. */
 export async function openCounted(browser: Browser, server: TestServer): Promise<Page> {
-  // An echo comes after all that was said before it. ONNX Runtime's threads run this script too.
+  // An echo arrives after all earlier messages. ONNX Runtime's threads run this script too.
   server.workerPrelude = `
     const channel = new BroadcastChannel('runs');
     globalThis.onRun = fed => channel.postMessage(fed);
@@ -180,7 +180,7 @@ export async function openCounted(browser: Browser, server: TestServer): Promise
   return page;
 }
 
-/** What a test asks for in the page; all of it is plain data. */
+/** The task of a test in the page, as plain data. */
 export interface Asking {
   readonly url?: string;
   readonly options?: {
@@ -204,7 +204,7 @@ export interface Answer {
   readonly progress: readonly { phase: string; loadedBytes: number; totalBytes: number }[];
 }
 
-/** Load the bundle in the page and caption the pictures, piece by piece. */
+/** Load the bundle in the page, and caption the images piece by piece. */
 export function ask(page: Page, asking: Asking = {}): Promise<Answer> {
   return page.evaluate(async (asking: Asking) => {
     const { url = '/bundle/', options = {}, pictures = [], maxNewTokens } = asking;
@@ -227,7 +227,7 @@ export function ask(page: Page, asking: Asking = {}): Promise<Answer> {
   }, asking);
 }
 
-/** The error that a call in the page ends with. */
+/** Return the error that a call in the page ends with. */
 export async function refusal(
   page: Page,
   asking: Asking,

@@ -1,6 +1,6 @@
 /**
- * A model that cuts pictures into tiles and has a chat template: captions all the same. What it
- * says on WebGPU, turns.test.ts asks.
+ * Captions of a model that cuts images into tiles and has a chat template. turns.test.ts runs it on
+ * WebGPU.
  */
 
 import type { Browser } from 'playwright-core';
@@ -35,11 +35,11 @@ test('the same tokens as Python', async () => {
   await page.context().close();
 });
 
-test('pictures of other sizes have other numbers of tiles', () => {
+test('images of other sizes have other numbers of tiles', () => {
   expect(new Set(Object.values(tiles).map(one => one.count)).size).toBeGreaterThan(1);
 });
 
-test('the options of the manifest are what the image processor gets', async () => {
+test('the image processor gets the options of the manifest', async () => {
   const page = await openPage(browser, server.url);
   const manifest = await (await fetch(`${server.url}tiles/vlmport.json`)).json();
   const options = { device: 'wasm', precision: 'fp32' } as const;
@@ -65,7 +65,7 @@ test('the options of the manifest are what the image processor gets', async () =
   await page.context().close();
 });
 
-test('pixel values of another program are refused: a tile is not the whole of a picture', async () => {
+test('pixel values of another program are refused where images have several tiles', async () => {
   const page = await openPage(browser, server.url);
   const message = await page.evaluate(async () => {
     const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;

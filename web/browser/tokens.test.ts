@@ -21,9 +21,9 @@ afterAll(async () => {
   await server.stop();
 });
 
-const SLOW = 3; // pictures on WebGPU: a GPU in software takes its time
+const SLOW = 3; // images on WebGPU: a GPU in software is slow
 
-/** What the bundles' `auto` takes on these devices, and fp32: the very same tokens. */
+/** The `auto` precisions of the bundles on these devices, and fp32: exactly the same tokens. */
 const SAME = [
   { device: 'wasm', precision: 'fp32', threads: 1 },
   { device: 'wasm', precision: 'fp32', threads: 2 },
@@ -34,8 +34,8 @@ const SAME = [
 ] as const;
 
 /**
- * These round in other places than a CPU does: 4-bit kernels on WebAssembly keep the activations
- * in 32 bits, 16-bit ones widen some operators. A near tie may fall to the other side.
+ * These round in other places than a CPU: 4-bit kernels on WebAssembly keep the activations in 32
+ * bits, 16-bit ones widen some operators. The result of a near tie may differ.
  */
 const ALIKE = ['fp16', 'q4', 'q4f16'].filter(name => precisions.includes(name));
 
@@ -54,7 +54,7 @@ test.each(SAME)('$precision on $device, $threads threads: the same tokens', asyn
   expect(answer.texts).toEqual(wanted.map(one => one.text));
 });
 
-test.each(ALIKE)('%s on wasm: the same captions but for one', async precision => {
+test.each(ALIKE)('%s on wasm: the same captions except one', async precision => {
   const { texts } = await captionsOf({ device: 'wasm', precision, threads: 1 }, pictures);
   const same = pictures.filter((name, i) => captions[name]![precision]!.text === texts[i]);
   expect(same.length).toBeGreaterThanOrEqual(pictures.length - 1);

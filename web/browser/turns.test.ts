@@ -1,4 +1,4 @@
-/** What is said turn by turn: the tokens that Python has, for the work of what is new. */
+/** Conversations have Python's tokens turn by turn, and run only the new tokens and images. */
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -37,9 +37,9 @@ interface Form {
 }
 
 /**
- * Four turns of random models, three of trained ones. q4 of the latter alone: a CPU rounds what
- * these kernels multiply to 8 bits and a GPU does not, so that a near tie, of which a model without
- * training is full, falls to the other side. On WebGPU a family comes once in a precision at most:
+ * Four turns of random models, three of trained ones. Only the latter run at q4: a CPU rounds the
+ * inputs of these kernels to 8 bits and a GPU does not, and a model without training has many near
+ * ties, whose results then differ. On WebGPU a family has one row for a precision at most, because
  * a GPU in software compiles a model's shaders for ten seconds.
  */
 const FORMS: readonly Form[] = [
@@ -60,7 +60,7 @@ const FORMS: readonly Form[] = [
   { model: 'shapes-qwen2.5-vl', device: 'webgpu', precision: 'q4', turns: 3 },
 ];
 
-/** Runs of the vision encoder in each turn: the second costs none, and one picture comes twice. */
+/** Runs of the vision encoder in each turn: the second needs none, and one image comes twice. */
 const ENCODED: Readonly<Record<string, readonly number[]>> = {
   tiles: [7, 0, 4, 10], // 2 x 3 tiles and the whole, …
   windows: [1, 0, 1, 1],

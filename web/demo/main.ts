@@ -1,9 +1,9 @@
 /**
- * The demo: pick, drop or paste a picture, and watch the caption arrive; ask about it, where the
- * model answers questions.
+ * The demo: choose, drop or paste an image, and read its caption; ask about it, where the model
+ * answers questions.
  *
- * `?model=URL` names another bundle than the one beside the page; `?device=` and `?precision=` are
- * those of `VLM.load`.
+ * `?model=URL` sets another bundle than the one next to the page; `?device=` and `?precision=` are
+ * options of `VLM.load`.
  */
 
 import { type Caption, type Conversation, VLM, type VlmOptions, clearCache } from '@vlmport/web';
@@ -22,8 +22,8 @@ const SHOWN = ['red_square', 'yellow_circle', 'green_triangle', 'red_circle'];
 let vlm: Promise<VLM> | null = null;
 let loading = new AbortController();
 let writing = new AbortController();
-let picture: Blob | string | null = null;
-let chat: Conversation | null = null; // about the picture
+let image: Blob | string | null = null;
+let chat: Conversation | null = null; // about the image
 
 async function load(): Promise<void> {
   loading.abort();
@@ -44,7 +44,7 @@ async function load(): Promise<void> {
   vlm = VLM.load(model, options);
   try {
     view.showModel(await vlm);
-    if (picture !== null) await write(picture);
+    if (image !== null) await write(image);
   } catch (error) {
     if (mine !== loading) return; // another load has begun
     if (mine.signal.aborted) view.showStopped();
@@ -52,28 +52,28 @@ async function load(): Promise<void> {
   }
 }
 
-/** Caption a picture; whatever is under way is given up. */
+/** Caption an image; an open caption or answer is aborted. */
 async function write(source: Blob | string): Promise<void> {
-  picture = source;
+  image = source;
   chat?.reset();
-  view.showPicture(source);
+  view.showImage(source);
   await follow((ready, signal) => {
     view.beginCaption();
     return ready.stream(source, { signal });
   });
 }
 
-/** Ask about the picture; whatever is under way is given up. */
+/** Ask about the image; an open caption or answer is aborted. */
 async function ask(question: string): Promise<void> {
   await follow((ready, signal) => {
     chat ??= ready.conversation();
-    const isNew = chat.messages.length === 0 && picture !== null;
+    const isNew = chat.messages.length === 0 && image !== null;
     view.beginAnswer(question);
-    return chat.stream(question, { images: isNew ? [picture!] : [], signal });
+    return chat.stream(question, { images: isNew ? [image!] : [], signal });
   });
 }
 
-/** Show a text as it is made, unless another takes its place. */
+/** Show a text as it is generated, unless another one has begun. */
 async function follow(
   begin: (vlm: VLM, signal: AbortSignal) => AsyncGenerator<string, Caption>,
 ): Promise<void> {
@@ -81,14 +81,14 @@ async function follow(
   const mine = (writing = new AbortController());
   let [begun, made]: [boolean, Caption | null] = [false, null];
   try {
-    const ready = await vlm?.catch(() => null); // `load` has said why
+    const ready = await vlm?.catch(() => null); // `load` has shown the error
     if (!ready || mine.signal.aborted) return;
     begun = true;
     const pieces = begin(ready, mine.signal);
     let next = await pieces.next();
     for (; !next.done; next = await pieces.next()) if (mine === writing) view.addPiece(next.value);
     made = next.value;
-    if (mine === writing) view.showModel(ready); // it may have changed its device on the way
+    if (mine === writing) view.showModel(ready); // its device may have changed
   } catch (error) {
     if (!mine.signal.aborted) view.showError(error);
   } finally {
@@ -140,12 +140,12 @@ function listen(): void {
     ui.question.value = '';
     void ask(question);
   };
-  ui.stop.onclick = () => (writing.abort(), loading.abort()); // a load that is done is not ended
+  ui.stop.onclick = () => (writing.abort(), loading.abort()); // a complete load stays
   ui.again.onclick = () => void load();
   ui.device.onchange = () => void load();
   ui.forget.onclick = async () => {
     await clearCache(model);
-    view.showStatus('The download is forgotten. It is fetched again when it is next needed.');
+    view.showStatus('The download is deleted. It is fetched again when it is needed.');
   };
   document.addEventListener('paste', event => take(event.clipboardData?.files));
   document.addEventListener('dragover', event => {

@@ -1,7 +1,7 @@
 /**
- * Keeps the page, its scripts and ONNX Runtime, so that a second visit needs no server.
+ * Keep the page, its scripts and ONNX Runtime, so that a second visit needs no server.
  *
- * The model is not its business: the package keeps that itself, chunk by chunk.
+ * The package keeps the model itself, chunk by chunk.
  */
 
 const CACHE = 'vlmport-page-__VERSION__';
@@ -11,7 +11,7 @@ addEventListener('install', event => {
   event.waitUntil(
     (async () => {
       const cache = await caches.open(CACHE);
-      // The names carry a hash of the contents, all but the page's own.
+      // All names but the page's own contain a hash of the contents.
       await cache.addAll(
         FILES.map(name => new Request(name, name === './' ? { cache: 'reload' } : {})),
       );
@@ -41,7 +41,7 @@ addEventListener('fetch', event => {
 const kept = new Set(FILES.map(name => new URL(name, registration.scope).href));
 const isOurs = url => kept.has(url.split('?')[0]);
 
-/** The newest page where there is a server. */
+/** Return the newest page where there is a server. */
 async function navigate(request) {
   try {
     return await fetch(request);

@@ -1,4 +1,4 @@
-/** What the page shows. No model is known here. */
+/** The view of the page, without the model. */
 
 import { type Caption, type Progress, type VLM, VlmportError } from '@vlmport/web';
 
@@ -34,7 +34,7 @@ const notes = element('notes', HTMLUListElement);
 
 const fact = (name: string, text: string) =>
   (element(`fact-${name}`, HTMLElement).textContent = text);
-const LONG = 140; // characters; from here on a caption is set smaller
+const LONG = 140; // characters; a longer caption is set smaller
 const megabytes = (count: number) => (count / 1e6).toFixed(1);
 
 const PHASES: Readonly<Record<Progress['phase'], string>> = {
@@ -46,7 +46,8 @@ const PHASES: Readonly<Record<Progress['phase'], string>> = {
 
 export function showProgress({ phase, loadedBytes, totalBytes }: Progress): void {
   load.hidden = false;
-  if (status.textContent !== PHASES[phase]) status.textContent = PHASES[phase]; // said once
+  // Screen readers read each change.
+  if (status.textContent !== PHASES[phase]) status.textContent = PHASES[phase];
   bytes.textContent = `${megabytes(loadedBytes)} of ${megabytes(totalBytes)} MB`;
   bar.value = totalBytes ? loadedBytes / totalBytes : 0;
 }
@@ -79,16 +80,16 @@ export function showModel(vlm: VLM): void {
   caption.dataset.empty = 'The caption appears here.';
 }
 
-let shown = ''; // the address of the file that is shown; it holds the file until it is revoked
+let shown = ''; // the address of the shown file, whose memory is used until it is revoked
 
-export function showPicture(picture: Blob | string): void {
+export function showImage(image: Blob | string): void {
   URL.revokeObjectURL(shown);
-  shown = typeof picture === 'string' ? '' : URL.createObjectURL(picture);
-  ui.preview.src = typeof picture === 'string' ? picture : shown;
+  shown = typeof image === 'string' ? '' : URL.createObjectURL(image);
+  ui.preview.src = typeof image === 'string' ? image : shown;
   ui.preview.alt = 'The picture to caption';
 }
 
-/** Shown once it is read: what can't be read is never seen as a broken picture. */
+/** Show the image once it is read, so that a bad file never shows as a broken image. */
 ui.preview.onload = () => filled(true);
 ui.preview.onerror = () => filled(false);
 
@@ -99,9 +100,9 @@ function filled(whether: boolean): void {
   ui.file.setAttribute('aria-label', whether ? 'Choose another picture' : 'Choose a picture');
 }
 
-let text: HTMLElement = caption; // what is being written
+let text: HTMLElement = caption; // the element that is being filled
 
-/** Nothing is said of any picture. */
+/** Remove the caption and all answers. */
 export function clearTexts(): void {
   endText(null);
   caption.textContent = '';
@@ -115,7 +116,7 @@ export function beginCaption(): void {
   begin(caption);
 }
 
-/** A question is asked; its answer is written below it. */
+/** Show a question, with an empty answer below it. */
 export function beginAnswer(question: string): void {
   endText(null);
   const answer = line(talk, 'answered', '');
@@ -140,7 +141,7 @@ export function addPiece(piece: string): void {
   else talk.scrollTop = talk.scrollHeight;
 }
 
-/** What was being written is done, or with null given up. */
+/** End the text that is being filled; null for an abort. */
 export function endText(made: Caption | null): void {
   text.classList.remove('writing');
   text.removeAttribute('aria-busy');
@@ -153,7 +154,7 @@ export function endText(made: Caption | null): void {
   fact('speed', speed ? speed.toFixed(speed < 10 ? 1 : 0) : '–');
 }
 
-/** Say what went wrong, or with null nothing. `canLoad` offers to load the model again. */
+/** Show an error, or with null none. `canLoad` offers to load the model again. */
 export function showError(thrown: unknown, { canLoad = false } = {}): void {
   error.hidden = thrown === null;
   ui.again.hidden = !canLoad;
@@ -167,10 +168,10 @@ export function showError(thrown: unknown, { canLoad = false } = {}): void {
   element('error-hint', HTMLElement).textContent = sentence(hint);
 }
 
-/** The download was given up by its visitor. */
+/** Show that the visitor stopped the download. */
 export function showStopped(): void {
   showError(
-    new VlmportError('DownloadError', 'download.failed', 'Stopped', 'what has come is kept'),
+    new VlmportError('DownloadError', 'download.failed', 'Stopped', 'the complete parts are kept'),
     {
       canLoad: true,
     },
@@ -194,7 +195,7 @@ function line(list: HTMLOListElement, kind: string, text: string): HTMLLIElement
   return one;
 }
 
-/** A message as a sentence of its own; an address at its start stays as it is. */
+/** Write a message as a sentence; an address at its start is not changed. */
 function sentence(text: string): string {
   if (text === '') return '';
   const start = /^\S+:\/\//.test(text) ? text[0]! : text[0]!.toUpperCase();

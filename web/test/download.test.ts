@@ -43,7 +43,7 @@ beforeEach(() => {
     asked.push(span);
     return (answers.shift() ?? partial)(...span);
   });
-  const real = setTimeout; // pauses between attempts are skipped, stalls never happen
+  const real = setTimeout; // pauses between attempts are skipped, and no connection stalls
   vi.stubGlobal('setTimeout', (work: () => void, ms: number) => (ms < 10_000 ? real(work, 0) : 0));
 });
 afterEach(() => {
@@ -57,14 +57,14 @@ function open(signal = new AbortController().signal): BundleFiles {
   return bundle;
 }
 
-test('a file comes in one request, and its chunks are kept', async () => {
+test('a file is fetched in one request, and its chunks are kept', async () => {
   expect(digest(await open().read('big'))).toBe(files.big.sha256);
   expect(asked).toEqual([[0, whole.length]]);
   expect([...store.kept.keys()]).toEqual(hashes);
   expect(loaded).toBe(whole.length);
 });
 
-test('a browser that reads no downloads into buffers of ours', async () => {
+test('a browser that cannot read downloads into a given buffer', async () => {
   const body = () => {
     const pieces = [0, 10, CHUNK_BYTES + 7, whole.length];
     return new ReadableStream<Uint8Array>({
@@ -81,7 +81,7 @@ test('a browser that reads no downloads into buffers of ours', async () => {
   expect(asked).toHaveLength(1);
 });
 
-test('only what is missing is asked for', async () => {
+test('only missing chunks are requested', async () => {
   await store.putChunk(hashes[1]!, chunks[1]!);
   expect(digest(await open().read('big'))).toBe(files.big.sha256);
   expect(asked).toEqual([
@@ -99,7 +99,7 @@ test('a kept chunk that was altered is fetched again', async () => {
   expect(digest(store.kept.get(hashes[0]!)!)).toBe(hashes[0]);
 });
 
-test('what breaks off goes on from that very byte', async () => {
+test('an interrupted transfer continues from the next byte', async () => {
   const cut = CHUNK_BYTES + 1000;
   answers = [() => partial(0, cut)];
   expect(digest(await open().read('big'))).toBe(files.big.sha256);
@@ -110,14 +110,14 @@ test('what breaks off goes on from that very byte', async () => {
   expect(loaded).toBe(whole.length);
 });
 
-test('a server without ranges sends it all, and what is there already is skipped', async () => {
+test('a server without ranges sends the whole file, and the present bytes are skipped', async () => {
   await store.putChunk(hashes[0]!, chunks[0]!);
   answers = [() => new Response(whole)];
   expect(digest(await open().read('big'))).toBe(files.big.sha256);
   expect(loaded).toBe(whole.length);
 });
 
-test('a spoiled chunk is fetched again from its start, and no other', async () => {
+test('a damaged chunk is fetched again from its start, and no other', async () => {
   const spoiled = whole.slice();
   spoiled[CHUNK_BYTES + 5]! ^= 1;
   answers = [() => new Response(spoiled)];
@@ -152,7 +152,7 @@ const PAGE = '<!-- app -->\n<!DOCTYPE html><html><body>an app of one page</body>
 const html = { 'content-type': 'text/html; charset=utf-8' };
 const webPage = { kind: 'BundleError', code: 'source.web-page' };
 
-test('a web page in the place of a file, of the manifest, of a range', async () => {
+test('a web page instead of a file, the manifest or a range is refused', async () => {
   answers = [() => new Response(PAGE, { headers: html })];
   await expect(open().read('big')).rejects.toMatchObject(webPage);
   expect(asked).toHaveLength(1); // not again
@@ -190,7 +190,7 @@ test('a file of another size on the server', async () => {
   await expect(open().read('big')).rejects.toMatchObject({ code: 'bundle.other-size' });
 });
 
-test('data is no web page', () => {
+test('data are not taken for a web page', () => {
   const data = ['', '{}', '<svg>', '<image>', '<heading>', '{"a": "<html>"}', '\x08\n<html>'];
   expect(data.filter(isWebPage)).toEqual([]);
   expect(isWebPage(new TextEncoder().encode('\uFEFF <HTML lang=en>'))).toBe(true);
@@ -202,7 +202,7 @@ test('an abort while it waits to try again', async () => {
   await expect(open(controller.signal).read('big')).rejects.toThrow('aborted');
 });
 
-test('neighbours are one run', () => {
+test('consecutive chunks are one run', () => {
   expect(runsOf([])).toEqual([]);
   expect(runsOf([0, 1, 4, 6, 7])).toEqual([
     [0, 2],
@@ -211,7 +211,7 @@ test('neighbours are one run', () => {
   ]);
 });
 
-test('SHA-256 in plain JavaScript is the same at every length round a block', async () => {
+test('SHA-256 in plain JavaScript is the same at each length around a block', async () => {
   for (const length of [0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000]) {
     const bytes = whole.slice(0, length);
     expect(sha256Plain(bytes)).toBe(digest(bytes));

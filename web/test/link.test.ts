@@ -1,4 +1,4 @@
-/** A worker that does not come back from a template or a tokenizer is ended by the page. */
+/** The page ends a worker that does not return from a template or a tokenizer. */
 
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { Link } from '../src/link.js';
@@ -46,7 +46,7 @@ test('one that ends in time, before a long answer', async () => {
   await answer;
 });
 
-test('what is watched is told, also where it fails', () => {
+test('begin and end of watched work are told, also where it fails', () => {
   const told: unknown[] = [];
   onWatched(doing => told.push(doing));
   expect(watched('template', () => 7)).toBe(7);

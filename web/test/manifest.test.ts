@@ -9,7 +9,7 @@ import schema from '../src/bundle/vlmport.schema.json' with { type: 'json' };
 const hash = 'ab'.repeat(32);
 const names = ['vision_encoder', 'embed_tokens', 'decoder_model_merged'];
 
-/** A manifest of two precisions; `change` spoils it. */
+/** Make a manifest of two precisions; `change` modifies it. */
 function manifest(change: (raw: ReturnType<typeof whole>) => void = () => {}): string {
   const raw = whole();
   change(raw);
@@ -73,7 +73,7 @@ function whole() {
   };
 }
 
-test('the schema is the one that Python reads, but for its words', () => {
+test('the schema is the one of Python, except for descriptions', () => {
   const read = (path: string) => {
     const text = readFileSync(new URL(path, import.meta.url), 'utf8');
     return JSON.parse(text, (key, value) => (key === 'description' ? undefined : value));
@@ -82,7 +82,7 @@ test('the schema is the one that Python reads, but for its words', () => {
   expect(ours).toEqual(read('../../src/vlmport/bundle/vlmport.schema.json'));
 });
 
-test('a whole manifest is read', () => {
+test('a valid manifest is read', () => {
   expect(parseManifest(manifest(), 'here').name).toBe('tiny');
 });
 
@@ -116,7 +116,7 @@ test.each<[string, (raw: ReturnType<typeof whole>) => void, RegExp]>([
     /caption\[0\]\.content\[0\]\.image is unknown/,
   ],
   ['auto', raw => (raw.auto.cpu!.embed_tokens = 'q8'), /auto\.cpu: no embed_tokens in q8/],
-])('%s: a spoiled manifest is refused', (_, change, message) => {
+])('%s: a wrong manifest is refused', (_, change, message) => {
   const version = /version 2/.test(message.source) && 'bundle.newer-version';
   const layout = /'components'/.test(message.source) && 'bundle.other-layout';
   const code = version || layout || 'bundle.malformed';
@@ -161,7 +161,7 @@ test('precisions: auto, one for all, a mix', () => {
       message: expect.stringContaining(`'${name}'`),
     });
   expect(named('auto', 'webgpu')).toBe('q4');
-  expect(named('auto', 'wasm')).toBe('fp32'); // no line of its own: the CPU's
+  expect(named('auto', 'wasm')).toBe('fp32'); // the manifest has no entry: the CPU's is used
   expect(named('q4', 'wasm')).toBe('q4');
   expect(named('decoder=q4', 'wasm')).toBe(
     'vision_encoder=fp32,embed_tokens=fp32,decoder_model_merged=q4',

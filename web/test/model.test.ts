@@ -86,7 +86,7 @@ test('leaving the loop early aborts the work, and late pieces harm nothing', asy
   await first;
   await stream.return(undefined as never);
   expect(aborts()).toEqual([{ type: 'abort', id: ID }]);
-  piece(' red'); // it was on its way
+  piece(' red'); // it had been sent before the abort
   FakeWorker.last.say({ type: 'aborted', id: ID });
   await Promise.resolve();
   expect((await stream.next()).done).toBe(true);

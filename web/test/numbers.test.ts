@@ -4,7 +4,7 @@ import { best, notFollowed } from '../src/runtime/generate.js';
 import { onWhite } from '../src/runtime/images/reading.js';
 import { halfToNumber, mergeImageFeatures } from '../src/runtime/graphs/rows.js';
 
-test('transparency lies on white as Pillow lays it', () => {
+test('transparency is blended with white as in Pillow', () => {
   // From Pillow 13: Image.alpha_composite(white, one) for [value, alpha].
   const rows: [number, number, number][] = [
     [0, 0, 255],
@@ -61,7 +61,7 @@ test('16-bit floats', () => {
   expect(halfToNumber(0x7e00)).toBeNaN();
 });
 
-test('the best score is the first of several, and a NaN is not passed over', () => {
+test('the best score is the first of several, and a NaN is not ignored', () => {
   expect(best(Float32Array.of(-2, -1, -1))).toBe(1);
   expect(best(Float32Array.of(3, NaN, 4))).toBe(1);
 });

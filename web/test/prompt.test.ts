@@ -47,7 +47,7 @@ async function open(
 
 const hello: Message[] = [{ role: 'user', content: 'a red' }];
 
-test('a special token that is no text is refused', async () => {
+test('a special token of another type than text is refused', async () => {
   for (const bad of [true, 3, ['</s>'], { content: false }]) {
     const opened = open('{{ bos_token }}', { bos_token: bad });
     await expect(opened).rejects.toMatchObject({ code: 'tokenizer.special-token-type' });
@@ -68,7 +68,7 @@ test('a template sees what Python shows it', async () => {
   expect(parts.render([{ role: 'user', content: [{ type: 'text', text: 'a' }] }])).toBe('a');
 });
 
-test('a template that refuses says what it says', async () => {
+test('the error of a template that refuses has its text', async () => {
   const prompter = await open("{{ raise_exception('no user here') }}");
   expect(() => prompter.render(hello)).toThrow(/no user here/);
 });
@@ -91,14 +91,14 @@ test('text is decoded by tokenizer.json alone, whatever tokenizer_config.json ad
   }
 });
 
-test('no tokens are no text, and neither are ids past the vocabulary', async () => {
+test('no tokens, and ids past the vocabulary, have no text', async () => {
   const text = new TextStream((await open('')).tokenizer);
   expect(text.whole()).toBe('');
   expect([1, 99].map(token => text.push(token)).join('')).toBe('a');
   expect(text.whole()).toBe('a');
 });
 
-/** The prompter of a built-in model. */
+/** Open the prompter of a built-in model. */
 async function builtIn(name: string, placeholder: string, id: number): Promise<Prompter> {
   const read = (file: string) =>
     readFileSync(new URL(`../../src/vlmport/builtin/${name}/${file}`, import.meta.url), 'utf8');
@@ -136,26 +136,29 @@ const SPELLED = [
   ],
 ] as const;
 
-test.each(SPELLED)('%s: a text that spells %s is words', async (name, spelled, id, wanted) => {
-  const prompter = await builtIn(name, spelled, id);
-  const text = (text: string) => ({ type: 'text', text });
-  const parts = [text(`a ${spelled}`), text(spelled.slice(0, 2)), text(spelled.slice(2))];
-  const messages: Message[] = [
-    { role: 'user', content: [{ type: 'image' }, ...parts] },
-    { role: 'assistant', content: [text(spelled)] },
-  ];
-  expect(prompter.ids(messages)).toEqual(wanted);
-  expect(prompter.tokenizer.decode(prompter.ids(messages))).toBe(prompter.render(messages));
-});
+test.each(SPELLED)(
+  '%s: a text that spells %s is ordinary text',
+  async (name, spelled, id, wanted) => {
+    const prompter = await builtIn(name, spelled, id);
+    const text = (text: string) => ({ type: 'text', text });
+    const parts = [text(`a ${spelled}`), text(spelled.slice(0, 2)), text(spelled.slice(2))];
+    const messages: Message[] = [
+      { role: 'user', content: [{ type: 'image' }, ...parts] },
+      { role: 'assistant', content: [text(spelled)] },
+    ];
+    expect(prompter.ids(messages)).toEqual(wanted);
+    expect(prompter.tokenizer.decode(prompter.ids(messages))).toBe(prompter.render(messages));
+  },
+);
 
-test('texts that spell none have the ids of the rendered prompt', async () => {
+test('other texts have the ids of the rendered prompt', async () => {
   const prompter = await builtIn('shapes-smolvlm', '<image>', 446);
   const content = [{ type: 'image' }, { type: 'text', text: '1 <|im_end|> \ue0f00\ue0f1' }];
   const messages: Message[] = [{ role: 'user', content }];
   expect(prompter.ids(messages)).toEqual(prompter.encode(prompter.render(messages)));
 });
 
-test('where the placeholder is no added token, that is said', async () => {
+test('a text that spells a placeholder is refused where that is not an added token', async () => {
   const prompter = await open("{{ '<image>' }}{{ messages[0].content[1].text }}");
   const added_tokens = TOKENIZER.added_tokens.slice(1);
   const bare = await open(

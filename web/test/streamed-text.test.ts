@@ -10,7 +10,9 @@ const bytes = {
   id_to_token: (id: number) => `t${id}`,
 };
 
-/** The same with byte fallback: a run of bytes that is not UTF-8 is written sign by sign. */
+/**
+ * The same with byte fallback: a run of bytes that is not UTF-8 is written character by character.
+ */
 const fallback = {
   ...bytes,
   id_to_token: (id: number) => `<0x${id.toString(16).padStart(2, '0')}>`,
@@ -34,7 +36,7 @@ test('half a character at the end comes as the decoder writes it', () => {
   expect(stream.finish()).toBe('\ufffd');
 });
 
-test('a special token says nothing and breaks nothing', () => {
+test('a special token has no text', () => {
   const stream = new TextStream(bytes);
   expect([97, 300, 98].map(token => stream.push(token))).toEqual(['a', '', 'b']);
   expect(stream.finish()).toBe('');

@@ -1,6 +1,6 @@
 /**
- * ONNX Runtime, overheard: where a test has put `onRun` into the worker (TestServer.workerPrelude),
- * it hears the shapes of what each run is fed.
+ * Record the runs of ONNX Runtime: where a test has put `onRun` into the worker
+ * (TestServer.workerPrelude), it is called with the shapes of each run's inputs.
  */
 
 import type * as Ort from 'onnxruntime-web';

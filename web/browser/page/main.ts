@@ -1,4 +1,4 @@
-/** The package, and of its inside what the tests look at, within reach of the tests. */
+/** Make the package, and the internal functions that the tests use, globals of the page. */
 
 import * as vlmport from '@vlmport/web';
 import { sha256 } from '../../dist/bundle/sha256.js';

@@ -3,7 +3,7 @@ import { cuts } from '../../src/runtime/graphs/cache.js';
 
 test.each([
   [1, [1]],
-  [288, [288]], // a last chunk below half is read with the one before
+  [288, [288]], // a last chunk below half is part of the one before
   [289, [192, 289]],
   [480, [192, 480]],
   [876, [192, 384, 576, 768, 876]],
@@ -11,6 +11,6 @@ test.each([
   expect(cuts(length, 192)).toEqual(ends);
 });
 
-test('what is never cut is whole', () => {
+test('without a limit there is one chunk', () => {
   expect(cuts(5000, Infinity)).toEqual([5000]);
 });

@@ -43,7 +43,7 @@ test.each<[Shape, number | null]>([
   expect(tableRows(model(shape), 'input_ids')).toBe(rows);
 });
 
-test('a graph that is cut short', () => {
+test('a truncated graph is refused', () => {
   const whole = model();
   for (const length of [1, 5, 20, whole.length - 3]) {
     const cut = whole.slice(0, length);

@@ -62,7 +62,7 @@ test('a number as a tensor of each type', () => {
   expect(told(scalar(ort, 'int32', 3))).toEqual(['int32', [], [3]]);
 });
 
-test('the first of an axis, for what a cache holds of a prompt', () => {
+test('the first indices of an axis', () => {
   const cut = firstOfAxis(ort, counting(1, 2, 3, 2), 2, 2);
   expect([cut.dims, Array.from(cut.data as Float32Array)]).toEqual([
     [1, 2, 2, 2],

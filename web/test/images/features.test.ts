@@ -21,7 +21,7 @@ function counting(fails = false) {
 const image = (key: string, more = {}): PromptImage =>
   ({ key, promptIds: [], inputs: { [key]: 'pixels', ...more }, features: null }) as never;
 
-test('what was encoded is not encoded again, by key', async () => {
+test('an image with a known key is not encoded again', async () => {
   const { components, encoded } = counting();
   const cache = new FeatureCache(1000);
   for (const key of ['a', 'b', 'a']) await cache.encoded(components, image(key), signal);
@@ -31,7 +31,7 @@ test('what was encoded is not encoded again, by key', async () => {
   expect(encoded).toEqual(['a', 'b', 'a']);
 });
 
-test('the oldest are forgotten, the most recently used are kept', async () => {
+test('the oldest images are removed, the most recently used are kept', async () => {
   const { components, encoded } = counting();
   const cache = new FeatureCache(250);
   for (const key of ['a', 'b', 'a', 'c', 'a', 'b']) {
@@ -40,11 +40,11 @@ test('the oldest are forgotten, the most recently used are kept', async () => {
   expect(encoded).toEqual(['a', 'b', 'c', 'b']);
   const none = new FeatureCache(50);
   const once = await none.encoded(components, image('d'), signal);
-  await none.encoded(components, once, signal); // it carries its features itself
+  await none.encoded(components, once, signal); // it has its features itself
   expect(encoded.slice(4)).toEqual(['d']);
 });
 
-test('pixels are let go, what positions are computed from stays', async () => {
+test('pixels are removed, and the inputs of positions stay', async () => {
   const { components } = counting();
   const { inputs } = await new FeatureCache().encoded(
     components,
