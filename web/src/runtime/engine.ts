@@ -264,7 +264,7 @@ async function loadOn(
       'DeviceError',
       'device.wrong-precision',
       message,
-      "precision: 'auto' takes one that it can",
+      "use precision: 'auto'",
     );
   }
   const paths = graphFiles(manifest, choice).flatMap(one => one.paths);
