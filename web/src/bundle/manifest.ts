@@ -1,6 +1,7 @@
 /**
  * Read and validate vlmport.json, here and nowhere else (the twin of
- * vlmport/bundle/manifest_file.py).
+ * vlmport/bundle/manifest_file.py). manifest-types.ts has its types, which are those of
+ * vlmport/bundle/manifest.py.
  *
  * All facts about a model that the runtime uses are in it, or in the graphs' inputs and outputs.
  */
