@@ -157,7 +157,7 @@ def test_known_templates_are_rendered_in_place(
     tiny_bundle: Path, own: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The templates of the built-in models: their first prompt starts no process."""
-    folder = Path(chat_template.__file__).parent / "builtin"
+    folder = Path(chat_template.__file__).parents[1] / "builtin"
     import json
 
     found = [json.loads(path.read_text()) for path in folder.glob("*/chat_template.json")]
@@ -261,9 +261,11 @@ def test_a_program_that_is_no_python_starts_none(
         worker.ask({})
 
 
-def test_the_error_that_people_see(bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_that_people_see(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chat_template.WORKER, "seconds", 0.1)
-    (tmp_path / "tokenizer.json").write_bytes((bundle.folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((tiny_bundle / "tokenizer.json").read_bytes())
     (tmp_path / "chat_template.jinja").write_text(ENDLESS[0])
     prompter = Prompter(tmp_path, PromptSpec("<image>", 0, 0, ()))
     with pytest.raises(PromptError) as caught:
