@@ -241,7 +241,7 @@ def test_what_is_handed_out_may_be_changed(vlm: VLM) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"do_image_spliting": False}, "unknown (did you mean 'do_image_splitting'?)"),
+        ({"do_image_spliting": False}, "'do_image_spliting' (did you mean 'do_image_splitting'?)"),
         ({"do_image_splitting": "no"}, "do_image_splitting='no': expected tensor(bool)"),
         ({"do_image_splitting": 0}, "do_image_splitting=0: expected tensor(bool)"),
         ({"do_image_splitting": None}, "do_image_splitting=None: expected tensor(bool)"),
