@@ -97,8 +97,8 @@ def write_truncated_jpeg(path: Path) -> None:
 
 
 PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "text.png": (lambda path: path.write_text("I am no picture"), "not a picture but text"),
-    "page.jpg": (lambda path: path.write_text("<!DOCTYPE html>"), "not a picture but a web page"),
+    "text.png": (lambda path: path.write_text("I am no picture"), "not an image but text"),
+    "page.jpg": (lambda path: path.write_text("<!DOCTYPE html>"), "not an image but a web page"),
     "cut.jpg": (write_truncated_jpeg, "damaged or truncated"),
     "empty.png": (lambda path: path.write_bytes(b""), "empty (0 bytes)"),
     "folder.png": (lambda path: path.mkdir(), "a folder"),
@@ -138,7 +138,7 @@ def test_a_bomb_is_refused_before_it_costs_memory(tiny_bundle: Path, tmp_path: P
     arguments = ["caption", "--model", tiny_bundle, tmp_path / "bomb.png"]
     error, hint = refused_in_subprocess(arguments, PEAK)
     assert "30000x30000 is 900,000,000 pixels, the limit is 100,000,000" in error
-    assert "scale it down" in hint
+    assert "scale the image down" in hint
     assert int((tmp_path / "bomb.png.peak").read_text()) < 500_000  # kilobytes
 
 
@@ -264,7 +264,7 @@ def test_a_graph_of_garbage_is_not_shown(own_bundle_folder: Path) -> None:
     make_garbage(own_bundle_folder / "onnx/decoder_model_merged.onnx")
     done = CliRunner().invoke(cli.app, ["inspect", str(own_bundle_folder)], catch_exceptions=False)
     one_line(done.exit_code, "", done.stderr)
-    assert "decoder_model_merged.onnx: not a whole ONNX graph" in done.stderr
+    assert "decoder_model_merged.onnx: not a complete ONNX graph" in done.stderr
 
 
 def test_a_cut_graph(own_bundle_folder: Path, picture: Path, tmp_path: Path) -> None:

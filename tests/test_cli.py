@@ -162,7 +162,7 @@ def test_the_good_pictures_are_captioned_all_the_same(
         assert done.exit_code == 2
         assert done.stdout == expected
         assert done.stderr.count("error[image.") == done.stderr.count("hint: ") == 2
-        assert "bad.png: not a picture" in done.stderr
+        assert "bad.png: not an image" in done.stderr
         assert "none.png: no such file" in done.stderr
     done = run("caption", *paths, "-m", tiny_bundle, "--json")
     assert [json.loads(line)["caption"] for line in done.stdout.splitlines()] == good
@@ -179,7 +179,7 @@ def test_a_picture_that_the_graph_refuses_takes_no_other_with_it(
         if rgb.shape[:2] == (70, 9):
             raise ImageError(
                 "9x70 pixels can't be processed",
-                hint="is it extremely narrow?",
+                hint="check that the image is not extremely narrow",
                 code="image.refused",
             )
         return process(self, rgb, options)

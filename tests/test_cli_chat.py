@@ -237,7 +237,7 @@ def test_what_is_wrong_is_a_line_and_loses_nothing(
     assert len(said) == 4
     for one, words in zip(
         said,
-        ["absent.png: no such file", "not a picture but text", "/imgae (did you mean '/image'?)",
+        ["absent.png: no such file", "not an image but text", "/imgae (did you mean '/image'?)",
          "the model's context is 900"],
         strict=True,
     ):  # fmt: skip

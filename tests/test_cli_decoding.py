@@ -156,7 +156,7 @@ def test_messages_have_options_as_they_are_typed() -> None:
         "top_p=2.0, expected a number": "--top-p 2.0, expected a number",
         "temperature without do_sample=True": "temperature without --do-sample",
         "skip_special_tokens=False": "--no-skip-special-tokens",
-        "early_stopping=True stops soonest": "--early-stopping true stops soonest",
+        "early_stopping=True to stop soonest": "--early-stopping true to stop soonest",
         "leave num_beams and num_return_sequences out": "leave --num-beams and "
         "--num-return-sequences out",
         "stop_strings=[''], expected": "--stop-string [''], expected",

@@ -1,10 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command by an exception, so that all it began is cleaned up.
+"""End a command at Ctrl-C, SIGTERM or SIGHUP by an exception, so that it cleans up.
 
-Python hears a signal between two of its own instructions only. A graph that never ends, or a read
+Python handles a signal only between two of its own instructions. A graph that never ends, or a read
 in a library that never returns, would never be interrupted: a thread waits for some seconds, and
-then ends the process as it is. The next export removes what an unfinished one left.
+then ends the process without cleaning up. The next export removes what an unfinished one left.
 
-A signal that the parent process ignores, as `nohup` does, stays ignored.
+A signal that the parent process ignores, as under `nohup`, stays ignored.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from typing import NoReturn
 
 WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
 NAMES = {int(getattr(signal, name)): word for name, word in WORDS.items() if hasattr(signal, name)}
-PATIENCE = 5.0  # seconds that a call into a library may still take
-IMPATIENCE = 1.0  # after the second signal
-HEARD = b"\0"  # no signal has this number
+PATIENCE = 5.0  # seconds that a call into a library may still run after a signal
+IMPATIENCE = 1.0  # the same after a second signal
+HEARD = b"\0"  # written when a handler has run; no signal has this number
 
 
-class _State:
-    """What the handlers of this process have seen."""
+class _Received:
+    """The state of the signal handlers of this process."""
 
-    received: int | None = None  # the last signal, until a command has dealt with it
+    received: int | None = None  # the last signal, until a command has handled it
     writer: socket.socket | None = None  # to the thread that waits
     patience = PATIENCE
 
 
 def exit_code(number: int) -> int:
-    """The exit code by a shell's convention: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
+    """Return the exit code by a shell's convention, such as 130 for SIGINT."""
     return 128 + number
 
 
 def received() -> int | None:
-    """The signal that this command ends by, if any."""
-    return _State.received
+    """Return the signal that ends this command, if any."""
+    return _Received.received
 
 
 def heard() -> None:
-    """Note that a command has dealt with Ctrl-C and goes on."""
-    _State.received = None
+    """Note that a command has handled Ctrl-C and goes on."""
+    _Received.received = None
 
 
 def be_patient(seconds: float) -> None:
-    """Wait this long before a signal that is not heard ends the process."""
-    _State.patience = seconds
+    """Set the time after which a signal that Python has not handled ends the process."""
+    _Received.patience = seconds
 
 
 def end_at_once() -> None:
-    """End the process without a word of Python at a signal, while nothing needs to be cleaned up:
-    during imports, and when all is done."""
+    """End the process at a signal without a traceback, while nothing needs cleaning up: during
+    imports, and after the command."""
     for number in NAMES:
         if _is_ours(number):
             signal.signal(number, _leave)
@@ -67,13 +67,13 @@ def ending_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.received, _State.patience = None, PATIENCE
+    _Received.received, _Received.patience = None, PATIENCE
     for number in NAMES:
         if _is_ours(number):
             signal.signal(number, _raise)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    _State.writer = writer
+    _Received.writer = writer
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals")
     watcher.start()
@@ -82,23 +82,23 @@ def ending_by_signals() -> Iterator[None]:
     finally:
         end_at_once()
         signal.set_wakeup_fd(before)
-        _State.writer = None
+        _Received.writer = None
         writer.close()
         watcher.join()
         reader.close()
 
 
 def _is_ours(number: int) -> bool:
-    """Whether nobody outside has decided about this signal."""
+    """Whether this signal has Python's or our own handler, and no other."""
     usual = (signal.SIG_DFL, signal.default_int_handler, _raise, _leave)
     return signal.getsignal(number) in usual
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    _State.received = number
-    if _State.writer is not None:
+    _Received.received = number
+    if _Received.writer is not None:
         with contextlib.suppress(OSError):
-            _State.writer.send(HEARD)
+            _Received.writer.send(HEARD)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(exit_code(number))
@@ -111,11 +111,11 @@ def _leave(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 def _watch(reader: socket.socket) -> None:
-    """End the process where a signal came and the interpreter did not hear it in time.
+    """End the process if a signal came and the interpreter did not handle it in time.
 
-    What is read is the number of each signal as it comes, and HEARD when a handler has run.
+    Reads the number of each signal as it comes, and HEARD when a handler has run.
     """
-    waiting: int | None = None  # a signal that nobody has heard yet
+    waiting: int | None = None  # a signal that is not handled yet
     while True:
         try:
             data = reader.recv(64)
@@ -123,11 +123,11 @@ def _watch(reader: socket.socket) -> None:
             _leave(waiting or signal.SIGTERM)
         if not data:
             return
-        seconds = _State.patience
+        seconds = _Received.patience
         for number in data:
             if number == HEARD[0]:
                 waiting = None
             elif number in NAMES:
-                seconds = _State.patience if waiting is None else IMPATIENCE
+                seconds = _Received.patience if waiting is None else IMPATIENCE
                 waiting = number
         reader.settimeout(None if waiting is None else seconds)

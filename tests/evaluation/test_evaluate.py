@@ -313,7 +313,7 @@ def test_pictures_that_cannot_be_read(own: Path, pictures: Path, tmp_path: Path)
     out = tmp_path / "result.json"
     done = run(own, pictures, "-p", "fp32,q8", "--json", out)
     assert done.exit_code == 2
-    assert done.stderr.count("red_square.png: not a picture") == 1
+    assert done.stderr.count("red_square.png: not an image") == 1
     assert "1 of 8 pictures could not be captioned" in done.stderr
     assert "7 pictures" in done.stdout
     result = json.loads(out.read_text())

@@ -188,7 +188,7 @@ def test_a_picture_without_a_question_is_captioned(tiled: VLM) -> None:
         chat.ask()
     with raises(PromptError, "prompt.wrong-value", "question", "list"):
         chat.ask([picture(0)])  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match="images must be a list of pictures"):
+    with raises(PromptError, "prompt.wrong-value", "images", "list"):
         chat.ask("x", picture(0))  # type: ignore[arg-type]
     assert len(chat.messages) == 2
 

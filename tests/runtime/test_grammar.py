@@ -172,7 +172,7 @@ def test_what_no_token_spells(tmp_path: Path):
     ("options", "said"),
     [
         ({"regex": "(a"}, "unclosed group"),
-        ({"regex": r"[^\s\S]"}, "no text fits it"),
+        ({"regex": r"[^\s\S]"}, "no text matches it"),
         ({"json_schema": {"type": "strin"}}, "Invalid type: strin"),
         ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "Unsatisfiable"),
         ({"json_schema": {"enum": []}}, "Unsatisfiable"),
@@ -198,7 +198,8 @@ def test_a_long_schema_is_not_said_in_full():
 def test_a_tokenizer_that_llguidance_cannot_read():
     with pytest.raises(OptionError, match="can't read this model's tokenizer") as caught:
         Grammars(metaspace(), 6, (0,)).of(GenerationOptions(regex="a"))
-    assert caught.value.hint == "this model can't be held to a grammar"
+    assert caught.value.code == "option.not-for-this-model"
+    assert "json_schema and regex" in str(caught.value.hint)
 
 
 def test_a_tokenizer_whose_ids_have_gaps():

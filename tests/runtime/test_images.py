@@ -224,9 +224,9 @@ def test_paths_that_lead_nowhere(tmp_path: Path):
     assert "no such file" in refused(tmp_path / "absent.png")
     assert "no such file" in refused(tmp_path / "absent" / "a.png")
     assert "a folder" in refused(tmp_path)
-    assert "a URL is not fetched" in refused("https://example.com/cat.png")
-    assert "can't be a NoneType" in refused(None)
-    assert "can't be a list" in refused(["a.png"])
+    assert "URLs are not fetched" in refused("https://example.com/cat.png")
+    assert "unsupported image type: NoneType" in refused(None)
+    assert "unsupported image type: list" in refused(["a.png"])
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])

@@ -18,8 +18,7 @@ from vlmport.errors import PromptError, TokenizerError
 from vlmport.families import family_of
 from vlmport.runtime.messages import check_messages
 from vlmport.runtime.model import VLM
-from vlmport.runtime.placeholders import renamed_tokenizer
-from vlmport.runtime.prompt import Prompter
+from vlmport.runtime.prompt import Prompter, renamed_tokenizer
 
 ANSWERING = ["shapes-smolvlm", "shapes-qwen2.5-vl", "shapes-qwen3-vl"]
 IMAGE = {"type": "image"}
@@ -167,7 +166,7 @@ def test_a_conversation_goes_on_after_a_word_that_spells_the_placeholder(vlm: VL
     assert (
         "".join(chat.stream("<image>", max_new_tokens=3)) == chat.messages[-1]["content"][0]["text"]
     )
-    with pytest.raises(Exception, match="0 pictures given"):
+    with pytest.raises(Exception, match="0 images given"):
         vlm.generate([user(IMAGE, text("<image>"))])
 
 

@@ -141,7 +141,7 @@ def broken(
     [
         (wants_more, "position_ids: input 'cells' is not made by the image processor"),
         (says_no_delta, "position_ids: no output 'rope_delta'"),
-        (says_too_little, r"positions \[3, 1, \d+\] and rope_delta \[1, 1\] of \d+ tokens"),
+        (says_too_little, r"positions \[3, 1, \d+\] and rope_delta \[1, 1\] for \d+ tokens"),
         (None, "takes positions on three axes, which no component gives"),
     ],
 )
@@ -182,7 +182,7 @@ def test_positions_of_another_rank_than_the_decoder_takes(own_bundle, tmp_path: 
     graph = deep.path("onnx/position_ids.onnx").read_bytes()
     flat.path("onnx/position_ids.onnx").write_bytes(graph)
     bundle = Bundle(flat.folder, dataclasses.replace(flat.manifest, components=forms))
-    with pytest.raises(BundleError, match=r"the decoder can't run: .*rank"):
+    with raises(BundleError, "graph.run-failed", "decoder", "rank"):
         VLM.open(bundle, threads=1).caption(toy.picture())
 
 

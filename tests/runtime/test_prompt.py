@@ -61,7 +61,7 @@ def test_text_becomes_a_part_and_pictures_are_filled_in_order():
 )
 def test_one_picture_in_place_of_a_list(images: Any, said: str):
     """Its characters or rows are not pictures."""
-    with pytest.raises(PromptError, match="images must be a list of pictures") as caught:
+    with raises(PromptError, "prompt.wrong-value", "images", "list") as caught:
         check_messages([user(IMAGE_PART)], images)
     assert said in str(caught.value)
     assert caught.value.hint == "put it into a list: images=[…]"
@@ -95,9 +95,9 @@ def test_the_callers_messages_are_left_alone():
         ([user({"type": "text"})], [], "expected a text or an image part"),
         ([user({"type": "image", "image": None})], [], "its image is None"),
         ([user({"type": "image_url", "image_url": {}})], [], "image_url without a url"),
-        ([user(IMAGE_PART)], [], "0 pictures given, 1 image part without a picture"),
-        ([user(text_part("x"))], ["a"], "1 picture given, 0 image parts without a picture"),
-        ([user(IMAGE_PART)], ["a", "b"], "2 pictures given, 1 image part"),
+        ([user(IMAGE_PART)], [], "0 images given, 1 image part without"),
+        ([user(text_part("x"))], ["a"], "1 image given, 0 image parts without"),
+        ([user(IMAGE_PART)], ["a", "b"], "2 images given, 1 image part"),
     ],
 )
 def test_bad_messages(messages: Any, images: list[str], said: str):
@@ -163,7 +163,7 @@ def test_pictures_without_placeholders(prompter: Prompter):
     with raises(PromptError, "prompt.placeholder-count", "1", "2", "'<image>'") as caught:
         prompter.splice(ids, [np.array([1])])
     assert caught.value.code == "prompt.placeholder-count"
-    with pytest.raises(PromptError, match="3 pictures for 2 placeholders") as caught:
+    with pytest.raises(PromptError, match="3 images for 2 placeholders") as caught:
         prompter.splice(ids, [np.array([1])] * 3)
     assert caught.value.code == "prompt.placeholder-count"
 

@@ -1,7 +1,7 @@
-"""Files that somebody else wrote: is this one at all, before a library opens it?
+"""Check a file from elsewhere before a library opens it.
 
-A library would wait at a pipe for ever, and has no words for what downloads leave in the place of
-a file: a pointer of Git LFS, or the web page of a proxy, a login or a server without such a file.
+A library would wait forever at a pipe, and its errors don't explain what a failed download leaves
+instead of a file: a Git LFS pointer, or the web page of a proxy, a login or a server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ __all__ = ["WEB_PAGE_HINT", "check_file", "is_web_page"]
 WEB_PAGE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<!--.{0,500}?-->\s*)*<(?:!doctype\s+html|html|head)\b"
 )
-WEB_PAGE_HINT = "does a proxy or a login answer instead of the server? then download it again"
+WEB_PAGE_HINT = (
+    "check whether a proxy or a login answers instead of the server; then download it again"
+)
 HEAD_BYTES = 1024
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -29,7 +31,7 @@ KINDS = {
 
 
 def check_file(path: Path, error: type[VlmportError], *, hint: str, what: str = "the file") -> None:
-    """Raise `error` unless this is a file that can be read, and no web page or pointer."""
+    """Raise `error` unless this is a readable file, and not a web page or a Git LFS pointer."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
         if kind != stat.S_IFREG:
@@ -57,5 +59,5 @@ def check_file(path: Path, error: type[VlmportError], *, hint: str, what: str = 
 
 
 def is_web_page(head: bytes) -> bool:
-    """Whether these first bytes are those of an HTML document."""
+    """Whether these are the first bytes of an HTML document."""
     return WEB_PAGE.match(head.lower()) is not None

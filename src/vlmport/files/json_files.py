@@ -1,4 +1,4 @@
-"""Reading a JSON object from a file that somebody else wrote."""
+"""Read a JSON object from a file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ NOT_JSON = "source.not-json"
 def load_json(
     path: Path, *, error: type[VlmportError] = ConfigError, hint: str | None = None
 ) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises `error` when the file is missing, unreadable, not JSON (with line and column; NaN and
-    Infinity are not JSON), nested too deep, or not an object, and for half a character.
+    Infinity are not JSON), nested too deep, not an object, or contains half a surrogate pair.
     """
-    hint = hint or "is the download complete?"
+    hint = hint or "check that the download is complete"
     check_file(path, error, hint=hint, what="JSON")
     try:
         data = path.read_bytes()
         text = data.decode(json.detect_encoding(data))
         value = json.loads(text, parse_constant=_refuse_constant)
-        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no file can hold
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which UTF-8 can't encode
             json.dumps(value, ensure_ascii=False).encode()
     except OSError as cause:
         raise error(

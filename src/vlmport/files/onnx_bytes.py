@@ -1,7 +1,7 @@
-"""Fields of an ONNX file, read from its bytes: without `onnx`, which is slow to import, and without
-the weights, which are stepped over.
+"""Read fields of an ONNX file from its bytes.
 
-A protobuf message is a row of fields: each has a number, a kind, and a value or bytes.
+This needs neither `onnx`, which is slow to import, nor the weights, which are skipped. A protobuf
+message is a sequence of fields: each has a number, a kind, and a value or bytes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LOOK_UPS = {b"Gather": b"axis", b"GatherBlockQuantized": b"gather_axis"}
 
 
 class NoProtobufError(ValueError):
-    """Bytes that are no protobuf message, or end too soon."""
+    """Bytes that are not a complete protobuf message."""
 
 
 def varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
-    """A number in groups of seven bits, lowest first, and where it ends."""
+    """Decode a number in groups of seven bits, lowest first; return it and its end."""
     value = shift = 0
     while at < end and shift < 70:
         byte = data[at]
@@ -37,11 +37,11 @@ def varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
-    raise NoProtobufError("it ends within a number" if at >= end else "its bytes are no protobuf")
+    raise NoProtobufError("it ends within a number" if at >= end else "its bytes are not protobuf")
 
 
 class Field(NamedTuple):
-    """One field: number and kind, the value of a whole number, and where its bytes lie."""
+    """One field: number and kind, the value of a whole number, start and end of its bytes."""
 
     number: int
     kind: int
@@ -51,7 +51,7 @@ class Field(NamedTuple):
 
 
 def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[Field]:
-    """The fields of a message. Raises NoProtobufError."""
+    """Yield the fields of a message. Raises NoProtobufError."""
     while at < end:
         tag, at = varint(data, at, end)
         kind, value, start = tag & 7, 0, at
@@ -63,25 +63,26 @@ def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[Field]:
             length, start = varint(data, at, end)
             at = start + length
         else:
-            raise NoProtobufError("its bytes are no protobuf")
+            raise NoProtobufError("its bytes are not protobuf")
         if at > end:
             raise NoProtobufError(f"it ends {at - end} bytes too soon")
         yield Field(tag >> 3, kind, value, start, at)
 
 
 def table_rows(path: Path, ids: str) -> int | None:
-    """How many rows have the tables in which a graph looks up its input `ids`.
+    """Return the number of rows of the table in which a graph looks up its input `ids`.
 
-    The smallest of several; None where there is none, as in a graph that changes the ids first.
+    Of several tables, the smallest counts. None if there is no table, as in a graph that changes
+    the ids first.
 
-    Raises BundleError for what is no ONNX file.
+    Raises BundleError for a file that is not ONNX.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _table_rows(data, ids.encode())
     except (NoProtobufError, OSError, ValueError) as error:
         raise BundleError(
-            f"{path}: not a whole ONNX graph: {error}",
+            f"{path}: not a complete ONNX graph: {error}",
             hint="download or export it again",
             code="bundle.unreadable",
         ) from error

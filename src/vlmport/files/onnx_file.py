@@ -1,7 +1,7 @@
-"""What an ONNX file says of itself, read without its weights.
+"""Describe an ONNX file without reading its weights.
 
-The file is mapped, and the bytes of its weights are stepped over: two gigabytes of them cost
-nothing. A protobuf field is a number, a kind and its bytes, so what is not wanted needs no parsing.
+The file is mapped into memory, and the bytes of its weights are skipped, however many they are. A
+protobuf field is a number, a kind and bytes, so fields can be skipped without parsing them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Port:
 
 @dataclass(frozen=True)
 class ExternalFile:
-    """A file beside the graph that holds weights.
+    """A file of external weights.
 
     Attributes:
         needed: bytes up to the end of the last weight in it.
-        size: bytes that it has; None where it is missing.
-        outside: whether its name leads out of the graph's folder.
+        size: its size in bytes; None if it is missing.
+        outside: whether its path is outside of the graph's folder.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ExternalFile:
     @property
     def problem(self) -> str | None:
         if self.outside:
-            return f"{self.name}: not below the graph's folder"
+            return f"{self.name}: outside of the graph's folder"
         if self.size is None:
             return f"{self.name}: missing"
         if self.size < self.needed:
@@ -72,7 +72,7 @@ class OnnxFile:
 
     Attributes:
         opsets: domain → version; 'ai.onnx' for the nameless one.
-        operators: domain → operator → how many, subgraphs and functions included.
+        operators: domain → operator → count, subgraphs and functions included.
         weights: dtype → (tensors, bytes).
     """
 
@@ -91,21 +91,21 @@ class OnnxFile:
 
     @property
     def total_size(self) -> int:
-        """Bytes of the graph and of its external files."""
+        """The bytes of the graph and its external files."""
         return self.size + sum(one.size or 0 for one in self.external)
 
     def check(self) -> None:
-        """Raise BundleError, naming them, where external files are missing or too short."""
+        """Raise BundleError if external files are missing or too short."""
         if problems := [one.problem for one in self.external if one.problem]:
             raise BundleError(
-                f"{self.path}: its weights are not all there: {'; '.join(problems)}",
-                hint="external data lies beside its graph; download it too, under that name",
+                f"{self.path}: its weights are incomplete: {'; '.join(problems)}",
+                hint="download the external data too, under that name, into the graph's folder",
                 code="bundle.missing-file",
             )
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Read a graph without its weights. Raises BundleError for what is no whole ONNX file."""
+    """Read a graph without its weights. Raises BundleError for a damaged or other file."""
     model = read_model(path)
     graph = model.graph
     weights = [*_all_weights(graph)]
@@ -127,7 +127,7 @@ def read_onnx(path: Path) -> OnnxFile:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The model without the weights in it. Raises BundleError."""
+    """Read the model without its weights. Raises BundleError."""
     check_file(path, BundleError, hint=HINT, what="the graph")
     try:
         with path.open("rb") as file:
@@ -137,7 +137,9 @@ def read_model(path: Path) -> onnx.ModelProto:
                 skimmed = _skim(data, 0, len(data), MODEL)
     except OSError as error:
         raise BundleError(
-            f"{path}: {error.strerror or error}", hint="is it readable?", code="bundle.unreadable"
+            f"{path}: {error.strerror or error}",
+            hint="check that it is readable",
+            code="bundle.unreadable",
         ) from error
     except NoProtobufError as error:
         raise _not_onnx(path, str(error)) from error
@@ -165,12 +167,12 @@ def port(value: onnx.ValueInfoProto) -> Port:
 
 def _not_onnx(path: Path, why: str) -> BundleError:
     return BundleError(
-        f"{path}: not a whole ONNX graph: {why}", hint=HINT, code="bundle.unreadable"
+        f"{path}: not a complete ONNX graph: {why}", hint=HINT, code="bundle.unreadable"
     )
 
 
 def _skim(data: mmap.mmap, at: int, end: int, rules: Mapping[int, Any]) -> bytes:
-    """A message without the fields that the rules drop, at any depth that they know."""
+    """Copy a message without the fields that the rules drop, at any depth that they name."""
     out = bytearray()
     for field in fields(data, at, end):
         inside = rules.get(field.number)
@@ -196,7 +198,7 @@ def _domain(name: str) -> str:
 
 
 def _type_text(kind: onnx.TypeProto) -> str:
-    """Such as 'float[batch_size, 3]'; '?' is a size without a name."""
+    """Format a type, such as 'float[batch_size, 3]'; '?' is a size without a name."""
     which = kind.WhichOneof("value")
     if which in ("tensor_type", "sparse_tensor_type"):
         tensor = getattr(kind, which)
@@ -217,7 +219,7 @@ def _dim_text(dim: onnx.TensorShapeProto.Dimension) -> str:
 
 
 def type_name(code: int) -> str:
-    """Such as 'float16'; a file from elsewhere may hold a number that ONNX gives no name."""
+    """Return a type's name, such as 'float16'; a file may contain a number without a name."""
     try:
         return onnx.TensorProto.DataType.Name(code).lower()
     except ValueError:
@@ -225,7 +227,7 @@ def type_name(code: int) -> str:
 
 
 def _graphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-    """The subgraphs of nodes: branches and loop bodies."""
+    """Yield the subgraphs of nodes: branches and loop bodies."""
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("g"):
@@ -241,7 +243,7 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def _all_weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Initializers and the tensors of Constant nodes, those of subgraphs too."""
+    """Yield the initializers and the tensors of Constant nodes, also in subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         yield from (one.t for one in node.attribute if one.HasField("t"))
@@ -267,7 +269,7 @@ def _by_type(weights: Iterable[onnx.TensorProto]) -> dict[str, tuple[int, int]]:
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
-    """By type and dims; texts have no fixed size and count as nothing."""
+    """Compute a tensor's bytes from its type and dims; strings count as 0."""
     try:
         bits = ir.DataType(tensor.data_type).bitwidth
     except (ValueError, TypeError):
@@ -289,13 +291,13 @@ def _external(folder: Path, weights: Iterable[onnx.TensorProto]) -> Iterator[Ext
 
 
 def _size_and_place(folder: Path, name: str) -> tuple[int | None, bool]:
-    """Bytes of a file that a graph names, None without one; and whether it lies elsewhere."""
+    """Return the bytes of a file that a graph names, or None; and whether it is outside."""
     file = folder / name
     try:
         if not name or not file.resolve().is_relative_to(folder.resolve()):
             return None, True
         return file.stat().st_size if file.is_file() else None, False
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # a name that is not valid in the file system
         return None, False
 
 
@@ -304,7 +306,7 @@ def _whole(text: str | None) -> int:
 
 
 def find_onnx(folder: Path) -> list[Path]:
-    """The ONNX files below a folder. Raises BundleError if there is none."""
+    """Find the ONNX files in a folder and its subfolders. Raises BundleError if there is none."""
     found = sorted(path for path in folder.rglob("*.onnx") if path.is_file())
     if not found:
         inside = sorted(path.name for path in folder.iterdir())

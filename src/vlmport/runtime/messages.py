@@ -1,8 +1,8 @@
-"""Messages in the chat format: checked, and their pictures taken out.
+"""Check messages in the chat format, and take their images out.
 
 A part is a text or an image. An image is given in the spellings of Hugging Face (`image`, `url`,
 `path`, `base64`) and of OpenAI (`image_url`), and may carry options of the image processor. No key
-is dropped: one that has no meaning here is an error.
+is dropped: an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ ROLES = ("system", "user", "assistant", "tool")
 SOURCES = ("image", "url", "path", "base64")
 PARTS = ("text", "image", "image_url")
 HINT_PARTS = '{"type": "text", "text": "…"} or {"type": "image"}'
-HINT_FILM = "videos are not read; give some frames as pictures"
+HINT_VIDEO = "videos are not supported; give some frames as images"
 
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Checked messages, every content a list of parts, and the pictures that stand in them.
+    """Checked messages, every content a list of parts, and the images in them.
 
     Attributes:
-        images: the pictures, in the order of the image parts.
-        options: of each, the options of the image processor that its part carries.
+        images: the images, in the order of the image parts.
+        options: for each image, the image processor's options in its part.
     """
 
     messages: list[dict[str, Any]]
@@ -40,7 +40,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class _Image:
-    """An image part: its source, or None where the next of `images` is meant."""
+    """An image part: its source, or None for the next of `images`."""
 
     source: Any
     options: dict[str, Any]
@@ -49,16 +49,16 @@ class _Image:
 def check_messages(
     messages: Sequence[Message], images: Sequence[Any] = (), options: Collection[str] = ()
 ) -> Chat:
-    """Check messages and gather their pictures, in the order in which they stand.
+    """Check messages and gather their images, in the order of the messages.
 
-    A picture is a part `{"type": "image"}`, filled from `images` in order, or one that carries
-    its own: `{"type": "image", "image": …}`. A text may stand instead of a list of parts.
+    An image is a part `{"type": "image"}`, which takes the next of `images`, or a part that has its
+    own: `{"type": "image", "image": …}`. The content may be a text instead of a list of parts.
 
     Args:
         options: names of the image processor's options, which an image part may carry.
 
-    Raises PromptError for a bad role, part or key, and for pictures without a place or the
-    reverse, and ImageError for base64 that can't be read.
+    Raises PromptError for a bad role, part or key, and where the numbers of images and of parts
+    differ; ImageError for base64 that can't be read.
     """
     if isinstance(messages, str | Mapping) or not messages:
         raise PromptError(
@@ -79,9 +79,9 @@ def check_messages(
     waiting = sum(one.source is None for one in found)
     if waiting != len(images):
         raise PromptError(
-            f"{count(len(images), 'picture')} given, {count(waiting, 'image part')} without a "
-            "picture in the messages",
-            hint='each picture needs one {"type": "image"}',
+            f"{count(len(images), 'image')} given, {count(waiting, 'image part')} without an image "
+            "in the messages",
+            hint='write one {"type": "image"} for each image',
             code="prompt.image-count",
         )
     rest = iter(images)
@@ -90,17 +90,17 @@ def check_messages(
 
 
 def check_images(images: Any) -> None:
-    """Raise PromptError for one picture in place of a list: its rows are no pictures."""
+    """Raise PromptError for one image instead of a list: the rows of an array are not images."""
     if not isinstance(images, list | tuple):
         raise PromptError(
-            f"images must be a list of pictures, got {_one_picture(images)}",
+            f"images must be a list, got {_one_image(images)}",
             hint="put it into a list: images=[…]",
             code="prompt.wrong-value",
         )
 
 
 def _parts(message: Any, where: str, options: Collection[str]) -> list[dict[str, Any] | _Image]:
-    """A message's content as a list of parts of known keys."""
+    """Return a message's content as a list of parts with known keys."""
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise PromptError(
             f"{where}: expected role and content, got {_kind(message)}",
@@ -115,7 +115,9 @@ def _parts(message: Any, where: str, options: Collection[str]) -> list[dict[str,
             code="prompt.unknown-role",
         )
     content = message["content"]
-    if content is None and message.get("tool_calls"):  # an assistant that only calls tools
+    if content is None and message.get(
+        "tool_calls"
+    ):  # an assistant's message that only calls tools
         content = []
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -132,7 +134,7 @@ def _part(part: Any, where: str, options: Collection[str]) -> dict[str, Any] | _
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in PARTS or (kind == "text" and not isinstance(part.get("text"), str)):
         _refuse_part(part, kind, where)
-    # Tables of messages fill every row's keys with None.
+    # Tables of messages have every key in every row, often as None.
     given = {name: value for name, value in part.items() if value is not None and name != "type"}
     if kind == "text":
         _check_names(given, ("text",), where)
@@ -160,11 +162,11 @@ def _part(part: Any, where: str, options: Collection[str]) -> dict[str, Any] | _
 
 
 def _refuse_part(part: Any, kind: Any, where: str) -> NoReturn:
-    is_film = kind in ("video", "video_url")
-    near = did_you_mean(kind, PARTS) if isinstance(kind, str) and not is_film else ""
+    is_video = kind in ("video", "video_url")
+    near = did_you_mean(kind, PARTS) if isinstance(kind, str) and not is_video else ""
     raise PromptError(
         f"{where}: expected a text or an image part, got {_kind(part)}{near}",
-        hint=HINT_FILM if is_film else HINT_PARTS,
+        hint=HINT_VIDEO if is_video else HINT_PARTS,
         code="prompt.unknown-part",
     )
 
@@ -180,12 +182,12 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 
 def _source(name: str, value: Any, where: str) -> Any:
-    """A picture from the key that it stands under."""
+    """Read an image from one of the keys of SOURCES."""
     kinds = {"url": str, "path": (str, Path), "base64": (str, bytes)}
     if name in kinds and not isinstance(value, kinds[name]):
         raise PromptError(
             f"{where}: {name} is {_kind(value)}, expected a text",
-            hint="pictures, arrays and open files go under 'image'",
+            hint="use the key 'image' for Pillow images, arrays and open files",
             code="prompt.wrong-value",
         )
     if name != "base64" or (isinstance(value, str) and value.lstrip()[:5].lower() == "data:"):
@@ -197,13 +199,13 @@ def _source(name: str, value: Any, where: str) -> Any:
 
 
 def _address(value: Any, where: str) -> str:
-    """The address in OpenAI's `image_url`: plain, or in an object beside `detail`."""
+    """Return the address in OpenAI's `image_url`: a text, or an object with `url` and `detail`."""
     if isinstance(value, Mapping):
         _check_names(value, ("url", "detail"), f"{where}.image_url")
         if value.get("detail") not in (None, "auto"):
             raise PromptError(
                 f"{where}: detail={quoted(value['detail'])} is not supported",
-                hint="image_options set how an image is cut and scaled",
+                hint="use image_options to set how an image is cut and scaled",
                 code="prompt.wrong-value",
             )
         value = value.get("url")
@@ -217,19 +219,19 @@ def _address(value: Any, where: str) -> str:
 
 
 def check_encodable(text: str, where: str) -> None:
-    """Python keeps bytes that are no UTF-8 as surrogates, which no tokenizer takes."""
+    """Raise PromptError for surrogates, with which Python represents bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
             f"{where}: not Unicode at character {error.start}: {text[error.start]!a}",
-            hint="text is read as UTF-8",
+            hint="use UTF-8",
             code="prompt.not-unicode",
         ) from None
 
 
-def _one_picture(value: Any) -> str:
-    """A path as it is written, anything else by its type: an array's pixels say nothing."""
+def _one_image(value: Any) -> str:
+    """Describe a path by its text, anything else by its type."""
     return _kind(value) if isinstance(value, str) else f"one {type(value).__name__}"
 
 
@@ -238,5 +240,5 @@ def _kind(value: Any) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural where it is one."""
+    """Format a number and its noun, in the plural unless the number is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,7 +1,16 @@
-"""Messages to token ids: the chat template, the tokenizer, and pictures spliced in."""
+"""Turn messages into token ids: chat template, tokenizer, and the tokens of images.
+
+A text that spells a placeholder must not become one. A template writes the placeholder of an image
+as a literal of its own source. The same template with a mark instead of that literal writes the
+mark where an image is, and every text as it is: no text, even after a filter or joined with others,
+gives a mark. A copy of the tokenizer knows the mark instead of the placeholder, so that a text
+which spells `<image>` is encoded as ordinary characters.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 
 from vlmport.bundle import PromptSpec
 from vlmport.errors import PromptError, TokenizerError, cut, did_you_mean, quoted, some_names
 from vlmport.files.json_files import load_json
 from vlmport.runtime.messages import Message, check_encodable, count
-from vlmport.runtime.placeholders import free_mark, renamed_tokenizer
 from vlmport.text.chat_template import TemplateLimitError, render_template, special_tokens
 from vlmport.text.tokenizer import Encoder, read_tokenizer
 
@@ -23,10 +32,11 @@ if TYPE_CHECKING:
 
 KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # that some templates read
 AGAIN = "download or export the bundle again"
+TOKENIZER = "tokenizer.json"
 
 
 class Prompter:
-    """A bundle's template and tokenizer.
+    """A bundle's chat template and tokenizer.
 
     Raises TokenizerError for a tokenizer that is missing or unreadable.
     """
@@ -44,7 +54,7 @@ class Prompter:
         self._template = _template(folder, config)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt as text, as `apply_chat_template` renders it.
+        """Render the prompt as text, as `apply_chat_template` does.
 
         Raises PromptError where the template refuses the messages or is missing.
         """
@@ -57,7 +67,7 @@ class Prompter:
         add_generation_prompt: bool = True,
         mark: str | None = None,
     ) -> str:
-        """The prompt as text, with `mark` for each placeholder that the template itself writes."""
+        """Render the prompt, with `mark` for each placeholder that the template itself writes."""
         if self._template is None:
             raise PromptError(
                 "this bundle has no chat template",
@@ -82,26 +92,26 @@ class Prompter:
         except TemplateLimitError as error:
             raise PromptError(
                 f"the chat template was stopped: {error}",
-                hint="is it as its publisher wrote it? do the messages come to a long text?",
+                hint="check that the template is as published, and that the messages are short",
                 code=error.code,
             ) from error
         except TemplateError as error:
             raise PromptError(
                 f"the chat template refuses these messages: {cut(str(error))}",
-                hint="roles and content must be as this model expects them",
+                hint="use the roles and the content that this model expects",
                 code="template.refuses",
             ) from error
 
     def encode(self, text: str) -> Int64[np.ndarray, " S"]:
-        """Token ids of a rendered prompt: nothing is added to it. Raises PromptError."""
+        """Tokenize a rendered prompt, without adding tokens. Raises PromptError."""
         return np.asarray(self._encoder.encode(text), np.int64)
 
     def ids(self, messages: Sequence[Message]) -> Int64[np.ndarray, " S"]:
-        """Token ids of messages, a placeholder for each image part. No text becomes one.
+        """Tokenize messages, with one placeholder for each image part and for nothing else.
 
         A text that spells the placeholder, or the token of an image's rows, is encoded as
-        ordinary characters. All other texts have the ids that transformers gives them, other
-        special tokens that they spell included.
+        ordinary characters. All other texts get the ids that transformers gives them, also where
+        they spell other special tokens.
 
         Raises PromptError as `render` does, and for a key of a message that the template does not
         read: it would have no effect.
@@ -121,7 +131,7 @@ class Prompter:
         texts = "".join(part.get("text", "") for part in parts)
         missing = count != sum(part["type"] == "image" for part in parts)
         if missing and spec.image_placeholder not in texts:
-            return ids  # a template that builds the placeholder of pieces
+            return ids  # a template that joins the placeholder from pieces
         return self._encode_marked(marked, mark)
 
     def _check_keys(self, messages: Sequence[Message]) -> None:
@@ -139,11 +149,11 @@ class Prompter:
                 )
 
     def _encode_marked(self, text: str, mark: str) -> Int64[np.ndarray, " S"]:
-        """A rendered prompt's ids, where a mark is a placeholder and nothing else is."""
+        """Tokenize a rendered prompt in which only a mark is a placeholder."""
         spec, known = self.spec, self.tokenizer.id_to_token
         placeholder = known(spec.placeholder_token_id) or spec.image_placeholder
         row = known(spec.image_token_id) or placeholder
-        # What a picture's rows have may be another token: it gets a name that no text holds.
+        # The token of an image's rows may be another one: it gets a name that no text contains.
         names = {row: free_mark(text), placeholder: mark}
         if self._renamed is None or self._renamed[0] != names:
             self._renamed = names, Encoder(renamed_tokenizer(self._folder, names))
@@ -152,18 +162,18 @@ class Prompter:
     def splice(
         self, ids: Int64[np.ndarray, " S"], images: Sequence[Int64[np.ndarray, " T"]]
     ) -> Int64[np.ndarray, " S+T"]:
-        """Replace the n-th placeholder by the n-th picture's ids.
+        """Replace the n-th placeholder by the n-th image's ids.
 
-        Raises PromptError unless there are as many placeholders as pictures.
+        Raises PromptError unless there are as many placeholders as images.
         """
         at = np.flatnonzero(ids == self.spec.placeholder_token_id)
         if len(at) != len(images):
             raise PromptError(
-                f"{count(len(images), 'picture')} for "
+                f"{count(len(images), 'image')} for "
                 f"{count(len(at), 'placeholder')} {self.spec.image_placeholder!r} in the prompt",
                 hint="this chat template writes it where no image part is"
                 if len(at) > len(images)
-                else "the template leaves out a picture; put it into a user's message",
+                else "the template leaves out an image; put it into a user's message",
                 code="prompt.placeholder-count",
             )
         parts, start = [], 0
@@ -174,12 +184,12 @@ class Prompter:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value says nothing, as tables of messages fill every row's keys."""
+    """Whether a value is empty, as in tables of messages that have every key in every row."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """tokenizer_config.json's template ('default' of several), else chat_template.jinja."""
+    """Read tokenizer_config.json's template ('default' of several), or chat_template.jinja."""
     template = config.get("chat_template")
     path = folder / "chat_template.jinja"
     try:
@@ -196,3 +206,51 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
             code="template.unreadable",
         ) from error
     return template
+
+
+def free_mark(text: str) -> str:
+    """Return a mark that does not occur in a text: a number between private characters."""
+    marks = (f"\ue0f0{number}\ue0f1" for number in itertools.count())
+    return next(mark for mark in marks if mark not in text)
+
+
+def renamed_tokenizer(folder: Path, names: Mapping[str, str]) -> Tokenizer:
+    """Read the folder's tokenizer with other names for some added tokens and the same ids.
+
+    Raises TokenizerError where the ids can't stay the same.
+    """
+    raw = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
+    ids = {}
+    for token in raw.get("added_tokens") or ():
+        if (name := names.get(token["content"])) is not None:
+            ids[name] = token["id"]
+            token.update(content=name, normalized=False)
+    _rename_in_model(raw["model"], names)
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    moved = [name for name, id_ in ids.items() if tokenizer.token_to_id(name) != id_]
+    if moved or ids.keys() != set(names.values()):
+        raise TokenizerError(
+            f"{folder / TOKENIZER}: a text spells {' or '.join(map(repr, names))}, which this "
+            "tokenizer can't encode as ordinary characters",
+            hint="remove it from the text",
+            code="tokenizer.placeholder-in-text",
+        )
+    return tokenizer
+
+
+def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename these tokens in the vocabulary too, so that merges can't produce them."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(token, token): id_ for token, id_ in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+    if "merges" in model:
+        model["merges"] = [one for one in model["merges"] if not _makes(one, names)]
+
+
+def _makes(merge: str | list[str], names: Mapping[str, str]) -> bool:
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return not names.keys().isdisjoint((left, right, left + right))

@@ -1,4 +1,4 @@
-"""Answers: text, token ids, scores; all at once or piece by piece."""
+"""Answers: text, token ids and scores, all at once or piece by piece."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ Caption = Response  # the name of the class before answers to questions had it t
 
 
 class AnswerText:
-    """The text of token ids as they come, and at the end.
+    """Decodes the tokens of an answer, all at once or as they come.
 
     Attributes:
-        given: what the pieces amount to so far.
+        given: the text of all pieces so far.
     """
 
     def __init__(
@@ -99,42 +99,42 @@ class AnswerText:
         self._stream = TextStream(tokenizer, skip_special_tokens=skip_special_tokens)
 
     def push(self, tokens: Sequence[int], stop_reason: StopReason | None) -> str:
-        """The piece that is certain by now, '' for none; all of the rest once it has stopped.
+        """Return the next piece that is certain, maybe ''; the whole rest once the answer stopped.
 
         Args:
-            tokens: all so far, the stop token included.
+            tokens: all tokens so far, the stop token included.
         """
-        said = self._said(tokens, stop_reason)
-        for token in said[len(self._stream.tokens) :]:
+        shown = self._shown(tokens, stop_reason)
+        for token in shown[len(self._stream.tokens) :]:
             self._certain += self._stream.push(token)
         if stop_reason:
             self._certain += self._stream.finish()
         end = len(self._certain)
         if self.stops is not None and stop_reason in (None, "stop_string"):
-            held = self.stops.held(said, ended=stop_reason == "stop_string")
+            held = self.stops.held(shown, ended=stop_reason == "stop_string")
             end = min(end, end + len(self._stream.pending) - held)
         piece = self._certain[len(self.given) : end]
         self.given += piece
         return piece
 
     def whole(self, hypothesis: Hypothesis) -> Answer:
-        """All of an answer at once."""
+        """Return a whole answer."""
         tokens, reason = hypothesis.tokens, hypothesis.stop_reason
-        text = self._text(self._said(tokens, reason), reason)
+        text = self._text(self._shown(tokens, reason), reason)
         complete = reason in ("stop", "stop_string")
         return Answer(text, tokens, reason, hypothesis.score, hypothesis.logprobs, complete)
 
     def without_stop_token(self, hypothesis: Hypothesis) -> str:
-        """The text that a conversation goes on with: its template writes the end of a turn."""
+        """Return the text for a conversation's next prompt, whose template ends the turn itself."""
         tokens, reason = hypothesis.tokens, hypothesis.stop_reason
         return self._text(tokens[:-1] if reason == "stop" else tokens, reason)
 
-    def _said(self, tokens: Sequence[int], reason: StopReason | None) -> Sequence[int]:
-        """The tokens of the text. The stop token is one where special tokens are kept."""
+    def _shown(self, tokens: Sequence[int], reason: StopReason | None) -> Sequence[int]:
+        """Return the tokens of the text, with the stop token only if special tokens are kept."""
         return tokens[:-1] if reason == "stop" and self.skip else tokens
 
-    def _text(self, said: Sequence[int], reason: StopReason | None) -> str:
-        text = self.tokenizer.decode(list(said), skip_special_tokens=self.skip)
+    def _text(self, shown: Sequence[int], reason: StopReason | None) -> str:
+        text = self.tokenizer.decode(list(shown), skip_special_tokens=self.skip)
         if self.stops is not None and reason == "stop_string":
-            text = text[: len(text) - self.stops.held(said, ended=True)]
+            text = text[: len(text) - self.stops.held(shown, ended=True)]
         return text

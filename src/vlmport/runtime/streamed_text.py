@@ -1,8 +1,8 @@
-"""Tokens to text, piece by piece, never half a character.
+"""Turn tokens into text piece by piece, never half a character.
 
 A piece is the difference between two decodes of a short window of tokens that begins at a clean
-boundary (the 'prefix offset' of vLLM and text-generation-inference): so leading spaces that a
-decoder strips at the start of a text are stripped once.
+boundary (the 'prefix offset' of vLLM and text-generation-inference), so a leading space that a
+decoder strips from a text is stripped once.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class TextStream:
         self.skip = skip_special_tokens
         self.tokens: list[int] = []
         self._start = 0  # the window begins here
-        self._read = 0  # tokens before this have been given out
-        self._in_bytes = False  # the last tokens are bytes, perhaps of one run
+        self._read = 0  # the text of tokens before this was returned
+        self._in_bytes = False  # the last tokens are bytes, perhaps of one run of bytes
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token; '' while a character is incomplete.
+        """Add a token, and return the text that is certain now; '' while a character is incomplete.
 
-        A byte token holds back the whole run of bytes: the decoder judges a run as one, and a
-        special token that it skips does not end it.
+        A run of byte tokens is held back until it ends: the decoder decodes a run as one, and a
+        special token that it skips does not end the run.
         """
         self.tokens.append(token)
         self._in_bytes = token in self._bytes or (self._in_bytes and not self._decode([token]))
@@ -47,18 +47,18 @@ class TextStream:
 
     @cached_property
     def _bytes(self) -> frozenset[int]:
-        """The tokens that stand for one byte each."""
+        """The tokens for single bytes."""
         found = (self.tokenizer.token_to_id(name) for name in BYTE_TOKENS)
         return frozenset(one for one in found if one is not None)
 
     @property
     def pending(self) -> str:
-        """What is not certain yet, with incomplete characters as the decoder writes them."""
+        """The text that is not certain yet; incomplete characters as the decoder writes them."""
         given, text = self._window()
         return text[len(given) :]
 
     def finish(self) -> str:
-        """The rest."""
+        """Return the rest of the text."""
         rest = self.pending
         self._start = self._read = len(self.tokens)
         return rest
@@ -72,12 +72,12 @@ class TextStream:
 
 
 class StopStrings:
-    """Where a text ends: at the first of some strings, wherever tokens begin and end.
+    """Ends a text at the first of some strings, wherever tokens begin and end.
 
-    The tokens of a stop string stay among the ids, as in Hugging Face's `generate`; the text ends
-    before it, and what may become one is not given out yet. A stop string may hold the text of
-    special tokens (`<|im_end|>`), which the text given out does not. It is looked for in what is
-    generated, not in the prompt.
+    The tokens of a stop string are part of the ids, as in Hugging Face's `generate`. The text ends
+    before the stop string, and characters that may become one are held back. A stop string may
+    contain the text of special tokens (`<|im_end|>`), even where the text does not. It is searched
+    in the generated text, not in the prompt.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class StopStrings:
     ):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self.strings = tuple(strings)
-        # A token may be one byte of a character; more in front, for decoders that strip a space.
+        # A token may be a single byte; 4 more in front, for decoders that strip a space.
         self._reach = max((len(one.encode()) for one in strings), default=0) + 4
 
     def ends(self, tokens: Sequence[int]) -> bool:
@@ -95,9 +95,9 @@ class StopStrings:
         return any(text.find(one, max(0, len(given) - len(one) + 1)) >= 0 for one in self.strings)
 
     def held(self, tokens: Sequence[int], *, ended: bool = False) -> int:
-        """How many characters at the end of the text may come to be a stop string.
+        """Count the characters at the end of the text that may become a stop string.
 
-        Once it has `ended` with one: how many are its own, or follow it in the last token.
+        If the text `ended` with one, count its characters and those after it in the last token.
         """
         window = tokens[-self._reach :]
         text = self._raw(window)
@@ -113,13 +113,13 @@ class StopStrings:
         return len(self._visible(window)) - len(given)
 
     def _stop(self, text: str) -> int:
-        """Where the first stop string begins, the length where there is none."""
+        """Return where the first stop string begins; the length if there is none."""
         found = [at for one in self.strings if (at := text.find(one)) >= 0]
         return min(found, default=len(text))
 
     def _beginning(self, text: str) -> int:
-        """Where the longest end begins that a stop string begins with; half a character at the end
-        may become any."""
+        """Return where the longest end of the text begins that is the start of a stop string; half
+        a character at the end may become any character."""
         text = text.rstrip(REPLACEMENT)
         longest = min(len(text), max((len(one) for one in self.strings), default=0) - 1)
         for size in range(longest, 0, -1):

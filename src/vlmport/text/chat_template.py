@@ -1,8 +1,8 @@
-"""Chat templates: Jinja as transformers has it, in its sandbox, and where it can be stopped.
+"""Render chat templates as transformers does, in Jinja's sandbox and with limits.
 
-A template comes with a model from anywhere. The sandbox keeps it from the process; it does not
-keep it from running for ever or from taking all memory. So a template is rendered in a process
-that can be killed (`vlmport.text.killable`), unless it is one of those that are known here.
+A template comes with a model from an unknown source. The sandbox protects this process, but not
+from a template that never ends or takes all memory. So a template is rendered in a process that can
+be killed (`vlmport.text.killable`), unless it is one of the known ones below.
 
 Source: transformers 5.23, chat_template_utils.py, _cached_compile_jinja_template.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
-# SHA-256 of templates that have been read, and run in place: the first prompt is not slower.
+# SHA-256 of reviewed templates, which are rendered in this process, so the first prompt is fast.
 KNOWN = frozenset(
     {
         "830005085ddd94cec605b6e21b885b28ffad6e3f82ee6a212c523533e8f04f01",  # SmolVLM
@@ -50,7 +50,7 @@ class TemplateLimitError(jinja2.TemplateError):
     """A template that was stopped.
 
     Attributes:
-        code: of the error that a user sees.
+        code: the code of the error that a user sees.
     """
 
     def __init__(self, message: str, *, code: str):
@@ -59,10 +59,10 @@ class TemplateLimitError(jinja2.TemplateError):
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Texts that a template may write by name, as tokenizer_config.json has them: plain, or in
-    objects.
+    """Read the special tokens that a template may name from tokenizer_config.json, where they are
+    texts or objects.
 
-    Raises TokenizerError for a special token that is no text.
+    Raises TokenizerError for a special token that is not a text.
     """
     found = {name: config.get(name) for name in SPECIAL_TOKENS}
     texts = {
@@ -72,8 +72,8 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise TokenizerError(
-                f"tokenizer_config.json: {name} is {quoted(text, 80)}, expected a text",
-                hint="give the token as a text, such as '</s>'",
+                f"tokenizer_config.json: {name} is {quoted(text, 80)}, expected a string",
+                hint="give the token as a string, such as '</s>'",
                 code="tokenizer.special-token-type",
             )
     return texts
@@ -86,23 +86,23 @@ def render_template(
     /,
     **variables: Any,
 ) -> str:
-    """Render a chat template. It sees plain data alone: other objects become their type's name.
+    """Render a chat template with plain data; other objects become the name of their type.
 
     Args:
-        marked: what is rendered in place of the source: the same, with other names of tokens.
+        marked: returns the source to render, with other names of tokens.
 
-    Raises jinja2.TemplateError in at most 200 characters: TemplateLimitError past a limit.
+    Raises jinja2.TemplateError with at most 200 characters, TemplateLimitError at a limit.
     """
     try:
         plain = json.loads(json.dumps(variables, default=_inert))
     except (TypeError, ValueError, RecursionError) as error:
-        raise jinja2.TemplateError(f"no JSON: {error}"[:MESSAGE]) from error
+        raise jinja2.TemplateError(f"not JSON: {error}"[:MESSAGE]) from error
     is_known = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN
     source = marked(source)
     if is_known:
         try:
             return render_here(source, plain)
-        except Exception as error:  # whatever messages of another kind make it raise
+        except Exception as error:  # any exception that unexpected messages cause
             raise jinja2.TemplateError(str(error)[:MESSAGE]) from error
     try:
         return worker.ask({"template": source, "variables": plain})
@@ -114,12 +114,12 @@ def render_template(
 
 
 def _inert(value: Any) -> str:
-    """In place of an object, whose methods a template could call: some write files."""
+    """Replace an object by its type's name: a template could call methods that write files."""
     return f"<{type(value).__name__}>"
 
 
 def render_here(source: str, variables: Mapping[str, Any]) -> str:
-    """Render in this process: nothing but the template ends it."""
+    """Render in this process, without limits."""
     return compile_template(source).render(**variables)
 
 
@@ -134,10 +134,10 @@ class SafeDict:
 
 
 class SafeNamespace(Namespace):
-    """`namespace(…)` whose attributes can't begin with an underscore."""
+    """`namespace(…)` for templates, whose attributes can't begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any):
-        self, args = args[0], args[1:]  # so that a template may have an attribute named self
+        self, args = args[0], args[1:]  # so a template may have an attribute named self
         for name in dict(*args, **kwargs):
             _check_attribute(name)
         Namespace.__init__(self, *args, **kwargs)
@@ -153,7 +153,7 @@ def _check_attribute(name: str) -> None:
 
 
 class GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks what is trained on: its body."""
+    """`{% generation %}…{% endgeneration %}`, which marks text to train on; renders its body."""
 
     tags = {"generation"}  # noqa: RUF012, jinja2 declares it so
 
@@ -168,7 +168,7 @@ class GenerationBlock(Extension):
 
 @functools.lru_cache(maxsize=32)
 def compile_template(source: str) -> jinja2.Template:
-    """A chat template in the sandbox, with the additions that transformers gives it."""
+    """Compile a chat template in the sandbox, with the additions of transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
@@ -187,7 +187,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which no prompt wants."""
+    """Replace Jinja's own filter, which escapes HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,18 +1,18 @@
-"""A process of our own that can be killed, for what a file from elsewhere says to compute.
+"""A process that can be killed, for computations that come from an untrusted file.
 
-A chat template is a program, and a tokenizer's regular expression can take for ever; both come
-with a model from anywhere. `Worker.ask` has one request answered in a process that has limits of
-time and memory, an empty environment and no right to open a file or a socket. A process that does
-not answer in time is killed, and the next request starts another.
+A chat template is a program, and a tokenizer's regular expression can take forever; both come with
+a model from an unknown source. `Worker.ask` sends a request to a process with limits of time and
+memory, an empty environment and no right to open a file or a socket. A process that does not answer
+in time is killed, and the next request starts another.
 
-The process is started when it is first needed and kept for later requests. It ends with this one:
-it stops when its input closes. After a fork the child starts its own.
+The process starts when it is first needed, and is kept for later requests. It ends when its input
+closes, so together with this process. After a fork the child starts its own.
 
 Traps:
-- `multiprocessing` would import the user's main module: a plain subprocess imports nothing else.
-- Ctrl-C in a terminal goes to all processes of a group: the worker is not of ours, and is killed
-  when the wait for it is interrupted.
-- A frozen program is its own `sys.executable`: it would start itself.
+- `multiprocessing` would import the user's main module; a plain subprocess does not.
+- Ctrl-C in a terminal goes to all processes of a group: the worker is in another group, and is
+  killed when the wait for it is interrupted.
+- A frozen program is its own `sys.executable`, so it would start itself.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10.0  # of one request; the templates and tokenizers of real models take milliseconds
-START_SECONDS = 60.0  # of the process's own start, on a busy machine
+SECONDS = (
+    10.0  # limit of one request; the templates and tokenizers of real models take milliseconds
+)
+START_SECONDS = 60.0  # limit of starting the process, on a busy machine
 MEMORY = 512 << 20
 ANSWER = 1 << 24
-MESSAGE = 200  # characters of what a process says about a failure
+MESSAGE = 200  # maximum characters of an error message of the process
 KEPT = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "TZDIR", "LANG", "LC_ALL")
 PROGRAM = (
     "import sys; sys.path[:] = sys.argv[4:]; from vlmport.text.services import main; "
@@ -55,16 +57,16 @@ class StoppedError(Exception):
 
 
 class RefusedError(Exception):
-    """What the request itself raised, in at most MESSAGE characters."""
+    """The message of an exception in the process, in at most MESSAGE characters."""
 
 
 class Worker:
-    """One process for requests of one kind, which are answered one after the other.
+    """One process for requests of one kind, answered one after the other.
 
     Attributes:
-        seconds: of one request.
-        memory: bytes that the process may take on top of what it starts with.
-        answer: characters of one answer.
+        seconds: maximum time of one request.
+        memory: maximum bytes that the process may allocate after its start.
+        answer: maximum characters of one answer.
     """
 
     def __init__(
@@ -75,9 +77,9 @@ class Worker:
         _workers.add(self)
 
     def ask(self, request: Any) -> Any:
-        """The answer to a request, both what JSON holds.
+        """Return the answer to a request; both are JSON values.
 
-        Raises RefusedError for what the request raised, StoppedError past a limit.
+        Raises RefusedError for an exception in the process, StoppedError at a limit.
         """
         with self._lock:
             process = self._running()
@@ -85,28 +87,28 @@ class Worker:
             return self._read(process, text, self.seconds)
 
     def close(self) -> None:
-        """Kill the process, if there is one."""
+        """Kill the process, if it runs."""
         process, self._process = self._process, None
         if process is None:
             return
         process.kill()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was not yet written is lost
+            with contextlib.suppress(OSError):  # unwritten data is lost
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         process.wait()
 
     def forget(self) -> None:
-        """Leave the process, which belongs to the parent of this one, alone."""
+        """Give up the process, which belongs to this process's parent, without killing it."""
         process: subprocess.Popen[bytes] | None = getattr(self, "_process", None)
         if process is not None:
-            process.returncode = 0  # it is not ours to wait for
+            process.returncode = 0  # only the parent may wait for it
             for pipe in (process.stdin, process.stdout):
                 pipe.raw.close()  # pyright: ignore  (writes nothing)
         self._lock = threading.Lock()
         self._process = None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """The process, started where there is none."""
+        """Return the process, and start it if it does not run."""
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
@@ -114,11 +116,11 @@ class Worker:
             try:
                 self._read(process, b"", START_SECONDS)
             except StoppedError as error:
-                raise StoppedError(NO_START, f"its process does not start: {error}") from None
+                raise StoppedError(NO_START, f"its process did not start: {error}") from None
         return self._process
 
     def _read(self, process: subprocess.Popen[bytes], request: bytes, seconds: float) -> Any:
-        """Write the request, if any, and read one answer. Nothing else is left running."""
+        """Write the request, if any, and read one answer. A failure kills the process."""
         late = threading.Event()
 
         def kill() -> None:
@@ -135,7 +137,7 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(request)
                 process.stdin.flush()
-            line = process.stdout.readline(12 * self.answer + 1000)  # as JSON writes it, at most
+            line = process.stdout.readline(12 * self.answer + 1000)  # the maximum length as JSON
             kind, value = json.loads(line) if line.endswith(b"\n") else (CRASH, None)
         except BaseException:  # Ctrl-C too
             self.close()
@@ -147,20 +149,20 @@ class Worker:
         if kind in (TIME, SPACE, CRASH):
             self.close()
         if kind == TIME:
-            raise StoppedError(TIME, f"it has not ended after {seconds:g} seconds")
+            raise StoppedError(TIME, f"it did not end within {seconds:g} seconds")
         if kind == SPACE:
-            raise StoppedError(SPACE, f"it takes more than {self.memory >> 20} MB of memory")
+            raise StoppedError(SPACE, f"it took more than {self.memory >> 20} MB of memory")
         if kind == CRASH:
-            raise StoppedError(CRASH, "it has ended the process that it ran in")
+            raise StoppedError(CRASH, "it crashed its process")
         if kind == "long":
-            raise StoppedError(SPACE, f"it writes more than {self.answer} characters")
+            raise StoppedError(SPACE, f"it wrote more than {self.answer} characters")
         if kind == "refused":
             raise RefusedError(str(value)[:MESSAGE])
         return value
 
 
 def _start(kind: str, memory: int, answer: int) -> subprocess.Popen[bytes]:
-    """A Python with nothing of this process but where modules are."""
+    """Start a Python that inherits only the paths of modules."""
     here = str(Path(__file__).resolve().parents[2])
     paths = [str(Path(one).resolve()) for one in sys.path if one]
     flags = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")  # on Windows
@@ -176,7 +178,7 @@ def _start(kind: str, memory: int, answer: int) -> subprocess.Popen[bytes]:
             creationflags=sum(getattr(subprocess, name, 0) for name in flags),
         )
     except OSError as error:
-        message = f"its process does not start: {error.strerror or error}"
+        message = f"its process did not start: {error.strerror or error}"
         raise StoppedError(NO_START, message) from error
 
 

@@ -1,4 +1,4 @@
-"""The work of a killable process: render a template, tokenize a text, or match names.
+"""The program of a killable process: render a template, tokenize a text, or match names.
 
 Requests come as lines of JSON, [seconds, request]; each gets one line back, [kind, value].
 """
@@ -25,7 +25,7 @@ def main(kind: str, memory: str, answer: str) -> None:
     """Answer requests of one kind until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # nothing else is written among the answers
+    sys.stdout = sys.stderr  # nothing else may be written among the answers
     service = SERVICES[kind]()
     restrict(int(memory))
     answers.write(b'["ready", null]\n')
@@ -37,29 +37,29 @@ def main(kind: str, memory: str, answer: str) -> None:
         answers.write(json.dumps(reply).encode() + b"\n")
         answers.flush()
         if reply[0] == SPACE:
-            return  # what is left of the memory may be in pieces
+            return  # the remaining memory may be fragmented
 
 
 def answered(service: Service, request: Any, most: int) -> tuple[str, Any]:
-    """A request's answer, or what is wrong with it."""
+    """Return a request's answer or its error, as (kind, value)."""
     try:
         value = service(request)
         if isinstance(value, str) and len(value) > most:
             return "long", None
     except MemoryError:
         return SPACE, None
-    except BaseException as error:  # a Rust panic is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         try:
             return "refused", str(error)[:MESSAGE] or type(error).__name__
         except MemoryError:
             return SPACE, None
-        except BaseException:  # an error that can't be written either
+        except BaseException:  # an error that can't be printed
             return "refused", type(error).__name__
     return "answer", value
 
 
 def restrict(memory: int) -> None:
-    """Limit the memory, and open no file and no socket from now on."""
+    """Limit the memory, and forbid to open files and sockets."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limits
         import resource
 
@@ -75,7 +75,7 @@ def restrict(memory: int) -> None:
 
 
 def limit_processor_time(seconds: float) -> None:
-    """End this process where the other, which has a clock, is no longer there to do so."""
+    """Limit the processor time, in case the process that would kill this one has ended."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -83,7 +83,7 @@ def limit_processor_time(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
-# Jinja imports some modules, and reads the time zone, when it first needs them: too late here.
+# Jinja imports some modules, and reads the time zone, at first use: after restrict() it can't.
 WARM_UP = """{{ '\\n' }}{{ lipsum(1) }}{{ [1] | pprint }}{{ strftime_now('%x') }}{{ [1] | random }}
 {{ 'a&amp;b' | striptags }}{{ 'a.b' | urlize }}{{ 'é' | urlencode }}{{ 'a' | wordwrap }}"""
 
@@ -107,7 +107,7 @@ def tokenizers() -> Service:
     known: dict[str, Tokenizer] = {}
 
     def encode(request: Mapping[str, Any]) -> list[int] | None:
-        """Ids of a text; None where the tokenizer has yet to be sent."""
+        """Tokenize a text; None if the tokenizer must be sent first."""
         name = request["name"]
         if "tokenizer" in request:
             known.clear()
@@ -123,7 +123,7 @@ def tokenizers() -> Service:
 
 def patterns() -> Service:
     def first_match(request: Mapping[str, Any]) -> list[int | None]:
-        """For each name, the number of the first pattern that matches it; None where none does."""
+        """Return the number of the first pattern that matches each name, or None."""
         compiled = [re.compile(pattern) for pattern in request["patterns"]]
         return [
             next((number for number, one in enumerate(compiled) if one.match(name)), None)

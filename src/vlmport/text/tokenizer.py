@@ -1,8 +1,8 @@
-"""Reading tokenizer.json, a checkpoint's or a bundle's, and encoding a text by it.
+"""Read the tokenizer.json of a checkpoint or a bundle, and encode texts with it.
 
 Traps:
-- The library ends some faults in a Rust panic, which is a BaseException and prints to stderr.
-- Its regular expressions do not hear Ctrl-C.
+- The library ends some errors in a Rust panic, which is a BaseException and prints to stderr.
+- Ctrl-C does not interrupt its regular expressions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vlmport.text.killable import MESSAGE, TIME, StoppedError, Worker
 from vlmport.text.tokenizer_checks import MAX_BYTES, PARTS, is_usual, problems_of
 
 SAVE_AGAIN = "write it with AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
-AS_PUBLISHED = "is it as its publisher wrote it?"
+AS_PUBLISHED = "check that it is as its publisher wrote it"
 
 WORKER = Worker("tokenizer", memory=2 << 30)
 
 
 def read_tokenizer(folder: Path, *, hint: str = SAVE_AGAIN) -> Tokenizer:
-    """The tokenizer of a folder.
+    """Read the tokenizer of a folder.
 
-    Raises TokenizerError, with this hint where none can be read, and for one that could take all
-    time or memory.
+    Raises TokenizerError, with this hint if none can be read, and for a tokenizer that could take
+    forever or all memory.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_tokenizer(folder: Path, *, hint: str = SAVE_AGAIN) -> Tokenizer:
     text = json.dumps(raw) if not is_usual(raw) or _is_odd(raw.get("model")) else None
     try:
         if text is not None:
-            _ask(text, "")  # what ends a process when it is read ends that one
+            _ask(text, "")  # a tokenizer that crashes its reader crashes that process
             return Tokenizer.from_str(text)
         return Tokenizer.from_file(str(path))
     except StoppedError as error:
@@ -66,7 +66,7 @@ REFUSED, STOPPED = "tokenizer.refused", "tokenizer.stopped"
 
 
 class Encoder:
-    """Texts to ids by a tokenizer, which is not changed from now on."""
+    """Encodes texts with a tokenizer, which must not change afterwards."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -76,9 +76,9 @@ class Encoder:
         self._sent = tokenizer.to_str() if odd or not is_usual(states) else None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; nothing is added to it.
+        """Encode a text, without adding tokens.
 
-        Raises PromptError for a text that the tokenizer has no ids for, or takes too long for.
+        Raises PromptError for a text that the tokenizer can't encode, or takes too long for.
         """
         try:
             if self._sent is not None:
@@ -94,18 +94,18 @@ class Encoder:
                 raise
             raise PromptError(
                 f"the tokenizer can't encode this text: {str(error)[:MESSAGE]}",
-                hint="does it have a token for each character, or one for unknown ones?",
+                hint="use a tokenizer with a token for each character or for unknown ones",
                 code="tokenizer.can-not-encode",
             ) from error
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of one text; see Encoder."""
+    """Encode one text; see Encoder."""
     return Encoder(tokenizer).encode(text)
 
 
 def new_token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id that `token` has, or gets when it is added next."""
+    """Return the id of `token`, or the id that it would get if it were added."""
     known = tokenizer.token_to_id(token)
     if known is not None:
         return known
@@ -113,14 +113,14 @@ def new_token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _ask(tokenizer: str, text: str) -> list[int]:
-    """Encode where it can be killed. A tokenizer is sent once."""
+    """Encode in a process that can be killed. A tokenizer is sent once."""
     request = {"name": hashlib.sha256(tokenizer.encode()).hexdigest(), "text": text}
     ids = WORKER.ask(request)
     return WORKER.ask(request | {"tokenizer": tokenizer}) if ids is None else ids
 
 
 def _is_odd(model: Any) -> bool:
-    """Whether a model is of a kind, or has settings, that the library panics on for some text."""
+    """Whether the library panics on some texts for this kind of model or its settings."""
     return (
         not isinstance(model, dict)
         or model.get("type") not in ("BPE", "WordLevel", "WordPiece", "Unigram")
@@ -135,7 +135,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _state(part: Any) -> Any:
-    """A part of a tokenizer as tokenizer.json has it; a part of Python code as of no kind."""
+    """Return a part of a tokenizer as in tokenizer.json; {"type": None} for Python code."""
     try:
         return json.loads(part.__getstate__())
     except Exception:
@@ -143,5 +143,5 @@ def _state(part: Any) -> Any:
 
 
 def _is_librarys(error: BaseException) -> bool:
-    """An error of the library: an Exception, or a panic, whose class can't be imported."""
+    """Whether an error is the library's: an Exception or a panic, whose class can't be imported."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

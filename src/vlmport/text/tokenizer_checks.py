@@ -1,9 +1,9 @@
-"""Which tokenizers are refused, and which may run in this process.
+"""Decide which tokenizers are refused, and which may run in this process.
 
-A tokenizer.json comes with a model from anywhere, and its parts are small programs: normalizers
-that make text longer, regular expressions that take for ever, sizes of zero. What can end the
-process is refused. What is unusual runs where it can be killed (`vlmport.text.killable`). The rest,
-which is nearly every published tokenizer, runs in place.
+A tokenizer.json comes with a model from an unknown source, and its parts are small programs:
+normalizers that make text longer, regular expressions that take forever, sizes of zero. Parts
+that can crash the process are refused. Unusual parts run in a process that can be killed
+(`vlmport.text.killable`). The rest, nearly every published tokenizer, runs in this process.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MAX_BYTES = 256 << 20  # of a file; the largest published ones have 35 MB
+MAX_BYTES = 256 << 20  # maximum size of the file; the largest published ones have 35 MB
 MAX_PARTS = 64
 MAX_DEPTH = 8
-MAX_GROWTH = 64  # characters that a part makes of one
+MAX_GROWTH = 64  # maximum characters that a part makes of one character
 USUAL_GROWTH = 4
 MAX_PATTERN = 2000  # characters
 MAX_STRIP = 64
@@ -46,14 +46,14 @@ USUAL = frozenset(
         "UnicodeScripts", "FixedLength", "WordPiece", "Fuse", "ByteFallback", "BPEDecoder", "CTC",
     }
 )  # fmt: skip
-# The most characters that these make of one.
+# Maximum characters that these parts make of one character.
 GROWTH = {"NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "ByteLevel": 4, "BertNormalizer": 3}
 
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
 def problems_of(parts: Mapping[str, Any]) -> list[str]:
-    """What is wrong with normalizer, pre_tokenizer and decoder, as tokenizer.json has them."""
+    """List the problems of normalizer, pre_tokenizer and decoder, given as in tokenizer.json."""
     found: list[str] = []
     for name in PARTS:
         if (depth := _depth(parts.get(name))) > MAX_DEPTH:
@@ -63,7 +63,9 @@ def problems_of(parts: Mapping[str, Any]) -> list[str]:
         if len(steps) > MAX_PARTS:
             found.append(f"{name}: {len(steps)} parts, at most {MAX_PARTS}")
         if depth and (grown := growth(parts.get(name))) > MAX_GROWTH:
-            found.append(f"{name}: makes {grown:.0f} characters of one, at most {MAX_GROWTH}")
+            found.append(
+                f"{name}: makes {grown:.0f} characters of one, the maximum is {MAX_GROWTH}"
+            )
         for step in steps:
             found += [f"{name}: {one}" for one in _problems(step, name)]
     return found
@@ -77,16 +79,16 @@ def _problems(step: Mapping[str, Any], where: str) -> Iterator[str]:
         sizes = [step.get("start", 0), step.get("stop", 0)]
         if any(isinstance(one, int) and one > MAX_STRIP for one in sizes):
             yield f"Strip of {max(sizes)} characters, at most {MAX_STRIP}"
-        if sizes[1]:  # the library panics where a token has fewer
+        if sizes[1]:  # the library panics if a token has fewer
             yield f"Strip of {str(sizes[1])[:20]} characters from the end, expected 0"
     if pattern is not None and len(pattern) > MAX_PATTERN:
         yield f"a pattern of {len(pattern)} characters, at most {MAX_PATTERN}"
     if pattern is not None and where == "decoder" and pattern not in KNOWN_PATTERNS:
-        yield f"the pattern {pattern[:40]!r}, which is none of those that are known here"
+        yield f"the pattern {pattern[:40]!r}, which is not a known one"
 
 
 def is_usual(parts: Mapping[str, Any]) -> bool:
-    """Whether nothing in these parts takes more time or memory than their text asks for."""
+    """Whether the time and memory of these parts are in proportion to the text."""
     steps = [step for name in PARTS for step in _steps(parts.get(name))]
     patterns = [_pattern(step) for step in steps]
     return (
@@ -97,10 +99,10 @@ def is_usual(parts: Mapping[str, Any]) -> bool:
 
 
 def growth(part: Any, *, usual: bool = False) -> float:
-    """The most characters that a part makes of one.
+    """Return the maximum number of characters that a part makes of one.
 
     Args:
-        usual: leave out what Unicode itself bounds.
+        usual: leave out growth that Unicode itself limits.
     """
     if not isinstance(part, Mapping):
         return 1.0
@@ -111,7 +113,7 @@ def growth(part: Any, *, usual: bool = False) -> float:
             text, pattern = str(step.get("content", "")), step.get("pattern")
             old = str(pattern.get("String", "")) if isinstance(pattern, Mapping) else ""
             grown *= max(1.0, len(text) / len(old)) if old else 1.0 + len(text)
-        elif kind == "Prepend":  # once a text, at its head
+        elif kind == "Prepend":  # once per text, at its start
             grown *= 1.0 + len(str(step.get("prepend", ""))) / 16
         elif not usual:
             grown *= GROWTH.get(str(kind), 1)
@@ -119,7 +121,7 @@ def growth(part: Any, *, usual: bool = False) -> float:
 
 
 def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
-    """The parts of a part that hold no others, in their order."""
+    """Yield the innermost parts of a part, in order."""
     if not isinstance(part, Mapping):
         return
     inner = next((part[name] for name in NESTED if isinstance(part.get(name), list)), None)
@@ -138,7 +140,7 @@ def _depth(part: Any) -> int:
 
 
 def _pattern(step: Mapping[str, Any]) -> str | None:
-    """The regular expression of a step; one that is written as text is none."""
+    """Return the regular expression of a step; None for a plain text."""
     pattern = step.get("pattern")
     found = pattern.get("Regex") if isinstance(pattern, Mapping) else None
     return found if isinstance(found, str) else None

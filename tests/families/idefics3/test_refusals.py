@@ -105,8 +105,8 @@ def test_a_malformed_template(folder: Path, tmp_path: Path, template: str) -> No
 @pytest.mark.parametrize(
     ("messages", "images", "words"),
     [
-        ([user(IMAGE, text("x"))], 0, "0 pictures given, 1 image part"),
-        ([user(text("x"))], 1, "1 picture given, 0 image parts"),
+        ([user(IMAGE, text("x"))], 0, "0 images given, 1 image part"),
+        ([user(text("x"))], 1, "1 image given, 0 image parts"),
         ([{"role": "bot", "content": "x"}], 0, "role 'bot' is unknown"),
         (
             [user({"type": "video"}, text("x"))],

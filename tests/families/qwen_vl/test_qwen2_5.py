@@ -308,7 +308,7 @@ def test_all_ids_that_the_tokenizer_has_otherwise_are_named_at_once(folder: Path
 @pytest.mark.parametrize(
     ("size", "options", "words"),
     [
-        ((1, 300), {}, "a picture of 300x1 pixels can't be processed: one side is more than 200"),
+        ((1, 300), {}, "300x1 .* one side is more than 200"),
         ((50, 60), {"min_pixels": 10**6}, "60x50 .* min_pixels is more than max_pixels"),
         ((50, 60), {"max_pixels": 1}, "min_pixels is more than max_pixels"),
         ((50, 60), {"min_pixels": 0}, "min_pixels is less than 1"),

@@ -1,6 +1,6 @@
 /**
  * Distinguish the placeholders that a template writes from texts that spell one (the twin of
- * vlmport/runtime/placeholders.py).
+ * vlmport/runtime/prompt.py).
  */
 
 import { VlmportError } from '../errors.js';

@@ -101,16 +101,16 @@ CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def snake_case(name: str) -> str:
-    """A name of JavaScript as Python writes it: maxNewTokens, max_new_tokens."""
+    """Convert a name from JavaScript's form to Python's: maxNewTokens, max_new_tokens."""
     return CAMEL.sub("_", name).lower()
 
 
 def name_here(name: str) -> str | None:
-    """What an option of another program is called here; None where nothing is the same."""
+    """Return the name here of another program's option; None if no option is the same."""
     plain = snake_case(name)
     return SAME.get(plain, plain if plain != name else None)
 
 
 def instead(name: str) -> str | None:
-    """What to do where an option of another program has nothing like it here."""
+    """Return what to do instead of another program's option that does not exist here."""
     return OTHERWISE.get(snake_case(name))

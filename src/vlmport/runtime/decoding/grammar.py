@@ -1,7 +1,7 @@
-"""Text that must follow a JSON schema, a regular expression or a grammar, through llguidance.
+"""Make an answer match a JSON schema or a regular expression, with llguidance.
 
-At each step the grammar says which tokens may come next; all others are masked, whatever chooses
-among the rest. Stop tokens may come where the text could end, and only they where it must.
+At each step the grammar says which tokens may come next; all others are masked before a token is
+chosen. Stop tokens are allowed where the text may end, and nothing else where it must end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 
 
 class GrammarTokenizer:
-    """A model's tokenizer as llguidance knows it; made once, it takes seconds for large ones."""
+    """A model's tokenizer for llguidance; made once, because large ones take seconds."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
         """Raises DependencyError without llguidance, OptionError for a tokenizer it can't read."""
@@ -35,7 +35,7 @@ class GrammarTokenizer:
         stops = [token for token in stop_token_ids if token < vocab_size]
         if not stops:
             raise OptionError(
-                "this model has no stop token, with which a text under a grammar ends",
+                "this model has no stop token, and a text under a grammar needs one to end",
                 hint="leave json_schema and regex out",
                 code="option.not-for-this-model",
             )
@@ -47,21 +47,21 @@ class GrammarTokenizer:
         except Exception as error:  # the libraries raise ValueError, or a plain Exception
             raise OptionError(
                 f"llguidance can't read this model's tokenizer: {cut(str(error))}",
-                hint="this model can't be held to a grammar",
+                hint="leave json_schema and regex out: they do not work with this model",
                 code="option.not-for-this-model",
             ) from error
         self.vocab_size = vocab_size
 
 
 class Grammar:
-    """What a text may be. It remembers how far the rows of one request have come."""
+    """A grammar, and the state of one request's rows in it."""
 
     def __init__(self, tokenizer: GrammarTokenizer, source: str, said: str):
         """Args:
-            source: in llguidance's own form.
-            said: what the caller wrote, for errors.
+            source: the grammar in llguidance's own format.
+            said: the option as the caller wrote it, for errors.
 
-        Raises OptionError where it is wrong, or where no text at all would be right.
+        Raises OptionError where it is invalid, or no text matches it.
         """
         library = _library()
         limits = library.LLParserLimits(verbose_errors=False)
@@ -70,28 +70,29 @@ class Grammar:
         if first.is_error():
             raise OptionError(
                 f"{said}: {_reason(first)}",
-                hint="llguidance's documents say more",
+                hint="see the documentation of llguidance",
                 code="grammar.invalid",
             )
         self._matchers: dict[tuple[int, ...], llguidance.LLMatcher | None] = {(): first}
         first.compute_bitmask()
         if first.is_error():
             raise OptionError(
-                f"{said}: no text fits it",
-                hint="do parts of it contradict?",
+                f"{said}: no text matches it",
+                hint="check whether parts of it contradict each other",
                 code="grammar.invalid",
             )
 
     def fresh(self) -> Grammar:
-        """The same for another request; nothing is compiled again."""
+        """Return the same grammar for another request, without compiling it again."""
         other = copy.copy(self)
         other._matchers = {(): self._matchers[()]}
         return other
 
     def mask(self, tokens: Sequence[int]) -> Bool[np.ndarray, " V"]:
-        """Which tokens may follow these. None after tokens that break the grammar, which beam
-        search carries along where there is nothing better, and where no token spells what must
-        come.
+        """Return which tokens may follow these.
+
+        No token may follow tokens that break the grammar, which beam search keeps when there is
+        nothing better, or tokens after which no token of the model fits.
 
         Raises OptionError where the grammar is too complex.
         """
@@ -104,7 +105,7 @@ class Grammar:
                 return np.zeros(self._vocab_size, np.bool_)
             raise OptionError(
                 f"{self._said}: {_reason(matcher)}",
-                hint="make it simpler",
+                hint="use a simpler one",
                 code="grammar.too-complex",
             )
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).view(np.bool_)
@@ -115,7 +116,7 @@ class Grammar:
         return matcher is not None and matcher.is_accepting()
 
     def _matcher(self, tokens: tuple[int, ...]) -> llguidance.LLMatcher | None:
-        """The matcher after these tokens, from that after all but the last (a copy is cheap)."""
+        """Return the matcher after these tokens, a copy of the last one with the new token."""
         known = self._matchers
         if tokens in known:
             return known[tokens]
@@ -136,10 +137,11 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_token_ids: Sequence[int]):
         self._made_of = tokenizer, vocab_size, stop_token_ids
         self._tokenizer: GrammarTokenizer | None = None
-        self._making = threading.Lock()  # it takes seconds for large ones: made once
+        self._making = threading.Lock()  # made once: large ones take seconds
 
     def of(self, options: GenerationOptions) -> Grammar | None:
-        """What json_schema or regex ask for, None without. Raises OptionError, DependencyError."""
+        """Make the grammar of json_schema or regex; None without. Raises OptionError or
+        DependencyError."""
         if options.json_schema is None and options.regex is None:
             return None
         library = _library()
@@ -157,7 +159,7 @@ class Grammars:
 
 
 def _library() -> Any:
-    """llguidance. Raises DependencyError where it is not installed."""
+    """Import llguidance. Raises DependencyError where it is not installed."""
     try:
         import llguidance
     except ImportError as error:
@@ -170,6 +172,6 @@ def _library() -> Any:
 
 
 def _reason(matcher: Any) -> str:
-    """What llguidance says, in one line."""
+    """Return llguidance's message in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("<", "^")))[:LONGEST]

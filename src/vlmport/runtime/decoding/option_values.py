@@ -1,4 +1,4 @@
-"""Check one value of an option, and tidy it: numpy's numbers, lists and tuples are all welcome.
+"""Check one value of an option, and normalize it: numpy's numbers, lists and tuples are accepted.
 
 Each function takes the option's name and the value, and raises OptionError that names both.
 """
@@ -16,11 +16,11 @@ from vlmport.errors import OptionError, quoted
 
 TokenIds = tuple[int, ...]
 
-LARGEST = 2**63  # no count, and no token id, comes near it
+LARGEST = 2**63  # larger than any count or token id
 
 
 def whole_number(name: str, value: Any, least: int, below: int | None = None) -> int:
-    """An int, numpy's too. Raises OptionError for anything else, and outside the range."""
+    """Return an int, also from numpy's integers. Raises OptionError for other values."""
     number = _index(value)
     end = LARGEST if below is None else below
     if number is None or not least <= number < end:
@@ -35,14 +35,14 @@ def whole_number(name: str, value: Any, least: int, below: int | None = None) ->
 
 
 def at_least(least: int, below: int | None = None) -> Callable[[str, Any], int]:
-    """A check for whole numbers from `least`."""
+    """Make a check for whole numbers from `least` on."""
     return lambda name, value: whole_number(name, value, least, below)
 
 
 def number_in(
     expected: str, example: float, holds: Callable[[float], bool]
 ) -> Callable[[str, Any], float]:
-    """A check for finite numbers of which `holds` is true."""
+    """Make a check for finite numbers for which `holds` is true."""
 
     def check(name: str, value: Any) -> float:
         try:
@@ -57,7 +57,7 @@ def number_in(
 
 
 def temperature(name: str, value: Any) -> float:
-    """A number above 0. For 0 the option that is meant is named."""
+    """Check a number above 0. The error for 0 names the option to use instead."""
     if not isinstance(value, bool) and isinstance(value, Real) and value == 0:
         raise OptionError(
             f"{name}={quoted(value)}, expected a number above 0",
@@ -69,23 +69,23 @@ def temperature(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, numpy's too."""
+    """Check True or False, also numpy's."""
     if type(value).__name__ not in ("bool", "bool_"):
         _refuse(name, value, "True or False", f"{name}=True or {name}=False")
     return bool(value)
 
 
 def flag_or_never(name: str, value: Any) -> bool | Literal["never"]:
-    """True, False or "never"."""
+    """Check True, False or "never"."""
     if isinstance(value, str) and value == "never":
         return "never"
     if type(value).__name__ not in ("bool", "bool_"):
-        _refuse(name, value, 'True, False or "never"', f"{name}=True stops soonest")
+        _refuse(name, value, 'True, False or "never"', f"use {name}=True to stop soonest")
     return bool(value)
 
 
 def token_ids(name: str, value: Any) -> TokenIds:
-    """Token ids, none of them twice. One alone is as good as a list of one."""
+    """Check token ids, given as a list or as one id, and remove duplicates."""
     ids = _ids([value] if _index(value) is not None else value)
     if ids is None:
         _refuse(name, value, "token ids", f"for example {name}=[5, 17]")
@@ -93,7 +93,7 @@ def token_ids(name: str, value: Any) -> TokenIds:
 
 
 def token_sequences(name: str, value: Any) -> tuple[TokenIds, ...]:
-    """Sequences of token ids, each of at least one, none of them twice."""
+    """Check sequences of at least one token id each, and remove duplicates."""
     sequences = [_ids(one) for one in value] if _is_list(value) else [None]
     if not all(sequences):
         _refuse(name, value, "a list of lists of token ids", f"for example {name}=[[5], [17, 4]]")
@@ -101,7 +101,7 @@ def token_sequences(name: str, value: Any) -> tuple[TokenIds, ...]:
 
 
 def sequence_bias(name: str, value: Any) -> tuple[tuple[TokenIds, float], ...]:
-    """HF's two forms: {(5, 17): -2.0} and [[[5, 17], -2.0]]. The last of two equals counts."""
+    """Check HF's two forms, {(5, 17): -2.0} and [[[5, 17], -2.0]]; the last duplicate counts."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     found = (
         [_biased(*pair) if _is_pair(pair) else None for pair in pairs] if _is_list(pairs) else []
@@ -117,7 +117,7 @@ def sequence_bias(name: str, value: Any) -> tuple[tuple[TokenIds, float], ...]:
 
 
 def _biased(sequence: Any, bias: Any) -> tuple[TokenIds, float] | None:
-    """A sequence and its bias; None unless they can be one. -inf forbids."""
+    """Return a sequence and its bias, or None if they are not valid; -inf forbids the sequence."""
     ids = _ids(sequence)
     if not ids or isinstance(bias, bool) or not isinstance(bias, Real):
         return None
@@ -129,7 +129,7 @@ def _biased(sequence: Any, bias: Any) -> tuple[TokenIds, float] | None:
 
 
 def decay(name: str, value: Any) -> tuple[int, float]:
-    """(start, factor): a whole number and a positive one."""
+    """Check (start, factor): a whole number and a positive number."""
     if not _is_pair(value):
         _refuse(name, value, "(start, factor)", f"for example {name}=(15, 1.1)")
     positive = number_in("a factor above 0", 1.1, lambda number: number > 0)
@@ -137,7 +137,7 @@ def decay(name: str, value: Any) -> tuple[int, float]:
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
-    """One text or several, none of them empty, none of them twice."""
+    """Check one text or several, none of them empty, and remove duplicates."""
     several = [value] if isinstance(value, str) else value
     if not _is_list(several) or not all(isinstance(one, str) and one for one in several):
         _refuse(name, value, "a text or several, none empty", f"for example {name}=['\\n\\n']")
@@ -147,7 +147,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
 
 
 def pattern(name: str, value: Any) -> str:
-    """A regular expression. Whether it can be one is for the grammar to say."""
+    """Check that a regular expression is a text; the grammar compiles it."""
     if not isinstance(value, str) or not value:
         _refuse(name, value, "a regular expression", f"for example {name}='(yes|no)'")
     _check_unicode(name, value)
@@ -155,7 +155,7 @@ def pattern(name: str, value: Any) -> str:
 
 
 def schema(name: str, value: Any) -> str:
-    """A JSON schema, given as an object, as its text or as a pydantic model; its text."""
+    """Return the text of a JSON schema that is an object, a text or a pydantic model."""
     if hasattr(value, "model_json_schema"):
         value = value.model_json_schema()
     try:
@@ -170,13 +170,13 @@ def schema(name: str, value: Any) -> str:
 
 
 def _check_unicode(name: str, text: str) -> None:
-    """Refuse surrogates: bytes of the command line that are no UTF-8, half of a character."""
+    """Raise OptionError for surrogates: bytes of the command line that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise OptionError(
             f"{name}={quoted(text)}: not Unicode at character {error.start}",
-            hint="text is read as UTF-8",
+            hint="use UTF-8",
             code="option.not-unicode",
         ) from None
 
@@ -203,7 +203,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _ids(value: Any) -> TokenIds | None:
-    """None unless it is a list of whole numbers from 0 on."""
+    """Return token ids, or None unless it is a list of whole numbers from 0 on."""
     if not _is_list(value):
         value = value.tolist() if hasattr(value, "tolist") else None
     ids = [_index(one) for one in value] if isinstance(value, Sequence) else [None]

@@ -291,7 +291,7 @@ def _near(name: str) -> str:
 
 
 def _normalize(name: str, value: Any) -> Any:
-    """The value, checked. None asks for nothing."""
+    """Check and normalize a value. None is the value that does nothing."""
     return NOTHING[name] if value is None else CHECKS[name](name, value)
 
 
@@ -334,7 +334,7 @@ def _refuse_contradictions(options: GenerationOptions) -> None:
 
 
 def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
-    """What may not be asked together: whether it is, what to say, what to do."""
+    """List the contradictions: whether each is there, its message, and its hint."""
     o = options
     most, least, forced = o.max_new_tokens, o.min_new_tokens, o.forced_eos_token_id
     drawing, of_beams = _set_options(o, SAMPLING), _set_options(o, BEAMS)
@@ -399,5 +399,5 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
 
 
 def _set_options(options: GenerationOptions, names: Sequence[str]) -> list[str]:
-    """Those of the names whose option asks for something."""
+    """Return the names whose option is set to something other than its default."""
     return [name for name in names if getattr(options, name) not in (DEFAULTS[name], NOTHING[name])]

@@ -1,8 +1,8 @@
-"""What the options do to a row of scores before a token is chosen.
+"""Process a row of scores before a token is chosen, as the options ask for.
 
 Each function makes a processor from an option's value; `new_processors` puts those that a request
 needs in the order of Hugging Face's `generate`. A processor is a pure function: the same scores
-after the same tokens give the same result. It may write to the scores it is given.
+after the same tokens give the same result. It may write to the scores that it gets.
 
 All arithmetic is float32, number by number, as torch does it.
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 OF_PROMPT = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 LARGEST = float(np.finfo(np.float32).max)
 Mask = Callable[[Sequence[int]], "Bool[np.ndarray, ' V']"]
-"""Which tokens may follow a row's new tokens. A pure function of them, so that beams may ask it in
-any order; it may keep what it computed for a beginning."""
+"""Returns which tokens may follow a row's new tokens. A pure function of them, because beams call
+it in any order; it may cache results."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What stands before a row's next token.
+    """The tokens before a row's next token.
 
     Attributes:
-        prompt: what processors see of the prompt; nothing where they see new tokens only.
+        prompt: the prompt's tokens; empty where processors see new tokens only.
         tokens: the new tokens.
     """
 
@@ -50,12 +50,12 @@ class Row:
 
     @cached_property
     def seen(self) -> Int64[np.ndarray, " N"]:
-        """All tokens that processors look at."""
+        """All tokens that processors see."""
         return np.concatenate([self.prompt, np.array(self.tokens, np.int64)])
 
 
 Processor = Callable[["Scores", Row], "Scores"]
-# For those that compute: entering it costs more than a processor that only forbids.
+# Only for processors that compute: entering it costs more than forbidding tokens.
 ignoring_overflow = np.errstate(over="ignore", invalid="ignore")
 
 
@@ -67,7 +67,7 @@ class Processors:
     in_order: tuple[Processor, ...]
 
     def __call__(self, scores: Scores, tokens: Sequence[int]) -> Scores:
-        """The scores of the token after these. Those given may be written to."""
+        """Process the scores of the token after `tokens`; `scores` may be written to."""
         row = Row(self.prompt, tokens)
         for processor in self.in_order:
             scores = processor(scores, row)
@@ -84,7 +84,7 @@ def new_processors(
     vocab_size: int,
     mask: Mask | None,
 ) -> Processors:
-    """Those that the options ask for, in order.
+    """Make the processors that the options ask for, in order.
 
     Raises OptionError for token ids that are not below vocab_size, and for options that look at a
     prompt where processors see none.
@@ -131,9 +131,11 @@ def new_processors(
 
 
 def biased(biases: Mapping[TokenIds, float]) -> Processor:
-    """Add to the score of each sequence's last token, where its others stand before."""
+    """Add to the score of each sequence's last token, if its other tokens come before it."""
     alone = {ids[0]: np.float32(bias) for ids, bias in biases.items() if len(ids) == 1}
-    longer: dict[int, dict[TokenIds, list[tuple[int, np.float32]]]] = {}  # by what stands before
+    longer: dict[
+        int, dict[TokenIds, list[tuple[int, np.float32]]]
+    ] = {}  # by the tokens before the last one
     for ids, bias in biases.items():
         if len(ids) > 1:
             known = longer.setdefault(len(ids) - 1, {})
@@ -155,7 +157,7 @@ def biased(biases: Mapping[TokenIds, float]) -> Processor:
 
 
 def penalized(penalty: float, vocab_size: int) -> Processor:
-    """Make what was there before less likely (above 1)."""
+    """Make tokens that occurred before less likely (above 1)."""
     factor = np.float32(penalty)
 
     def process(scores: Scores, row: Row) -> Scores:
@@ -166,7 +168,7 @@ def penalized(penalty: float, vocab_size: int) -> Processor:
 
 
 def penalized_prompt(penalty: float, prompt: Int64[np.ndarray, " P"]) -> Processor:
-    """The same for the prompt's tokens only; below 1 they get likelier."""
+    """Make the prompt's tokens less likely (above 1), or more likely (below 1)."""
     factor = np.float32(penalty)
     return lambda scores, row: _penalize(scores, prompt, factor)
 
@@ -179,7 +181,7 @@ def _penalize(scores: Scores, ids: Int64[np.ndarray, " N"], factor: np.float32) 
 
 
 def no_repeated_ngrams(size: int, vocab_size: int) -> Processor:
-    """Forbid each token that would complete an n-gram that was there before."""
+    """Forbid each token that would complete an n-gram that occurred before."""
 
     def process(scores: Scores, row: Row) -> Scores:
         if len(row.seen) >= size:
@@ -205,7 +207,7 @@ def no_ngrams_of(prompt: Int64[np.ndarray, " P"], size: int) -> Processor:
 def _completing(
     among: Int64[np.ndarray, " N"], seen: Int64[np.ndarray, " M"], size: int
 ) -> Int64[np.ndarray, " K"]:
-    """The tokens that follow, somewhere in `among`, what `seen` ends with (size - 1 tokens)."""
+    """Find the tokens that follow, anywhere in `among`, the last size - 1 tokens of `seen`."""
     places = len(among) - size + 1
     if places < 1:
         return among[:0]
@@ -216,7 +218,7 @@ def _completing(
 
 
 def forbidden_until(count: int | None, ids: Int64[np.ndarray, " N"]) -> Processor:
-    """Forbid some tokens until there are `count` new ones; None forbids them for good."""
+    """Forbid some tokens until there are `count` new tokens; None forbids them always."""
 
     def process(scores: Scores, row: Row) -> Scores:
         if count is None or len(row.tokens) < count:
@@ -227,7 +229,7 @@ def forbidden_until(count: int | None, ids: Int64[np.ndarray, " N"]) -> Processo
 
 
 def masked(mask: Mask) -> Processor:
-    """Forbid what the mask does not allow."""
+    """Forbid the tokens that the mask does not allow."""
 
     def process(scores: Scores, row: Row) -> Scores:
         scores[~mask(row.tokens)] = FORBIDDEN
@@ -237,7 +239,7 @@ def masked(mask: Mask) -> Processor:
 
 
 def forced_at(count: int, ids: Int64[np.ndarray, " N"]) -> Processor:
-    """After `count` new tokens, these alone can come, each as likely as the others."""
+    """Force one of `ids` as token number `count`, each with the same score."""
 
     def process(scores: Scores, row: Row) -> Scores:
         if len(row.tokens) == count:
@@ -249,7 +251,7 @@ def forced_at(count: int, ids: Int64[np.ndarray, " N"]) -> Processor:
 
 
 def valid(scores: Scores, row: Row) -> Scores:
-    """Make NaN 0 and infinities the largest numbers."""
+    """Replace NaN by 0, and infinities by the largest numbers."""
     return np.nan_to_num(scores, copy=False, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
 
 
@@ -263,7 +265,9 @@ def likelier(start: int, factor: float, ids: Int64[np.ndarray, " N"]) -> Process
             old = scores[ids]
             grown = np.abs(old) * np.float32(_power(factor, past) - 1)
             grown = old + np.where(np.isfinite(old), grown, np.float32(0))
-            scores[ids] = np.minimum(grown, LARGEST)  # which surely comes; infinity could not
+            scores[ids] = np.minimum(
+                grown, LARGEST
+            )  # sure to be chosen; infinity would be an error
         return scores
 
     return process
@@ -283,7 +287,7 @@ def _of_scores(warper: Callable[[Scores], Scores]) -> Processor:
 def _forbidden_words(
     options: GenerationOptions, stop_token_ids: frozenset[int]
 ) -> dict[TokenIds, float]:
-    """Bad words as biases. A stop token alone is none: HF keeps it too."""
+    """Convert bad words to biases. A single stop token is not forbidden, as in HF."""
     return {
         ids: -np.inf
         for ids in options.bad_words_ids
@@ -294,8 +298,8 @@ def _forbidden_words(
 def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: bool) -> None:
     """Raise OptionError for an option that this model can't serve.
 
-    Those are token ids outside the vocabulary (those suppressed may stand there), and options that
-    look at a prompt where processors see none.
+    These are token ids outside the vocabulary (suppressed ones may be outside), and options that
+    look at the prompt where processors see none.
     """
     if not processors_see_prompt and name in OF_PROMPT and value != DEFAULTS[name]:
         raise OptionError(
@@ -314,6 +318,6 @@ def check_served(name: str, value: Any, vocab_size: int, processors_see_prompt: 
     if wrong:
         raise OptionError(
             f"{name}: {cut(', '.join(map(str, wrong)))} not in a vocabulary of {vocab_size} tokens",
-            hint=f"ids are below {vocab_size}; this model's tokenizer gives them",
+            hint=f"use ids below {vocab_size}, from this model's tokenizer",
             code="option.wrong-value",
         )

@@ -1,11 +1,13 @@
-"""The random stream, and how tokens are drawn with it.
+"""The random stream, and sampling tokens with it.
 
-docs/decoding.md specifies both, so that another language draws the same tokens from the same seed
-and scores. Traps on the way:
+docs/decoding.md specifies both, so that another language samples the same tokens from the same seed
+and scores.
 
-- Weights are whole numbers, so their sums are exact in any order, and a last bit of `exp` that two
-  languages round differently next to never shows.
-- A state is a tuple, never changed in place: a step that is interrupted draws the same again.
+Traps:
+
+- Weights are whole numbers, so their sums are exact in any order. A last bit of `exp` that two
+  languages round differently almost never has an effect.
+- A state is a tuple, never changed in place: a step that is interrupted samples the same again.
 
 Source: xoshiro128** 1.1 (Blackman and Vigna, public domain), seeded by a 32-bit splitmix.
 """
@@ -27,16 +29,16 @@ State = tuple[int, int, int, int]
 WORD = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio, the step of splitmix
 WEIGHT = 2.0**32  # of the best token; 2**21 tokens of it still sum exactly in float64
-LEAST = 24  # exp(-24) is below 2**-32: no need to compute it for what is further below
+LEAST = 24  # exp(-24) is below 2**-32: scores further below have no weight
 
 
 def new_seed() -> int:
-    """A seed nobody knows, below 2**32."""
+    """Make an unpredictable seed below 2**32."""
     return secrets.randbits(32)
 
 
 def stream(seed: int, sequence: int) -> State:
-    """The state at the start of a request's n-th stream: each of its sequences has its own."""
+    """Return the first state of a request's n-th stream; each of its sequences has its own."""
     first = 4 * sequence + 1
     a, b, c, d = (_mixed(seed + place * GOLDEN) for place in range(first, first + 4))
     return a, b, c, d
@@ -51,7 +53,7 @@ def _mixed(word: int) -> int:
 
 
 def next_word(state: State) -> tuple[int, State]:
-    """32 random bits, and the state after them."""
+    """Return 32 random bits, and the state after them."""
     a, b, c, d = state
     word = (_rotated((b * 5) & WORD, 7) * 9) & WORD
     c, d = c ^ a, d ^ b
@@ -63,7 +65,7 @@ def _rotated(word: int, by: int) -> int:
 
 
 def uniform(state: State) -> tuple[float, State]:
-    """A multiple of 2**-53 from 0 to below 1, of two words, and the state after them."""
+    """Return a multiple of 2**-53 from 0 to below 1, made of two words, and the state after."""
     high, state = next_word(state)
     low, state = next_word(state)
     return ((high >> 5) * 67108864.0 + (low >> 6)) / 9007199254740992.0, state
@@ -72,10 +74,10 @@ def uniform(state: State) -> tuple[float, State]:
 def weights(
     scores: Float32[np.ndarray, " V"],
 ) -> tuple[Int64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
-    """The indices that can be drawn, in order, and their weights; at least one score is finite.
+    """Return the indices with a weight, in order, and their weights; one score must be finite.
 
-    Weights are whole numbers in the ratio of exp(score), 2**32 for the best. What is less than
-    2**-32 as probable as the best weighs nothing.
+    Weights are whole numbers in the ratio of exp(score), 2**32 for the best. Tokens less than
+    2**-32 as likely as the best have no weight.
     """
     top = scores.max()
     places = np.flatnonzero(scores >= top - np.float32(LEAST))
@@ -84,7 +86,7 @@ def weights(
 
 
 def draw(scores: Float32[np.ndarray, " V"], state: State) -> tuple[int, State]:
-    """One index, in the ratio of exp(score), and the state after it: one uniform number."""
+    """Sample one index in the ratio of exp(score), with one uniform number."""
     drawn, state = draw_several(scores, 1, state)
     return drawn[0], state
 
@@ -92,9 +94,9 @@ def draw(scores: Float32[np.ndarray, " V"], state: State) -> tuple[int, State]:
 def draw_several(
     scores: Float32[np.ndarray, " V"], count: int, state: State
 ) -> tuple[list[int], State]:
-    """`count` different indices, one after the other, each drawn among those that are left.
+    """Sample `count` different indices, one after the other, without replacement.
 
-    One uniform number each. Where no weight is left, the best scores follow, without numbers.
+    Each takes one uniform number. When no weight is left, the best scores follow, without numbers.
     """
     places, weighty = weights(scores)
     upto = np.cumsum(weighty)
@@ -102,7 +104,9 @@ def draw_several(
     gone: list[int] = []  # in order
     while len(drawn) < count and total > 0:
         part, state = uniform(state)
-        ahead = float(np.floor(part * total))  # of the weights that are left, so many stand before
+        ahead = float(
+            np.floor(part * total)
+        )  # the sum of the remaining weights before the sampled one
         for at in gone:
             if upto[at] - weighty[at] <= ahead:
                 ahead += weighty[at]

@@ -1,6 +1,6 @@
-"""Rows of scores: their best, their probabilities.
+"""Maths on rows of scores: the best tokens, and probabilities.
 
-Where scores are equal the lowest index counts as the better, everywhere. Sums of exponentials are
+Of equal scores, the one with the lowest index counts as the better. Sums of exponentials are
 exact to float64 and rounded to float32 once.
 """
 
@@ -17,7 +17,7 @@ FORBIDDEN = np.float32(-np.inf)  # the score of a token that can't be chosen
 
 
 def best(scores: Float32[np.ndarray, " V"], count: int) -> Int64[np.ndarray, " K"]:
-    """The indices of the highest scores, highest first; among equals the lowest index.
+    """Return the indices of the highest scores, highest first; of equals the lowest index first.
 
     A partition, not a sort: O(V) for a small count.
     """
@@ -30,7 +30,7 @@ def best(scores: Float32[np.ndarray, " V"], count: int) -> Int64[np.ndarray, " K
 
 
 def log_softmax(scores: Float32[np.ndarray, "... V"]) -> Float32[np.ndarray, "... V"]:
-    """Log-probabilities. A row that is -inf throughout stays so; one with NaN or +inf is NaN."""
+    """Compute log-probabilities. A row of -inf alone stays -inf; a row with NaN or +inf is NaN."""
     top = scores.max(-1, keepdims=True).astype(np.float64)
     none = np.isneginf(top)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -40,6 +40,6 @@ def log_softmax(scores: Float32[np.ndarray, "... V"]) -> Float32[np.ndarray, "..
 
 
 def softmax(scores: Float32[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
-    """Probabilities; at least one score is finite."""
+    """Compute probabilities; at least one score must be finite."""
     weights = np.exp(scores.astype(np.float64) - float(scores.max()))
     return (weights / weights.sum()).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Options that narrow what is drawn from: temperature, top-k, top-p and the like.
+"""Options that narrow the tokens to sample from: temperature, top-k, top-p and the like.
 
-They apply where tokens are drawn only. Each keeps the best `keep` tokens at least, so that beam
-sampling always finds one that is no stop token. Where several tokens are equal at the edge of what
-is kept, the lowest ids stay (torch takes any; top-k keeps all of them, as torch's does).
+They apply to sampling only. Each keeps at least the best `keep` tokens, so that beam sampling
+always finds one that is not a stop token. If several tokens are equal at the edge of the kept ones,
+those with the lowest ids are kept (torch takes any; top-k keeps all of them, as torch's does).
 
 Sums are exact to float64 and rounded to float32 once. Source: transformers 5.23,
 generation/logits_process.py.
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     Scores = Float32[np.ndarray, " V"]
 
 Warper = Callable[["Scores"], "Scores"]
-ENTROPY_TOKENS = 100  # top_h looks at so many
-FIRST_NUCLEUS = 256  # of how many tokens top_p tries first whether they hold its probability
+ENTROPY_TOKENS = 100  # number of tokens that top_h looks at
+FIRST_NUCLEUS = 256  # number of tokens that top_p looks at first
 
 
 def new_warpers(options: GenerationOptions, keep: int) -> list[Warper]:
-    """Those that the options ask for, in the order of Hugging Face's `generate`."""
+    """Make the warpers that the options ask for, in the order of Hugging Face's `generate`."""
     o = options
     warpers: list[Warper] = []
     if o.temperature != 1:
@@ -52,7 +52,7 @@ def new_warpers(options: GenerationOptions, keep: int) -> list[Warper]:
 
 
 def temperature(value: float) -> Warper:
-    """Divide by it: below 1 the best get likelier still."""
+    """Divide the scores; below 1 the best tokens get even more likely."""
     divisor = np.float32(value)
 
     def warp(scores: Scores) -> Scores:
@@ -63,7 +63,7 @@ def temperature(value: float) -> Warper:
 
 
 def top_k(count: int) -> Warper:
-    """Keep the `count` best, and what equals the last of them."""
+    """Keep the `count` best tokens, and those equal to the last of them."""
 
     def warp(scores: Scores) -> Scores:
         if count < len(scores):
@@ -77,8 +77,8 @@ def top_k(count: int) -> Warper:
 def top_p(part: float, keep: int) -> Warper:
     """Keep the fewest best tokens whose probabilities reach `part`.
 
-    A token goes where it and all less probable ones make up at most 1 - part, summed from the
-    least probable on.
+    A token is dropped if it and all less likely ones sum to at most 1 - part, summed from the least
+    likely on.
     """
     rest = np.float32(1 - part)
 
@@ -88,7 +88,7 @@ def top_p(part: float, keep: int) -> Warper:
             return scores
         probabilities = softmax(scores[left])
         count = FIRST_NUCLEUS
-        while True:  # look at the best only, once all others go anyway
+        while True:  # look at the best only: all others are dropped anyway
             order = best(scores[left], count)
             others = _sum_without(probabilities, order)
             if np.float32(others) <= rest:
@@ -103,7 +103,7 @@ def top_p(part: float, keep: int) -> Warper:
 
 
 def min_p(part: float, keep: int) -> Warper:
-    """Keep what has at least `part` of the best token's probability."""
+    """Keep tokens with at least `part` of the best token's probability."""
     factor = np.float32(part)
 
     def warp(scores: Scores) -> Scores:
@@ -140,13 +140,13 @@ def typical_p(mass: float, keep: int) -> Warper:
 
 
 def epsilon_cutoff(epsilon: float, keep: int) -> Warper:
-    """Keep what is at least so probable."""
+    """Keep tokens with at least this probability."""
     least = np.float32(epsilon)
     return lambda scores: _cut(scores, keep, lambda _: least)
 
 
 def eta_cutoff(epsilon: float, keep: int) -> Warper:
-    """Keep what is at least as probable as min(epsilon, sqrt(epsilon) · exp(-entropy))."""
+    """Keep tokens with at least the probability min(epsilon, sqrt(epsilon) · exp(-entropy))."""
     least = np.float32(epsilon)
 
     def eta(probabilities: Float32[np.ndarray, " N"]) -> np.float32:
@@ -157,7 +157,7 @@ def eta_cutoff(epsilon: float, keep: int) -> Warper:
 
 
 def top_h(part: float) -> Warper:
-    """Keep the best tokens, of 100, whose entropy terms sum to at most `part` of the entropy."""
+    """Keep the best of 100 tokens whose entropy terms sum to at most `part` of the entropy."""
 
     def warp(scores: Scores) -> Scores:
         order = best(scores, min(ENTROPY_TOKENS, len(scores)))
@@ -168,7 +168,7 @@ def top_h(part: float) -> Warper:
         terms = _entropy_terms(probabilities)
         most = np.float32(terms.astype(np.float64).sum()) * np.float32(part)
         within = np.cumsum(terms.astype(np.float64)).astype(np.float32) <= most
-        within &= probabilities > 0  # what is 0 adds nothing, and would come in free
+        within &= probabilities > 0  # a probability of 0 adds nothing, so it would always be kept
         within[0] = True
         return _only(scores, order[within])
 
@@ -178,7 +178,7 @@ def top_h(part: float) -> Warper:
 def _cut(
     scores: Scores, keep: int, least: Callable[[Float32[np.ndarray, " N"]], np.float32]
 ) -> Scores:
-    """Forbid what is less probable than `least`, but none of the `keep` best or their equals."""
+    """Forbid tokens less likely than `least`, except the `keep` best and their equals."""
     left = np.flatnonzero(scores > FORBIDDEN)
     if len(left) <= keep:
         return scores
@@ -190,7 +190,7 @@ def _cut(
 
 
 def _entropy_terms(probabilities: Float32[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
-    """-p · log(p), 0 where p is."""
+    """Compute -p · log(p), which is 0 where p is 0."""
     some = probabilities > 0
     logs = np.log(np.where(some, probabilities, 1).astype(np.float64)).astype(np.float32)
     return -probabilities * logs
@@ -201,14 +201,14 @@ def _entropy(probabilities: Float32[np.ndarray, " N"]) -> np.float32:
 
 
 def _sum_without(values: Float32[np.ndarray, " N"], without: Int64[np.ndarray, " M"]) -> float:
-    """The sum of all values but some, in float64."""
+    """Sum all values except some, in float64."""
     others = np.ones(len(values), np.bool_)
     others[without] = False
     return float(values[others].astype(np.float64).sum())
 
 
 def _only(scores: Scores, kept: Int64[np.ndarray, " K"]) -> Scores:
-    """The scores of some tokens; all others are forbidden."""
+    """Forbid all tokens except some."""
     only = np.full_like(scores, FORBIDDEN)
     only[kept] = scores[kept]
     return only

@@ -3,18 +3,18 @@
 Past and present are the same memory, bound once for each number of rows. A prompt is run one row
 at a time through views of its row (GroupQueryAttention takes several new tokens after a past only
 at one row); then all rows step together, each at its own length. Where a decoder scales activations
-by all rows of a call, rows step one by one too, so that no text depends on its neighbours.
+by all rows of a call, rows also step one by one, so that no text depends on its neighbours.
 
 Traps:
-- ONNX Runtime's `get_outputs()` is in binding order: outputs are written into buffers of our own
-  and read there.
-- The buffers lie in the host's memory. On another device ONNX Runtime copies them to and fro in
-  each run: right, but slow there.
-- Bindings of older versions hold addresses, not arrays: what is bound is kept here.
-- A row's length is what counts, not the buffer's contents: what lies past it is never read, so a
-  step may be run again, and a row may be cut back by setting its length.
+- ONNX Runtime's `get_outputs()` is in binding order: outputs are written into our own buffers and
+  read there.
+- The buffers are in the host's memory. On another device ONNX Runtime copies them both ways in each
+  run: correct, but slow.
+- Bindings of older versions hold addresses, not arrays: the bound arrays are kept here.
+- Only a row's length counts: the buffer past it is never read. So a step may be run again, and a
+  row may be cut back by setting its length.
 - Rows are copied only over rows that nobody continues, so that an interrupted `reorder` can be
-  done again.
+  repeated.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
 
 to_ort = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
 
-# Tokens of a prompt that a decoder on the CPU reads at a time: the time of GroupQueryAttention
-# grows with the square of a call's tokens. 876 tokens take 0.8 of the time so at q4, 0.6 at q8.
+# Number of a prompt's tokens that a decoder on the CPU reads in one call: the time of
+# GroupQueryAttention grows with the square of it. 876 tokens take 0.8 of the time at q4, 0.6 at q8.
 CHUNK = 192
 MASKS_AHEAD = 32
 
 
 @dataclass(frozen=True)
 class _BoundStep:
-    """One token for each of some rows: its binding, and the arrays that it reads and writes."""
+    """The binding of a step of one token for each of some rows, and the arrays that it uses."""
 
     binding: ort.IOBinding
     feeds: dict[str, np.ndarray]
     mask: Int64[np.ndarray, " B*capacity"]
-    masks: dict[int, ort.OrtValue]  # its beginnings as i64[B, total], by total
+    masks: dict[int, ort.OrtValue]  # by total: the first B * total values as i64[B, total]
     logits: Float[np.ndarray, "B V"]
 
     def masks_from(self, total: int) -> None:
-        """Make those of this total and of the next few: one by one they take far longer, as the
-        decoder leaves nothing in the processor's caches."""
+        """Make the masks of this total and the next few. One by one they take far longer, because
+        the decoder empties the processor's caches in between."""
         B, capacity = len(self.logits), len(self.mask) // len(self.logits)
         self.masks.clear()
         for n in range(total, min(total + MASKS_AHEAD, capacity + 1)):
@@ -63,14 +63,14 @@ class _BoundStep:
 
 @dataclass(frozen=True)
 class SavedRow:
-    """A row on its own: keys and values of the first `length` tokens, [K, length, head_dim]."""
+    """A copy of a row: keys and values of its first `length` tokens, [K, length, head_dim]."""
 
     length: int
     rope_delta: int
     tensors: tuple[np.ndarray, ...]
 
     def first(self, length: int) -> SavedRow:
-        """Its first tokens; the memory is the same."""
+        """Return its first tokens, as views of the same memory."""
         return SavedRow(length, self.rope_delta, tuple(one[:, :length] for one in self.tensors))
 
 
@@ -78,10 +78,10 @@ class KeyValueCache:
     """`rows` sequences of up to `limit` tokens; buffers start at `capacity` and grow.
 
     Attributes:
-        lengths: of each row, how many tokens are valid. May be set to cut rows back.
-        offsets: of each row, what its next position is beyond its length (0 but for models
-            whose pictures take fewer positions than tokens).
-        on_host: whether the decoder runs on the CPU, where the buffers lie.
+        lengths: the number of valid tokens of each row. May be set to cut rows back.
+        rope_deltas: for each row, the next position minus its length (0 except for models whose
+            images take fewer positions than tokens).
+        on_host: whether the decoder runs on the CPU, where the buffers are.
     """
 
     def __init__(self, decoder: Decoder, rows: int, capacity: int, limit: int):
@@ -101,53 +101,53 @@ class KeyValueCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers; the system gives memory only to what has been written."""
+        """Bytes of all buffers; the system uses memory only for the pages that were written."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens. Raises PromptError beyond `limit`."""
         if length > self.limit:
             raise PromptError(
-                f"{length} tokens, the model's context is {self.limit}",
-                hint="fewer or smaller pictures, or a shorter prompt",
+                f"the prompt has {length} tokens, the model's context is {self.limit}",
+                hint="use fewer or smaller images, or a shorter prompt",
                 code="prompt.too-long",
             )
         if length > self.capacity:
             self._grow(self.rows, min(self.limit, max(length, 2 * self.capacity)))
 
     def reserve_rows(self, rows: int) -> None:
-        """Make room for so many rows. Memory that was never written costs nothing."""
+        """Make room for a number of rows. Memory that was never written costs nothing."""
         if rows > self.rows:
             self._grow(max(rows, 2 * self.rows), self.capacity)
 
     def _grow(self, rows: int, capacity: int) -> None:
-        """Larger buffers with the same contents."""
+        """Replace the buffers by larger ones with the same contents."""
         used, old = max(self.lengths, default=0), self.rows
         capacity = max(capacity, used)
         self._steps.clear()
-        self.capacity = 0  # until all have one size: whoever comes after an interrupt grows them
+        self.capacity = 0  # until all have one size: after an interrupt the next call grows them
         for i, port in enumerate(self.decoder.ports):
             grown = port.empty(rows, capacity)
             grown[:old, :, :used] = self.buffers[i][:old, :, :used]
             self.buffers[i] = grown
         self.capacity = capacity
-        # Lengths last: they say how many rows there are, so that what is interrupted is done again.
+        # Lengths last: they give the number of rows, so an interrupted call is done again.
         self.rope_deltas = self.rope_deltas[:old] + [0] * (rows - old)
         self.lengths = self.lengths + [0] * (rows - old)
 
     def reorder(
         self, sources: Sequence[int], shared: Callable[[int, int], int] = lambda a, b: 0
     ) -> list[int]:
-        """Let the rows 0 … len(sources)-1 be continuations of the rows `sources`.
+        """Make the rows 0 … len(sources)-1 continue the rows `sources`, in any order.
 
-        A row that is continued where it is costs nothing; so the order is not kept.
+        A row that continues in its place is not copied.
 
         Args:
-            shared: of two rows, how many tokens both hold alike from their start; those are not
+            shared: the number of tokens that two rows have in common at their start; these are not
                 copied.
 
         Returns:
-            the row in which each continuation is. All of 0 … len(sources)-1 occur.
+            The row of each continuation. All of 0 … len(sources)-1 occur.
         """
         B = len(sources)
         self.reserve_rows(B)
@@ -167,16 +167,16 @@ class KeyValueCache:
         return [row for row in placed if row is not None]
 
     def copy_row(self, source: int, target: int, start: int = 0) -> None:
-        """Make row `target` a copy of row `source`; the first `start` tokens are alike already."""
+        """Copy row `source` to row `target`; the first `start` tokens are equal already."""
         used = self.lengths[source]
-        self.lengths[target] = start  # so much holds if what follows is interrupted
+        self.lengths[target] = start  # still true if the copy is interrupted
         for buffer in self.buffers:
             buffer[target, :, start:used] = buffer[source, :, start:used]
         self.rope_deltas[target] = self.rope_deltas[source]
         self.lengths[target] = used
 
     def save(self, row: int) -> SavedRow:
-        """A copy of a row, which outlives this cache."""
+        """Copy a row, for use after this cache."""
         used = self.lengths[row]
         return SavedRow(
             used,
@@ -185,7 +185,7 @@ class KeyValueCache:
         )
 
     def restore(self, row: int, saved: SavedRow) -> None:
-        """Make a row what was kept. Raises PromptError beyond the context."""
+        """Write a saved row back. Raises PromptError beyond the context."""
         self.reserve(saved.length)
         for buffer, tensor in zip(self.buffers, saved.tensors, strict=True):
             buffer[row, :, : saved.length] = tensor
@@ -201,12 +201,12 @@ class KeyValueCache:
     ) -> Float32[np.ndarray, "n V"]:
         """Append S tokens to one row and return the logits of the last `keep` (0: of all).
 
-        A long prompt is read in chunks on the CPU, unless more logits are asked for than the last
-        chunk is sure to have. A decoder that scales activations by all rows of a call scales them
-        by chunks then: other last bits than in one go, as near to float32's.
+        On the CPU a long prompt is read in chunks, unless more logits are asked for than the last
+        chunk surely has. A decoder that scales activations by all rows of a call then scales them
+        by chunk: the last bits differ from those of one call, and are as near to float32's.
 
         Args:
-            positions: of the tokens; None counts on from the row's length and offset.
+            positions: the tokens' positions; None counts on from the row's length and rope_delta.
 
         Raises PromptError beyond the context, before anything runs.
         """
@@ -223,8 +223,8 @@ class KeyValueCache:
         return logits[0, -keep:].astype(np.float32, copy=False)
 
     def _cuts(self, S: int, keep: int) -> list[int]:
-        """Where a prompt's chunks begin, and S. The last has half a chunk at least, or is whole."""
-        # Elsewhere a call moves the cache.
+        """Return the starts of a prompt's chunks, and S; the last has at least half a CHUNK."""
+        # On another device each call copies the cache.
         if not self.on_host or not 0 < keep <= CHUNK // 2:
             return [0, S]
         return [*range(0, max(1, S - CHUNK // 2), CHUNK), S]
@@ -237,7 +237,7 @@ class KeyValueCache:
         positions: Int64[np.ndarray, "... S"],
         keep: int,
     ) -> Float[np.ndarray, "1 n V"]:
-        """One call of the decoder, for S tokens after `past`."""
+        """Call the decoder once, for S tokens after `past`."""
         S = len(embeds)
         keeps = "num_logits_to_keep" in self.decoder.inputs
         kept = keep if keep and keeps else S
@@ -255,7 +255,7 @@ class KeyValueCache:
     def step(self, embeds: Float[np.ndarray, "B 1 D"]) -> Float32[np.ndarray, "B V"]:
         """Append one token to each of the first B rows and return their logits.
 
-        The logits may be a view that the next step overwrites. Rows past B are left alone.
+        The logits may be a view that the next step overwrites. Rows past B do not change.
         Raises PromptError where a row is at the end of the context, before anything runs.
         """
         B = len(embeds)
@@ -265,7 +265,7 @@ class KeyValueCache:
         return np.concatenate([self._step(row, embeds[row : row + 1]) for row in range(B)])
 
     def _step(self, first: int, embeds: Float[np.ndarray, "B 1 D"]) -> Float32[np.ndarray, "B V"]:
-        """One call of the decoder, for B rows from `first` on."""
+        """Call the decoder once, for B rows from `first` on."""
         B = len(embeds)
         rows = slice(first, first + B)
         lengths, rope_deltas = self.lengths[rows], self.rope_deltas[rows]
@@ -276,7 +276,7 @@ class KeyValueCache:
         bound.feeds["position_ids"][..., 0] = positions
         if total not in bound.masks:
             bound.masks_from(total)
-        if B > 1:  # one row's mask is all ones and stays so
+        if B > 1:  # the mask of one row is always all ones
             mask = bound.mask[: B * total].reshape(B, total)
             np.less_equal(np.arange(total), np.array(lengths)[:, None], out=mask)
         bound.binding.bind_ortvalue_input("attention_mask", bound.masks[total])
@@ -302,9 +302,9 @@ class KeyValueCache:
     def _bind(
         self, feeds: dict[str, np.ndarray], views: list[np.ndarray], logits: np.ndarray
     ) -> ort.IOBinding:
-        """Bind inputs and logits, and each view as a past and as its present.
+        """Bind inputs and logits, and each view both as a past and as its present.
 
-        All arrays are contiguous, and the caller keeps them.
+        All arrays are contiguous, and the caller keeps them alive.
         """
         binding = self.decoder.session.io_binding()
         binding.bind_ortvalue_output("logits", to_ort(logits))
@@ -324,19 +324,19 @@ class KeyValueCache:
             if is_out_of_memory(error):
                 raise DeviceError(
                     f"not enough memory for the decoder: {first_line(error)}",
-                    hint="a smaller batch, fewer or smaller pictures, or a shorter prompt",
+                    hint="use a smaller batch, fewer or smaller images, or a shorter prompt",
                     code="device.out-of-memory",
                 ) from error
             raise BundleError(
-                f"the decoder can't run: {first_line(error)}",
-                hint="`vlmport inspect --probe` says whether this device runs this bundle",
+                f"the decoder failed: {first_line(error)}",
+                hint="run `vlmport inspect --probe` to test whether this device runs this bundle",
                 code="graph.run-failed",
             ) from error
 
     def _with_batch(
         self, positions: Int64[np.ndarray, "... S"], shape: tuple[int, int]
     ) -> Int64[np.ndarray, "... 1 S"]:
-        """Positions of one row with the batch axis, and three times where the decoder wants so."""
+        """Add the batch axis to one row's positions, and three axes if the decoder has them."""
         if self.decoder.positions_rank == 3 and positions.ndim == 1:
             positions = np.broadcast_to(positions, (3, len(positions)))
         return np.ascontiguousarray(positions.reshape(*positions.shape[:-1], *shape), np.int64)

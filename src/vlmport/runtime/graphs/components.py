@@ -251,7 +251,7 @@ def _run(
         if is_out_of_memory(error):
             raise out_of_memory(component, error) from error
         raise BundleError(
-            f"{component} can't run: {first_line(error)}",
+            f"{component} failed: {first_line(error)}",
             hint="run `vlmport inspect --probe` to test whether this device runs this bundle",
             code="graph.run-failed",
         ) from error

@@ -1,4 +1,4 @@
-"""The decoder's inputs and outputs: which cache tensor belongs to which, and of what sizes."""
+"""Read the decoder's inputs and outputs: the pairs of cache tensors, and their sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmport.bundle import CacheLayout
 from vlmport.errors import BundleError, quoted
 from vlmport.runtime.graphs.sessions import DTYPES
 
-# More than any model has: what a graph says of sizes is claimed before it runs.
+# More than any model has: memory of the sizes in a graph is allocated before it runs.
 MAX_HEADS, MAX_VOCABULARY = 1 << 14, 1 << 24
 
 
@@ -44,7 +44,7 @@ class Decoder:
     vocab_size: int
     logits_dtype: np.dtype
     positions_rank: int  # 2: [B, S]; 3: [3, B, S], positions in time, height and width
-    row_by_row: bool = False  # a row's logits would depend on the others in its step
+    row_by_row: bool = False  # step rows one by one: a row's logits would depend on the other rows
 
     @classmethod
     def of(
@@ -90,7 +90,7 @@ class Decoder:
 def scales_by_call(path: Path) -> bool:
     """Whether a graph rounds activations by one scale for all rows of a call (8-bit ones do).
 
-    An operator's name stands in the file as it is; reading the whole graph would need `onnx`.
+    The operator's name is searched in the file's bytes; parsing the graph would need `onnx`.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
         return graph.find(b"DynamicQuantizeLinear") >= 0
@@ -135,7 +135,7 @@ def _dtype(value: Any, where: str) -> np.dtype:
     """The numpy type of an input or output."""
     if value.type not in DTYPES:
         raise BundleError(
-            f"{where}: {value.name} is {value.type}, which numpy can't hold",
+            f"{where}: {value.name} is {value.type}, a type that numpy lacks",
             hint="export the bundle in another precision",
             code="bundle.wrong-graph",
         )

@@ -1,4 +1,4 @@
-"""The image processor's graph: a picture and options in, the vision encoder's inputs out."""
+"""Run the image processor's graph: an image and options in, the vision encoder's inputs out."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ if TYPE_CHECKING:
     from jaxtyping import Int64, UInt8
 
 VISION = "vision_encoder"
-KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # an input's kind → those of its values
+KINDS = {
+    "b": "b",
+    "i": "iu",
+    "u": "iu",
+    "f": "iuf",
+}  # kind of an input's dtype → kinds of values that it takes
 
 
 @dataclass(frozen=True)
 class ProcessedImage:
-    """One picture as the image processor gives it.
+    """The image processor's outputs for one image.
 
     Attributes:
         inputs: the vision encoder's inputs by name.
-        prompt_ids: the token ids that stand for the picture in a prompt.
+        prompt_ids: the token ids that a prompt contains for the image.
     """
 
     inputs: dict[str, np.ndarray]
@@ -42,16 +47,19 @@ class ProcessedImage:
 def process_image(
     session: ort.InferenceSession, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any]
 ) -> ProcessedImage:
-    """Run an image processor on one picture. Raises as the method of Components."""
+    """Run an image processor on one image. Raises as `Components.process_image` does."""
     feeds = {"image": np.ascontiguousarray(rgb), **option_feeds(session, options)}
     try:
         values = session.run(None, feeds)
     except ORT_ERRORS as error:
         if is_out_of_memory(error):
             raise out_of_memory(IMAGE, error) from error
-        reason, hint = refusal(error) or (first_line(error), "is it extremely narrow?")
+        reason, hint = refusal(error) or (
+            first_line(error),
+            "check that the image is not extremely narrow",
+        )
         raise ImageError(
-            f"a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
+            f"an image of {rgb.shape[1]}x{rgb.shape[0]} pixels can't be processed: {reason}",
             hint=hint,
             code="image.refused",
         ) from error
@@ -69,7 +77,8 @@ def process_image(
 def option_feeds(
     session: ort.InferenceSession, options: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Options as arrays. A graph's options are its overridable initializers and further inputs."""
+    """Convert options to arrays. The options of a graph are its overridable initializers and its
+    inputs other than `image`."""
     declared: Sequence[Any] = [*session.get_inputs(), *session.get_overridable_initializers()]
     known = {one.name: one for one in declared if one.name != "image"}
     feeds = {}
@@ -85,7 +94,7 @@ def option_feeds(
             given = np.asarray(value)
         except ValueError:  # lists of unequal lengths
             given = np.asarray(None)
-        if given.dtype.kind not in KINDS[dtype.kind]:  # numpy would take "no" for true
+        if given.dtype.kind not in KINDS[dtype.kind]:  # numpy would convert "no" to true
             raise OptionError(
                 f"image option {name}={quoted(value)}: expected {known[name].type}",
                 hint="in JSON: true, false, 5, 0.5 or [5, 7]",
@@ -96,16 +105,16 @@ def option_feeds(
 
 
 def out_of_memory(component: str, error: Exception) -> ImageError | DeviceError:
-    """The error of a picture that there is no memory for, or of a prompt."""
+    """Make the error for an image or a prompt that needs more memory than there is."""
     detail = first_line(error) or type(error).__name__
     if component in (IMAGE, VISION):
         return ImageError(
-            f"not enough memory for this picture ({component}: {detail})",
+            f"not enough memory for this image ({component}: {detail})",
             hint="scale it down, set image options that scale it down, or free memory",
             code="image.out-of-memory",
         )
     return DeviceError(
         f"not enough memory ({component}: {detail})",
-        hint="a smaller batch, fewer or smaller pictures, or a shorter prompt",
+        hint="use a smaller batch, fewer or smaller images, or a shorter prompt",
         code="device.out-of-memory",
     )

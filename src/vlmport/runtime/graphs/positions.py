@@ -1,7 +1,7 @@
-"""Where the tokens of a prompt stand, as the bundle's own graph says.
+"""Compute the positions of a prompt's tokens, by the bundle's own graph.
 
-The graph is asked for what it needs by its own inputs: the ids, their mask, and whatever else the
-image processor made for each picture under the same name. Nothing here knows what that is.
+The graph's inputs say what it needs: the ids, their mask, and any outputs of the image processor
+with the same names. Nothing here knows the meaning of the latter.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ AGAIN = "export the bundle again"
 
 @dataclass(frozen=True)
 class Positions:
-    """Of a prompt's tokens, and of those that follow.
+    """The positions of a prompt's tokens, and of the tokens after them.
 
     Attributes:
-        ids: one position a token, or one on each of three axes.
-        offset: what the next position is beyond the number of tokens.
+        ids: one position for each token, or one on each of three axes.
+        rope_delta: the next position minus the number of tokens.
     """
 
     ids: Int64[np.ndarray, "... S"]
@@ -38,26 +38,28 @@ class Positions:
 
 
 def counted(ids: Int[np.ndarray, " S"]) -> Positions:
-    """0, 1, …, where a bundle says nothing else."""
+    """Return 0, 1, …, for a bundle without a graph of positions."""
     return Positions(np.arange(len(ids), dtype=np.int64))
 
 
 def image_inputs(session: ort.InferenceSession) -> dict[str, Any]:
-    """The graph's inputs that are made of pictures, by name."""
+    """Return the graph's inputs that the image processor makes, by name."""
     return {one.name: one for one in session.get_inputs() if one.name not in (IDS, MASK)}
 
 
 def computed(
     session: ort.InferenceSession,
     ids: Int[np.ndarray, " S"],
-    pictures: Sequence[Mapping[str, np.ndarray]],
+    images: Sequence[Mapping[str, np.ndarray]],
     where: str,
 ) -> Positions:
-    """What the graph `where` makes of a prompt and of what the image processor gave for each of
-    its pictures.
+    """Run the graph of positions for a prompt and the image processor's outputs of its images.
 
-    Raises BundleError where nobody makes what it asks for, or it gives no positions; PromptError
-    where it refuses the pictures.
+    Args:
+        where: the name of the graph, for errors.
+
+    Raises BundleError for an input that the image processor does not make or wrong outputs,
+    PromptError where the graph refuses the images.
     """
     feeds: dict[str, np.ndarray] = {
         IDS: np.ascontiguousarray(ids[None], np.int64),
@@ -66,7 +68,7 @@ def computed(
     inputs = {one.name for one in session.get_inputs()}
     feeds = {name: value for name, value in feeds.items() if name in inputs}
     for name, one in image_inputs(session).items():
-        feeds[name] = _joined(one, pictures, where)
+        feeds[name] = _joined(one, images, where)
     absent = [name for name in OUTPUTS if name not in {one.name for one in session.get_outputs()}]
     if absent:
         raise BundleError(
@@ -78,7 +80,7 @@ def computed(
         raise _failed(error, where) from error
     if positions.ndim not in (2, 3) or positions.shape[-2:] != (1, len(ids)) or delta.size != 1:
         raise BundleError(
-            f"{where}: positions {list(positions.shape)} and rope_delta {list(delta.shape)} of "
+            f"{where}: positions {list(positions.shape)} and rope_delta {list(delta.shape)} for "
             f"{len(ids)} tokens",
             hint=AGAIN,
             code="bundle.wrong-graph",
@@ -86,9 +88,9 @@ def computed(
     return Positions(positions[..., 0, :].astype(np.int64, copy=False), int(delta.reshape(())))
 
 
-def _joined(one: Any, pictures: Sequence[Mapping[str, np.ndarray]], where: str) -> np.ndarray:
-    """What was made under a name for all pictures, along axis 0; of none, an axis of 0."""
-    if any(one.name not in picture for picture in pictures):
+def _joined(one: Any, images: Sequence[Mapping[str, np.ndarray]], where: str) -> np.ndarray:
+    """Concatenate an input for all images along axis 0, which is 0 without images."""
+    if any(one.name not in image for image in images):
         raise BundleError(
             f"{where}: input {one.name!r} is not made by the image processor",
             hint=AGAIN,
@@ -96,7 +98,7 @@ def _joined(one: Any, pictures: Sequence[Mapping[str, np.ndarray]], where: str) 
         )
     dtype, rest = DTYPES.get(one.type), one.shape[1:]
     none = np.zeros((0, *(size if isinstance(size, int) else 0 for size in rest)), dtype)
-    values = [picture[one.name] for picture in pictures]
+    values = [image[one.name] for image in images]
     like = [(value.dtype, value.ndim, value.shape[1:]) for value in values]
     if odd := [
         value
@@ -116,7 +118,7 @@ def _failed(error: Exception, where: str) -> VlmportError:
     if told := refusal(error):
         return PromptError(f"{where}: {told[0]}", hint=told[1], code="prompt.refused")
     return BundleError(
-        f"{where} can't run: {first_line(error)}",
+        f"{where} failed: {first_line(error)}",
         hint="download or export the bundle again",
         code="graph.run-failed",
     )

@@ -1,12 +1,12 @@
-"""Open ONNX Runtime sessions on a named device, or say plainly why not.
+"""Open ONNX Runtime sessions on a named device, or raise an error that says why not.
 
 Traps:
-- ONNX Runtime falls back to the CPU without a word when a device's libraries do not load: the
-  providers of the finished session are compared with what was asked for.
+- ONNX Runtime falls back to the CPU silently when a device's libraries do not load: the providers
+  of the open session are compared with the requested one.
 - A graph is always opened by its path: from bytes, external data in the Hub's cache (symlinks)
   is refused.
-- Memory patterns are off: ONNX Runtime would plan one for each length of the attention mask,
-  that is one for each token.
+- Memory patterns are off: ONNX Runtime would plan one for each length of the attention mask, so one
+  for each token.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROVIDERS = {
     "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
     "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
 }
-INDEXED = ("cuda", "tensorrt", "directml", "migraphx")  # of these there may be several
+INDEXED = ("cuda", "tensorrt", "directml", "migraphx")  # devices of which there may be several
 ALIASES = {"dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
 
 # ONNX Runtime's element types that a bundle may use.
@@ -60,7 +60,7 @@ DTYPES = {
     "tensor(bool)": np.dtype(np.bool_),
 }
 
-# Its exceptions share no base class of their own; file system errors come as RuntimeError.
+# ONNX Runtime's exceptions have no common base class; file system errors are RuntimeErrors.
 ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
@@ -88,7 +88,7 @@ class Device:
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """From 'cpu', 'cuda', 'cuda:1', …
+        """Parse 'cpu', 'cuda', 'cuda:1', …
 
         Raises DeviceError for an unknown name or one that this ONNX Runtime does not offer.
         """
@@ -140,7 +140,7 @@ def open_session(
     """Open a graph by its path.
 
     Args:
-        threads: bounds the threads within an operator; None for all cores.
+        threads: maximum number of threads within an operator; None for all cores.
         low_memory: run the graph unoptimized, from its mapped weights, without a second copy of
             them: for a single pass. It is slow, and rounds in other places.
 
@@ -168,7 +168,7 @@ def open_session(
     if session.get_providers()[0] != device.provider:
         raise DeviceError(
             f"{path.name}: asked for {device}, ONNX Runtime took {session.get_providers()[0]}",
-            hint="its libraries did not load (CUDA and cuDNN versions?); --device cpu works",
+            hint="check the versions of its libraries (CUDA and cuDNN), or use --device cpu",
             code="device.failed",
         )
     return session
@@ -176,7 +176,7 @@ def open_session(
 
 def _session_options(threads: int | None, low_memory: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions; no second copy on stderr
+    options.log_severity_level = 4  # errors are exceptions; don't repeat them on stderr
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -189,9 +189,9 @@ def _session_options(threads: int | None, low_memory: bool) -> ort.SessionOption
 
 
 def return_freed_memory() -> None:
-    """Give the system what closed sessions freed: glibc keeps most of it for later allocations.
+    """Return the memory of closed sessions to the system: glibc keeps most of it otherwise.
 
-    Of a tower of 758 MB it kept 700 MB. Other allocators are left alone.
+    It kept 700 MB of a tower of 758 MB. Other allocators need nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -212,7 +212,7 @@ def _open_error(path: Path, device: Device, error: Exception) -> BundleError | D
     detail = first_line(error)
     if device.provider != CPU and device.provider.removesuffix("ExecutionProvider") in detail:
         return DeviceError(
-            f"{path.name} on {device}: {detail}", hint="--device cpu works", code="device.failed"
+            f"{path.name} on {device}: {detail}", hint="use --device cpu", code="device.failed"
         )
     if "external data" in detail.lower() or "external initializer" in detail.lower():
         return BundleError(
@@ -228,12 +228,12 @@ def _open_error(path: Path, device: Device, error: Exception) -> BundleError | D
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether numpy, ONNX Runtime or a GPU had not enough memory."""
+    """Whether numpy, ONNX Runtime or a GPU ran out of memory."""
     return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its error code and its later lines."""
+    """Return the first line of ONNX Runtime's message, without its error code."""
     text = str(error).strip().split("\n")[0]
     return text.removeprefix("[ONNXRuntimeError] : ")[:400]
 

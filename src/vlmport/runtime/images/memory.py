@@ -1,4 +1,4 @@
-"""How much memory this process can still take, where the system says it (Linux)."""
+"""Find out how much memory this process can still allocate (on Linux)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ UNLIMITED = 1 << 60  # cgroup v1 writes a number as large as this for "no limit"
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can still be taken: the least of what the machine has free, what the cgroup
-    (a container) allows and what `ulimit -v` allows. None where the system does not say.
+    """Return the bytes that can still be allocated; None where the system does not tell.
+
+    It is the minimum of the machine's free memory, the limit of the cgroup (a container) and the
+    limit of `ulimit -v`.
 
     Args:
         root: where `proc` and `sys` are, for tests.
@@ -29,7 +31,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _cgroups(root: Path) -> Iterator[int]:
-    """The room in the cgroup of this process, and in each one above it."""
+    """Yield the free memory of this process's cgroup, and of each one above it."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
@@ -47,7 +49,7 @@ def _cgroups(root: Path) -> Iterator[int]:
 
 
 def _cached_files(stat: Path) -> int:
-    """Bytes of files in a cgroup's memory that are let go when memory is needed."""
+    """Return the bytes of cached files in a cgroup, which are freed when memory is needed."""
     values = dict(line.split(" ", 1) for line in _lines(stat) if " " in line)
     name = "total_inactive_file" if "total_inactive_file" in values else "inactive_file"
     return int(values.get(name, "0"))

@@ -1,13 +1,12 @@
-"""Pixels of a Pillow image as RGB, in few copies: 6 bytes a pixel where the decoder allows it.
+"""Convert a Pillow image to RGB with few copies: 6 bytes per pixel where the decoder allows it.
 
-Pillow keeps colours in 4 bytes a pixel, and what the graphs take has 3. A file of such a mode is
-decoded into memory of ours, in which the pixels then move together; all else is converted band by
-band. What a format's decoder takes itself comes on top (`BYTES_A_PIXEL`).
+Pillow stores colours in 4 bytes per pixel, and the graphs take 3. A file of such a mode is decoded
+into our own memory, where the pixels are then packed in place; other images are converted band by
+band. The memory of a format's decoder comes on top (`BYTES_A_PIXEL`).
 
 Traps:
-- Pillow's `convert("RGB")` clips 16-bit gray and drops transparency: both are dealt with here.
-- A plugin may put other memory into the place of ours: whether it is still ours is looked at after
-  decoding.
+- Pillow's `convert("RGB")` clips 16-bit gray and drops transparency: both are handled here.
+- A plugin may replace our memory by its own: this is checked after decoding.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ BAND = 1 << 18  # pixels that are converted at a time
 # Modes that Pillow keeps in 4 bytes a pixel → how a band of such bytes becomes an image again.
 PACKED = {"RGB": "RGBX", "RGBA": "RGBA", "CMYK": "CMYK", "LA": "LA"}
 # Memory at the peak by format, the decoder's own included. Measured with Pillow 13: libwebp holds
-# three copies of its canvas, libavif the planes beside the colours; TIFF is not decoded into ours.
+# three copies of its canvas, libavif planes and colours; TIFF is not decoded into our memory.
 BYTES_A_PIXEL = {"WEBP": 17, "AVIF": 12, "TIFF": 8}
 PLAIN = 7
-PROGRESSIVE = 12  # libjpeg holds the coefficients of the whole picture
+PROGRESSIVE = 12  # libjpeg holds the coefficients of the whole image
 NOTHING = Image.new("L", (1, 1))
 
 
 def bytes_needed(image: Image.Image) -> int:
-    """About the memory that decoding and converting take at their peak."""
+    """Estimate the peak memory of decoding and converting."""
     progressive = image.info.get("progressive") or image.info.get("progression")
     each = PROGRESSIVE if progressive else BYTES_A_PIXEL.get(image.format or "", PLAIN)
     return each * image.size[0] * image.size[1]
 
 
 def decode(image: Image.Image) -> Decoded:
-    """Decode an image of a file that was opened for this, which is of no use afterwards.
+    """Decode the image of a file that was opened for this; it can't be used afterwards.
 
-    Raises whatever Pillow's readers raise on damaged files.
+    Raises the exceptions of Pillow's readers for damaged files.
     """
     width, height = image.size
     if not isinstance(image, ImageFile.ImageFile) or not _fits(image):
@@ -64,34 +63,34 @@ def decode(image: Image.Image) -> Decoded:
     del mapped
     try:
         lent.release()
-    except BufferError:  # something of Pillow's still looks at it
+    except BufferError:  # Pillow still uses it
         memory = memory.copy()
     return Decoded(image, memory.reshape(height, width, 4), orientation, is_ours=True)
 
 
 def loaded(image: Image.Image) -> Decoded:
-    """A caller's own image, which is left as it is."""
+    """Load a caller's own image, without changing it."""
     image.load()
     return Decoded(image, None, _orientation(image))
 
 
 def _fits(image: ImageFile.ImageFile) -> bool:
-    """Whether the image can be decoded into memory of ours.
+    """Whether the image can be decoded into our own memory.
 
-    TIFF can't: its decoder asks for the memory's mode, and Pillow turns the image itself. Nor can
-    a file in which Pillow found no pixels, but for formats that find them when they are loaded.
+    TIFF can't: its decoder checks the memory's mode, and Pillow turns the image itself. Nor can a
+    file in which Pillow found no pixels, except in formats that find them when loading.
     """
     has_pixels = bool(image.tile) or image.format in ("WEBP", "AVIF")
     return image.mode in PACKED and image._im is None and image.format != "TIFF" and has_pixels
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; of broken metadata 1."""
+    """Return EXIF's orientation, 1 to 8; 1 for broken metadata."""
     if image.format == "AVIF" and "exif" not in image.info:
-        return 1  # Pillow would look into XMP; in this format the container alone turns pictures
+        return 1  # Pillow would read XMP; in this format only the container turns images
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever stands there: the pixels are whole
+    except Exception:  # broken metadata: the pixels are complete
         return 1
     return found if isinstance(found, int) else 1
 
@@ -113,8 +112,8 @@ class Decoded:
         self.size = image.size if memory is None else (memory.shape[1], memory.shape[0])
 
     def rgb(self) -> Rgb:
-        """Upright, transparency laid on white. Raises ValueError or TypeError for a mode that
-        Pillow can't convert."""
+        """Convert to RGB, upright, with transparency on white. Raises ValueError or TypeError for a
+        mode that Pillow can't convert."""
         if self.mode.startswith("I") or self.mode == "F":
             pixels = self._gray()
         else:
@@ -133,7 +132,7 @@ class Decoded:
         if self.memory is None:
             return self.image.crop((0, top, width, bottom))
         rows = self.memory[top:bottom]
-        if self.mode == "LA":  # kept as gray, gray, gray, alpha
+        if self.mode == "LA":  # stored as gray, gray, gray, alpha
             rows = rows[..., 2:]
         band = Image.frombytes(
             self.mode, (width, bottom - top), rows.tobytes(), "raw", PACKED[self.mode]
@@ -147,7 +146,7 @@ class Decoded:
         shape, memory = (height, width, 3), self.memory
         if memory is None:
             pixels = np.empty(shape, np.uint8)
-        else:  # the front of its own memory: what is written lies before what is still to be read
+        else:  # the front of its own memory: pixels are written before those still to be read
             pixels = memory.reshape(-1)[: width * height * 3].reshape(shape)
         for top, bottom in self._rows():
             pixels[top:bottom] = convert(self._band(top, bottom))
@@ -158,16 +157,16 @@ class Decoded:
         whole = memory.base
         assert isinstance(whole, np.ndarray)
         del pixels, memory
-        whole.resize(width * height * 3, refcheck=False)  # gives back the fourth byte
+        whole.resize(width * height * 3, refcheck=False)  # frees the fourth byte
         return whole.reshape(shape)
 
     def _release(self) -> None:
-        """Let go of Pillow's memory, unless the image is a caller's."""
+        """Free Pillow's memory, unless the image is a caller's."""
         if self.is_ours:
             self.image.im = NOTHING.im
 
     def _gray(self) -> Rgb:
-        """16-bit, 32-bit and float gray as 8 bits.
+        """Convert 16-bit, 32-bit and float gray to 8 bits.
 
         16 bits are scaled (65535 becomes 255). 32-bit and float have no fixed white: values within
         0 … 255 (floats within 0 … 1 too) are taken as such, others are stretched to their own
@@ -192,21 +191,21 @@ class Decoded:
 
 
 def gray_scale(mode: str, low: float, high: float) -> tuple[float, float, float]:
-    """Of values from `low` to `high`: what to subtract, and to multiply and divide by."""
+    """Return what to subtract from values from `low` to `high`, to multiply and to divide by."""
     if mode.startswith("I;16"):
         return 0.0, 1.0, 257.0
     if mode == "F" and low >= 0 and high <= 1:
         return 0.0, 255.0, 1.0
     if mode == "I" and low >= 0 and 255 < high <= 65535:
-        return 0.0, 1.0, 257.0  # what Pillow makes of some 16-bit files
+        return 0.0, 1.0, 257.0  # Pillow's mode for some 16-bit files
     if low < 0 or high > 255:
         return low, 255.0, (high - low) or 1.0
     return 0.0, 1.0, 1.0
 
 
 def on_white(image: Image.Image) -> Band:
-    """Lay an image with transparency on white."""
-    if image.mode == "La":  # Pillow turns it into LA only
+    """Convert a transparent image to RGB on white."""
+    if image.mode == "La":  # Pillow converts it to LA only
         image = image.convert("LA")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -218,13 +217,13 @@ def _opaque(image: Image.Image) -> Band:
 
 
 def _finite(image: Image.Image) -> Float[np.ndarray, "h W"]:
-    """float64 values, with 0 for what is no number."""
+    """Return float64 values, with 0 instead of NaN and infinity."""
     values = np.asarray(image).astype(np.float64)
     return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
 
 
 def _upright(pixels: Rgb, orientation: int) -> Rgb:
-    """A view of the pixels turned as EXIF's orientation says."""
+    """Return a view of the pixels, turned by EXIF's orientation."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

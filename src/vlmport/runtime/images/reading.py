@@ -1,8 +1,8 @@
-"""Any picture as RGB pixels, or a plain reason why not.
+"""Read any image as RGB pixels, or raise an error that says why not.
 
 Traps:
-- Pillow decodes lazily and is content with half a JPEG: the size is checked before anything is
-  decoded, and a truncated file is refused.
+- Pillow decodes lazily and may accept half a JPEG: the size is checked before anything is decoded,
+  and a truncated file is an error.
 - Pillow's settings are global to the process, see `_StrictPillow`.
 """
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
-MAX_SIDE = 65_536  # up to here the image processor's integers hold; past it, it takes minutes too
-MAX_STREAM = 4 * MAX_PIXELS  # bytes of a pipe: more than any picture of this many pixels needs
+MAX_SIDE = 65_536  # beyond it the image processor's integers overflow, and it takes minutes
+MAX_STREAM = 4 * MAX_PIXELS  # maximum bytes of a pipe: more than MAX_PIXELS pixels need
 CHUNK = 1 << 20
-SMALL = 1 << 26  # bytes for which nobody asks how much memory there is
+SMALL = 1 << 26  # bytes below which the free memory is not checked
 
-# Not all that Pillow knows: some of its readers start other programs (EPS), most are hardly used.
+# Only some of Pillow's formats: some readers start other programs (EPS), most are hardly used.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 HEIF_FORMAT = "HEIF"  # read where pillow-heif is installed
@@ -43,10 +43,10 @@ DNG_VERSION, NEW_SUBFILE_TYPE, IS_REDUCED = 50706, 254, 1  # tags of TIFF
 
 
 class _StrictPillow:
-    """Our own size limit in place of Pillow's, and a truncated file is an error.
+    """Replaces Pillow's size limit by ours, and makes truncated files an error.
 
-    Pillow keeps both settings in its modules. They are ours while any thread is in here; the
-    last one to leave puts back what the first one found.
+    Both settings are global in Pillow. They are changed while any thread is inside; the last thread
+    to leave restores what the first one found.
     """
 
     def __init__(self) -> None:
@@ -71,14 +71,14 @@ _strict_pillow = _StrictPillow()
 
 
 def open_image(source: ImageSource) -> UInt8[np.ndarray, "H W 3"]:
-    """Read a picture as RGB, upright (EXIF), transparency laid on white, the first frame.
+    """Read an image as RGB: upright (EXIF), transparency on white, the first frame.
 
     Args:
         source: a path, the bytes of a file, an open binary file (a pipe too), a Pillow image, or
             an array of uint8 [H, W, 3], [H, W, 4] or [H, W].
 
-    Raises ImageError for whatever is no whole picture, for more than MAX_PIXELS pixels, and for
-    more than MAX_SIDE in a row or a column.
+    Raises ImageError for anything that is not a complete image, for more than MAX_PIXELS pixels,
+    and for a side of more than MAX_SIDE.
     """
     try:
         return _rgb(source)
@@ -115,7 +115,7 @@ def _from_array(array: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         raise ImageError(
             f"an array of shape {list(array.shape)}, expected [H, W, 3], [H, W, 4] or [H, W]",
-            hint="channels come last; one picture at a time",
+            hint="put channels last, and give one image at a time",
             code="image.wrong-array",
         )
     _check_size(array.shape[1], array.shape[0], "the array")
@@ -132,8 +132,8 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
     if not isinstance(source, str | os.PathLike):
         if not hasattr(source, "read"):
             raise ImageError(
-                f"a picture can't be a {type(source).__name__}",
-                hint="a path, bytes, an open file, a Pillow image or a uint8 array",
+                f"unsupported image type: {type(source).__name__}",
+                hint="give a path, bytes, an open file, a Pillow image or a uint8 array",
                 code="image.wrong-type",
             )
         return source, str(getattr(source, "name", "the file"))
@@ -145,7 +145,7 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
             )
         if path.is_dir():
             raise ImageError(
-                f"{name}: a folder", hint="name a picture in it", code="image.is-a-folder"
+                f"{name}: a folder", hint="name an image in it", code="image.is-a-folder"
             )
         return path.open("rb"), name
     except FileNotFoundError:
@@ -155,12 +155,12 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(
-            f"{name}: {reason}", hint="is it readable?", code="image.unreadable"
+            f"{name}: {reason}", hint="check that it is readable", code="image.unreadable"
         ) from None
 
 
 def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, bytes]:
-    """The file from its start, in memory where it can't go back there, and its first bytes."""
+    """Return the file at its start, and its first bytes; a pipe is read into memory."""
     try:
         try:
             file.seek(0)
@@ -174,7 +174,7 @@ def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, bytes]:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(
             f"{name}: can't be read: {reason}",
-            hint="is it open, and in binary mode?",
+            hint="open it in binary mode",
             code="image.unreadable",
         ) from error
     return file, head
@@ -187,7 +187,7 @@ def _in_memory(file: BinaryIO, name: str) -> BinaryIO:
         if copy.tell() > MAX_STREAM:
             raise ImageError(
                 f"{name}: more than {MAX_STREAM:,} bytes",
-                hint="is it one picture?",
+                hint="give one image",
                 code="image.too-large",
             )
     copy.seek(0)
@@ -195,13 +195,11 @@ def _in_memory(file: BinaryIO, name: str) -> BinaryIO:
 
 
 def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
-    """Open without decoding, and refuse what is empty, no picture, or too large."""
+    """Open an image without decoding it. Raises ImageError for one that can't be used."""
     if not head:
-        raise ImageError(
-            f"{name}: empty (0 bytes)", hint="was it downloaded whole?", code="image.empty"
-        )
+        raise ImageError(f"{name}: empty (0 bytes)", hint="download it again", code="image.empty")
     formats, kind = FORMATS, kind_of(head)
-    if kind is RAW:  # Canon's: a TIFF, of which Pillow would read the preview
+    if kind is RAW:  # Canon's is a TIFF; Pillow would read only its preview
         raise _other_kind(kind, name)
     if kind in (HEIF, AVIF) and _reads_heif():
         formats = (*FORMATS, HEIF_FORMAT)
@@ -213,7 +211,7 @@ def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
         raise _other_kind(kind, name) from None
     except MemoryError as error:
         raise _no_memory(name) from error
-    except Exception as error:  # Pillow's readers raise all kinds on damaged files
+    except Exception as error:  # Pillow's readers raise exceptions of many types on damaged files
         raise _damaged(name, error) from error
     if _is_raw(image):
         raise _other_kind(RAW, name)
@@ -226,7 +224,7 @@ def _other_kind(kind: Kind, name: str) -> ImageError:
 
 
 def _reads_heif() -> bool:
-    """Whether Pillow reads HEIC. pillow-heif tells Pillow of itself when it is installed."""
+    """Whether Pillow reads HEIC; pillow-heif is registered if it is installed."""
     if HEIF_FORMAT not in Image.OPEN:
         try:
             register: Any = importlib.import_module("pillow_heif")
@@ -237,7 +235,7 @@ def _reads_heif() -> bool:
 
 
 def _is_read(kind: Kind, head: bytes) -> bool:
-    """Whether a file that Pillow does not know begins as one that it reads."""
+    """Whether a file that Pillow can't open has the signature of a format that it reads."""
     if kind is AVIF:
         return bool(features.check("avif"))
     if kind is HEIF:
@@ -246,7 +244,7 @@ def _is_read(kind: Kind, head: bytes) -> bool:
 
 
 def _is_raw(image: Image.Image) -> bool:
-    """Whether a TIFF is a camera's raw file, of which Pillow would read the small preview."""
+    """Whether a TIFF is a camera's raw file; Pillow would read only its small preview."""
     tags = getattr(image, "tag_v2", {})
     return DNG_VERSION in tags or bool(_number(tags.get(NEW_SUBFILE_TYPE)) & IS_REDUCED)
 
@@ -256,10 +254,10 @@ def _number(value: object) -> int:
 
 
 def _pixels(image: Image.Image, name: str, *, is_ours: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode, turn upright, convert.
+    """Decode an image, turn it upright, and convert it to RGB.
 
     Args:
-        is_ours: whether nobody else has the image, which is of no use afterwards.
+        is_ours: whether nobody else uses the image, so that it may be destroyed.
     """
     _check_size(*image.size, name)
     needed = bytes_needed(image)
@@ -270,7 +268,7 @@ def _pixels(image: Image.Image, name: str, *, is_ours: bool = False) -> UInt8[np
         decoded = decode(image) if is_ours else loaded(image)
     except MemoryError as error:
         raise _no_memory(name, size) from error
-    except Exception as error:  # Pillow's readers raise all kinds on damaged files
+    except Exception as error:  # Pillow's readers raise exceptions of many types on damaged files
         raise _damaged(name, error) from error
     try:
         return decoded.rgb()
@@ -292,10 +290,10 @@ def _no_memory(
 ) -> ImageError:
     what = "" if size is None else f" for {size[0]}x{size[1]} pixels"
     if needed is not None and free is not None:
-        what += f": about {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        what += f": about {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free"
     return ImageError(
         f"{name}: not enough memory{what}",
-        hint="scale it down, or free some memory",
+        hint="scale the image down, or free memory",
         code="image.out-of-memory",
     )
 
@@ -303,26 +301,28 @@ def _no_memory(
 def _check_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(
-            f"{name}: {width}x{height} pixels", hint="a picture needs pixels", code="image.empty"
+            f"{name}: {width}x{height} pixels",
+            hint="give an image with at least one pixel",
+            code="image.empty",
         )
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name}: {width}x{height} is {width * height:,} pixels, the limit is {MAX_PIXELS:,}",
-            hint="scale it down first",
+            hint="scale the image down first",
             code="image.too-large",
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
             f"{name}: {width}x{height} pixels, the limit is {MAX_SIDE:,} a side",
-            hint="cut it into pieces, or scale it down first",
+            hint="cut the image into pieces, or scale it down first",
             code="image.too-large",
         )
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
     detail = str(error).split("\n")[0][:200]
-    if isinstance(error, UnidentifiedImageError):  # it names an object in memory
-        detail = "no reader makes sense of it"
+    if isinstance(error, UnidentifiedImageError):  # its message is an object's address
+        detail = "no reader can decode it"
     return ImageError(
         f"{name}: damaged or truncated: {detail}",
         hint="download or copy it again",

@@ -1,7 +1,7 @@
-"""Pictures given by an address: `file:` and `data:` are read, nothing is fetched.
+"""Read images from `file:` and `data:` addresses; nothing is fetched.
 
-`data:` is read as browsers read it: percent signs, base64 with spaces and without padding, and
-whatever media type is written; what the bytes are is for the reader of pictures to find out.
+`data:` is read as browsers read it: percent signs, base64 with spaces and without padding, and any
+media type; the bytes themselves say which format they have.
 
 Source: WHATWG, Fetch, "data: URLs", and Infra, "forgiving-base64 decode".
 """
@@ -27,9 +27,9 @@ AS_BASE64 = '{"type": "image", "base64": "…"} or "data:image/png;base64,…"'
 
 
 def local_source(source: str | os.PathLike[str]) -> str | bytes:
-    """The path of a `file:` address, the bytes of a `data:` address, and any path as it is.
+    """Return the path of a `file:` address, the bytes of a `data:` address, or a path as it is.
 
-    Raises ImageError for all other addresses, and for those that can't be read.
+    Raises ImageError for other addresses, and for those that can't be read.
     """
     name = os.fspath(source)
     found = SCHEME.match(name)
@@ -39,50 +39,50 @@ def local_source(source: str | os.PathLike[str]) -> str | bytes:
     if scheme == "data":
         if isinstance(source, PurePath):
             raise ImageError(
-                f"{quoted(name, 40)}: a data: address as a Path, which changes its slashes",
-                hint="give it as a text",
+                f"{quoted(name, 40)}: a data: address in a Path, which changes its slashes",
+                hint="give it as a str",
                 code="image.address-in-path",
             )
         return bytes_of(name)
     if scheme is not None:
         raise ImageError(
-            f"{cut(name)}: a URL is not fetched",
+            f"{cut(name)}: URLs are not fetched",
             hint="download it and give its path",
             code="image.url",
         )
     if len(name) > LONGEST_PATH:
         raise ImageError(
-            f"{quoted(name, 40)}: {len(name)} characters, which is no path",
-            hint=f"a picture as base64: {AS_BASE64}",
+            f"{quoted(name, 40)}: {len(name)} characters, too long for a path",
+            hint=f"give an image in base64 as {AS_BASE64}",
             code="image.not-a-path",
         )
     return name
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is an address and not a path, of whatever scheme."""
+    """Whether a text is an address of any scheme, and not a path."""
     return SCHEME.match(text) is not None and len(text.split()) == 1
 
 
 def path_of(address: str) -> str:
-    """The path of a `file:` address. Raises ImageError for one of another machine."""
+    """Return the path of a `file:` address. Raises ImageError for another machine's."""
     parts = urlsplit(address)
     if parts.netloc.lower() not in ("", "localhost"):
         raise ImageError(
-            f"{cut(address)}: a file of another machine",
-            hint="three slashes begin a path of this one: file:///home/…",
+            f"{cut(address)}: a file on another machine",
+            hint="begin a path on this machine with three slashes: file:///home/…",
             code="image.file-elsewhere",
         )
     return url2pathname(parts.path)
 
 
 def bytes_of(address: str) -> bytes:
-    """The bytes of a `data:` address. Raises ImageError where it has none."""
+    """Return the bytes of a `data:` address. Raises ImageError where it has none."""
     address = re.sub(r"[\t\n\r]", "", address.strip()).partition("#")[0]
     head, comma, body = address.partition(",")
     if not comma:
         raise ImageError(
-            f"{quoted(address, 40)}: a data: address without a comma, after which its data begin",
+            f"{quoted(address, 40)}: a data: address without the comma before its data",
             hint="for example data:image/png;base64,iVBORw0…",
             code="image.bad-data-address",
         )
@@ -107,6 +107,6 @@ def from_base64(text: str | bytes) -> bytes:
     except binascii.Error as error:
         raise ImageError(
             f"not base64: {error}",
-            hint="is it whole? base64.b64encode(…).decode() writes it",
+            hint="check that it is complete; base64.b64encode(…).decode() writes base64",
             code="image.bad-base64",
         ) from None

@@ -41,7 +41,7 @@ class LayoutGraphs(BundleGraphs):
                     f"{component}: {refused[0]}", hint=refused[1], code="prompt.refused"
                 ) from error
             raise BundleError(
-                f"{component} can't run: {first_line(error)}",
+                f"{component} failed: {first_line(error)}",
                 hint="run `vlmport inspect --probe` to test whether this device runs this bundle",
                 code="graph.run-failed",
             ) from error

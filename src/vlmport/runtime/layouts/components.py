@@ -1,7 +1,6 @@
-"""The graphs of the layout `components` as functions on numpy arrays.
+"""The graphs of the layout `components` as functions on numpy arrays, for `verify` and the probe.
 
-The runtime itself runs the Hub's layout; this is what `verify` and the probe run the other with. A
-program of one's own is in examples/components_loop.py.
+examples/components_loop.py is a program that runs them without vlmport.
 
 N patches, P prefix rows, S new tokens, W the tower's width, D the decoder's, V vocabulary.
 """
@@ -42,7 +41,7 @@ OUTPUT = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the vision encoder gives for one picture.
+    """The vision encoder's outputs for one image.
 
     Attributes:
         pooled: None where the checkpoint has no pooling head.
@@ -53,13 +52,13 @@ class Encoded:
 
 
 class FourFiles(LayoutGraphs):
-    """The graphs of a bundle in the layout `components`, for one picture."""
+    """The graphs of a bundle in the layout `components`, for one image."""
 
     layout = COMPONENTS
     outputs = OUTPUT
 
     def pixels(self, rgb: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "1 3 h w"]:
-        """Resize and normalise one picture."""
+        """Resize and normalise one image."""
         return self.run(IMAGE, {"image": np.ascontiguousarray(rgb)})[OUTPUT[IMAGE]]
 
     def encode(self, pixels: Float[np.ndarray, "1 3 h w"]) -> Encoded:
@@ -73,7 +72,7 @@ class FourFiles(LayoutGraphs):
     def begin(
         self, prefix: Float[np.ndarray, "P D"], ids: Int[np.ndarray, " S"]
     ) -> tuple[Float[np.ndarray, "P+S V"], Cache]:
-        """Logits of every row and the cache, of a prefix and the ids after it, maybe none.
+        """Run a prefix and the ids after it, maybe none; return all logits, and the cache.
 
         Raises PromptError for an id outside the vocabulary.
         """
@@ -83,7 +82,7 @@ class FourFiles(LayoutGraphs):
     def go_on(
         self, ids: Int[np.ndarray, " S"], cache: Cache
     ) -> tuple[Float[np.ndarray, "S V"], Cache]:
-        """Logits of every new row and the grown cache. Raises PromptError as `begin` does."""
+        """Run more ids; return their logits and the grown cache. Raises PromptError as `begin`."""
         past = next(iter(cache.values())).shape[2]
         positions = np.arange(past, past + len(ids), dtype=np.int64)
         mask = np.ones((1, past + len(ids)), np.int64)
@@ -97,7 +96,7 @@ class FourFiles(LayoutGraphs):
         max_new_tokens: int,
         stop_token_ids: Iterable[int] = (),
     ) -> tuple[list[int], Float[np.ndarray, "n V"]]:
-        """The most likely tokens up to a stop token, it included, and the logits of each."""
+        """Generate the most likely tokens up to and including a stop token, and their logits."""
         stops = frozenset(stop_token_ids)
         logits, cache = self.begin(prefix, ids)
         rows = [logits[-1]]
@@ -109,7 +108,7 @@ class FourFiles(LayoutGraphs):
         return tokens, np.stack(rows)
 
     def _logits(self, component: str, feeds: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Cache]:
-        """The first row's logits, and the cache under the names under which it is fed back."""
+        """Run a graph; return its logits, and the cache under the names of its inputs."""
         values = self.run(component, feeds)
         return values[OUTPUT[component]][0], self.presents(component, values)
 

@@ -1,8 +1,8 @@
 """The graphs of the layout `fused` as functions on numpy arrays.
 
-A program of one's own is in examples/fused_decode.py.
+examples/fused_decode.py is a program that runs them without vlmport.
 
-S tokens, T tokens of one picture, I pictures, D hidden, n lanes, V vocabulary.
+S tokens, T tokens of one image, I images, D hidden, n lanes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class Fused(LayoutGraphs):
 
     @property
     def image_size(self) -> ImageSize:
-        """What every picture is resized to."""
+        """The size that every image is resized to."""
         height, width = self.session(VISION).get_inputs()[0].shape[2:]
         return ImageSize(width, height)
 
     @property
     def image_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens of one image."""
         return self.session(VISION).get_outputs()[0].shape[0]
 
     def prompt_ids(self) -> Int[np.ndarray, " T"]:
-        """What stands in a prompt for any picture."""
+        """Return the ids that a prompt contains for an image."""
         return np.full(self.image_tokens, self.manifest.prompt.image_token_id, np.int64)
 
     def pixels(self, rgb: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "1 3 h w"]:
-        """Resize and normalise one picture."""
+        """Resize and normalise one image."""
         return self.run(IMAGE, {"image": np.ascontiguousarray(rgb)})["pixel_values"]
 
     def encode(self, pixels: Float[np.ndarray, "1 3 h w"]) -> Float[np.ndarray, "T D·(1+n)"]:
@@ -66,10 +66,10 @@ class Fused(LayoutGraphs):
     def logits(
         self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "I·T D·(1+n)"]
     ) -> Float[np.ndarray, "S V"]:
-        """float32 logits of every row.
+        """Return float32 logits of every row.
 
-        Raises PromptError for an id outside the vocabulary, or other numbers of image tokens and
-        features.
+        Raises PromptError for an id outside the vocabulary, or where the numbers of image tokens
+        and features differ.
         """
         return self.batch_logits(ids[None], np.ones((1, len(ids)), np.int64), features)[0]
 
@@ -79,14 +79,15 @@ class Fused(LayoutGraphs):
         mask: Int[np.ndarray, "B S"],
         features: Float[np.ndarray, "I·T D·(1+n)"],
     ) -> Float[np.ndarray, "B S V"]:
-        """The same of several sequences, padded on either side; features in the order of rows."""
+        """Return the logits of several sequences, padded on either side; features in row order."""
         port = next(one for one in self.session(TEXT).get_inputs() if one.name == EMBEDS)
         width, token = port.shape[-1], self.manifest.prompt.image_token_id
         ids = self.checked(ids, TEXT)
         if len(features) % self.image_tokens:
             raise PromptError(
-                f"{len(features)} features are no whole number of pictures of {self.image_tokens}",
-                hint="pass what `encode` gives, one below the other",
+                f"{len(features)} features, expected a multiple of the {self.image_tokens} of "
+                "an image",
+                hint="concatenate the features that `encode` returns",
                 code="prompt.wrong-features",
             )
         none = np.zeros((ids.size, width), np.float32)
@@ -105,10 +106,10 @@ class Fused(LayoutGraphs):
         max_new_tokens: int,
         stop_token_ids: Iterable[int] = (),
     ) -> tuple[list[int], Float[np.ndarray, "n V"]]:
-        """The most likely tokens up to a stop token, it included, and the logits of each.
+        """Generate the most likely tokens up to and including a stop token, and their logits.
 
-        The whole sequence is read anew for each token. Ends before an image token that the model
-        says itself: no picture belongs to it.
+        The whole sequence is read again for each token. An image token that the model generates
+        ends the answer, because no image belongs to it.
         """
         ends = {*stop_token_ids, self.manifest.prompt.image_token_id}
         rows, tokens = [], []

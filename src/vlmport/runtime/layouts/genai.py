@@ -1,6 +1,6 @@
 """The graphs of the layout `genai` as functions on numpy arrays, fed as onnxruntime-genai does.
 
-S new tokens, P past tokens, T tokens of all pictures, D hidden, n lanes, V vocabulary.
+S new tokens, P past tokens, T tokens of all images, D hidden, n lanes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GenaiGraphs(LayoutGraphs):
 
     @cached_property
     def pad_token_id(self) -> int:
-        """The id that the client masks in a prompt. Raises BundleError where its file has none."""
+        """The id that the client masks in a prompt. Raises BundleError if its file has none."""
         path = self.bundle.path(CONFIG)
         found = load_json(path, error=BundleError).get("model", {}).get("pad_token_id")
         if not isinstance(found, int):
@@ -64,20 +64,21 @@ class GenaiGraphs(LayoutGraphs):
     def process_image(
         self, rgb: UInt8[np.ndarray, "H W 3"], options: Mapping[str, Any] | None = None
     ) -> ProcessedImage:
-        """As vlmport's own processor does. Raises as runtime.image_processor.process_image."""
+        """Process one image as the runtime does. Raises as `Components.process_image` does."""
         options = {**self.manifest.image_options, **(options or {})}
         return process_image(self.session(IMAGE), rgb, options)
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D·(1+n)"]:
-        """The vision graph's inputs by name, of one picture or of several."""
+        """Encode one image or several, given as the vision graph's inputs by name."""
         return self.run(VISION, inputs)["image_features"]
 
     def embed(
         self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T D·(1+n)"] | None = None
     ) -> Float[np.ndarray, "S D·(1+n)"]:
-        """Embeddings, the features where the image tokens are.
+        """Embed token ids, with the features in the rows of image tokens.
 
-        Raises PromptError for an id outside the vocabulary, or other numbers of the two.
+        Raises PromptError for an id outside the vocabulary, or where the numbers of image tokens
+        and features differ.
         """
         if features is None:
             width = self.session(EMBEDDING).get_outputs()[0].shape[-1]
@@ -86,12 +87,12 @@ class GenaiGraphs(LayoutGraphs):
         return self.run(EMBEDDING, feeds)["inputs_embeds"][0]
 
     def positions(
-        self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]]
+        self, ids: Int[np.ndarray, " S"], images: Sequence[Mapping[str, np.ndarray]]
     ) -> Positions:
-        """Of a prompt, as onnxruntime-genai computes them: by the graph, but padding is at 0 and
-        not counted."""
+        """Compute a prompt's positions as onnxruntime-genai does: by the graph, except that
+        padding is at position 0 and does not count."""
         kept = ids != self.pad_token_id
-        found = computed(self.session(POSITIONS), ids[kept], pictures, POSITIONS)
+        found = computed(self.session(POSITIONS), ids[kept], images, POSITIONS)
         if kept.all():
             return found
         places = np.zeros((*found.ids.shape[:-1], len(ids)), np.int64)
@@ -105,12 +106,12 @@ class GenaiGraphs(LayoutGraphs):
         cache: Cache | None = None,
         prompt_ids: Int[np.ndarray, " N"] | None = None,
     ) -> tuple[Float[np.ndarray, " V"], Cache]:
-        """float32 logits of the last row, and the grown cache.
+        """Run the decoder; return float32 logits of the last row, and the grown cache.
 
         Args:
             positions: on as many axes as the decoder takes.
-            prompt_ids: those of the whole prompt. As in the client, padding is masked while the
-                prompt is read, and no longer in the steps after it.
+            prompt_ids: ids of the whole prompt. As in the client, padding is masked while the
+                prompt is read, and not in the steps after it.
         """
         cache = self._no_cache() if cache is None else cache
         past = next(iter(cache.values())).shape[2]
@@ -145,9 +146,9 @@ class GenaiGraphs(LayoutGraphs):
         stop_token_ids: Iterable[int] = (),
         prompt_ids: Int[np.ndarray, " P"] | None = None,
     ) -> tuple[list[int], Float[np.ndarray, "n V"]]:
-        """The most likely tokens up to a stop token, it included, and the logits of each.
+        """Generate the most likely tokens up to and including a stop token, and their logits.
 
-        Ends before an image token that the model says itself: no picture belongs to it.
+        An image token that the model generates ends the answer, because no image belongs to it.
 
         Args:
             prompt_ids: as in `decode`.
