@@ -12,14 +12,14 @@ from vlmport.families.qwen_vl.qwen2_5 import Qwen2_5VL
 from vlmport.families.qwen_vl.qwen3 import Qwen3VL
 
 FAMILIES: tuple[type[Family], ...] = (PrefixCaptioner, Idefics3, SmolVLM, Qwen2_5VL, Qwen3VL)
-# Model types that people may take for supported ones → what they are, and what to take.
+# Model types similar to supported ones → their description, and what to use instead.
 NOT_SUPPORTED = {
     "qwen3_vl_moe": (
         "a mixture of experts",
-        "take a dense model of the same kind, such as Qwen3-VL-2B, 4B, 8B or 32B",
+        "use a dense model of the same kind, such as Qwen3-VL-2B, 4B, 8B or 32B",
     ),
-    "qwen2_vl": ("an older kind of model than Qwen2.5-VL", "take Qwen2.5-VL or Qwen3-VL"),
-    "qwen2_5_omni": ("a model of sound and video too", "take Qwen2.5-VL or Qwen3-VL"),
+    "qwen2_vl": ("an older kind of model than Qwen2.5-VL", "use Qwen2.5-VL or Qwen3-VL"),
+    "qwen2_5_omni": ("a model for sound and video too", "use Qwen2.5-VL or Qwen3-VL"),
 }
 
 
@@ -36,7 +36,7 @@ def reference_modules() -> dict[str, str]:
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The family that a checkpoint's model_type names, read from it. Raises ConfigError."""
+    """Read the family that a checkpoint's model_type names. Raises ConfigError."""
     by_type = {model_type: family for family in FAMILIES for model_type in family.model_types}
     if (other := NOT_SUPPORTED.get(checkpoint.model_type)) is not None:
         raise ConfigError(

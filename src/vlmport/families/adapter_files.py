@@ -1,9 +1,9 @@
-"""Tokenizer, template, image processor and generation settings that were saved with an adapter.
+"""Use the tokenizer, template, image processor and generation settings saved with an adapter.
 
 Training may have changed them: tokens were added, a template was written, images were made smaller.
-So where the adapter's folder has them they count, in whole groups: transformers 5 writes fewer
-files than 4 did, and the base's old ones must not fill the gaps. What they say is compared with the
-base's by what the family reads of both, not by bytes.
+So the files in the adapter's folder replace the base's, in whole groups: transformers 5 writes
+fewer files than 4 did, and the base's old ones must not fill the gaps. They are compared with the
+base's by what the family reads from both, not by bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["with_adapter_files"]
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
-# Of tokenizer.json, what the export sets itself.
+# Keys of tokenizer.json that the export sets itself.
 SET_BY_EXPORT = ("truncation", "padding", "post_processor", "version")
 BYTE_LEVEL = "ByteLevel"  # its decoder takes no settings
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # "" is none: transformers 5's
@@ -37,10 +37,10 @@ Files = Mapping[str, Path | None]
 
 
 def with_adapter_files(checkpoint: Checkpoint, family: F, adapter: Path) -> tuple[Checkpoint, F]:
-    """The checkpoint, and the family read of it, with the files of the adapter's folder.
+    """Return the checkpoint with the files of the adapter's folder, and the family read from it.
 
-    Warns with CheckpointWarning, naming the files, where they say something else than the base's.
-    Raises AdapterError where they contradict the base's config or weights.
+    Warns with CheckpointWarning, naming the files, if they differ from the base's. Raises
+    AdapterError if they contradict the base's config or weights.
     """
     groups = list(_groups(adapter))
     files: dict[str, Path | None] = {name: path for group in groups for name, path in group.items()}
@@ -66,7 +66,7 @@ def with_adapter_files(checkpoint: Checkpoint, family: F, adapter: Path) -> tupl
     except VlmportError as cause:
         raise AdapterError(
             f"{adapter}: its {some_names(sorted(set(named)))} do not fit the base model: {cause}",
-            hint="is this the base model that the adapter was trained on?",
+            hint="use the base model that the adapter was trained on",
             code="adapter.files-contradict",
         ) from cause
     if new is not None:
@@ -83,7 +83,7 @@ def with_adapter_files(checkpoint: Checkpoint, family: F, adapter: Path) -> tupl
 
 
 def _groups(adapter: Path) -> Iterator[Files]:
-    """File name → where it is, None for one of the base that must not count."""
+    """List groups of file name → its path; None for a file of the base that must not be read."""
     yield _group(adapter, TOKENIZER_FILES, whole=(adapter / TOKENIZER).is_file())
     own = (adapter / PREPROCESSOR).is_file() or "image_processor" in _json(adapter / PROCESSOR)
     yield _group(adapter, (PROCESSOR, PREPROCESSOR), whole=own)
@@ -96,14 +96,15 @@ def _group(adapter: Path, names: tuple[str, ...], *, whole: bool) -> Files:
 
 
 def _own_template(checkpoint: Checkpoint) -> str | None:
-    """The base's; None for a model without any."""
+    """Read the base's template; None if it has none."""
     return read_chat_template(checkpoint) if _templates(checkpoint.folder) else None
 
 
 def _new_template(checkpoint: Checkpoint, adapter: Path, texts: Mapping[str, str]) -> str | None:
-    """The adapter's; None where it has none, or one that the base has in any of its files.
+    """Read the adapter's template; None if it has none, or one that is in any file of the base.
 
-    A tokenizer that was saved alone carries its own template, beside which the processor's counts.
+    A tokenizer that was saved alone has its own template, over which the processor's takes
+    precedence.
     """
     if not texts:
         return None
@@ -118,7 +119,7 @@ def _trimmed(text: str) -> str:
 
 
 def _templates(folder: Path) -> dict[str, str]:
-    """Files of a folder that hold a template, with its text; of several named ones, the default."""
+    """Find file → template in a folder; of several named templates, the default."""
     found: dict[str, str] = {}
     for name in (PROCESSOR, LEGACY, TOKENIZER_CONFIG):
         template = _json(folder / name).get(KEY)
@@ -141,7 +142,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _differs(checkpoint: Checkpoint, other: Checkpoint, family: Family) -> bool:
-    """Whether the other's files say anything else, as the family reads them."""
+    """Return whether the family reads anything else from the other's files."""
     if all(_same_bytes(checkpoint.path(name), other.path(name)) for name in other.files):
         return False
     try:
@@ -160,7 +161,7 @@ def _same_bytes(one: Path | None, other: Path | None) -> bool:
 
 
 def _said(family: Family) -> tuple[Any, ...]:
-    """Collect what a bundle says of a family."""
+    """Collect the facts of a family that a bundle holds."""
     return family.hub_files(), family.prompt, family.generation, family.pixels, family.image_options
 
 
@@ -187,7 +188,7 @@ def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _without_offsets(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of tokenizer.json without what says how the tokens' places are counted."""
+    """Remove from a part of tokenizer.json how the tokens' offsets are counted."""
     if part.get("type") == BYTE_LEVEL:
         part.pop("trim_offsets", None)
     return part

@@ -1,7 +1,7 @@
-"""What the families that answer questions have alike: the Hub's graphs, prompt and files.
+"""The common part of families that answer questions: the Hub's graphs, prompt and files.
 
-Their prompt, pictures and files are Hugging Face's own. A family reads its checkpoint, and says its
-tower, its image processor and how a picture is written in a prompt.
+Their prompt, pixels and files are Hugging Face's own. A family reads its checkpoint, and defines
+its tower, its image processor and the tokens of an image in a prompt.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from vlmport.graph.precision import Precision
 
 CONFIG = "config.json"
 IMAGE_TOKEN_ID = "image_token_id"
-# Of config.json: what is written anew, and what belongs to other programs.
+# Keys of config.json that the export writes itself, or that belong to other programs.
 DROPPED = frozenset({"auto_map", "text_config", "vision_config", "transformers.js_config"})
 
 
 @dataclass(frozen=True)
 class AnsweringConfig:
-    """The keys of config.json beside its two sub-configs that every such family has."""
+    """The keys of config.json, other than its two sub-configs, that every such family has."""
 
     image_token_id: int
     tie_word_embeddings: bool = False
@@ -50,13 +50,13 @@ class AnsweringConfig:
 
 @dataclass(frozen=True)
 class AnsweringFamily(Family):
-    """A model that answers questions about pictures, read from a checkpoint.
+    """A model that answers questions about images, read from a checkpoint.
 
     Attributes:
-        hub_names: how the names of Hugging Face's classes begin.
+        hub_names: the prefix of the names of Hugging Face's classes.
         token_keys: keys of config.json → the tokens whose ids they are; IMAGE_TOKEN_ID is one.
-        question: what asks for a caption.
-        most_new_tokens: where the checkpoint names no length: what its model card generates.
+        question: the text that asks for a caption.
+        most_new_tokens: the maximum of its model card, if the checkpoint has none.
         raw: config.json.
     """
 
@@ -71,16 +71,16 @@ class AnsweringFamily(Family):
     chat_template: str
     raw: Mapping[str, Any]
 
-    # What a family says
+    # What a family defines
 
     @abstractmethod
     def vision_encoder(self, form: Format) -> GraphBuilder:
-        """Pictures as the image processor makes them → image_features f32[T, D]."""
+        """Write the graph: outputs of the image processor → image_features f32[T, D]."""
 
     @property
     @abstractmethod
     def resample(self) -> int:
-        """Pillow's code of the filter that pictures are resized with."""
+        """Pillow's code of the filter that images are resized with."""
 
     @abstractmethod
     def hub_sections(self) -> Mapping[str, Mapping[str, Any]]:
@@ -88,18 +88,18 @@ class AnsweringFamily(Family):
 
     @abstractmethod
     def hub_pixels(self) -> Mapping[str, Any]:
-        """preprocessor_config.json, but for what all have."""
+        """preprocessor_config.json, without the keys that all families have."""
 
     def hub_processor(self) -> Mapping[str, Any]:
-        """processor_config.json, but for what all have."""
+        """processor_config.json, without the keys that all families have."""
         return {}
 
     # Reading
 
     def check_token_ids(self, tokenizer: Tokenizer) -> None:
-        """Raise ConfigError where config.json has other ids of tokens than the tokenizer.
+        """Raise ConfigError if config.json has other ids of tokens than the tokenizer.
 
-        Clients look for pictures by them in what the template has written.
+        Clients find images in a rendered prompt by these ids.
         """
         known = {key: tokenizer.token_to_id(token) for key, token in self.token_keys.items()}
         given = {key: getattr(self.config, key) for key in known}
@@ -199,7 +199,7 @@ class AnsweringFamily(Family):
 
 
 def listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with tuples as JSON has them."""
+    """Turn tuples into lists, as in JSON."""
     return {key: list(one) if isinstance(one, tuple) else one for key, one in values.items()}
 
 
@@ -210,17 +210,17 @@ def answer_settings(
     tokenizer: Tokenizer,
     eos_token: str | None = None,
 ) -> Generation:
-    """When the model stops and how it samples.
+    """Read when the model stops and how it samples.
 
-    Among the stop ids are the tokenizer's eos_token and what the template writes after an answer:
-    no text goes on after these.
+    The stop ids include the tokenizer's eos_token and the token that the template writes after an
+    answer: no text continues after these.
 
     Args:
         text: the decoder's section of config.json.
-        eos_token: of the tokenizer's class, where no file names one.
+        eos_token: default of the tokenizer's class, if no file names one.
 
     Raises:
-        ConfigError: no file says where a text ends, or one says it wrongly.
+        ConfigError: no file has a stop token, or one has a wrong value.
     """
     settings = Generation.read(checkpoint, text, f"{CONFIG}: text_config")
     token = _eos_token(checkpoint, eos_token)
@@ -231,7 +231,7 @@ def answer_settings(
 
 
 def _eos_token(checkpoint: Checkpoint, default: str | None) -> Any:
-    """As transformers 5.23 finds it: special_tokens_map.json counts for older tokenizer_configs."""
+    """Find it as transformers 5.23 does: older tokenizer_configs need special_tokens_map.json."""
     config = checkpoint.json("tokenizer_config.json") or {}
     token = config.get("eos_token", default)
     if "added_tokens_decoder" not in config:

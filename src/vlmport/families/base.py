@@ -1,4 +1,4 @@
-"""What a family answers. Generic code asks these questions and never which family it has."""
+"""The interface of a family. Generic code uses it, and never asks which family it has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmport.graph.decoder_config import DecoderConfig
 from vlmport.graph.pillow_resize import PILLOW_VERSION, Resample
 from vlmport.graph.precision import Precision
 
-# Old configs carry sampling options, which clients would apply beside generation_config.json's.
+# Old configs have sampling options, which clients would apply besides generation_config.json's.
 SAMPLING_KEYS = frozenset(
     {
         "bad_words_ids",
@@ -54,12 +54,12 @@ FILTERS: Mapping[Resample, Filter] = {
 
 
 def without_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A sub-config without the sampling options of transformers 4."""
+    """Remove the sampling options of transformers 4 from a sub-config."""
     return {key: value for key, value in config.items() if key not in SAMPLING_KEYS}
 
 
 def decoder_dims(text: DecoderConfig) -> Dims:
-    """What runtimes need to know of a Llama-type decoder."""
+    """Return the sizes of a Llama-type decoder that runtimes need."""
     return Dims(
         hidden_size=text.hidden_size,
         num_hidden_layers=text.num_hidden_layers,
@@ -77,18 +77,18 @@ def pixel_spec(resample: int) -> PixelSpec:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """The small files that make a bundle a Hub repository.
+    """The contents of the small files that make a bundle a Hub repository.
 
     Attributes:
         config, preprocessor_config, processor_config: the JSON files of those names; None for
             none.
         generation_config: likewise.
-        chat_template: Jinja; written beside the tokenizer and into tokenizer_config.json. None
-            for none.
+        chat_template: Jinja; written into chat_template.jinja and tokenizer_config.json. None for
+            none.
         new_tokens: special tokens to add to the tokenizer, in the order of their ids.
         pipeline_tag: the Hub's name of the task.
         description: what the model is, such as 'an image captioner'.
-        image_before_text: whether transformers.js's processor of the class takes pictures as its
+        image_before_text: whether transformers.js's processor of the class takes images as its
             first argument, and text as its second.
     """
 
@@ -104,25 +104,26 @@ class HubFiles:
 
 
 Graphs = dict[str, GraphBuilder]
-# Component → the file that 'auto' stands for on the CPU ⇒ further JSON files by name.
+# (Component → the file that 'auto' means on the CPU) → further JSON files by name.
 ClientFiles = Callable[[Mapping[str, str]], Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A form of folder that a family is written in: which graphs, where, and the files beside them.
+    """A form of folder for a family: its graphs, their paths, and the small files.
 
     Attributes:
-        fixed_graphs: component → graph, for the components of one form for every precision.
+        fixed_graphs: component → graph, for components with one form for every precision.
         graphs: component → graph at a precision, in the order in which they are written.
         hub_files: the small files.
-        paths: component → its path; `{suffix}` is the precision's. Those without one lie in
-            onnx/ under their own names.
-        shared: component → the component, written before it, whose weights of the same name are
-            its own. These then lie in that one's data files, once, in its folder or a folder
-            below: ONNX Runtime follows no path upwards.
-        client_files: what only this layout's client reads, such as which graphs to open.
-        image_tokens: the tokens of a picture, where all have one size; no image options then.
+        paths: component → its path; `{suffix}` is the precision's. The others are in onnx/ under
+            their own names.
+        shared: component → the component, written before it, whose weights of the same name it
+            uses. They are stored once, in that component's data files, which are in the same folder
+            or below: ONNX Runtime follows no path upwards.
+        client_files: files that only this layout's client reads, such as which graphs to open.
+        image_tokens: number of tokens of an image, if all images have one size; there are no image
+            options then.
     """
 
     fixed_graphs: Callable[[], Graphs]
@@ -134,18 +135,18 @@ class Layout:
     image_tokens: int | None = None
 
     def path(self, component: str, suffix: str) -> str:
-        """Where a component's graph lies in the folder."""
+        """Return the path of a component's graph in the folder."""
         path = self.paths.get(component, "onnx/{component}{suffix}.onnx")
         return path.format(component=component, suffix=suffix)
 
 
 @dataclass(frozen=True)
 class SizedLayout:
-    """A layout whose graphs take pictures of one size, which is said at export.
+    """A layout whose graphs take images of one size, which is chosen at export.
 
     Attributes:
-        default: where nobody says one.
-        at: the layout at a size. Raises ExportError for one that the model can't take.
+        default: the default size.
+        at: size → layout. Raises ExportError for a size that the model can't take.
     """
 
     default: ImageSize
@@ -165,27 +166,27 @@ class Family(ABC):
 
     @abstractmethod
     def weights(self, checkpoint: Checkpoint, adapter: Path | None) -> Mapping[str, LazyTensor]:
-        """All tensors under the names of the graphs' modules, adapters merged. Reads no data.
+        """Map the names of the graphs' modules to tensors, with adapters merged. Reads no data.
 
         Raises WeightError, AdapterError.
         """
 
     def with_weights(self, tensors: Mapping[str, LazyTensor]) -> Self:
-        """The family with what its weights say where config.json says otherwise: a head of its
-        own."""
+        """Return the family with the facts of its weights, if they contradict config.json: whether
+        the head is a matrix of its own."""
         return self
 
     @abstractmethod
     def is_unused(self, key: str) -> bool:
-        """Whether no graph is meant to need this tensor (a head that nobody reads)."""
+        """Return whether no graph is meant to need this tensor (a head without use)."""
 
     @abstractmethod
     def fixed_graphs(self) -> Graphs:
-        """Of the Hub's layout: component → graph, where one form serves every precision."""
+        """Write the Hub layout's components that have one form for every precision."""
 
     @abstractmethod
     def graphs(self, precision: Precision) -> Graphs:
-        """Of the Hub's layout: component → graph at a precision."""
+        """Write the Hub layout's other components at a precision."""
 
     @property
     def layouts(self) -> Mapping[str, Layout | SizedLayout]:
@@ -214,17 +215,17 @@ class Family(ABC):
 
     @property
     def image_options(self) -> Mapping[str, Any]:
-        """The image processor's inputs beside the picture, with their defaults."""
+        """The image processor's inputs other than the image, with their defaults."""
         return {}
 
     @property
     def golden_options(self) -> Mapping[str, Any]:
-        """Of those, what the golden picture has otherwise: the fewest tokens."""
+        """Image options for the golden image, chosen to keep it small."""
         return {}
 
     @abstractmethod
     def golden_tokens(self, height: int, width: int) -> int:
-        """The tokens that a picture of this size takes under these options."""
+        """Count the tokens of an image of this size, with these options."""
 
     @abstractmethod
     def hub_files(self) -> HubFiles: ...

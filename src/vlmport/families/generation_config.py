@@ -1,9 +1,9 @@
-"""When a model stops and how it samples, as its checkpoint says.
+"""Read from a checkpoint when its model stops and how it samples.
 
-generation_config.json counts before config.json; null there says nothing. All that it holds goes
-into the manifest. Of it, transformers.js gets in its own generation_config.json what it applies to
-greedy decoding as transformers does (read in its 4.3.2): no sampling, because `do_sample: false`
-is what our captions are verified with, and no beams, because it returns one beam without a word.
+generation_config.json takes precedence over config.json; null there counts as absent. All its
+options go into the manifest. The generation_config.json for transformers.js holds only those that
+it applies to greedy decoding as transformers does (checked in its 4.3.2): no sampling, because
+captions are verified with `do_sample: false`, and no beams, because it silently returns one beam.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlmport.errors import ConfigError
 
 FILE = "generation_config.json"
 
-# What has a field of its own in the manifest, or says nothing about which tokens are chosen.
+# Keys with their own field in the manifest, or without influence on which tokens are chosen.
 NO_OPTIONS = frozenset(
     {
         "_from_model_config",
@@ -42,7 +42,7 @@ NO_OPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class GreedyOptions:
-    """What transformers.js applies to greedy decoding as transformers does."""
+    """The options that transformers.js applies to greedy decoding as transformers does."""
 
     bad_words_ids: tuple[tuple[int, ...], ...] | None = None
     begin_suppress_tokens: tuple[int, ...] | None = None
@@ -75,7 +75,7 @@ class Generation:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, text: Mapping[str, Any], where: str) -> Self:
-        """From generation_config.json, if there is one, and the decoder's config.
+        """Read generation_config.json, if there is one, and the decoder's config.
 
         Args:
             text: the decoder's section of config.json.
@@ -88,7 +88,7 @@ class Generation:
         pads = (raw.get("pad_token_id"), text.get("pad_token_id"))
         return cls(
             stop_token_ids=stops,
-            # Null, or -1 in old configs, is none: then batches are padded with the stop token.
+            # Null, or -1 in old configs, means none: then batches are padded with the stop token.
             pad_token_id=next((pad for pad in pads if _is_id(pad)), stops[0]),
             max_new_tokens=read_config(_Lengths, raw, FILE).max_new_tokens,
             defaults={
@@ -100,7 +100,7 @@ class Generation:
         )
 
     def spec(self, max_new_tokens: int, *, processors_see_prompt: bool) -> GenerationSpec:
-        """Of the manifest; `max_new_tokens` counts where generation_config.json names none."""
+        """Make the manifest's entry; `max_new_tokens` is the default for generation_config.json."""
         return GenerationSpec(
             stop_token_ids=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
@@ -110,7 +110,7 @@ class Generation:
         )
 
     def hub_config(self, max_new_tokens: int) -> dict[str, Any]:
-        """The bundle's generation_config.json, which transformers.js reads."""
+        """Make the bundle's generation_config.json, which transformers.js reads."""
         options = {
             key: value
             for key, value in dataclasses.asdict(self.greedy).items()
@@ -127,7 +127,7 @@ class Generation:
 def _stop_ids(
     generation: Mapping[str, Any], text: Mapping[str, Any], where: str
 ) -> tuple[int, ...]:
-    """generation_config.json's eos ids, else the decoder's. Raises ConfigError without any."""
+    """Read generation_config.json's eos ids, else the decoder's. Raises ConfigError without any."""
     eos, file = generation.get("eos_token_id"), FILE
     if eos is None:
         eos, file = text.get("eos_token_id"), where
@@ -135,7 +135,7 @@ def _stop_ids(
     if not ids or not all(_is_id(one) for one in ids):
         raise ConfigError(
             f"{file}: eos_token_id is {eos!r}, expected an id or a list of ids",
-            hint="without a stop token no caption would end",
+            hint="without a stop token, no caption would end",
             code="config.wrong-value",
         )
     return tuple(dict.fromkeys(ids))

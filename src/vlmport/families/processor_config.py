@@ -1,4 +1,4 @@
-"""The settings of a checkpoint's image processor, from wherever its transformers wrote them."""
+"""Read the settings of a checkpoint's image processor, saved by any version of transformers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 def read_image_processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
-    """The settings, and what to call their place in errors.
+    """Return the settings, and the name of their place for errors.
 
     transformers 5 writes them into processor_config.json, and reads them there first; 4 writes
-    preprocessor_config.json. Raises ConfigError where neither has them.
+    preprocessor_config.json. Raises ConfigError if neither has them.
     """
     where, raw = f"{PROCESSOR}: image_processor", checkpoint.json(PROCESSOR) or {}
     if "image_processor" in raw:

@@ -1,5 +1,5 @@
-"""The chat template of a checkpoint, from wherever its version of transformers wrote it, and the
-token that it ends an answer with.
+"""Read the chat template of a checkpoint, as any version of transformers wrote it, and find the
+token that it writes after an answer.
 
 Source of the order: transformers 5.23, processing_utils.py (`get_processor_dict`) and
 tokenization_utils_base.py (`_from_pretrained`).
@@ -24,12 +24,12 @@ ANSWER = "An answer."
 
 
 def read_chat_template(checkpoint: Checkpoint) -> str:
-    """The template that transformers' AutoProcessor takes.
+    """Read the template that transformers' AutoProcessor uses.
 
-    The processor's own counts before the tokenizer's: that of processor_config.json, then
-    chat_template.json, then the files of Jinja. Of several named ones it is 'default'.
+    The processor's own takes precedence over the tokenizer's: that of processor_config.json, then
+    chat_template.json, then the Jinja files. Of several named ones it is 'default'.
 
-    Raises TokenizerError where there is none, and where transformers refuses what there is.
+    Raises TokenizerError if there is none, and if transformers refuses it.
     """
     if checkpoint.chat_template is not None:
         return checkpoint.chat_template
@@ -40,14 +40,14 @@ def read_chat_template(checkpoint: Checkpoint) -> str:
         raise TokenizerError(
             f"{checkpoint.folder}: no chat template in {PROCESSOR}, {LEGACY}, {JINJA} or "
             f"{TOKENIZER}",
-            hint="a model that answers questions has one; is the download complete?",
+            hint="a model that answers questions has one; download the checkpoint again",
             code="template.missing",
         )
     if isinstance(template, dict):
         if DEFAULT not in template:
             raise TokenizerError(
                 f"{where}: several chat templates ({some_names(template)}), none is {DEFAULT!r}",
-                hint=f"call the one that is meant {DEFAULT!r}; transformers needs it too",
+                hint=f"name one of them {DEFAULT!r}; transformers needs it too",
                 code="template.no-default",
             )
         template = template[DEFAULT]
@@ -61,12 +61,12 @@ def read_chat_template(checkpoint: Checkpoint) -> str:
 
 
 def _processors(checkpoint: Checkpoint) -> tuple[str, Any]:
-    """Where the processor's template is from, and itself; None for none."""
+    """Return the file of the processor's template, and the template; None if there is none."""
     files = _files(checkpoint)
     legacy = checkpoint.json(LEGACY)
     if legacy is not None and files.keys() - {DEFAULT}:
         raise TokenizerError(
-            f"{checkpoint.folder}: {LEGACY} beside the files of {NAMED}",
+            f"{checkpoint.folder}: {LEGACY} together with the files of {NAMED}",
             hint=f"transformers refuses both together; write {JINJA} for {LEGACY}",
             code="template.conflict",
         )
@@ -85,7 +85,7 @@ def _processors(checkpoint: Checkpoint) -> tuple[str, Any]:
 
 
 def _tokenizers(checkpoint: Checkpoint) -> tuple[str, Any]:
-    """The same of the tokenizer, whose files of Jinja count before its config."""
+    """Return the same for the tokenizer, whose Jinja files take precedence over its config."""
     if files := _files(checkpoint):
         return (JINJA, files[DEFAULT]) if files.keys() == {DEFAULT} else (NAMED, files)
     template = (checkpoint.json(TOKENIZER) or {}).get(KEY)
@@ -96,7 +96,7 @@ def _tokenizers(checkpoint: Checkpoint) -> tuple[str, Any]:
 
 
 def _files(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The files of Jinja by their templates' names."""
+    """Read the Jinja files, by their templates' names."""
     paths = {path.stem: path for path in sorted((checkpoint.folder / NAMED).glob("*.jinja"))}
     if (plain := checkpoint.folder / JINJA).is_file():
         paths[DEFAULT] = plain
@@ -111,9 +111,9 @@ def _files(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def token_after_answers(template: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
-    """The special token that the template writes right after an answer.
+    """Find the special token that the template writes right after an answer.
 
-    None where it writes none there, or refuses a question and an answer of text alone.
+    None if it writes none there, or refuses a question and an answer of text alone.
     """
     talk = [
         {"role": role, "content": [{"type": "text", "text": text}]}
@@ -125,7 +125,7 @@ def token_after_answers(template: str, checkpoint: Checkpoint, tokenizer: Tokeni
         written = render_template(template, messages=talk, **nothing, **known)
         _, answer, after = written.rpartition(ANSWER)
         ids = encode(tokenizer, after.lstrip()) if answer else []
-    except Exception:  # what is wrong with it is said when the export tries a prompt
+    except Exception:  # the export reports its fault when it renders a prompt
         return None
     special = tokenizer.get_added_tokens_decoder()
     return ids[0] if ids and ids[0] in special and special[ids[0]].special else None

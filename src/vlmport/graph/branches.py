@@ -1,4 +1,7 @@
-"""Subgraphs: one of two branches, steps over one value; names unlike all outside, as ONNX wants."""
+"""Write subgraphs: one of two branches, or steps over one value.
+
+Their names differ from all names outside, as ONNX requires.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def scope(op: OpBuilder, name: str) -> Iterator[None]:
 
 
 def unique_name(op: OpBuilder, name: str) -> str:
-    """A name that no other call has: how far this graph, and each graph around it, has come."""
+    """Make a name that no other call has, from the number of nodes in this and outer graphs."""
     builder, place = op.builder, []
     while builder is not None:
         place.append(str(builder.graph.num_nodes()))
@@ -42,12 +45,12 @@ def if_else(
     dtype: ir.DataType,
     rank: int,
 ) -> ir.Value:
-    """What one branch or the other yields: a tensor of this type and rank.
+    """Write a choice between two branches: a tensor of this type and rank.
 
     Args:
         condition: bool, one element.
-        then_branch, else_branch: write a branch; values of the graph around may be used there.
-            Their names become those of the branches, so they must differ.
+        then_branch, else_branch: functions that write a branch; they may use values of the graph
+            around it. Their names become those of the branches, so they must differ.
     """
     kind, dims = ir.TensorType(dtype), [None] * rank
 
@@ -68,12 +71,12 @@ def if_else(
 def fold(
     op: OpBuilder, steps: ir.Value, body: Fold, first: ir.Value, dtype: ir.DataType, rank: int
 ) -> ir.Value:
-    """What `body` makes of a value `steps` times over, beginning with `first`.
+    """Write a loop that applies `body` to a value `steps` times, beginning with `first`.
 
     Args:
         steps: i64, one element.
-        body: writes a step, of its number i64 [] and the value so far; values of the graph around
-            may be used there. The value keeps its type and rank; its dims may change.
+        body: a function that writes a step, from its number i64 [] and the value so far; it may use
+            values of the graph around it. The value keeps its type and rank; its dims may change.
     """
     flag, index = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.INT64)
     kind, dims = ir.TensorType(dtype), [None] * rank

@@ -1,4 +1,4 @@
-"""The one place that touches onnxscript's private graph builder.
+"""The one module that touches onnxscript's private graph builder.
 
 Graphs are written, not traced: modules of `onnxscript.nn` are called with `op`, the operator
 dispatcher of a `GraphBuilder`. Legend of dimensions, used in every comment on a shape:
@@ -32,7 +32,7 @@ Dims = Sequence[int | str]
 
 
 def new_graph(name: str) -> GraphBuilder:
-    """An empty graph that may use the standard operators and ONNX Runtime's own."""
+    """Make an empty graph that may use the standard operators and ONNX Runtime's own."""
     imports = {"": OPSET, MICROSOFT: 1}
     return GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=imports, name=name))
 
@@ -49,15 +49,15 @@ def add_output(
 
 
 def to_float32(op: OpBuilder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """A value of `dtype` as float32, which all floats are at the edges of a graph."""
+    """Cast a value of `dtype` to float32, the type of all floats at the edges of a graph."""
     return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=ir.DataType.FLOAT)
 
 
 def to_model(builder: GraphBuilder, version: str = "") -> ir.Model:
-    """The finished model, without what is half of the file otherwise.
+    """Finish the model, and remove data that would be half of the file.
 
-    These are the builder's notes on every node, and the place of every value between two nodes in
-    the model, which the name of the node that makes it says too.
+    These are the builder's notes on every node, and the place in the model of every value between
+    two nodes, which the name of its node has too.
     """
     for number, node in enumerate(builder.graph.all_nodes()):
         node.metadata_props.clear()

@@ -3,14 +3,14 @@
 Source: transformers 5.23, modeling_llama.py, modeling_qwen2_5_vl.py and modeling_qwen3_vl.py. The
 graph's inputs and outputs are the Hub's decoder_model_merged: any client of that contract can run
 it. An embedding may carry further lanes (DeepStack) behind its own values: lane k is added after
-layer k. They are zeros where no picture is, so no mask is needed.
+layer k. They are zeros where there is no image, so no mask is needed.
 
 Traps:
-- `seqlens_k` counts to the last 1 of the mask, not its sum: only so is left padding right too.
-- Rotary embedding stands outside GroupQueryAttention, whose own is wrong for positions that do
-  not start at 0 and refuses head sizes that 16 does not divide.
-- The cache may be longer than what is valid (a preallocated buffer): everything follows the
-  mask's length, nothing the cache's.
+- `seqlens_k` counts to the last 1 of the mask, not its sum: otherwise left padding would be wrong.
+- Rotary embedding is outside GroupQueryAttention, whose own is wrong for positions that do not
+  start at 0 and refuses head sizes that 16 does not divide.
+- The cache may be longer than its valid part (a preallocated buffer): everything follows the mask's
+  length, nothing the cache's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Past = tuple[ir.Value, ir.Value]
 
 
 class Step:
-    """What all layers of one run share: lengths, the padding bias and the rotary angles."""
+    """The values that all layers of one run share: lengths, the padding bias, the rotary angles."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Step:
 
 
 def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """A float32 value in other floats, or itself."""
+    """Cast a float32 value to other floats if needed."""
     return x if dtype == FLOAT else op.Cast(x, to=dtype)
 
 
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         return self.o_proj(op, y), (key, value)
 
     def _normalised(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        """Queries and keys [B, S, (H+K)·head_dim], each head by itself."""
+        """Normalise queries and keys [B, S, (H+K)·head_dim], each head by itself."""
         heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
         x = op.Reshape(x, [0, 0, heads + kv_heads, size])
         queries, keys = op.Split(x, [heads, kv_heads], axis=2, _outputs=2)
@@ -171,7 +171,7 @@ class DecoderLayers(nn.Module):
         return self.norm(op, x, residual)[0], presents
 
     def _lanes(self, op: OpBuilder, x: ir.Value) -> tuple[ir.Value, list[ir.Value | None]]:
-        """The embeddings themselves, and what is added after each layer."""
+        """Split off the embeddings, and the lanes that are added after each layer."""
         count, layers = self.config.deepstack_lanes, self.config.num_hidden_layers
         if not count:
             return x, [None] * layers
@@ -212,7 +212,7 @@ def decoder_graph(
     floats of the form.
 
     Args:
-        last_only: logits of the last row, [B, 1, V], and no input that says of how many.
+        last_only: give logits of the last row, [B, 1, V], without the input num_logits_to_keep.
     """
     builder = new_graph("decoder_model_merged")
     op, dtype = builder.op, form.dtype

@@ -1,4 +1,4 @@
-"""What a Llama-type decoder's config says: Llama, SmolLM, Qwen2 and Qwen3 as Qwen-VL has them."""
+"""The config of a Llama-type decoder: Llama, SmolLM, and Qwen2 and Qwen3 as Qwen-VL has them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Section = tuple[Size, Size, Size]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What the graph needs of a Llama config, with Hugging Face's defaults (transformers 5.23).
+    """The keys of a Llama config that the graph needs, with the defaults of transformers 5.23.
 
     Attributes:
-        qkv_bias: on queries, keys and values, and not on the output, whatever attention_bias says.
+        qkv_bias: on queries, keys and values, and not on the output, independent of attention_bias.
         qk_norm: queries and keys are normalised head by head before they are rotated.
         mrope_section: how many of the rotary frequencies turn with the position in time, height
             and width; None where a token has one position.
-        mrope_interleaved: whether the three take turns, or lie one after the other.
+        mrope_interleaved: whether the three alternate, or come one after the other.
         deepstack_lanes: how many further vectors an embedding carries, each added after a layer.
     """
 
@@ -61,7 +61,7 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
-        """From a config.json section, in the transformers-4 or -5 spelling of the rope settings.
+        """Read a section of config.json, with the rope settings as in transformers 4 or 5.
 
         Raises ConfigError for values that this decoder does not compute.
         """
@@ -136,9 +136,10 @@ class DecoderConfig:
 
     @classmethod
     def _rope(cls, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The rotary settings, from wherever a config says them.
+        """Read the rotary settings, in either spelling.
 
-        transformers 5 writes `rope_parameters`, 4 `rope_scaling`; where both stand they must agree.
+        transformers 5 writes `rope_parameters`, 4 `rope_scaling`; if a file has both, they must
+        agree.
         Raises ConfigError for scaled rotary angles.
         """
         sections = [subsection(raw, name, where) for name in ("rope_parameters", "rope_scaling")]
@@ -154,7 +155,7 @@ class DecoderConfig:
 
 
 def agreed(key: str, sections: list[Mapping[str, Any]], where: str) -> dict[str, Any]:
-    """What the sections say of a key, or {}. Raises ConfigError where they say several things."""
+    """Read a key of the sections, {} if none has it. Raises ConfigError if they disagree."""
     values = [section[key] for section in sections if key in section]
     if any(value != values[0] for value in values):
         raise ConfigError(

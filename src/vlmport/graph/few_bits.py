@@ -1,4 +1,4 @@
-"""Tensors that are kept in few bits and computed with in floats: patch kernels, position tables."""
+"""Tensors stored in few bits and used as floats: patch kernels, position tables."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def quantize_rows(
     tensor: Float[np.ndarray, "N ..."],
 ) -> tuple[Int8[np.ndarray, "N ..."], Float[np.ndarray, "N ..."]]:
-    """Round to 255 levels, symmetric, a scale for each index of the first axis, which broadcasts.
+    """Round to 255 levels, symmetric, with a broadcasting scale for each index of the first axis.
 
-    For what is stored in 8 bits and computed in floats.
+    For tensors stored in 8 bits and used as floats.
     """
     rest = tuple(range(1, tensor.ndim))
     scales = np.abs(tensor).max(axis=rest, keepdims=True, initial=0).astype(np.float32) / 127
@@ -29,10 +29,9 @@ def quantize_rows(
 
 
 class Stored(nn.Module):
-    """A tensor that is computed with in floats, whatever it is kept in.
+    """A tensor that is used as floats: stored in 8 bits in q8, as floats otherwise.
 
-    8 bits in q8, whose size is what people choose it for: ONNX Runtime unpacks it when a session
-    opens. Elsewhere floats.
+    q8 is chosen for its size; ONNX Runtime unpacks the tensor when a session opens.
     """
 
     def __init__(self, shape: tuple[int, ...], form: Format):

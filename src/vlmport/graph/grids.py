@@ -1,14 +1,14 @@
-"""Where each patch of a call lies: for all pictures together, and for grids of any size.
+"""Compute the place of each patch of a call: for all images together, and for grids of any size.
 
 Source: transformers 5.23, vision_utils.py, get_vision_position_ids and get_vision_cu_seqlens,
-which go through the pictures in Python; a graph traced from them knows the sizes it was traced
-with and no others. Here everything is arithmetic on the input `image_grid_thw`.
+which loop over the images in Python; a graph traced from them knows only the sizes it was traced
+with. Here everything is arithmetic on the input `image_grid_thw`.
 
-A processor lays patches out picture by picture, frame by frame, in blocks of m x m (m is the merge
-size): block after block along a row of blocks, within a block row by row. So the patches that
-become one token stand next to each other.
+A processor orders patches image by image, frame by frame, in blocks of m x m (m is the merge size):
+block after block along a row of blocks, within a block row by row. So the patches that become one
+token are next to each other.
 
-F frames (a still picture is one frame), N patches.
+F frames (a still image is one frame), N patches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Frames:
     sizes: ir.Value
 
     def patches(self, op: OpBuilder, merge: int) -> Patches:
-        """All patches, in the processor's order."""
+        """List all patches, in the processor's order."""
         frame = owners(op, self.sizes)
         start, height, width = (
             op.Gather(of, frame) for of in (starts_of(op, self.sizes), self.heights, self.widths)
@@ -54,7 +54,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Patches:
-    """One entry for each patch.
+    """The places of patches, one entry for each.
 
     Attributes:
         frame: i64 [N], the frame it belongs to.
@@ -70,11 +70,11 @@ class Patches:
 
 
 def frames_of(op: OpBuilder, grids: ir.Value, rows: ir.Value, merge: int) -> Frames:
-    """The frames of image_grid_thw i64 [num_images, 3]: frames, rows and columns of patches.
+    """Read the frames of image_grid_thw i64 [num_images, 3]: frames, rows and columns of patches.
 
     Args:
-        rows: i64 [1], the patches that there are. The graph refuses grids of another number, and
-            sides that `merge` does not divide.
+        rows: i64 [1], number of patches. The graph refuses grids of another number, and sides that
+            `merge` does not divide.
     """
     times, heights, widths = (
         op.Squeeze(column, [1]) for column in op.Split(grids, axis=1, num_outputs=3, _outputs=3)
@@ -101,12 +101,12 @@ def frames_of(op: OpBuilder, grids: ir.Value, rows: ir.Value, merge: int) -> Fra
 
 
 def starts_of(op: OpBuilder, sizes: ir.Value) -> ir.Value:
-    """Where each of consecutive runs of these sizes begins: i64 [n]."""
+    """Compute the beginning of each of consecutive runs of these sizes: i64 [n]."""
     return op.CumSum(sizes, op.Constant(value_int=0), exclusive=1)
 
 
 def owners(op: OpBuilder, sizes: ir.Value) -> ir.Value:
-    """[2, 3] → [0, 0, 1, 1, 1]: of each element of consecutive runs, the run that it is in."""
+    """Compute the run of each element of consecutive runs: [2, 3] → [0, 0, 1, 1, 1]."""
     ends = op.CumSum(sizes, op.Constant(value_int=0))
     count = op.Squeeze(op.ReduceSum(sizes, keepdims=1), [0])
     is_past = op.LessOrEqual(op.Unsqueeze(ends, [1]), op.Range(0, count, 1))  # [n, count]

@@ -63,14 +63,14 @@ def rescale_and_normalize(
 def normalized_planes(
     op: OpBuilder, planes: ir.Value, scale: float, mean: Sequence[float], std: Sequence[float]
 ) -> ir.Value:
-    """The same for uint8 [..., 3, H, W]: float32 of that shape."""
+    """Rescale and normalise uint8 [..., 3, H, W]: float32 of that shape."""
     _check_numbers(scale, mean, std)
     values = op.Sub(_rescale(op, planes, scale), _channels(op, mean))
     return op.Div(values, _channels(op, std))
 
 
 def _check_numbers(scale: float, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raise ConfigError where a pixel would not be a number: a std of zero, a scale of 1e300."""
+    """Raise ConfigError if a pixel would be NaN or infinity: a std of zero, a scale of 1e300."""
     with np.errstate(all="ignore"):
         ends = np.array([[0.0], [255.0]]) * scale
         values = (ends.astype(np.float32) - np.array(mean, "f4")) / np.array(std, "f4")
@@ -78,7 +78,7 @@ def _check_numbers(scale: float, mean: Sequence[float], std: Sequence[float]) ->
     if not usable:
         raise ConfigError(
             f"preprocessor_config.json: rescale_factor {scale:.3g}, image_mean {list(mean)} and "
-            f"image_std {list(std)} make no numbers of pixels",
+            f"image_std {list(std)} turn pixels into NaN or infinity",
             hint="rescale_factor and image_std must not be 0; 1/255 and 0.5 are common",
             code="config.wrong-value",
         )

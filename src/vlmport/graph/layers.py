@@ -45,10 +45,10 @@ class Linear(nn.Module):
         bias: bool = False,
         form: Format = FLOAT32,
     ):
-        """`outputs` may be several: those of layers beside this one in the checkpoint, by name.
+        """Make a layer; `outputs` may be several: name in the checkpoint → width.
 
-        They are computed as one matrix, because fewer and larger ones are faster, and come side by
-        side in y.
+        These are computed as one matrix, because fewer and larger ones are faster, and are next to
+        each other in y.
         """
         parts: dict[str | None, int] = {None: outputs} if isinstance(outputs, int) else {**outputs}
         super().__init__()
@@ -130,7 +130,7 @@ class Embedding(nn.Module):
         )
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
-        """ids i64[B, S] → f32[B, S, D], in whatever floats the table is kept."""
+        """ids i64[B, S] → f32[B, S, D], for any type of the table."""
         rows = self._gather(op, ids)
         return rows if self.form.dtype == FLOAT else op.Cast(rows, to=FLOAT)
 

@@ -1,14 +1,14 @@
-"""Positions in time, height and width (M-RoPE): what they are, and which turns which frequency.
+"""Positions in time, height and width (M-RoPE), and the frequencies that each axis rotates.
 
 Source: transformers 5.23, get_rope_index of modeling_qwen2_5_vl.py and of modeling_qwen3_vl.py,
-which agree about pictures, and recomposition_frequencies of both, which don't.
+which agree about images, and recomposition_frequencies of both, which don't.
 
-A text's tokens have one position, the same on all three axes. A picture's tokens share the
-position in time at which it begins; in height and width they count its rows and columns from
-there, in units of merged patches. What follows goes on after its longer side. So a prompt with
-pictures has fewer positions than tokens; `rope_delta` says by how many.
+A text's tokens have one position, the same on all three axes. An image's tokens share the position
+in time at which it begins; in height and width they count its rows and columns from there, in units
+of merged patches. The next token's position follows the longer side. So a prompt with images has
+fewer positions than tokens; `rope_delta` says by how many.
 
-B batch, S tokens, I pictures, T tokens of all pictures together.
+B batch, S tokens, I images, T tokens of all images together.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ def mrope_angles(
 
 
 def axes_of_frequencies(section: Sequence[int], *, interleaved: bool) -> list[int]:
-    """Of each frequency, fastest first, the axis whose position turns it: 0 time, 1 height, 2
-    width.
+    """List the axis that rotates each frequency, fastest first: 0 time, 1 height, 2 width.
 
-    One after the other (Qwen2.5-VL), or in turn until height and width have had theirs, and time
-    all else (Qwen3-VL).
+    The axes follow one after the other (Qwen2.5-VL), or alternate until height and width have their
+    share, and time has the rest (Qwen3-VL).
     """
     if not interleaved:
         return [axis for axis, count in enumerate(section) for _ in range(count)]
@@ -62,12 +61,12 @@ def position_ids_graph(image_token_id: int, merge_size: int) -> GraphBuilder:
     """input_ids i64[B, S], attention_mask i64[B, S], image_grid_thw i64[I, 3] → position_ids
     i64[3, B, S], rope_delta i64[B, 1].
 
-    The pictures of all rows stand one below the other in image_grid_thw, in the order of their
-    tokens. A padded token has position 0, wherever it stands. `rope_delta` is what the next
-    token's position is beyond the number of tokens of its row.
+    image_grid_thw holds the images of all rows, in the order of their tokens. A padded token has
+    position 0, on either side. `rope_delta` is the next token's position minus the number of tokens
+    of its row.
 
-    transformers takes pictures without a token between them for one, and fails; here each is its
-    own, as it is where there is one.
+    transformers treats images without a token between them as one, and fails; here each is
+    separate, as it is with a token between them.
     """
     builder = new_graph("position_ids")
     op, dims = builder.op, ["batch_size", "sequence_length"]
@@ -88,13 +87,13 @@ def mrope_positions(
     image_token_id: int,
     merge_size: int,
 ) -> tuple[ir.Value, ir.Value]:
-    """The same as part of a graph: position_ids and rope_delta."""
+    """Write the same as part of a graph: position_ids and rope_delta."""
     is_real = op.Cast(mask, to=BOOL)
     is_image = op.And(op.Equal(ids, image_token_id), is_real)
     tokens = _ImageTokens(op, grids, is_image, merge_size)
-    real = op.Cast(is_real, to=INT64)  # 1 and 0, whatever the mask holds
+    real = op.Cast(is_real, to=INT64)  # 1 and 0, for any values of the mask
     text = op.Sub(real, op.Cast(is_image, to=INT64))
-    # A picture's first token takes all the positions that the picture takes.
+    # An image's first token takes all the positions that the image takes.
     steps = op.Add(text, tokens.spread(op.Where(tokens.is_first, tokens.extent, 0)))
     before = op.CumSum(steps, op.Constant(value_int=1), exclusive=1)
     begin = op.Sub(before, tokens.spread(op.Where(tokens.is_first, 0, tokens.extent)))
@@ -107,12 +106,12 @@ def mrope_positions(
 
 
 class _ImageTokens:
-    """The tokens of all pictures, row after row of the batch: [T] each.
+    """The tokens of all images, row after row of the batch: [T] each.
 
     Attributes:
-        places: in time, height and width within the picture.
-        extent: how many positions the picture takes.
-        is_first: whether it is the picture's first.
+        places: in time, height and width within the image.
+        extent: number of positions that the image takes.
+        is_first: whether it is the image's first.
     """
 
     def __init__(self, op: OpBuilder, grids: ir.Value, is_image: ir.Value, merge: int):
@@ -140,13 +139,13 @@ class _ImageTokens:
         self.places = op.Div(row, height), op.Mod(row, height), op.Mod(place, width)
         self.extent = op.Max(height, width)
         self.is_first = op.Equal(place, 0)
-        # Of each token of the batch, which of these it is; T where it is none.
+        # The index of each token of the batch among these; T if it is not an image token.
         number = op.Sub(op.CumSum(flat, op.Constant(value_int=0)), 1)
         number = op.Reshape(number, op.Shape(is_image))
         self.number = op.Where(is_image, number, self.count)
 
     def _whole(self, grids: ir.Value, merge: int) -> ir.Value:
-        """The grids in merged patches, i64[I, 3]."""
+        """Convert the grids to merged patches, i64[I, 3]."""
         op, unit = self.op, [1, merge, merge]
         bad = op.Or(op.Less(grids, 1), op.Cast(op.Mod(grids, unit), to=BOOL))
         grids = refuse(
@@ -163,8 +162,8 @@ class _ImageTokens:
         return self.op.Gather(self.op.Concat(values, [0], axis=0), self.number)
 
     def checked(self, begin: ir.Value) -> ir.Value:
-        """`begin` i64[B, S], where each token's picture begins; refused where a picture's tokens
-        are not together: they would not agree."""
+        """Return `begin` i64[B, S], the position at which each token's image begins; refuse images
+        whose tokens are not together, because their values would differ."""
         op = self.op
         rows = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(begin, start=0, end=1), [0]), 1), [1])
         wrong = op.Constant(value_int=0)

@@ -29,12 +29,12 @@ Convert = Callable[[Load], np.ndarray]
 
 @dataclass(frozen=True)
 class Format:
-    """How a part's matrices are stored and multiplied, and in which floats all else is computed.
+    """The storage and multiplication of a part's matrices, and the floats of all other values.
 
     Attributes:
         bits: None for floats, else 4 or 8 for integers.
         dynamic: 8-bit weights by column times 8-bit activations (W8A8), fast for many rows;
-            otherwise integers lie in blocks of a row with a scale each (MatMulNBits).
+            otherwise integers are in blocks of a row with a scale each (MatMulNBits).
         block_size: of those blocks.
         dtype: float32 or float16, of scales, norms, biases and activations.
     """
@@ -110,10 +110,10 @@ Quantize = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Quantizer:
-    """Quantizes one matrix when the first of its two initializers is asked for.
+    """A quantizer of one matrix, which runs when the first of its two initializers is needed.
 
-    The other half is kept until it is asked for in turn, so each matrix is read and rounded once
-    and never two matrices are held.
+    The second is kept until it is needed, so each matrix is read and rounded once, and no two
+    matrices are in memory.
     """
 
     def __init__(self, quantize: Quantize):

@@ -29,7 +29,7 @@ import onnx_ir as ir
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import OpBuilder
 
-MAX_SIDE = 65_536  # runtimes refuse larger pictures
+MAX_SIDE = 65_536  # runtimes refuse larger images
 DIGIT = 256  # the base of the two digits that a coefficient is cut into
 
 # The weights of one output are kept below 2^51 in sum: 12 more bits fit while they are divided.
@@ -63,7 +63,7 @@ class Resample(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Axis:
-    """What the pass along one axis needs to know."""
+    """The values that the pass along one axis needs."""
 
     size_in: ir.Value  # i64 [1], I
     size_out: ir.Value  # i64 [1], O

@@ -12,7 +12,7 @@ A pass goes through the outputs in blocks: it cuts the block's window out of the
 only that is ever float32. A dense product with one matrix would cost a hundred times as much.
 
 Traps:
-    - Pillow 13 changed the order of the passes, and it shows: the picture between them is rounded.
+    - Pillow 13 changed the order of the passes, and so results: the image between is rounded.
     - A name inside a subgraph must differ from all names outside it, hence `scope`.
     - ONNX Runtime 1.31 crashes, or fails to infer types, when it finds a condition constant and
       puts the branch in the place of an If that holds a Loop. Sizes known at export make
@@ -116,7 +116,7 @@ def _pass(op: OpBuilder, image: ir.Value, axis: Axis, along: int, always: ir.Val
 
 
 def _few_taps(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Value:
-    """The pass, one block of outputs after the other."""
+    """Write the pass, one block of outputs after the other."""
     matrices = _matrices(op, axis, along)
 
     def body(op: OpBuilder, block: ir.Value) -> list[ir.Value]:
@@ -130,7 +130,7 @@ def _few_taps(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Valu
 
 
 def _many_taps(op: OpBuilder, image: ir.Value, axis: Axis, along: int) -> ir.Value:
-    """The pass where a picture shrinks so far that the sum of an output's digits grows too long.
+    """Write the pass for an image that shrinks so far that one sum per output would be inexact.
 
     Each window is cut into pieces of `MAX_TAPS` inputs, whose sums are exact, and few. The low
     digits' carry is taken out of each sum before they are added up.

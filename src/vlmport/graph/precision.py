@@ -1,4 +1,4 @@
-"""What each precision means for each part of a model."""
+"""The form of each part of a model at each precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Precision:
     """The form of each part's matrices. Norms, biases and convolutions stay float32.
 
     Attributes:
-        meaning: what it is, in the words of the model card.
+        meaning: its description in the model card.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Precision:
 
     @property
     def is_half(self) -> bool:
-        """Whether activations are float16 somewhere."""
+        """Whether activations are float16 in any part."""
         parts = (self.vision, self.embed, self.decoder, self.head)
         return any(part.dtype == FLOAT16.dtype for part in parts)
 
@@ -74,7 +74,7 @@ PRECISIONS = {precision.name: precision for precision in _ALL}
 
 
 def parse_precisions(names: str | Iterable[str]) -> tuple[Precision, ...]:
-    """'fp32,q4' or a sequence of names → precisions, each once. Raises ExportError."""
+    """Parse 'fp32,q4' or a sequence of names into precisions, each once. Raises ExportError."""
     wanted = split_precisions(names)
     unknown = [name for name in wanted if name not in PRECISIONS]
     if unknown or not wanted:

@@ -2,7 +2,7 @@
 
 `prefix_init` reads a prefix of embeddings and then token ids, of which there may be none;
 `language_model` reads token ids and a cache. Both are written with the same modules, so their
-weights have the same names and can lie in one file.
+weights have the same names and can be in one file.
 
 Source of the inputs and outputs: distilvit2's export, and optimum's for `language_model`. The names
 of dimensions are theirs too.

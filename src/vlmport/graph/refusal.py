@@ -1,12 +1,12 @@
-"""A graph that refuses its input, and says why.
+"""Let a graph refuse its input with a reason.
 
 ONNX has no operator that raises. But a Gather past the end of a tensor fails in ONNX Runtime, and
 the message of a failed node holds the node's name: so the name is the reason. Any client of the
 graph reads it, and one that knows the prefix reads nothing else (runtime/graphs/sessions.py).
 
-Trap: a GPU's Gather may not look at its indices. Refuse what else would go wrong silently in
-image_processor and position_ids, which always run on the CPU; in other graphs see to it that what
-follows fails too.
+Traps:
+- A GPU's Gather may not check its indices. So refuse input in image_processor and position_ids,
+  which always run on the CPU; in other graphs, make sure that the next operator fails too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BETWEEN = " | "  # the reason and the hint
 
 
 def refuse(op: OpBuilder, value: ir.Value, when: ir.Value, reason: str, hint: str) -> ir.Value:
-    """`value` itself, or a failed run where the condition holds.
+    """Return `value`, or let the run fail if the condition holds.
 
     Args:
-        value: any tensor; what is computed from the result is what the condition protects.
+        value: any tensor; the condition protects everything that is computed from the result.
         when: bool, one element.
-        reason: what is wrong, such as 'min_pixels is more than max_pixels'.
+        reason: the fault, such as 'min_pixels is more than max_pixels'.
         hint: what to do next.
     """
     index = op.Cast(op.Reshape(when, [1]), to=ir.DataType.INT64)

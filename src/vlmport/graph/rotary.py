@@ -23,5 +23,5 @@ def rotary_angles(
 
 
 def frequencies(op: OpBuilder, head_dim: int, theta: float) -> ir.Value:
-    """What positions are multiplied with: f32[head_dim/2], fastest first."""
+    """The factors of positions: f32[head_dim/2], fastest first."""
     return op.Constant(value_floats=[theta ** (-i / head_dim) for i in range(0, head_dim, 2)])

@@ -1,4 +1,4 @@
-"""The SigLIP vision tower: patches of a square picture → hidden states after the last norm.
+"""The SigLIP vision tower: patches of a square image → hidden states after the last norm.
 
 Source: transformers 5.23, modeling_siglip.py. The pooling head is in siglip_head.py: only a layout
 that other programs read has it, no caption does.
@@ -25,7 +25,7 @@ MAX_PATCHES = 1 << 20  # attention over as many would need terabytes
 
 @dataclass(frozen=True)
 class SiglipVisionConfig:
-    """What the graph needs of a config, with Hugging Face's defaults (transformers 5.23)."""
+    """The keys that the graph needs, with Hugging Face's defaults (transformers 5.23)."""
 
     hidden_size: Size = 768
     intermediate_size: Size = 3072
@@ -45,7 +45,7 @@ class SiglipVisionConfig:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
-        """From a config.json section. Raises ConfigError."""
+        """Read a section of config.json. Raises ConfigError."""
         config = read_config(cls, raw, where)
         if config.hidden_size % config.num_attention_heads:
             raise ConfigError(
@@ -72,7 +72,7 @@ class SiglipVisionConfig:
 
     @property
     def side(self) -> int:
-        """Patches along one side; a remainder of the picture is not seen, as in the original."""
+        """Patches along one side; a remainder of the image is ignored, as in the original."""
         return self.image_size // self.patch_size
 
     @property
@@ -94,7 +94,7 @@ class PatchEmbedding(Stored):
 
 
 class PositionEmbedding(Stored):
-    """The table [N, D], added as it is: the picture always has the trained size."""
+    """The table [N, D], added directly: the image always has the trained size."""
 
     def __init__(self, config: SiglipVisionConfig, form: Format):
         super().__init__((config.num_patches, config.hidden_size), form)

@@ -1,11 +1,12 @@
-"""Which row of a position table a patch has, where the rows are buckets of fractions.
+"""Find the row of a position table for each patch, if the rows are buckets of fractions.
 
-Source: transformers 5.23, Idefics3VisionEmbeddings.forward. A tile that is whole needs no mask, so
-the rows are known at export: the table is written in the order of the patches.
+Source: transformers 5.23, Idefics3VisionEmbeddings.forward. A complete tile needs no mask, so the
+rows are known at export: the table is written in the order of the patches.
 
-Trap: fractions and boundaries are float32, and a fraction that should meet its boundary may lie
-below it. With as many patches as rows the buckets are the identity for 32 a side, and not for 19,
-25, 29, 31 or 38.
+Traps:
+- Fractions and boundaries are float32, and a fraction that should equal its boundary may be below
+  it. With as many patches as rows, the buckets are the identity for 32 per side, but not for 19,
+  25, 29, 31 or 38.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LANES = 8  # float32 values that PyTorch steps together on x86
 
 
 def bucketed_positions(patches: int, side: int) -> Int64[np.ndarray, " N"]:
-    """The row of the table [side², D] for each of patches² patches: the fraction of the way that
-    a patch lies along its axis, looked up among the boundaries between the table's rows."""
+    """Find the row of the table [side², D] for each of patches² patches: the fraction of its axis
+    at which a patch is, looked up among the boundaries between the table's rows."""
     fractions = np.arange(patches, dtype=np.float32) * (np.float32(1) / np.float32(patches))
     fractions = np.minimum(fractions, np.float32(1 - 1e-6))
     bucket = np.searchsorted(_boundaries(side), fractions, side="right")
@@ -33,10 +34,10 @@ def bucketed_positions(patches: int, side: int) -> Int64[np.ndarray, " N"]:
 
 
 def _boundaries(side: int) -> Float32[np.ndarray, " n"]:
-    """torch.arange(1 / side, 1, 1 / side), to the bit.
+    """Compute torch.arange(1 / side, 1, 1 / side), bit for bit.
 
-    Eight values at a time are stepped from one that is rounded to float32 already, as long as
-    sixteen are left; the rest are computed one by one. The buckets of 31 patches hang on that.
+    Eight values at a time are computed from one that is rounded to float32 already, as long as
+    sixteen are left; each of the rest is computed alone. The buckets of 31 patches depend on that.
     """
     step = 1 / side
     at = np.arange(int(np.ceil((1 - step) / step)))

@@ -1,6 +1,6 @@
-"""int(length / (width / height)) as Python's doubles give it, computed with integers.
+"""Compute int(length / (width / height)) as Python's doubles do, with integers.
 
-Processors written in Python keep a picture's aspect ratio in doubles, and cut the other side to
+Processors written in Python keep an image's aspect ratio in doubles, and cut the other side to
 a whole number. Where the exact side is whole, the doubles may fall just short of it, and it is one
 less: 2048 / (2048 / 93) is 92.99999999999999. No graph may use float64 (WebGPU builds of ONNX
 Runtime lack it), so the rounding of the ratio is followed in integers.
@@ -22,12 +22,12 @@ from vlmport.graph.builder import OpBuilder
 
 __all__ = ["other_side"]
 
-LARGEST = 27  # sides below 2^27: pictures have at most 100 million pixels
+LARGEST = 27  # sides below 2^27: images have at most 100 million pixels
 POWERS = 1 << np.arange(63, dtype=np.int64)
 
 
 def other_side(op: OpBuilder, length: ir.Value, width: ir.Value, height: ir.Value) -> ir.Value:
-    """The shorter side of a picture of this shape whose longer one gets a new length.
+    """Compute the shorter side of an image of this shape whose longer side gets a new length.
 
     Source: transformers 5.23, image_processing_pil_idefics3.py, which has
     `int(length / (width / height))` for width >= height and `int(length * (width / height))` else.

@@ -1,4 +1,4 @@
-"""Idefics3, SmolVLM: SigLIP over the tiles of a picture, a pixel shuffle, and a Llama decoder.
+"""Idefics3, SmolVLM: SigLIP over the tiles of an image, a pixel shuffle, and a Llama decoder.
 
 Source: transformers 5.23, modeling_idefics3.py and configuration_idefics3.py; SmolVLM has the same
 under other names, video aside.
@@ -7,12 +7,12 @@ Traps:
 - The position of a patch is looked up in buckets of float32 fractions, which are not the identity
   for 19, 25, 29, 31, 38 and other numbers of patches a side: see bucketed_positions.py.
 - Tiles are `max_image_size` large, whatever the tower's own `image_size` is.
-- Whether the head is tied says the outer config alone; text_config's tie_word_embeddings does not
-  count. Where text_config is absent, its norm's epsilon is 1e-5, not a Llama's 1e-6.
-- An adapter for q_proj, k_proj and v_proj is one for the vision tower too, whose layers have these
+- Only the outer config decides whether the head is tied; text_config's tie_word_embeddings is
+  ignored. If text_config is absent, its norm's epsilon is 1e-5, not a Llama's 1e-6.
+- An adapter for q_proj, k_proj and v_proj also changes the vision tower, whose layers have these
   names.
-- The stop token stands in four places that disagree. Those of generation_config.json, of the
-  tokenizer and of the chat template are all stop tokens; the decoder's counts without the first.
+- The stop token is in four places that disagree. Those of generation_config.json, of the tokenizer
+  and of the chat template are all stop tokens; the decoder's is one if the first is absent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SPLITTING = "do_image_splitting"
 
 @dataclass(frozen=True)
 class Idefics3Config(AnsweringConfig):
-    """The keys of config.json beside its two sub-configs, with Hugging Face's defaults."""
+    """The keys of config.json other than its two sub-configs, with Hugging Face's defaults."""
 
     image_token_id: int = 128257
     scale_factor: Size = 2
@@ -161,7 +161,7 @@ class Idefics3(AnsweringFamily):
         return family
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
-        """Raise ConfigError where files disagree about how many image tokens a tile takes."""
+        """Raise ConfigError if files disagree about the number of image tokens of a tile."""
         said = (checkpoint.json(PROCESSOR) or {}).get("image_seq_len", self.tokens.count)
         if said != self.tokens.count:
             raise ConfigError(
@@ -198,7 +198,7 @@ class Idefics3(AnsweringFamily):
 
     @property
     def tower(self) -> Idefics3VisionConfig:
-        """The tower for pictures of the tiles' size."""
+        """The tower's config for images of the tiles' size."""
         return dataclasses.replace(self.vision, image_size=self.pixel_config.tiling.side)
 
     def fixed_graphs(self) -> Graphs:
@@ -229,8 +229,8 @@ class Idefics3(AnsweringFamily):
         """pixel_values f32[B, n, 3, t, t], pixel_attention_mask bool[B, n, t, t] →
         image_features f32[T, D].
 
-        A mask says whether a tile is one or fills up a batch: padding lies below and to the
-        right, so the first pixel tells, and no tile is padded in part.
+        A mask says whether a tile is a real one or fills up a batch: padding is below and to the
+        right, so the first pixel decides, and no tile is partly padded.
         """
         builder = new_graph("vision_encoder")
         op, width, tower = builder.op, self.text.hidden_size, self.tower
@@ -261,7 +261,7 @@ class Idefics3(AnsweringFamily):
 
     @property
     def golden_options(self) -> Mapping[str, Any]:
-        return {SPLITTING: False}  # 13 tiles would make a probe slow, and prove no more
+        return {SPLITTING: False}  # 13 tiles would make a probe slower, but not stronger
 
     def golden_tokens(self, height: int, width: int) -> int:
         return len(self.tokens.alone)
@@ -297,20 +297,20 @@ def plain_name(key: str) -> str:
 
 
 def _text_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """text_config; an absent one is not an empty one."""
+    """Return text_config; an absent one is not an empty one."""
     if raw.get("text_config") is None:
         return {"rms_norm_eps": 1e-5}
     return subsection(raw, "text_config", CONFIG)
 
 
 def _tokens_a_tile(config: Idefics3Config, vision: Idefics3VisionConfig, side: int) -> int:
-    """Raises ConfigError for a tile that the tower or the pixel shuffle can't divide."""
+    """Count a tile's tokens. Raises ConfigError if tower or pixel shuffle can't divide it."""
     patches, factor = side // vision.patch_size, config.scale_factor
     if not patches or patches % factor:
         raise ConfigError(
             f"{PREPROCESSOR}: tiles of {side} pixels are {patches} patches of {vision.patch_size} "
             f"a side, not a multiple of {CONFIG}'s scale_factor {factor}",
-            hint="is a file of another model?",
+            hint="do all files belong to one model?",
             code="config.contradiction",
         )
     return (patches // factor) ** 2

@@ -16,7 +16,7 @@ from vlmport.graph.parameters import Format
 class Connector(nn.Module):
     """Patches [n, N, V] of squares of `side` a side → [n, N / f², D].
 
-    A row of the result is made of f x f patches, those of one row of the picture next to each
+    A row of the result is made of f x f patches, those of one row of the image next to each
     other, the rows one after the other.
     """
 

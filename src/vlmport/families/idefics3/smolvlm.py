@@ -1,4 +1,4 @@
-"""SmolVLM2 for pictures: Idefics3 under other names. Its videos are not exported."""
+"""SmolVLM2 for images: Idefics3 under other names. Its videos are not exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens that Idefics3's processor writes for a picture's tiles, as a tokenizer knows them."""
+"""Find the tokens that Idefics3's processor writes for an image's tiles, in a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ IMAGE_TOKEN, FENCE, WHOLE = "<image>", "<fake_token_around_image>", "<global-img
 
 
 def tile_tokens(tokenizer: Tokenizer, tiling: Tiling, count: int) -> TileTokens:
-    """The ids of a picture's tokens. Raises TokenizerError naming those that it lacks."""
+    """Find the ids of an image's tokens. Raises TokenizerError naming missing tokens."""
     most = tiling.most
     names = [f"<row_{r + 1}_col_{c + 1}>" for r in range(most) for c in range(most)]
     ids = Encoder(tokenizer).encode
     single = {name: ids(name) for name in (IMAGE_TOKEN, FENCE, WHOLE, *names)}
     if lacking := [name for name, found in single.items() if len(found) != 1]:
         raise TokenizerError(
-            f"the tokenizer has no {some_names(lacking, limit=4)}; pictures have up to {most} "
+            f"the tokenizer has no {some_names(lacking, limit=4)}; images have up to {most} "
             f"rows and columns of tiles",
-            hint="preprocessor_config.json's size and max_image_size say how many; are all files "
-            "of one model?",
+            hint="that number is from size and max_image_size in preprocessor_config.json; do all "
+            "files belong to one model?",
             code="tokenizer.missing-tokens",
         )
     markers = np.array([single[name][0] for name in names], np.int64).reshape(most, most)

@@ -1,18 +1,18 @@
-"""Cut a picture into square tiles, and write the tokens that stand for them.
+"""Cut an image into square tiles, and write the tokens for them.
 
-Source: transformers 5.23, image_processing_pil_idefics3.py and processing_idefics3.py. A picture is
+Source: transformers 5.23, image_processing_pil_idefics3.py and processing_idefics3.py. An image is
 resized until its longest edge has a set length (small ones grow), each side is then enlarged to a
-multiple of the tile's, and the tiles are cut row by row; the whole picture, squeezed into one tile,
+multiple of the tile's, and the tiles are cut row by row; the whole image, squeezed into one tile,
 comes last. Without splitting that last one is all there is.
 
-R rows and C columns of tiles (0 without splitting, and where one tile is the picture), t the side
+R rows and C columns of tiles (0 without splitting, and if one tile is the image), t the side
 of a tile, n = R C + 1, k image tokens a tile.
 
 Traps:
-- Every stage resizes the bytes of the stage before: the last tile is not made from the picture
-  itself, and without splitting too the longest edge comes first.
+- Every stage resizes the bytes of the stage before: the last tile is not made from the image
+  itself, and the longest edge comes first even without splitting.
 - Sides are cut to whole numbers after a division in doubles, see double_sides.py.
-- The newline after the last row and the one before the whole picture become one token where the
+- The newline after the last row and the one before the whole image become one token if the
   tokenizer has one for two newlines.
 """
 
@@ -31,15 +31,15 @@ from vlmport.graph.pillow_resize import Resample, resize
 __all__ = ["MAX_SIDE", "TileTokens", "Tiles", "Tiling"]
 
 INT64 = ir.DataType.INT64
-MAX_SIDE = 4096  # whatever the config says
+MAX_SIDE = 4096  # independent of the config
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A picture as tiles.
+    """An image as tiles.
 
     Attributes:
-        planes: uint8 [n, 3, t, t], rows first, the whole picture last.
+        planes: uint8 [n, 3, t, t], rows first, the whole image last.
         rows, columns: int64 [1].
     """
 
@@ -50,7 +50,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a picture is cut.
+    """The sizes for cutting an image.
 
     Attributes:
         longest_edge: pixels of the longer side before it is enlarged to whole tiles.
@@ -63,7 +63,7 @@ class Tiling:
 
     @property
     def most(self) -> int:
-        """The most tiles that a row or a column can have; a side may be rounded up to even."""
+        """Maximum number of tiles in a row or a column; a side may be rounded up to even."""
         even = min(self.longest_edge + self.longest_edge % 2, MAX_SIDE)
         tiles = -(-even // self.side)
         return tiles if tiles > 1 else 0
@@ -99,7 +99,7 @@ class Tiling:
         return resize(op, image, op.Squeeze(height), op.Squeeze(width), self.resample)
 
     def _fit(self, op: OpBuilder, height: ir.Value, width: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The size whose longer side is the longest edge; the shorter is even, and at least 1."""
+        """Compute the size with longest_edge as longer side; the shorter is even, at least 1."""
         edge = op.Constant(value_ints=[self.longest_edge])
         other = other_side(op, edge, width, height)
         other = op.Max(op.Add(other, op.Mod(other, 2)), 1)
@@ -112,7 +112,7 @@ class Tiling:
     def _whole_tiles(
         self, op: OpBuilder, height: ir.Value, width: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """That size with each side enlarged to a multiple of the tile's."""
+        """Enlarge each side of that size to a multiple of the tile's."""
 
         def enlarged(length: ir.Value) -> ir.Value:
             return op.Mul(op.Div(op.Add(length, self.side - 1), self.side), self.side)
@@ -125,21 +125,21 @@ class Tiling:
 def _oriented(
     op: OpBuilder, height: ir.Value, width: ir.Value, longer: ir.Value, shorter: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """(height, width) of a picture that lies as one of the old height and width."""
+    """Order the sides as (height, width), in the orientation of the old height and width."""
     is_wide = op.GreaterOrEqual(width, height)
     return op.Where(is_wide, shorter, longer), op.Where(is_wide, longer, shorter)
 
 
 @dataclass(frozen=True)
 class TileTokens:
-    """The ids that a picture's place in a prompt is made of.
+    """The token ids of an image in a prompt.
 
     Attributes:
-        fence: stands before each tile, and after the last.
-        whole: marks the whole picture.
+        fence: before each tile, and after the last.
+        whole: marks the whole image.
         markers: of row r and column c, [most, most].
-        image, count: the image token, and how often it stands for a tile.
-        newline, newlines: what one newline becomes, and two.
+        image, count: the image token, and its number of repetitions for a tile.
+        newline, newlines: the ids of one newline, and of two.
     """
 
     fence: int
@@ -152,11 +152,11 @@ class TileTokens:
 
     @property
     def alone(self) -> tuple[int, ...]:
-        """The ids of a picture that is not split."""
+        """The ids of an image that is not split."""
         return (self.fence, self.whole, *[self.image] * self.count, self.fence)
 
     def write(self, op: OpBuilder, rows: ir.Value, columns: ir.Value) -> ir.Value:
-        """prompt_ids int64 [T] of a picture with so many tiles."""
+        """Write prompt_ids int64 [T] of an image with this number of tiles."""
         grid = op.Concat(rows, columns, axis=0)
         markers = op.Slice(_ids(op, self.markers), [0, 0], grid, [0, 1])  # [R, C]
         tile = op.Concat(

@@ -8,7 +8,7 @@ Traps:
   comes from the logits at the last patch.
 - The checkpoint has no image token. One is added as a new row of the embedding, which image
   features always overwrite; the head keeps the real vocabulary, so it can't be generated.
-- LoRA lies inside model.safetensors under PEFT's names; r and alpha stand in config.json only.
+- LoRA is inside model.safetensors under PEFT's names; r and alpha are only in config.json.
 - The stop token is the padding token of training (both are `<|endoftext|>`).
 """
 
@@ -81,7 +81,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """The keys of config.json beside its two sub-configs, with distilvit2's defaults."""
+    """The keys of config.json other than its two sub-configs, with distilvit2's defaults."""
 
     projection_type: str = "linear"
     mlp_hidden_dim: Size = 2048
@@ -94,7 +94,7 @@ class PrefixConfig:
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """preprocessor_config.json, where there is one; else what SigLIP's processor does."""
+    """preprocessor_config.json, if there is one; else the defaults of SigLIP's processor."""
 
     resample: int = 3  # Pillow's code of bicubic
     rescale_factor: float = 1 / 255
@@ -174,7 +174,7 @@ class PrefixCaptioner(Family):
         )
 
     def is_unused(self, key: str) -> bool:
-        """The pooling head, where the config has one: captions read patches."""
+        """Return whether it is the pooling head's, if the config has one: captions read patches."""
         return self.vision.vision_use_head and key.startswith(f"{HEAD}.")
 
     # Graphs
@@ -304,8 +304,8 @@ class PrefixCaptioner(Family):
 
 
 def plain_name(key: str) -> str:
-    """The graphs' name of a tensor: without transformers 4's `vision_model`, and with the `model`
-    that a decoder lacks where it was saved from its base class, without a head."""
+    """Return the graphs' name of a tensor: without transformers 4's `vision_model`, and with the
+    `model` that a decoder lacks if it was saved from its base class, without a head."""
     key = key.replace("vision_encoder.vision_model.", "vision_encoder.", 1)
     if key.startswith(
         tuple(f"{LANGUAGE_MODEL}.{part}." for part in ("embed_tokens", "layers", "norm"))
@@ -315,7 +315,7 @@ def plain_name(key: str) -> str:
 
 
 def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Which encoder and decoder the checkpoint joins. Raises ConfigError."""
+    """Check the types of encoder and decoder. Raises ConfigError."""
     expected = {"vision_config": (vision, "siglip_vision_model"), "text_config": (text, "llama")}
     wrong = [
         f"{section}.model_type={raw.get('model_type')!r} (supported: {kind!r})"
@@ -331,7 +331,7 @@ def _check_types(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
 
 
 def _pixel_config(checkpoint: Checkpoint, vision: Mapping[str, Any]) -> PixelConfig:
-    """preprocessor_config.json where it lies in the folder. Raises ConfigError."""
+    """Read preprocessor_config.json, if there is one. Raises ConfigError."""
     where = "preprocessor_config.json"
     raw = checkpoint.json(where) or {}
     size, expected = raw.get("size"), vision.get("image_size", SiglipVisionConfig.image_size)

@@ -1,4 +1,4 @@
-"""From the width of a vision tower to that of a decoder."""
+"""Project from the width of a vision tower to that of a decoder."""
 
 from __future__ import annotations
 

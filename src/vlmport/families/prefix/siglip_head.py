@@ -1,11 +1,10 @@
-"""SigLIP's pooling head: the hidden states of all patches → one vector a picture.
+"""SigLIP's pooling head: the hidden states of all patches → one vector per image.
 
 Source: transformers 5.23, modeling_siglip.py, SiglipMultiheadAttentionPoolingHead.
 
-The head asks one question of every picture: its query is a parameter (`probe`). So query and key
-matrices come to one row of scores for each head, worked out once when the model is exported; the
-key's bias adds the same to every patch, which a softmax does not see. What is left of in_proj are
-the rows of the values.
+The query is the same for every image: it is a parameter (`probe`). So query and key matrices become
+one row of scores for each head, computed once at export; the key's bias adds the same to every
+patch, which a softmax ignores. Only the rows of the values remain of in_proj.
 """
 
 from __future__ import annotations
@@ -72,10 +71,10 @@ class PoolingHead(nn.Module):
 def folded_head(
     tensors: Mapping[str, LazyTensor], config: SiglipVisionConfig, name: str
 ) -> Mapping[str, LazyTensor]:
-    """The tensors, and beside them those that the graph asks for instead of probe and in_proj.
+    """Add the tensors that the graph needs instead of probe and in_proj.
 
-    Where one of these is missing or has another shape, nothing is added: a graph that needs the
-    head then finds its weights unset.
+    If one of these is missing or has another shape, nothing is added: a graph that needs the head
+    then finds its weights unset.
     """
     width, at = config.hidden_size, f"{name}.attention"
     shapes = {

@@ -1,11 +1,11 @@
-"""Qwen's vision-language models: pictures of any size, and positions in time, height and width.
+"""Qwen's vision-language models: images of any size, and positions in time, height and width.
 
 Source: transformers 5.23, modeling_qwen2_5_vl.py, modeling_qwen3_vl.py, and
-image_processing_pil_qwen2_vl.py, whose processor both have. A family says its configs and its
+image_processing_pil_qwen2_vl.py, whose processor both have. A family defines its configs and its
 tower; the rest is here.
 
 Traps:
-- The template writes what stands round a picture, `<|vision_start|>` and `<|vision_end|>`; the
+- The template writes the tokens around an image, `<|vision_start|>` and `<|vision_end|>`; the
   processor repeats `<|image_pad|>` between them.
 - Names of tensors: transformers 4 has `visual.*` and `model.*`, 5 has `model.visual.*` and
   `model.language_model.*`. The graphs have those of 4.
@@ -55,7 +55,7 @@ from vlmport.text.tokenizer import read_tokenizer
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 EOS_TOKEN = "<|endoftext|>"  # by default: transformers 5.23, tokenization_qwen2.py
-GOLDEN_TOKENS = 64  # of the golden picture, at least: a shorter prompt proves less
+GOLDEN_TOKENS = 64  # minimum for the golden image: a shorter prompt proves less
 
 # pixel_values and image_grid_thw → features [N / m², D·(1+n)], in the floats of the form
 Tower = Callable[[OpBuilder, ir.Value, ir.Value], ir.Value]
@@ -63,7 +63,7 @@ Tower = Callable[[OpBuilder, ir.Value, ir.Value], ir.Value]
 
 @dataclass(frozen=True)
 class QwenVLConfig(AnsweringConfig):
-    """The keys of config.json beside its two sub-configs, with Hugging Face's defaults."""
+    """The keys of config.json other than its two sub-configs, with Hugging Face's defaults."""
 
     image_token_id: int = 151655
     video_token_id: int = 151656
@@ -93,7 +93,7 @@ class QwenVL(AnsweringFamily):
     pixel_config: PixelConfig
     unused_token_id: int
 
-    # What a family says
+    # What a family defines
 
     @classmethod
     @abstractmethod
@@ -151,11 +151,11 @@ class QwenVL(AnsweringFamily):
 
     @classmethod
     def ties_by_text_section(cls, text: Mapping[str, Any]) -> bool:
-        """Whether the text section ties the head where the outer config does not."""
+        """Return whether the text section ties the head although the outer config does not."""
         return False
 
     def _check(self) -> None:
-        """Raise ConfigError where files disagree."""
+        """Raise ConfigError if files disagree."""
         vision, pixels = self.vision, self.pixel_config
         sizes = {
             "patch_size": (vision.patch_size, pixels.patch_size),
@@ -172,7 +172,7 @@ class QwenVL(AnsweringFamily):
             raise ConfigError(
                 f"{CONFIG}: out_hidden_size {vision.out_hidden_size} of the tower, hidden_size "
                 f"{self.text.hidden_size} of the decoder",
-                hint="is the file of another model?",
+                hint="does the file belong to this model?",
                 code="config.contradiction",
             )
 
@@ -224,7 +224,7 @@ class QwenVL(AnsweringFamily):
 
     @property
     def golden_options(self) -> Mapping[str, Any]:
-        """As few tokens as prove enough, in one copy."""
+        """The fewest tokens that prove enough, in one copy of the image."""
         least = GOLDEN_TOKENS * self.pixel_config.patching.factor**2
         return {MIN_PIXELS: least, MAX_PIXELS: 2 * least}
 
@@ -247,7 +247,7 @@ class QwenVL(AnsweringFamily):
         text = {key: value for key, value in text.items() if key not in self.text.of_the_kind}
         text |= {"head_dim": self.text.head_size, "num_key_value_heads": self.text.kv_heads}
         raw = {"vision": self.raw.get("vision_config") or {}, "text": self.text_section(self.raw)}
-        del text["rope_theta"], vision["rope_theta"]  # rope_parameters or rope_scaling stand in raw
+        del text["rope_theta"], vision["rope_theta"]  # raw has rope_parameters or rope_scaling
         known = {"vision": vision, "text": text}
         return {
             f"{part}_config": {
@@ -260,15 +260,15 @@ class QwenVL(AnsweringFamily):
 
 
 def unused_token_id(tokenizer: Tokenizer, rows: int, others: Collection[int] = ()) -> int:
-    """The last id that no token has, nor one of `others`: a row of the embedding where there is
-    one to spare, else the first id past them all."""
+    """Find the last id that is no token's and not in `others`: an unused row of the embedding, if
+    there is one, else the first id after all."""
     taken = {*tokenizer.get_vocab(with_added_tokens=True).values(), *others}
     spare = (one for one in reversed(range(rows)) if one not in taken)
     return next(spare, max(rows, max(taken) + 1))
 
 
 def plain_name(key: str) -> str:
-    """The name of a tensor in transformers 4: `model.visual.x` is `visual.x`.
+    """Return the name of a tensor in transformers 4: `model.visual.x` is `visual.x`.
 
     A model that was saved from its base class, without a head, has `language_model.x`.
     """

@@ -1,9 +1,9 @@
-"""Full attention within each frame of a call: frames of different sizes, none seeing another.
+"""Full attention within each frame of a call: frames of different sizes, independent of each other.
 
-Nothing is masked and nothing filled up. Frames of one size, and one frame above all, are the rows
-of a batch. Of frames of different sizes one is attended to after the other, so that the largest
-scores are those of the largest frame, as if it were alone: rows as long as the longest would take
-[F, H, M, M] of them, and a mask over all [H, N, N].
+There is no mask and no padding. Frames of one size, and a single frame above all, are the rows of a
+batch. Frames of different sizes are computed one after the other, so that the largest scores are
+those of the largest frame, as if it were alone. Rows padded to the longest would take [F, H, M, M]
+scores, and a mask over all patches [H, N, N].
 
 F frames, M patches of the largest, N patches of all.
 """
@@ -25,11 +25,11 @@ FLOAT = ir.DataType.FLOAT
 
 @dataclass(frozen=True)
 class FrameAttention:
-    """What all layers of a tower share.
+    """The values that all layers of a tower share.
 
     Attributes:
         are_even: bool [1], whether all frames have one size.
-        count: i64 [1], how many there are.
+        count: i64 [1], number of frames.
         starts, ends: i64 [F], the first patch of each, and the first after it.
     """
 
@@ -44,7 +44,7 @@ class FrameAttention:
     def over(
         cls, op: OpBuilder, sizes: ir.Value, heads: int, dtype: ir.DataType = FLOAT
     ) -> FrameAttention:
-        """For frames of i64 [F] patches, which lie one after the other; values are of `dtype`."""
+        """Prepare for frames of i64 [F] patches, one after the other; values are of `dtype`."""
         are_even = op.Equal(op.ReduceMax(sizes, keepdims=1), op.ReduceMin(sizes, keepdims=1))
         starts = starts_of(op, sizes)
         return cls(are_even, op.Shape(sizes), starts, op.Add(starts, sizes), heads, dtype)
@@ -69,7 +69,7 @@ class FrameAttention:
         return if_else(op, self.are_even, even_frames, uneven_frames, self.dtype, 3)
 
     def _frame(self, op: OpBuilder, number: ir.Value, *qkv: ir.Value) -> ir.Value:
-        """Of the frame with this number i64 [1]: [1, its patches, D]."""
+        """Compute the attention of the frame with this number i64 [1]: [1, its patches, D]."""
         start, end = op.Gather(self.starts, number), op.Gather(self.ends, number)
         return self._attention(op, *(op.Slice(x, start, end, [1]) for x in qkv))
 

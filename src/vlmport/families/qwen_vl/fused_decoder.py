@@ -1,8 +1,8 @@
-"""A decoder that reads a whole sequence at once, pictures and all, and gives logits of every row.
+"""A decoder that reads a whole sequence with images at once, and gives logits of every row.
 
-No cache and no positions to feed: with pictures of one fixed size, M-RoPE's positions follow from
-the ids. Source of the inputs and outputs: CodeGandee/auto-quantize-model, whose decoder is used to
-find out which layers bear rounding; its positions were those of a text.
+It has no inputs for a cache or positions: with images of one fixed size, M-RoPE's positions follow
+from the ids. Source of the inputs and outputs: CodeGandee/auto-quantize-model, whose decoder is
+used to find out which layers tolerate rounding; its positions were those of a text.
 
 B batch, S tokens, D hidden, n lanes, V vocabulary.
 """
@@ -60,7 +60,7 @@ def text_with_image_graph(
 
 
 def _grids(op: OpBuilder, is_image: ir.Value, grid: Grid, merge: int) -> ir.Value:
-    """image_grid_thw i64[I, 3] of all pictures of the batch, which are alike."""
+    """Write image_grid_thw i64[I, 3] of all images of the batch, which have one size."""
     tokens = math.prod(grid) // merge**2
     count = op.ReduceSum(op.Cast(op.Reshape(is_image, [-1]), to=INT64), keepdims=1)  # [1]
     count = refuse(

@@ -1,4 +1,4 @@
-"""Qwen's vision-language models as two graphs for pictures of one size, and as onnxruntime-genai's.
+"""Qwen's vision-language models as two graphs for images of one size, and for onnxruntime-genai.
 
 Sources: CodeGandee/auto-quantize-model, whose inputs and outputs `fused` has; onnxruntime-genai
 0.18, its test models' genai_config.json and the code that reads it (multi_modal.cpp,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FLOAT = ir.DataType.FLOAT
 DEFAULT_SIZE = ImageSize(672, 672)
-FUSED_ROOM = 16  # tokens of the context beside a picture's: the template's, and an answer's
+FUSED_ROOM = 16  # tokens of the context besides an image's: the template's, and an answer's
 GENAI_ROOM = 4096  # tokens: what its cache takes memory for, unless its user says otherwise
 # Names of Pillow's filters in onnxruntime-extensions, by their codes.
 FILTERS = {1: "LANCZOS", 2: "LINEAR", 3: "CUBIC"}
@@ -51,7 +51,7 @@ def fused(family: QwenVL) -> SizedLayout:
 
 
 def _fused_at(family: QwenVL, size: ImageSize) -> Layout:
-    """Raises ExportError for a size that is no whole number of tokens, or of too many."""
+    """Make the layout. Raises ExportError for a size of no whole number of tokens, or too large."""
     pixels = family.pixel_config
     grid = _grid(family, size)
     tokens, token = math.prod(grid) // pixels.merge_size**2, family.config.image_token_id
@@ -83,13 +83,13 @@ def _fused_at(family: QwenVL, size: ImageSize) -> Layout:
 
 
 def _grid(family: QwenVL, size: ImageSize) -> tuple[int, int]:
-    """Rows and columns of patches. Raises ExportError where a token would be cut."""
+    """Return rows and columns of patches. Raises ExportError if a token would be cut."""
     patching = family.pixel_config.patching
     factor = patching.factor
     if size.width % factor or size.height % factor:
         width, height = (max(1, round(s / factor)) * factor for s in (size.width, size.height))
         raise ExportError(
-            f"image size {size}: both sides must be multiples of {factor}, what one token covers",
+            f"image size {size}: both sides must be multiples of {factor}, the side of one token",
             hint=f"such as {ImageSize(width, height)}",
             code="layout.wrong-image-size",
         )
@@ -111,7 +111,7 @@ def _vision(family: QwenVL, size: ImageSize, form: Format) -> GraphBuilder:
 
 
 def genai(family: QwenVL) -> Layout:
-    """The layout `genai`; image_processor and position_ids are beside what its client opens."""
+    """The layout `genai`; its client does not open image_processor and position_ids."""
     text = family.text
     return Layout(
         fixed_graphs=family.fixed_graphs,
@@ -134,7 +134,7 @@ def genai(family: QwenVL) -> Layout:
 
 
 def _genai_files(family: QwenVL) -> HubFiles:
-    """The family's own, with the processor of onnxruntime-extensions for Hugging Face's."""
+    """Return the family's files, with onnxruntime-extensions' processor for Hugging Face's."""
     pixels = family.pixel_config
     name = f"{family.name}_image_processor"
     sizes = {
@@ -152,7 +152,7 @@ def _genai_files(family: QwenVL) -> HubFiles:
     steps: list[tuple[str, str, dict[str, Any]]] = [
         ("decode_image", "DecodeImage", {"color_space": "RGB"}),
         ("convert_to_rgb", "ConvertRGB", {}),
-        # Of width and height it makes no use when it chooses them itself.
+        # It ignores width and height when it chooses them itself.
         (
             "resize",
             "Resize",
@@ -175,7 +175,7 @@ def _genai_files(family: QwenVL) -> HubFiles:
 
 
 def genai_config(family: QwenVL, files: Mapping[str, str]) -> dict[str, Any]:
-    """genai_config.json: sizes, names of inputs and outputs, and which graphs to open.
+    """Make genai_config.json: sizes, names of inputs and outputs, and which graphs to open.
 
     Args:
         files: component → the graph's path.

@@ -1,4 +1,4 @@
-"""The embedding of a client that wants the features of pictures written into it by the graph.
+"""The embedding for a client that needs image features written into it by the graph.
 
 Source of the inputs and outputs: onnxruntime-genai's model `embedding`.
 """
@@ -21,8 +21,8 @@ def merged_embedding_graph(
 ) -> GraphBuilder:
     """input_ids i64[B, S], image_features f32[T, D·(1+n)] → inputs_embeds f32[B, S, D·(1+n)].
 
-    The features stand, in order, where the ids are the image token's: of all rows of the batch,
-    one row after another. T is 0 for text.
+    The features replace, in order, the rows whose id is the image token's, in all rows of the
+    batch, one after another. T is 0 for text.
     """
     builder = new_graph("embedding")
     op, dims, width = builder.op, ["batch_size", "sequence_length"], config.embeds_size
@@ -40,7 +40,7 @@ def merged_embedding_graph(
         "as many rows of image_features are needed as input_ids has image tokens",
         "pass the features of all pictures whose tokens are in input_ids, and of no others",
     )
-    # Of each token, which row is its own; a row of zeros behind them where it is none.
+    # The row of features for each token; the row of zeros after them for other tokens.
     number = op.Sub(op.CumSum(flat, op.Constant(value_int=0)), 1)
     number = op.Where(is_image, op.Reshape(number, op.Shape(ids)), rows)
     own = op.Gather(op.Pad(features, [0, 0, 1, 0]), number)

@@ -1,4 +1,4 @@
-"""A picture as rows of patches, in the order in which a tower merges them.
+"""Cut an image into rows of patches, in the order in which a tower merges them.
 
 Source: transformers 5.23, image_processing_pil_qwen2_vl.py, patchify.
 """
@@ -16,11 +16,11 @@ __all__ = ["Patching"]
 
 @dataclass(frozen=True)
 class Patching:
-    """How a picture is cut.
+    """The sizes for cutting an image.
 
     Attributes:
         size: pixels of a patch's side.
-        frames: how often a still picture is repeated in time.
+        frames: number of repetitions of a still image in time.
         merge: patches of a token's side.
     """
 
@@ -30,7 +30,7 @@ class Patching:
 
     @property
     def factor(self) -> int:
-        """Pixels of a token's side: both sides of a picture are multiples of it."""
+        """Pixels of a token's side: both sides of an image are multiples of it."""
         return self.size * self.merge
 
     @property
@@ -55,6 +55,6 @@ class Patching:
         return op.Reshape(repeated, [0, self.width])
 
     def grid(self, op: OpBuilder, image: ir.Value) -> ir.Value:
-        """image_grid_thw i64 [1, 3] of that picture."""
+        """Write image_grid_thw i64 [1, 3] of that image."""
         sides = op.Div(op.Shape(image, end=2), self.size)
         return op.Unsqueeze(op.Concat([1], sides, axis=0), [0])

@@ -1,9 +1,10 @@
-"""Pictures as Qwen's processor makes them: of any size, cut into patches.
+"""Process images as Qwen's processor does: of any size, cut into patches.
 
 Source: transformers 5.23, image_processing_pil_qwen2_vl.py, Qwen2VLImageProcessorPil.
 
-Trap: the limits of a picture's pixels have three spellings: `min_pixels`, `size.shortest_edge`
-and, in files of transformers 4.49, `size.min_pixels`. The first counts.
+Traps:
+- The limits of an image's pixels have three spellings: `min_pixels`, `size.shortest_edge` and, in
+  files of transformers 4.49, `size.min_pixels`. The first takes precedence.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class PixelConfig:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
-        """From the image processor's settings. Raises ConfigError."""
+        """Read the image processor's settings. Raises ConfigError."""
         config = read_config(cls, {**raw, **_limits(raw, where)}, where)
         if config.min_pixels > config.max_pixels:
             raise ConfigError(
                 f"{where}: at least {config.min_pixels} pixels (min_pixels, size.shortest_edge), "
                 f"at most {config.max_pixels} (max_pixels, size.longest_edge)",
-                hint="no picture has both; the second must not be less",
+                hint="no image has both; the second must not be less",
                 code="config.contradiction",
             )
         return config
@@ -66,7 +67,7 @@ class PixelConfig:
 
 
 def _limits(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """min_pixels and max_pixels, from wherever the settings say them."""
+    """Read min_pixels and max_pixels, in any of their spellings."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     if raw.get("size") is not None:
         size = subsection(raw, "size", where)

@@ -61,7 +61,7 @@ class Qwen2_5VL(QwenVL):  # noqa: N801, the version is part of the name
 
 EOS_TOKEN_ID = 151645  # Qwen2_5_VLTextConfig's default; Qwen3VLTextConfig has none
 
-# What stands at the top of config.json and is not the decoder's.
+# Keys at the top of config.json that are not the decoder's.
 OUTER_KEYS = frozenset(
     {
         "architectures",

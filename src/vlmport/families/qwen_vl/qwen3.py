@@ -4,10 +4,11 @@ turns.
 Source: transformers 5.23, modeling_qwen3_vl.py and configuration_qwen3_vl.py.
 
 Traps:
-- The width of a head is its own: in the 4B and the 32B model it is not hidden_size by heads.
+- The width of a head is a value of its own: in the 4B and the 32B model it is not hidden_size by
+  heads.
 - Features of three layers of the tower are added after the first three layers of the decoder; an
-  embedding carries them as lanes behind itself.
-- Whether the head is tied says the outer config alone.
+  embedding carries them as lanes after its own values.
+- Only the outer config decides whether the head is tied.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Qwen3VL(QwenVL):
             raise ConfigError(
                 f"{where}: num_hidden_layers {text.num_hidden_layers} are fewer than the {lanes} "
                 "deepstack_visual_indexes of vision_config",
-                hint="each is added after a layer of its own; is the file of another model?",
+                hint="each is added after a layer of its own; does the file belong to this model?",
                 code="config.contradiction",
             )
         return replace(text, deepstack_lanes=lanes)

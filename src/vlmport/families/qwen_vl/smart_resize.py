@@ -1,4 +1,4 @@
-"""Qwen's smart resize: sides that are whole blocks, and as many pixels as allowed.
+"""Qwen's smart resize: sides of whole blocks, and a number of pixels within limits.
 
 Source: transformers 5.23, image_processing_pil_qwen2_vl.py, smart_resize. Each side is rounded to
 a multiple of the factor f, halves to even. If that makes too many pixels, or too few, both sides
@@ -11,7 +11,7 @@ go past it, and the side is a block less or more: 19 x 19 with at least 3136 pix
 56 x 56. `_misses` follows the doubles through those cases.
 
 The maths of it: let m = k f be the new side without errors, so that β is the fraction h / m (or
-m / h, when the picture grows). Powers of two don't matter to doubles: let P / Q be that fraction
+m / h, when the image grows). Powers of two don't matter to doubles: let P / Q be that fraction
 brought into [1, 2). Its square is rounded to 53 bits: by S / Q² of a unit in the last place, and
 that moves the root by S 2^x / (2 P Q) units, where x is 1 if the square is 2 or more, else 0. The
 root is rounded again, so β is R / Q units (2^-52) off, where R follows from the remainders of P and
@@ -36,20 +36,20 @@ __all__ = ["SmartResize"]
 
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 MOST_RATIO = 200  # of the sides
-MOST_SIDE = 65_536  # of the new picture: the resizer's integers hold up to here
-MOST_LEAST = 1 << 26  # no picture is made larger than this
-UNLIMITED = 1 << 28  # a picture that is read has fewer pixels, rounded sides or not
+MOST_SIDE = 65_536  # of the new image: the resizer's integers hold up to here
+MOST_LEAST = 1 << 26  # no image is made larger than this
+UNLIMITED = 1 << 28  # an image that is read has fewer pixels, even with rounded sides
 POWERS = 1 << np.arange(62, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class SmartResize:
-    """How the sides of a picture become multiples of `factor`."""
+    """A resize that makes the sides of an image multiples of `factor`."""
 
     factor: int
 
     def sides_of(self, height: int, width: int, least: int, most: int) -> tuple[int, int]:
-        """The new height and width of a picture, for `least` to `most` pixels."""
+        """Compute the new height and width of an image, for `least` to `most` pixels."""
         factor, sides = self.factor, (height, width)
         new = [round(side / factor) * factor for side in sides]
         if math.prod(new) > most:
@@ -63,10 +63,10 @@ class SmartResize:
     def sides(
         self, op: OpBuilder, height: ir.Value, width: ir.Value, least: ir.Value, most: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """The same in a graph: int64 [1] each.
+        """Compute the same in a graph: int64 [1] each.
 
         The graph refuses sides that differ too much, as the original does, and limits that no
-        picture can have.
+        image can have.
         """
         longer, shorter = op.Max(height, width), op.Min(height, width)
         height = refuse(
@@ -103,7 +103,7 @@ class SmartResize:
     def whole_blocks(
         self, op: OpBuilder, height: ir.Value, width: ir.Value, least: ir.Value, most: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """The new sides, int64, element by element, of what `sides` does not refuse."""
+        """Compute the new sides, int64, element by element; the input is one that `sides` takes."""
         sides, f = (height, width), self.factor
         most = op.Min(most, UNLIMITED)
         rounded = [op.Mul(_round_half_even(op, side, f), f) for side in sides]
@@ -124,7 +124,7 @@ class SmartResize:
         m = op.Mul(k, f)
         P, R, _ = _beta(op, side, m)
         s, t = _log2(op, m), _log2(op, k)
-        # Below a power of two, doubles lie twice as close.
+        # Below a power of two, doubles are twice as close.
         c_m, c_k = (_count(op, op.Equal(x, _power(op, e))) for x, e in ((m, s), (k, t)))
         moved = op.Mul(op.Mul(op.Mul(m, R), 2), _power(op, c_m))
         unit = op.Mul(P, _power(op, s))
@@ -157,9 +157,9 @@ class SmartResize:
 
 
 def _beta(op: OpBuilder, p: ir.Value, q: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """P, R and e for β = p / q: P / Q = β / 2^e in [1, 2), and its double is R / Q units more.
+    """Compute P, R and e for β = p / q: P / Q = β / 2^e in [1, 2), its double is R / Q units more.
 
-    Of sides below 2^18, so that all products modulo Q² hold in an int64.
+    For sides below 2^18, so that all products modulo Q² fit into an int64.
     """
     e = op.Where(
         op.GreaterOrEqual(p, q),
@@ -186,7 +186,7 @@ def _round_half_even(op: OpBuilder, side: ir.Value, factor: int) -> ir.Value:
 
 
 def _root(op: OpBuilder, n: ir.Value) -> ir.Value:
-    """The whole part of sqrt(n), for 0 <= n < 2^40: float32 is off by one at most."""
+    """Compute the whole part of sqrt(n), for 0 <= n < 2^40: float32 is off by one at most."""
     near = op.Cast(op.Sqrt(op.Cast(n, to=FLOAT)), to=INT64)
     near = op.Sub(near, _count(op, op.Greater(op.Mul(near, near), n)))
     above = op.Add(near, 1)
@@ -203,7 +203,7 @@ def _times_power(op: OpBuilder, x: ir.Value, exponent: ir.Value, modulus: ir.Val
 
 
 def _log2(op: OpBuilder, x: ir.Value) -> ir.Value:
-    """The whole part of log2(x), for 1 <= x < 2^40."""
+    """Compute the whole part of log2(x), for 1 <= x < 2^40."""
     powers = op.Constant(value=ir.tensor(POWERS[:40]))
     reached = op.GreaterOrEqual(op.Unsqueeze(x, [-1]), powers)
     return op.Sub(op.ReduceSum(op.Cast(reached, to=INT64), [-1], keepdims=0), 1)
@@ -215,12 +215,12 @@ def _power(op: OpBuilder, exponent: ir.Value) -> ir.Value:
 
 
 def _count(op: OpBuilder, condition: ir.Value) -> ir.Value:
-    """1 where it holds, else 0."""
+    """Turn a condition into 1 or 0."""
     return op.Cast(condition, to=INT64)
 
 
 def _sum(op: OpBuilder, first: ir.Value, *others: ir.Value) -> ir.Value:
-    """How many of the conditions hold."""
+    """Count the conditions that hold."""
     total = _count(op, first)
     for other in others:
         total = op.Add(total, _count(op, other))

@@ -2,8 +2,8 @@
 
 Source: transformers 5.23, configuration_qwen2_5_vl.py and configuration_qwen3_vl.py.
 
-A head that is tied is said outside of the text section in some files: the caller writes what holds
-under `tie_word_embeddings`. So it is with `deepstack_lanes`, which the vision section says.
+Some files tie the head outside of the text section: the caller sets `tie_word_embeddings`. It also
+sets `deepstack_lanes`, which is in the vision section.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MropeConfig(DecoderConfig):
 
     @classmethod
     def _rope(cls, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """`rope_theta` and `mrope_section`; whether they interleave is the kind's to say."""
+        """Read `rope_theta` and `mrope_section`; the kind of model decides if they interleave."""
         sections = [subsection(raw, name, where) for name in ("rope_parameters", "rope_scaling")]
         said = agreed("mrope_interleaved", sections, where)
         if said and said["mrope_interleaved"] is not cls.mrope_interleaved:

@@ -1,4 +1,4 @@
-"""What the vision towers of Qwen2.5-VL and Qwen3-VL have alike.
+"""The common parts of the vision towers of Qwen2.5-VL and Qwen3-VL.
 
 Source: transformers 5.23, modeling_qwen2_5_vl.py and modeling_qwen3_vl.py.
 """
@@ -22,13 +22,13 @@ from vlmport.graph.parameters import Format, Weight
 from vlmport.graph.rotary import frequencies
 
 FLOAT = ir.DataType.FLOAT
-HINT = "is the file of another model?"
-EPSILON = 1e-6  # of every norm; no config says it
+HINT = "does the file belong to this model?"
+EPSILON = 1e-6  # of every norm; no config has it
 
 
 @dataclass(frozen=True)
 class QwenVisionConfig:
-    """What both graphs need of a vision_config; the defaults are the subclasses' own."""
+    """The keys of vision_config that both graphs need; the defaults are the subclasses' own."""
 
     depth: Layers
     hidden_size: Size
@@ -46,10 +46,10 @@ class QwenVisionConfig:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
-        """From a config.json section. Raises ConfigError."""
+        """Read a section of config.json. Raises ConfigError."""
         rope = subsection(raw, "rope_parameters", where)
         kind = rope.get("rope_type", "axial")
-        if kind not in ("axial", "default"):  # of which transformers makes the first
+        if kind not in ("axial", "default"):  # transformers turns the second into the first
             raise ConfigError(
                 f"{where}: rope_parameters: rope_type={kind!r}, expected 'axial'",
                 hint=HINT,
@@ -136,7 +136,7 @@ def rotary_angles(
 
 
 class Attending(Protocol):
-    """Which patches see each other: within frames, or within windows."""
+    """Attention within frames, or within windows."""
 
     def attend(self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """q, k, v [1, N, D] → [1, N, D]."""

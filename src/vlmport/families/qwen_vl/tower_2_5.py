@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower: windows of patches, and a few blocks that see whole pictures.
+"""Qwen2.5-VL's vision tower: windows of patches, and a few blocks with attention to whole images.
 
 Source: transformers 5.23, modeling_qwen2_5_vl.py, Qwen2_5_VisionTransformerPretrainedModel, and
 vision_utils.py, get_vision_window_index.
@@ -6,7 +6,7 @@ vision_utils.py, get_vision_window_index.
 The original puts patches into the order of the windows and the features back into their own. Here
 they stay in their own order throughout: only what attends within windows is laid out by window.
 
-N patches of all pictures, W windows, L patches of a whole window, C hidden size.
+N patches of all images, W windows, L patches of a whole window, C hidden size.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Qwen2_5VisionConfig(QwenVisionConfig):  # noqa: N801, the version is part 
 
     @property
     def window_side(self) -> int:
-        """Of a whole window, in blocks of merged patches."""
+        """The side of a whole window, in blocks of merged patches."""
         return self.window_size // self.spatial_merge_size // self.patch_size
 
 
@@ -143,7 +143,7 @@ class Block(VisionBlock):
 
 
 class Merger(nn.Module):
-    """Patches that stand next to each other as one row, then two matrices."""
+    """A module that joins neighbouring patches into one row, then applies two matrices."""
 
     def __init__(self, config: Qwen2_5VisionConfig, form: Format):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower: patches of pictures of any sizes → features, and DeepStack lanes.
+"""Qwen3-VL's vision tower: patches of images of any sizes → features, and DeepStack lanes.
 
 Source: transformers 5.23, modeling_qwen3_vl.py and vision_utils.py.
 
@@ -8,7 +8,7 @@ Traps:
   meet a learnt position exactly to just below it.
 - The norm of the last merger comes before patches are put side by side, those of the DeepStack
   mergers after.
-- The activation of the mergers is the exact GELU, whatever hidden_act says.
+- The activation of the mergers is the exact GELU, independent of hidden_act.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 @dataclass(frozen=True)
 class Qwen3VisionConfig(QwenVisionConfig):
-    """What the graph needs of a config, with Hugging Face's defaults (transformers 5.23)."""
+    """The keys that the graph needs, with Hugging Face's defaults (transformers 5.23)."""
 
     depth: Layers = 27
     hidden_size: Size = 1152
@@ -75,7 +75,7 @@ class Qwen3VisionConfig(QwenVisionConfig):
 
     @property
     def side(self) -> int:
-        """Of the square of learnt positions."""
+        """The side of the square of learnt positions."""
         return math.isqrt(self.num_position_embeddings)
 
 
@@ -156,7 +156,7 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """pixel_values f32[N, K], image_grid_thw i64[num_images, 3] → features [T, D·(1+n)].
 
-    The n DeepStack lanes stand behind the features, in the order of the layers that they come
+    The n DeepStack lanes come after the features, in the order of the layers that they come
     from. The result has the floats of the form; pixels are always float32.
     """
 
