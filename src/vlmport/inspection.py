@@ -1,4 +1,4 @@
-"""What `vlmport inspect` shows: of a bundle, of one ONNX file, of a folder with some."""
+"""Show what `vlmport inspect` shows about a bundle, an ONNX file, or a folder of ONNX files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def describe(bundle: Bundle, console: Console) -> None:
 
 
 def describe_onnx(path: Path, console: Console) -> None:
-    """Print what one ONNX file says of itself; its weights are not loaded.
+    """Print the contents of one ONNX file; its weights are not loaded.
 
     Raises BundleError for what is no whole ONNX file, and, once all is printed, where external
     files are missing or too short.
@@ -94,9 +94,9 @@ def describe_folder(folder: Path, files: Iterable[Path], console: Console) -> li
 
 
 def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
-    """Run the golden input at every precision; whether all gave what the manifest expects.
+    """Run the golden input at every precision, and return whether all gave the recorded result.
 
-    A precision without a golden fails: nothing is known of it.
+    A precision without a recorded result fails: nothing is known about it.
     """
     from vlmport.runtime.probe import check_golden, open_graphs
 
@@ -117,12 +117,12 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
 
 
 def _print(console: Console, text: str) -> None:
-    """As it is: brackets are dims, not markup, and a pipe decides where lines break."""
+    """Print a text as it is: brackets are dims, not markup, and lines are not wrapped."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _contents(graph: OnnxFile) -> Iterator[str]:
-    """Operators, weights, files and metadata of a graph, a line each."""
+    """List operators, weights, files and metadata of a graph, a line each."""
     total = sum(counter.total() for counter in graph.operators.values())
     yield ""
     yield f"operators        {total}"
@@ -145,7 +145,7 @@ def _contents(graph: OnnxFile) -> Iterator[str]:
 
 
 def _parity(parity: Mapping[str, Any] | None) -> Iterator[str]:
-    """The result of `vlmport verify`: as a whole, and how many checks each precision passed."""
+    """List the result of `vlmport verify`: the verdict, and the checks of each precision."""
     if parity is None:
         yield "parity           not verified yet"
         return
@@ -166,12 +166,12 @@ def _parity(parity: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The figures of `vlmport eval`, a line for each precision on each set of pictures."""
+    """List the figures of `vlmport eval`, a line for each precision on each data set."""
     entries = list(accuracy)
     if not entries:
         yield "accuracy         not measured yet"
         return
-    # With it comes ONNX Runtime, which is slow to import.
+    # It imports ONNX Runtime, which is slow.
     from vlmport.evaluation.report import counted, losses, title_of
 
     for entry in entries:
@@ -187,7 +187,7 @@ def _accuracy(accuracy: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _download(manifest: Manifest, precision: str, device: str = "cpu") -> str:
-    """What a client of a precision fetches, such as '201.7 MB'."""
+    """Return the size of a precision's files, such as '201.7 MB'."""
     names = manifest.files_of(manifest.choose(precision, device))
     return f"{sum(manifest.files[name].size for name in names) / 1e6:.1f} MB"
 
@@ -197,7 +197,7 @@ def _size(bundle: Bundle, variant: Variant) -> int:
 
 
 def _ports(bundle: Bundle, forms: Mapping[str, Variant]) -> Iterator[str]:
-    """Inputs and outputs, the cache's counted; what only some precisions have is marked so."""
+    """List inputs and outputs; cache tensors are counted, those of some precisions marked."""
     cache = bundle.manifest.cache
     shown: dict[str, list[str]] = {}
     for form, variant in forms.items():
@@ -219,7 +219,7 @@ def _ports(bundle: Bundle, forms: Mapping[str, Variant]) -> Iterator[str]:
 
 
 def _folded(ports: Iterable[Port]) -> list[str]:
-    """Names, the numbered ones of one kind counted: 'past_key_values.0.key … (60)'."""
+    """List names, with numbered ones of one kind counted: 'past_key_values.0.key … (60)'."""
     groups: dict[str, list[str]] = {}
     for one in ports:
         stem = "".join("#" if letter.isdigit() else letter for letter in one.name)

@@ -147,6 +147,9 @@ def test_captions_are_those_of_the_runtime(shapes: Path) -> None:
     assert report.answers["q4"].captions == texts
     right = sum(t in one.references for t, one in zip(texts, data.examples, strict=True))
     assert report.figures == {"q4": {"exact_match": round(100 * right / 20, 2)}}
+    points = f"{100 * right / 20:.2f}"
+    assert repr(report) == f"Report(passed: {SCENES}, 20 pictures: q4 exact_match {points})"
+    assert f"<tr><td>q4</td><td>{points}</td><td></td><td></td></tr>" in report._repr_html_()
 
 
 def test_nothing_is_drawn_whatever_the_bundle_does_by_default(own: Path) -> None:
@@ -314,7 +317,7 @@ def test_pictures_that_cannot_be_read(own: Path, pictures: Path, tmp_path: Path)
     done = run(own, pictures, "-p", "fp32,q8", "--json", out)
     assert done.exit_code == 2
     assert done.stderr.count("red_square.png: not an image") == 1
-    assert "1 of 8 pictures could not be captioned" in done.stderr
+    assert "error[evaluation.incomplete]: 1 of 8 " in done.stderr
     assert "7 pictures" in done.stdout
     result = json.loads(out.read_text())
     assert result["examples"][0]["captions"] == {"fp32": None, "q8": None}
@@ -328,7 +331,7 @@ def test_no_picture_that_can_be_read(own: Path, pictures: Path) -> None:
         path.write_bytes(b"not a picture")
     done = run(own, pictures, "-p", "q8")
     assert done.exit_code == 2
-    assert "none of the 8 pictures can be captioned" in done.stderr
+    assert "error[evaluation.incomplete]: none of the 8 " in done.stderr
 
 
 def test_what_is_done_is_kept_when_the_rest_is_interrupted(

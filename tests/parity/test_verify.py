@@ -300,6 +300,21 @@ def test_the_card_counts_no_component_among_the_inputs() -> None:
     assert "on 2 inputs (a, b): " in parity_markdown(report.to_json())
 
 
+def test_a_report_shows_itself_in_one_line_and_as_a_table() -> None:
+    right, wrong = (
+        Row(name, "q4", rung, (Measure("wrong", value, Limit(0, "values", "")),))
+        for name, rung, value in (("<a>", "pixels", 0), ("<a>", "first_logits", 2))
+    )
+    assert repr(Report("torch 2", (right,))) == "Report(all 1 checks passed against torch 2)"
+    report = Report("torch 2", (right, wrong))
+    assert repr(report) == f"Report({report.summary})"
+    table = report._repr_html_()
+    assert "<tr><td>pixels</td><td>0 wrong values</td></tr>" in table
+    assert "<tr><td>first_logits</td><td><b>failed: 2 wrong values</b></td></tr>" in table
+    assert "&lt;a&gt;" in table
+    assert "<a>" not in table
+
+
 def test_nothing_compared_is_no_pass() -> None:
     assert not Report("x", ()).passed
 

@@ -1,11 +1,11 @@
-"""Measure how good a bundle's captions or answers are, at each precision, and what rounding cost.
+"""Measure how good a bundle's captions or answers are at each precision, and the cost of rounding.
 
     report = evaluate("bundle")                      # the held-out scenes of `shapes`
     report = evaluate("bundle", questions=True)      # questions about such scenes
     report = evaluate("bundle", "folder/of/photos")  # with captions.json or metadata.csv in it
     report.figures, report.passed
 
-docs/evaluation.md says what is measured, and the rules.
+docs/evaluation.md explains the measurements and the rules.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from vlmport.runtime.model import BATCH_SIZE, VLM, Response
 
 __all__ = ["Progress", "Report", "UnrecordedResultError", "accuracy_markdown", "evaluate"]
 
-# A model of the scenes has one right in its first few; any other never says such a sentence.
+# A model that was trained on scenes has one right among its first few; any other never does.
 ENOUGH_TO_TELL = 32
 
-# done pictures, all pictures of all precisions, what is being measured
+# done images, all images of all precisions, what is being measured
 Progress = Callable[[int, int, str], None]
 
 
 class UnrecordedResultError(BundleError):
-    """The evaluation has its results, but they can't be, or must not be, written into the bundle.
+    """The evaluation is done, but its result can't be, or must not be, written into the bundle.
 
     Attributes:
         report: the result.
@@ -112,32 +112,17 @@ def evaluate(
         BundleError, DeviceError, OptionError: a damaged bundle, an unknown device, a number out of
             its range.
     """
-    if pictures is None and captions is not None:
-        raise EvaluationError(
-            f"captions {captions} without pictures",
-            hint="give the folder of the pictures too",
-            code="option.contradiction",
-        )
-    if pictures is not None and questions:
-        raise EvaluationError(
-            f"questions about {pictures}: they are about drawn scenes only",
-            hint="leave out the pictures, or the questions",
-            code="option.contradiction",
-        )
-    # One that was opened before knows nothing of what was recorded since.
+    _check_options(pictures, captions, questions)
+    # A bundle that was opened earlier does not know what was recorded since.
     bundle = open_bundle(
         bundle.folder if isinstance(bundle, Bundle) else bundle, precisions=precisions or ()
     )
     whole_number("batch_size", batch_size, 1)
-    default = "exact_match" if pictures is None else "rouge_l"
-    chosen = parse_metrics(metrics or [default])
+    chosen = parse_metrics(metrics or ["exact_match" if pictures is None else "rouge_l"])
     wanted = list(precisions or bundle.manifest.precisions)
     for name in wanted:
         bundle.manifest.choose(name, device.partition(":")[0])
-    if pictures is not None:
-        data = captioned_pictures(pictures, captions, limit)
-    else:
-        data = drawn_questions(limit) if questions else drawn_scenes(limit)
+    data = _examples(pictures, captions, questions, limit)
     report = _empty(bundle, data, chosen, device)
     for number, name in enumerate(wanted):
         with VLM.open(bundle, precision=name, device=device, threads=threads) as model:
@@ -151,8 +136,35 @@ def evaluate(
     return report
 
 
+def _check_options(
+    pictures: str | Path | None, captions: str | Path | None, questions: bool
+) -> None:
+    """Raise EvaluationError for options that contradict each other."""
+    if pictures is None and captions is not None:
+        raise EvaluationError(
+            f"captions {captions} without images",
+            hint="give the folder of the images too",
+            code="option.contradiction",
+        )
+    if pictures is not None and questions:
+        raise EvaluationError(
+            f"questions about {pictures}: they are about drawn scenes only",
+            hint="leave out the images, or the questions",
+            code="option.contradiction",
+        )
+
+
+def _examples(
+    pictures: str | Path | None, captions: str | Path | None, questions: bool, limit: int | None
+) -> ExampleSet:
+    """Read the folder of images, or draw scenes or questions about them."""
+    if pictures is not None:
+        return captioned_pictures(pictures, captions, limit)
+    return drawn_questions(limit) if questions else drawn_scenes(limit)
+
+
 def _empty(bundle: Bundle, data: ExampleSet, metrics: tuple[Metric, ...], device: str) -> Report:
-    """Before anything is measured: with what an earlier run has recorded of the same pictures."""
+    """Create the report of a run, with the figures that an earlier run recorded for this data."""
     programs = {"vlmport": __version__, "onnxruntime": onnxruntime.__version__}
     for package in (name.replace("_", "-") for metric in metrics for name in metric.modules):
         programs[package] = version(package)
@@ -171,7 +183,7 @@ def _empty(bundle: Bundle, data: ExampleSet, metrics: tuple[Metric, ...], device
 
 
 def _parts(precision: str) -> list[str]:
-    """The precisions in a name or in a mix."""
+    """Split a name or a mix into precisions."""
     return [part.rpartition("=")[2] for part in precision.split(",")]
 
 
@@ -182,7 +194,7 @@ def _measured(
     turn: tuple[int, int],
     progress: Progress | None,
 ) -> Report:
-    """The report with one more precision in it."""
+    """Measure one precision, and add it to the report."""
     data, (number, count) = report.data, turn
     texts: list[str | None] = []
     unreadable = dict(report.unreadable)
@@ -198,8 +210,8 @@ def _measured(
             _check_it_knows_scenes(data, texts)
     if len(unreadable) == len(data):
         raise EvaluationError(
-            f"none of the {len(data)} pictures can be captioned: {next(iter(unreadable.values()))}",
-            hint="are these pictures?",
+            f"none of the {len(data)} images can be captioned: {next(iter(unreadable.values()))}",
+            hint="check that these files are images",
             code="evaluation.incomplete",
         )
     answers = {**report.answers, model.precision: _scored(data, texts, report.metrics)}
@@ -213,8 +225,10 @@ def _measured(
 def _said(
     model: VLM, data: ExampleSet, batch_size: int
 ) -> Iterator[Response | ImageError | PromptError]:
-    """What the model says, in order. Where the bundle's defaults draw tokens, a figure would be
-    one of many: nothing is drawn."""
+    """Ask the model about each example, in order.
+
+    Tokens are never sampled, whatever the bundle's defaults are: a figure would differ each time.
+    """
     if not data.asks:
         yield from model.caption_each(data.images(), batch_size=batch_size, do_sample=False)
         return
@@ -225,20 +239,20 @@ def _said(
 
 
 def _check_it_knows_scenes(data: ExampleSet, texts: Sequence[str | None]) -> None:
-    """Drawn scenes are for models trained on them: 0 % of any other means nothing."""
+    """Raise EvaluationError for a model that was not trained on scenes: its 0 % means nothing."""
     right = zip(texts, data.examples, strict=False)
     if data.is_drawn and not any(text in example.references for text, example in right):
         what = "answers" if data.asks else "captions"
         raise EvaluationError(
-            f"none of the first {len(texts)} {what} is right: without pictures of your own, eval "
-            f"takes {data.name}, for models trained on such scenes",
-            hint="vlmport eval BUNDLE FOLDER measures on pictures with captions of yours",
+            f"none of the first {len(texts)} {what} is right: without images of your own, eval "
+            f"measures on {data.name}, for models trained on such scenes",
+            hint="measure on your own images and captions with: vlmport eval BUNDLE FOLDER",
             code="evaluation.not-trained-on-scenes",
         )
 
 
 def _scored(data: ExampleSet, texts: Sequence[str | None], metrics: Sequence[Metric]) -> Answers:
-    """Scores of the captions that there are; None for the others."""
+    """Score the captions; None stays None."""
     read = [number for number, text in enumerate(texts) if text is not None]
     captions = [text for text in texts if text is not None]
     references = [data.examples[number].references for number in read]
@@ -252,12 +266,12 @@ def _scored(data: ExampleSet, texts: Sequence[str | None], metrics: Sequence[Met
 
 
 def _record(bundle: Bundle, report: Report) -> None:
-    """Put the figures in the place of those of the same pictures; other sets keep theirs."""
+    """Write the figures into the bundle, over those of the same data; other data keep theirs."""
     if report.unreadable:
         raise UnrecordedResultError(
-            f"{len(report.unreadable)} of {len(report.data)} pictures could not be captioned, so "
+            f"{len(report.unreadable)} of {len(report.data)} images could not be captioned, so "
             f"the figures are not of the whole set and are not written into {bundle.folder}",
-            hint="mend these pictures, or take them out of the captions",
+            hint="fix these images, or remove them from the captions",
             report=report,
             code="evaluation.incomplete",
         )
@@ -272,7 +286,8 @@ def _record(bundle: Bundle, report: Report) -> None:
         raise UnrecordedResultError(
             f"{bundle.folder}: the figures can't be written into the bundle: "
             f"{error.strerror or error}",
-            hint="is the folder read-only, or the disk full? --json FILE writes them elsewhere",
+            hint="check the rights of the folder and the free space, or write them elsewhere: "
+            "--json FILE",
             report=report,
             code="bundle.unwritable",
         ) from error

@@ -1,4 +1,4 @@
-"""How good captions are: measured by the libraries that the field compares its numbers with.
+"""Score captions with the libraries whose numbers the field compares.
 
 | metric | by | tokens |
 | --- | --- | --- |
@@ -7,8 +7,7 @@
 | `cider_d` | pycocoevalcap (COCO's): n-grams weighted by rarity, length penalty | NLTK's |
 
 Trap: COCO's own tokenizer is a Java program. NLTK's Treebank tokenizer, lower case and without
-COCO's list of punctuation, stands in its place: figures of other programs may differ in the last
-digits.
+COCO's list of punctuation, replaces it: figures of other programs may differ in the last digits.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Metric:
     """One way to judge captions.
 
     Attributes:
-        title: for tables, of the mean over all pictures times 100.
-        judged: whether its loss through rounding has a limit: a share has, CIDEr-D is none.
-        modules, extra: the libraries that it needs, and the extra of vlmport that brings them.
+        title: the heading in tables, for the mean over all images times 100.
+        judged: whether its loss by rounding has a limit: a share has one, CIDEr-D is no share.
+        modules, extra: the libraries that it needs, and the extra of vlmport that installs them.
         score: captions [N], references [N][several] → [N] scores. Raises EvaluationError.
     """
 
@@ -49,12 +48,12 @@ class Metric:
 
 
 def exact_match(captions: Sequence[str], references: References) -> list[float]:
-    """1 where the caption is one of its references, else 0."""
+    """Score 1 where the caption is one of its references, else 0."""
     return [float(one in right) for one, right in zip(captions, references, strict=True)]
 
 
 def rouge_l(captions: Sequence[str], references: References) -> list[float]:
-    """F1 against the best reference, 0 … 1, without stemming (the defaults of rouge-score)."""
+    """Score F1 against the best reference, 0 … 1, by rouge-score's defaults (no stemming)."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -74,15 +73,15 @@ def rouge_l(captions: Sequence[str], references: References) -> list[float]:
 
 
 def cider_d(captions: Sequence[str], references: References) -> list[float]:
-    """CIDEr-D as COCO computes it, 0 … 10; how rare words are is counted in the references."""
+    """Score CIDEr-D as COCO does, 0 … 10; the references tell how rare words are."""
     from nltk.tokenize import TreebankWordTokenizer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     if len(captions) < 2:
         raise EvaluationError(
-            "CIDEr-D of one picture is 0 by definition: it counts how rare words are",
-            hint="give more pictures, or take --metric rouge-l",
+            "CIDEr-D of one image is 0 by definition: it counts how rare words are",
+            hint="give more images, or choose --metric rouge-l",
             code="metric.not-applicable",
         )
     split = TreebankWordTokenizer().tokenize
@@ -105,7 +104,7 @@ METRICS = {metric.name: metric for metric in _ALL}
 
 
 def parse_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
-    """'rouge-l' or 'rouge_l' → metrics, each once, with their libraries at hand.
+    """Find metrics by their names, 'rouge-l' or 'rouge_l', each once.
 
     Raises OptionError for an unknown name, DependencyError for a library that is missing.
     """

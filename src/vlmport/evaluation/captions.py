@@ -1,11 +1,11 @@
-"""Reference captions in the forms that people keep them in: picture → its captions.
+"""Read reference captions in the usual formats: image → its captions.
 
 - `captions.json`: an object, file → caption or list of captions.
 - COCO's caption annotations: an object with `images` and `annotations`.
 - `metadata.csv` or `metadata.jsonl` of a Hugging Face imagefolder: `file_name`, and a column
   `text`, `caption` or `captions` (or the only other one).
 
-A picture that comes twice has the captions of both.
+An image that is listed twice has the captions of both entries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMS = (
 
 
 def find_captions(folder: Path) -> Path:
-    """The file of captions in a folder of pictures. Raises EvaluationError unless there is one."""
+    """Find the file of captions in a folder. Raises EvaluationError unless there is exactly one."""
     found = [name for name in KNOWN_FILES if (folder / name).is_file()]
     if len(found) == 1:
         return folder / found[0]
@@ -48,10 +48,10 @@ def find_captions(folder: Path) -> Path:
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
-    """Picture → its captions, in the order of the file.
+    """Read a file of captions: image → its captions, in the order of the file.
 
-    Raises EvaluationError for a file that can't be read or is in no form that is known, and for
-    pictures without a caption, naming them.
+    Raises EvaluationError for a file that can't be read or has another format, and for images
+    without a caption, naming them.
     """
     readers = {".csv": _from_csv, ".jsonl": _from_json_lines, ".json": _from_json}
     if path.suffix.lower() not in readers:
@@ -64,7 +64,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     for where, name, given in readers[path.suffix.lower()](path):
         if not isinstance(name, str) or not name:
             raise EvaluationError(
-                f"{where}: a picture's name is {quoted(name)}",
+                f"{where}: the name of an image is {quoted(name)}",
                 hint=FORMS,
                 code="captions.malformed",
             )
@@ -73,18 +73,18 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
         raise EvaluationError(f"{path}: no captions in it", hint=FORMS, code="captions.missing")
     if bare := [name for name, texts in captions.items() if not texts]:
         raise EvaluationError(
-            f"{path}: {len(bare)} of {len(captions)} pictures have no caption: {some_names(bare)}",
-            hint="add captions, or take these pictures out",
+            f"{path}: {len(bare)} of {len(captions)} images have no caption: {some_names(bare)}",
+            hint="add captions, or remove these images from the file",
             code="captions.missing",
         )
     return {name: tuple(texts) for name, texts in captions.items()}
 
 
-Entry = tuple[str, Any, Any]  # where it stands, for errors; the picture; a caption or several
+Entry = tuple[str, Any, Any]  # the place in the file, for errors; the image; its captions
 
 
 def _texts(given: Any, where: str) -> list[str]:
-    """One caption or a list of them, without blank ones and blanks around."""
+    """Check one caption or a list of them; leave out blank ones and spaces at the ends."""
     texts = [given] if isinstance(given, str) else given
     if texts is None:
         return []
@@ -107,7 +107,10 @@ def _from_json(path: Path) -> Iterator[Entry]:
 
 
 def _from_coco(raw: Mapping[str, Any], path: Path) -> Iterator[Entry]:
-    """Source: the format of captions_val2017.json, cocodataset.org, "Caption annotations"."""
+    """Read COCO's caption annotations.
+
+    Source: the format of captions_val2017.json, cocodataset.org, "Caption annotations".
+    """
     names: dict[Any, str] = {}
     for number, image in enumerate(raw["images"]):
         where = f"{path}: images[{number}]"
@@ -118,7 +121,7 @@ def _from_coco(raw: Mapping[str, Any], path: Path) -> Iterator[Entry]:
                 hint=FORMS,
                 code="captions.malformed",
             )
-        yield where, name, []  # one that no annotation names is then one without a caption
+        yield where, name, []  # an image without an annotation has no caption
     for number, annotation in enumerate(raw["annotations"]):
         where = f"{path}: annotations[{number}]"
         key, given = _fields(annotation, where, "image_id", "caption")
@@ -175,20 +178,20 @@ def _from_csv(path: Path) -> Iterator[Entry]:
                     continue
                 raise EvaluationError(
                     f"{where}: {len(row)} columns, the first line has {len(header)}",
-                    hint='a caption with a comma stands in "quotes"',
+                    hint='put a caption with a comma into "quotes"',
                     code="captions.malformed",
                 )
             yield where, row[name], row[column]
     except csv.Error as error:
         raise EvaluationError(
             f"{path}, line {rows.line_num}: not CSV: {error}",
-            hint="is a quote open?",
+            hint="look for a quote that is not closed",
             code="captions.malformed",
         ) from error
 
 
 def _text_column(columns: Iterable[str], where: str) -> str:
-    """Which column holds the caption: by its name, else the only one beside file_name."""
+    """Find the column of captions: by its name, else the only one next to file_name."""
     names = list(columns)
     if FILE_COLUMN not in names:
         raise EvaluationError(
@@ -202,8 +205,8 @@ def _text_column(columns: Iterable[str], where: str) -> str:
         if len(choice) == 1:
             return choice[0]
     raise EvaluationError(
-        f"{where}: which column is the caption? It has {some_names(map(str, others))}",
-        hint="name one of them text, and no other caption or captions",
+        f"{where}: no column is clearly the caption; there are {some_names(map(str, others))}",
+        hint="name one of them 'text', and none of the others 'caption' or 'captions'",
         code="captions.malformed",
     )
 
@@ -214,5 +217,7 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(
-            f"{path}: can't be read: {reason}", hint="is it UTF-8?", code="source.unreadable"
+            f"{path}: can't be read: {reason}",
+            hint="save the file as UTF-8",
+            code="source.unreadable",
         ) from error

@@ -1,5 +1,5 @@
-"""What a bundle is measured on: pictures with the captions that are right for them, or with a
-question and its answer."""
+"""Collect the examples that a bundle is measured on: images with right captions, or with a question
+and its answer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp",
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures (files, or scenes that are drawn when their turn comes) and what is right to say.
+    """Images with their right captions or answers.
 
     Attributes:
-        references: any of them is right.
-        question: None where a caption of one picture is asked for.
+        sources: files of images, or scenes, which are drawn only when they are used.
+        references: the right texts; each of them counts.
+        question: None where a caption of one image is asked for.
     """
 
     name: str
@@ -41,16 +42,17 @@ class Example:
 
     @property
     def images(self) -> list[ImageSource]:
+        """The images, with scenes drawn."""
         return [draw(one) if isinstance(one, Scene) else one for one in self.sources]
 
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Pictures in order.
+    """Examples in order.
 
     Attributes:
-        name: for people; it stands in the model card.
-        left_out: pictures beside them that have no captions.
+        name: a name for people, which the model card shows.
+        left_out: images of the folder that have no captions.
     """
 
     name: str
@@ -62,18 +64,20 @@ class ExampleSet:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether these are scenes, about which only a model trained on them says what is right."""
+        """Whether these are drawn scenes, which only models trained on scenes describe rightly."""
         return isinstance(self.examples[0].sources[0], Scene)
 
     @property
     def asks(self) -> bool:
-        """Whether these are questions; captions otherwise."""
+        """Whether these are questions; otherwise they are captions."""
         return self.examples[0].question is not None
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the files' bytes, names and captions: only where all are the same are figures of two
-        runs compared. A scene follows from its name."""
+        """The hash of the files' bytes, names and captions; a scene follows from its name.
+
+        Figures of two runs are compared only where it is the same.
+        """
         listed = [
             [one.name, *map(_bytes_of, one.sources), *_asked(one), *one.references]
             for one in self.examples
@@ -81,7 +85,7 @@ class ExampleSet:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def images(self) -> Iterator[ImageSource]:
-        """The picture of each caption, one at a time: no more than a batch is in memory."""
+        """Iterate over the images of all examples, so that only a batch of them is in memory."""
         return (image for example in self.examples for image in example.images)
 
 
@@ -90,7 +94,7 @@ def _asked(example: Example) -> list[str]:
 
 
 def _bytes_of(source: Path | Scene) -> str | None:
-    """A file's SHA-256; None for a scene, and for a file that can't be read: it is not measured."""
+    """Hash a file; None for a scene, and for a file that can't be read, which is not measured."""
     if isinstance(source, Scene):
         return None
     try:
@@ -101,7 +105,7 @@ def _bytes_of(source: Path | Scene) -> str | None:
 
 
 def drawn_scenes(limit: int | None = None) -> ExampleSet:
-    """The first of the 1,000 held-out scenes that the built-in `shapes` is measured on."""
+    """Take the first of the 1,000 held-out scenes that the built-in `shapes` is measured on."""
     scenes = held_out(min(_checked(limit) or SCENE_COUNT, SCENE_COUNT))
     return ExampleSet(
         SCENES,
@@ -110,8 +114,10 @@ def drawn_scenes(limit: int | None = None) -> ExampleSet:
 
 
 def drawn_questions(limit: int | None = None) -> ExampleSet:
-    """The first of the 1,000 held-out questions that the built-in models which answer are measured
-    on, every fourth about two pictures."""
+    """Take the first of the 1,000 held-out questions for the built-in models that answer questions.
+
+    Every fourth is about two images.
+    """
     asked = held_out_questions(min(_checked(limit) or SCENE_COUNT, SCENE_COUNT))
     return ExampleSet(
         QUESTIONS,
@@ -125,36 +131,36 @@ def drawn_questions(limit: int | None = None) -> ExampleSet:
 def captioned_pictures(
     folder: str | Path, captions: str | Path | None = None, limit: int | None = None
 ) -> ExampleSet:
-    """The pictures of a folder that a file of captions names, in its order.
+    """List the images of a folder that a file of captions names, in its order.
 
     Args:
-        captions: the file; None finds it in the folder, and then it has to name every picture.
-        limit: take the first so many.
+        captions: the file; None finds it in the folder, and then it has to name every image.
+        limit: maximum number of images, from the first.
 
-    Raises EvaluationError for a missing folder, bad captions, and pictures that are not there.
+    Raises EvaluationError for a missing folder, bad captions, and missing images.
     """
     folder, limit = Path(folder).expanduser(), _checked(limit)
     if not folder.is_dir():
         what = "a file, expected a folder" if folder.exists() else "no such folder"
         raise EvaluationError(
             f"{folder}: {what}",
-            hint="give the folder that holds the pictures",
+            hint="give the folder of the images",
             code="source.not-a-folder",
         )
     file = find_captions(folder) if captions is None else Path(captions).expanduser()
     listed = read_captions(file)
     if missing := [name for name in listed if not (folder / name).is_file()]:
         raise EvaluationError(
-            f"{file}: {len(missing)} of {len(listed)} pictures are not in {folder}: "
+            f"{file}: {len(missing)} of {len(listed)} images are not in {folder}: "
             f"{some_names(missing)}",
-            hint="names are relative to the folder; add the files, or take out their captions",
+            hint="names are relative to the folder; add the files, or remove their captions",
             code="captions.image-missing",
         )
     bare = _without_captions(folder, listed)
     if bare and captions is None:
         raise EvaluationError(
-            f"{file}: {len(bare)} pictures of the folder have no caption: {some_names(bare)}",
-            hint="caption them or move them away; --captions FILE leaves them out",
+            f"{file}: {len(bare)} images of the folder have no caption: {some_names(bare)}",
+            hint="add captions or move the images; with --captions FILE they are left out",
             code="captions.missing",
         )
     examples = [Example(name, (folder / name,), texts) for name, texts in listed.items()]
@@ -162,7 +168,7 @@ def captioned_pictures(
 
 
 def _without_captions(folder: Path, listed: dict[str, tuple[str, ...]]) -> list[str]:
-    """Pictures below the folder that no caption names."""
+    """List the images below the folder that the file of captions does not name."""
     known = {(folder / name).resolve() for name in listed}
     return sorted(
         path.relative_to(folder).as_posix()
@@ -172,6 +178,7 @@ def _without_captions(folder: Path, listed: dict[str, tuple[str, ...]]) -> list[
 
 
 def _checked(limit: int | None) -> int | None:
+    """Return a limit. Raises OptionError for one below 1."""
     if limit is not None and limit < 1:
         raise OptionError(
             f"limit={limit}: expected at least 1", hint="None takes all", code="option.wrong-value"

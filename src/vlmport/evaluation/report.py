@@ -1,4 +1,4 @@
-"""What an evaluation found: a table for people, JSON for programs, Markdown for the model card."""
+"""The result of an evaluation: a table for people, JSON for programs, Markdown for the card."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from vlmport.evaluation.caption_scores import METRICS, Metric
 from vlmport.evaluation.examples import ExampleSet
 
 REFERENCE = "fp32"
-# Points that a precision may lose to fp32. The float16 forms have the limit of the weights that
-# they hold: fp16 rounds less than q8 does, q4f16 rounds as q4.
+# Points that a precision may lose to fp32. fp16 rounds less than q8 does; q4f16 rounds like q4.
 LIMITS = {"fp16": 1.0, "q8": 1.0, "q4": 3.0, "q4f16": 3.0}
 
 Figures = Mapping[str, Mapping[str, float]]  # precision → metric → points
@@ -26,10 +25,10 @@ Figures = Mapping[str, Mapping[str, float]]  # precision → metric → points
 
 @dataclass(frozen=True)
 class Answers:
-    """What one precision said of each picture.
+    """The captions or answers of one precision, with their scores.
 
     Attributes:
-        captions: None where the picture could not be read.
+        captions: one for each example; None where the image could not be read.
         scores: metric → a score for each caption; None as above.
     """
 
@@ -37,23 +36,23 @@ class Answers:
     scores: Mapping[str, tuple[float | None, ...]]
 
     def points(self, metric: str) -> float:
-        """The mean over the pictures that were read, times 100, to two decimals."""
+        """Return the mean over the images that were read, times 100, to two decimals."""
         scores = [score for score in self.scores[metric] if score is not None]
         return round(100 * sum(scores) / len(scores), 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """One run over a set of pictures.
+    """One run over a set of examples.
 
     Attributes:
-        answers: precision (or mix) → what it said, in the order of the run.
-        unreadable: picture → the error that left it out.
+        answers: precision (or mix) → its captions or answers, in the order of the run.
+        unreadable: image → the error that left it out.
         limits: precision → points that it may lose to fp32.
-        programs: those that measured, with versions.
-        recorded: figures of an earlier run over the same pictures on the same device, for what
-            this run leaves out.
-        recorded_by: the programs of those.
+        programs: names and versions of the programs of this run.
+        recorded: figures of an earlier run over the same examples on the same device, for the
+            precisions that this run leaves out.
+        recorded_by: the programs of that run.
     """
 
     data: ExampleSet
@@ -66,6 +65,27 @@ class Report:
     recorded: Figures = field(default_factory=dict)
     recorded_by: str = ""
 
+    def __repr__(self) -> str:
+        figures = "; ".join(
+            f"{precision} {', '.join(f'{name} {points:.2f}' for name, points in one.items())}"
+            for precision, one in self.figures.items()
+        )
+        verdict = "passed" if self.passed else "failed"
+        return f"Report({verdict}: {self.data.name}, {counted(self.entry())}: {figures})"
+
+    def _repr_html_(self) -> str:
+        """Show the figures in a notebook, with every loss past its limit."""
+        heads = ("precision", *(metric.title for metric in self.metrics), "to fp32", "may lose")
+        names = [metric.name for metric in self.metrics]
+        rows = [
+            (precision, *(_points(one, name) for name in names), *self._judged(precision))
+            for precision, one in self.figures.items()
+        ]
+        broken = "".join(f"<p><b>{html.escape(str(one))}</b></p>" for one in self._broken)
+        title = html.escape(f"{self.data.name}, {counted(self.entry())}, {self.device}")
+        table = _html_row("th", heads) + "".join(_html_row("td", row) for row in rows)
+        return f"<p>{title}</p><table>{table}</table>{broken}"
+
     @property
     def measured(self) -> Figures:
         """The figures of this run."""
@@ -76,7 +96,7 @@ class Report:
 
     @property
     def figures(self) -> Figures:
-        """Those of this run, and the recorded ones for what it left out; fp32 first."""
+        """The figures of this run, completed by recorded ones; fp32 is first."""
         names = [*self.answers, *self.recorded]
         known = [name for name in SUFFIXES if name in names]
         ordered = dict.fromkeys([*known, *names])
@@ -85,28 +105,33 @@ class Report:
 
     @property
     def by(self) -> str:
-        """The programs that measured the figures, the recorded ones among them."""
+        """The programs that measured the figures, including the recorded ones."""
         kept = self.figures != self.measured
         earlier = self.recorded_by.split(", ") if kept and self.recorded_by else []
         return ", ".join(dict.fromkeys([*self.programs, *earlier]))
 
     @property
     def losses(self) -> list[Loss]:
-        """What each measured precision lost to fp32, where that has a limit."""
+        """The loss of each measured precision to fp32, where that has a limit."""
         return [one for one in losses(self.figures, self.limits) if one.precision in self.answers]
 
     @property
+    def _broken(self) -> list[Loss]:
+        """The losses that are past their limits."""
+        return [loss for loss in self.losses if not loss.passed]
+
+    @property
     def passed(self) -> bool:
-        """Whether none lost more than its limit; nothing to compare with is no loss."""
+        """Whether no precision lost more than its limit; a missing fp32 is no loss."""
         return all(loss.passed for loss in self.losses)
 
     @property
     def pictures(self) -> int:
-        """How many were shown and could be read."""
+        """Number of images that were shown and could be read."""
         return sum(len(one.sources) for one in self.data.examples) - len(self.unreadable)
 
     def entry(self) -> dict[str, Any]:
-        """As it stands in vlmport.json under `accuracy`."""
+        """Return this run's entry of `accuracy` in vlmport.json."""
         return {
             "data": self.data.name,
             "pictures": self.pictures,
@@ -120,7 +145,7 @@ class Report:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, and every picture with all that was said of it."""
+        """Return the figures, and every example with all captions or answers."""
         return {
             **self.entry(),
             "figures": self.measured,
@@ -145,7 +170,7 @@ class Report:
         }
 
     def print(self, console: Console) -> None:
-        """A row for each precision, and under it every loss that is past its limit."""
+        """Print a row for each precision, and below the table every loss past its limit."""
         title = escape(f"{self.data.name}, {counted(self.entry())}, {self.device}")
         heads = [metric.title for metric in self.metrics]
         figures = (Column(head, justify="right") for head in (*heads, "to fp32", "may lose"))
@@ -159,22 +184,21 @@ class Report:
         console.print(table)
         if self.losses and self.passed:
             console.print("passed: none lost more than it may", style="green")
-        for loss in self.losses:
-            if not loss.passed:
-                console.print(f"broken: {loss}", style="red", markup=False, highlight=False)
+        for loss in self._broken:
+            console.print(f"broken: {loss}", style="red", markup=False, highlight=False)
         for note in (self._too_few(), self._not_compared()):
             if note is not None:
                 console.print(note, markup=False, highlight=False)
 
     def _judged(self, precision: str) -> tuple[str, str]:
-        """The two columns that compare: points gained or lost, and the limit."""
+        """Fill the two columns that compare: points gained or lost, and the limit."""
         mine = [loss for loss in self.losses if loss.precision == precision]
         return ", ".join(f"{0.0 - one.points:+.2f}" for one in mine), ", ".join(
             f"{one.limit:g}" for one in mine[:1]
         )
 
     def _too_few(self) -> str | None:
-        """That a limit is finer than what one picture or question counts for."""
+        """Note that one example counts for more points than a limit."""
         limit = min((loss.limit for loss in self.losses), default=None)
         one = 100 / len(self.data)
         if limit is None or one <= limit:
@@ -182,7 +206,7 @@ class Report:
         return f"one of {len(self.data)} is {one:.3g} points, and a limit {limit:g}: take more"
 
     def _not_compared(self) -> str | None:
-        """Why the rounded ones were not held against anything, if they were not."""
+        """Note why rounded precisions were not compared with fp32, if they were not."""
         rounded = [name for name in self.answers if name in self.limits]
         if not rounded or self.losses:
             return None
@@ -193,7 +217,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Loss:
-    """What rounding cost: points of fp32 less points of the precision; below 0 is a gain."""
+    """The cost of rounding: points of fp32 minus points of the precision; below 0 is a gain."""
 
     precision: str
     metric: str
@@ -221,7 +245,7 @@ class Loss:
 
 
 def losses(figures: Figures, limits: Mapping[str, float]) -> list[Loss]:
-    """For each precision with a limit and each metric that is a share, fp32's figure less its."""
+    """Compute the loss to fp32 of each precision with a limit, by each metric that is a share."""
     return [
         Loss(precision, name, round(figures[REFERENCE][name] - points, 2), limits[precision])
         for precision, one in figures.items()
@@ -234,23 +258,23 @@ def losses(figures: Figures, limits: Mapping[str, float]) -> list[Loss]:
 
 
 def limit_of(precisions: Iterable[str]) -> float | None:
-    """The limit of a mix is that of the coarsest part; None where nothing is rounded."""
+    """Return the limit of a mix, which is that of its coarsest part; None if nothing is rounded."""
     return max((LIMITS[one] for one in precisions if one in LIMITS), default=None)
 
 
 def accuracy_markdown(accuracy: Sequence[Mapping[str, Any]]) -> str:
-    """The model card's section from vlmport.json's `accuracy`: a table for each set of pictures."""
+    """Write the model card's section from vlmport.json's `accuracy`: a table for each data set."""
     return "\n\n".join(_table(entry) for entry in accuracy)
 
 
 def counted(entry: Mapping[str, Any]) -> str:
-    """'1,000 pictures', or '1,000 questions about 1,250 pictures'."""
+    """Count the examples: '1,000 pictures', or '1,000 questions about 1,250 pictures'."""
     asked = f"{entry['questions']:,} questions about " if "questions" in entry else ""
     return f"{asked}{entry['pictures']:,} pictures"
 
 
 def title_of(metric: str) -> str:
-    """'exact match %'; a metric of another version keeps its name."""
+    """Return a metric's title, 'exact match %'; a metric of another version keeps its name."""
     return METRICS[metric].title if metric in METRICS else metric
 
 
@@ -274,6 +298,11 @@ def _table(entry: Mapping[str, Any]) -> str:
         note = f"**lost more than {limit}**" if precision in broken else limit
         lines.append(f"| `{precision}` | " + " | ".join(cells) + f" | {note} |")
     return "\n".join(lines)
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    """Format a row of a table in a notebook."""
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _points(figures: Mapping[str, float], name: str) -> str:

@@ -3,8 +3,31 @@
     report = verify("bundle", "checkpoint", console=Console())
     report.passed
 
-docs/verification.md explains the rungs. torch, transformers and peft are imported by
-`verify/references/` alone, and only once `verify` runs.
+A *reference* is the checkpoint in transformers. It makes *requests*, each a prompt with its images,
+and its results for one request are a *truth*: pixels, features, embeddings, positions, logits and
+tokens. A *ladder* compares the bundle with one truth. Each *rung* of it is one comparison, and is
+fed the truth of the rung before, so that an error shows on its own rung and nowhere else. Only the
+last rung runs the bundle alone. *Limits* say how far off a rung may be; the rows of all rungs are
+the *report*, whose first broken rung has the cause.
+
+Read in this order:
+
+| module | question it answers |
+| --- | --- |
+| `__init__.py` (`verify`) | what are the steps? |
+| `asked.py`, `pictures.py` | what is a request, and which images are there? |
+| `protocol.py` | what does a reference have to answer? |
+| `truth.py` | what are its results for one request? |
+| `references/`, `families/*/reference.py` | how does transformers compute them? |
+| `rungs.py` | what is a rung, in which order, and what breaks it? |
+| `ladders/hub.py`, then `ladders/base.py` | how is the bundle run and compared on each rung? |
+| `limits.py`, `metrics.py` | how far off may it be, and how is that measured? |
+| `judging.py` | how are errors of the bundle and its tokens judged? |
+| `rounding.py` | are the rounded weights those of fp32? |
+| `report.py`, `recording.py` | how is the result shown and written into the bundle? |
+
+docs/verification.md explains the rungs. Only `references/` and the families' `reference.py` import
+torch, transformers and peft, and only once `verify` runs.
 """
 
 from __future__ import annotations
@@ -97,9 +120,9 @@ def verify(
 
 
 def _check_pillow(equals: str) -> None:
-    """Pillow resizes the reference's pictures, and its arithmetic changes between major versions.
+    """Raise DependencyError for another major version of Pillow than the manifest's.
 
-    Raises DependencyError for another than the manifest's.
+    Pillow resizes the reference's images, and its arithmetic changes between major versions.
     """
     program, _, version = equals.partition(" ")
     major, installed = version.split(".")[0], PIL.__version__.split(".")[0]
@@ -113,7 +136,7 @@ def _check_pillow(equals: str) -> None:
 
 
 def _load_reference(bundle: Bundle, folder: Path, adapter: str | Path | None) -> Reference:
-    """The reference side, imported now. Raises DependencyError without its packages."""
+    """Import and load the reference. Raises DependencyError without its packages."""
     try:
         return load_reference(
             folder,

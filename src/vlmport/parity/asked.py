@@ -1,4 +1,4 @@
-"""What the ladder asks both sides: a conversation and its pictures."""
+"""The requests that the ladder makes of both sides: a conversation and its images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt.
+    """A prompt with its images.
 
     Attributes:
         name: for the report; no two of a run share one.
-        messages: as a user gives them. Of a caption, what the reference takes for the bundle's
-            own messages, which the bundle's side asks with.
-        options: of the image processor, where they are not the defaults.
+        messages: as a user gives them. For a caption, the messages that the reference uses; the
+            bundle's side uses those of its manifest.
+        options: options of the image processor that differ from the defaults.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A checkpoint's JSON files, as the reference reads them: by itself, not by the export's code."""
+"""Read a checkpoint's JSON files for the reference, without the code of the export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vlmport.errors import ConfigError, SourceError
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json. Raises SourceError, ConfigError."""
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(
@@ -25,6 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a decoder's config. Raises ConfigError unless it is a Llama's."""
     if config.get("model_type") != "llama":
         raise ConfigError(
             f"config.json: text_config.model_type {config.get('model_type')!r}",
@@ -35,7 +37,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stop_token_ids(folder: Path, decoders: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The eos ids of generation_config.json if there is one, else the decoder's."""
+    """Return the eos ids of generation_config.json if there is one, else the decoder's."""
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     value: int | Sequence[int] | None = generation.get("eos_token_id", decoders)

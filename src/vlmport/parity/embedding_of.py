@@ -1,4 +1,4 @@
-"""The embedding of a graph that takes token ids and keeps it inside: cut out and run alone."""
+"""Cut the embedding out of a graph that takes token ids, and run it alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ PIECE = 4096  # ids at a time
 
 
 def look_up(path: Path, ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
-    """The embeddings of ids, from the part of the graph that leads from input_ids to the value
-    `inputs_embeds`. Raises BundleError where there is no such part.
+    """Embed ids with the part of the graph that leads from input_ids to the value `inputs_embeds`.
+
+    Raises BundleError where there is no such part.
     """
     model = onnx.load(path, load_external_data=False)
     _cut(model.graph, path)
@@ -36,7 +37,7 @@ def look_up(path: Path, ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
 
 
 def _cut(graph: onnx.GraphProto, path: Path) -> None:
-    """Keep what EMBEDS is made of, and nothing else, in place."""
+    """Keep only the nodes and weights that EMBEDS is made of, in place."""
     wanted, nodes = {EMBEDS}, []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):

@@ -1,4 +1,4 @@
-"""How far off each measure of a rung may be, at each precision.
+"""Limit how far off each measure of a rung may be, at each precision.
 
 In fp32 the bundle must compute what the reference computes, up to the order of float32 sums. At the
 other precisions numbers were rounded on purpose, and the question is whether the model still says

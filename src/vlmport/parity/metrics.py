@@ -1,4 +1,4 @@
-"""How far two results are apart: plain numbers from numpy arrays.
+"""Measure how far two results are apart, as plain numbers from numpy arrays.
 
 `ours` comes from the bundle, `truth` from the reference. S positions, V vocabulary, T image
 tokens, D hidden.
@@ -19,36 +19,36 @@ NEAR_TIE = 0.03  # logits: float16 was seen to move one token's lead over anothe
 
 
 def unequal(ours: Shaped[np.ndarray, ...], truth: Shaped[np.ndarray, ...]) -> int:
-    """How many elements differ; all of the truth's where the shapes do."""
+    """Count the elements that differ; all of the truth's where the shapes differ."""
     if ours.shape != truth.shape:
         return max(1, truth.size)
     return int(np.sum(~((ours == truth) | (np.isnan(ours) & np.isnan(truth)))))
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest. No number where one of them is none: Python's own `max` may pass it over."""
+    """Return the largest value, or NaN where one is NaN, which Python's `max` may pass over."""
     return float(np.max([*values]))
 
 
 def least(values: Iterable[float]) -> float:
-    """The least, likewise."""
+    """Return the least value, or NaN where one is NaN."""
     return float(np.min([*values]))
 
 
 def max_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
-    """The largest absolute difference; infinite where the shapes differ."""
+    """Return the largest absolute difference; infinite where the shapes differ."""
     if ours.shape != truth.shape:
         return float("inf")
     return float(np.abs(ours.astype(np.float64) - truth).max(initial=0.0))
 
 
 def worst_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
-    """The largest absolute difference in standard deviations of the truth."""
+    """Return the largest absolute difference in standard deviations of the truth."""
     return max_error(ours, truth) / _spread(truth)
 
 
 def typical_error(ours: Float[np.ndarray, ...], truth: Float[np.ndarray, ...]) -> float:
-    """The root mean square of the differences in standard deviations of the truth."""
+    """Return the root mean square of the differences in standard deviations of the truth."""
     if ours.shape != truth.shape:
         return float("inf")
     squares = (ours.astype(np.float64) - truth) ** 2
@@ -60,7 +60,7 @@ def _spread(truth: Float[np.ndarray, ...]) -> float:
 
 
 def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]) -> float:
-    """The cosine of the row that fits worst; -1 where the shapes differ.
+    """Return the cosine of the row that fits worst; -1 where the shapes differ.
 
     Two rows of zeros are alike: an embedding has one where a token is padding.
     """
@@ -76,10 +76,10 @@ def least_cosine(ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"]
 def rounding_steps(
     ours: Float[np.ndarray, "T D"], truth: Float[np.ndarray, "T D"], bits: int, block: int = BLOCK
 ) -> float:
-    """The largest difference in steps of the truth's own block of `block` values of a row.
+    """Return the largest difference in steps of the truth's own block of `block` values of a row.
 
-    A step is what symmetric rounding to `bits` bits has to take: the largest of the block by
-    2^(bits-1). Infinite where the shapes differ, or where a block of zeros is not one.
+    A step is that of symmetric rounding to `bits` bits: the largest value of the block divided by
+    2^(bits-1). Infinite where the shapes differ, or where a block of zeros is not zero in ours.
     """
     if ours.shape != truth.shape:
         return float("inf")
@@ -91,13 +91,13 @@ def rounding_steps(
 
 
 def log_softmax(logits: Float[np.ndarray, "S V"]) -> Float[np.ndarray, "S V"]:
-    """Log-probabilities in nats, float64."""
+    """Return log-probabilities in nats, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def mean_divergence(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"]) -> float:
-    """Mean over positions of KL(truth ‖ ours) of the next token, in nats."""
+    """Return the mean over positions of KL(truth ‖ ours) of the next token, in nats."""
     if ours.shape != truth.shape:
         return float("inf")
     p, q = log_softmax(truth), log_softmax(ours)
@@ -105,8 +105,9 @@ def mean_divergence(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S 
 
 
 def agreement(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"]) -> float:
-    """The share of positions at which ours has the truth's most likely token, or one that the truth
-    likes less by NEAR_TIE at most."""
+    """Return the share of positions at which ours chooses the truth's most likely token.
+
+    A token counts too whose logit in the truth is less by NEAR_TIE at most."""
     if ours.shape != truth.shape:
         return 0.0
     chosen = np.take_along_axis(truth, ours.argmax(-1)[:, None], axis=-1)[:, 0]
@@ -115,9 +116,9 @@ def agreement(ours: Float[np.ndarray, "S V"], truth: Float[np.ndarray, "S V"]) -
 
 
 def regret(tokens: Int[np.ndarray, " S"], truth: Float[np.ndarray, "S V"]) -> float:
-    """Nats a token by which the truth likes these tokens less than its own choices.
+    """Return by how many nats a token the truth finds these less likely than its own choices.
 
-    `truth` are its logits given the same tokens before; 0 where every token is its first choice.
+    `truth` has its logits after the same earlier tokens. 0 where every token is its first choice.
     """
     if len(tokens) != len(truth):
         return float("inf")
@@ -126,9 +127,9 @@ def regret(tokens: Int[np.ndarray, " S"], truth: Float[np.ndarray, "S V"]) -> fl
 
 
 def end_regret(logits: Float[np.ndarray, " V"], stop_token_ids: Collection[int]) -> float:
-    """Nats by which the truth likes an end of the text less than its own choice at this place.
+    """Return by how many nats the truth finds an end of the text less likely than its own choice.
 
-    0 where its choice is a stop token, infinite where it has none.
+    0 where its choice is a stop token, infinite where there is no stop token.
     """
     stops = [token for token in stop_token_ids if token < len(logits)]
     if not stops:
@@ -138,6 +139,6 @@ def end_regret(logits: Float[np.ndarray, " V"], stop_token_ids: Collection[int])
 
 
 def margin(logits: Float[np.ndarray, " V"]) -> float:
-    """By how much the most likely token leads the second."""
+    """Return the lead of the most likely token over the second, in logits."""
     second, first = np.partition(logits, -2)[-2:]
     return float(first - second)

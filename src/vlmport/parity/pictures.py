@@ -1,7 +1,7 @@
-"""The pictures of the ladder: drawn ones of awkward sizes, and the user's own.
+"""The images of the ladder: drawn ones of awkward sizes, and the user's own.
 
-None has a model's own size, so that nothing passes that holds at one size only: a wide one that
-is shrunk, a tall one, and a strip that is smaller than any model's input and is enlarged.
+None of the drawn ones has the size of a model's input, so that nothing passes that is right at one
+size only: a wide image that is shrunk, a tall one, and a strip that is enlarged by any model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOISE = 12  # levels either way
 
 @dataclass(frozen=True)
 class Picture:
-    """A named RGB picture."""
+    """An RGB image with a name."""
 
     name: str
     image: Image.Image
@@ -39,12 +39,12 @@ class Picture:
 
 
 def drawn_pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Picture]:
-    """One picture of each size, the same on every machine."""
+    """Draw one image of each size, the same on every machine."""
     return [Picture(f"drawn {w}x{h}", _draw(w, h, seed)) for seed, (w, h) in enumerate(sizes)]
 
 
 def _draw(width: int, height: int, seed: int) -> Image.Image:
-    """A gradient in three directions, three shapes with hard edges, and noise over all."""
+    """Draw a gradient in three directions, three shapes with hard edges, and noise over all."""
     x, y = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
     ramp = np.stack([x + 0 * y, 0 * x + y, (x + y) / 2], axis=-1)
     image = Image.fromarray(np.round(60 + 160 * ramp).astype(np.uint8))
@@ -58,9 +58,9 @@ def _draw(width: int, height: int, seed: int) -> Image.Image:
 
 
 def named_pictures(images: Sequence[ImageSource]) -> list[Picture]:
-    """The user's pictures, opened as the runtime opens them. Raises ImageError.
+    """Open the user's images as the runtime opens them. Raises ImageError.
 
-    Each has a name of its own: reports go by it.
+    Each gets a name of its own, by which reports list it.
     """
     pictures: dict[str, Picture] = {}
     for number, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""What the ladder asks of a reference. No torch here: the modules of references/ fulfil it.
+"""The interface of a reference, as the ladder uses it. The modules of references/ implement it.
 
 S sequence, T image tokens, D hidden, V vocabulary, N new tokens.
 """
@@ -29,7 +29,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What a vision tower makes of one picture.
+    """The output of a vision tower for one image.
 
     Attributes:
         pooled: None where the model has no pooling head.
@@ -40,13 +40,13 @@ class HiddenStates:
 
 
 class Reference(Protocol):
-    """One checkpoint in float32. Every method takes and gives numpy arrays, without a batch.
+    """A checkpoint in float32. Every method takes and returns numpy arrays, without a batch.
 
     Attributes:
-        versions: the programs that the numbers come from, for the report.
+        versions: names and versions of the programs that compute it, for the report.
         dims: the checkpoint's sizes under the names of `vlmport.bundle.Dims`.
         stop_token_ids: the ids at which the model's own `generate` stops.
-        grey_level: what one level of 255 comes to in `pixels`, at the most.
+        grey_level: the largest step of `pixels` for one of 255 grey levels.
     """
 
     versions: str
@@ -55,50 +55,50 @@ class Reference(Protocol):
     grey_level: float
 
     def requests(self, pictures: Sequence[Picture]) -> list[Request]:
-        """What to compare, with these pictures and whatever else the model is asked with: several
-        pictures, text alone, options."""
+        """Make the requests to compare: with these images, and with whatever else the model takes,
+        such as several images, text alone or options."""
         ...
 
     def image_ids(
         self, image: Image.Image, options: Mapping[str, Any] | None = None
     ) -> Int[np.ndarray, " T"]:
-        """The ids that stand in a prompt for this picture."""
+        """Return the ids of this image in a prompt."""
         ...
 
     def prompt_ids(self, request: Request) -> Int[np.ndarray, " S"]:
-        """The ids of the whole prompt."""
+        """Return the ids of the whole prompt."""
         ...
 
     def pixels(
         self, image: Image.Image, options: Mapping[str, Any] | None = None
     ) -> dict[str, np.ndarray]:
-        """The vision encoder's inputs by name, with a leading batch of 1 where the model has it."""
+        """Return the vision encoder's inputs by name, with a batch of 1 where the model has one."""
         ...
 
     def vision_features(self, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "T D"]:
-        """What replaces the image tokens' embeddings."""
+        """Compute the features that replace the embeddings of image tokens."""
         ...
 
     def embeds(
         self, ids: Int[np.ndarray, " S"], features: Float[np.ndarray, "T D"]
     ) -> Float[np.ndarray, "S D"]:
-        """Embeddings of the ids, the features written over the image tokens' rows."""
+        """Embed the ids, and write the features over the rows of image tokens."""
         ...
 
     def position_ids(
         self, ids: Int[np.ndarray, " S"], pictures: Sequence[Mapping[str, np.ndarray]] = ()
     ) -> Int[np.ndarray, "... S"]:
-        """The decoder's positions of a sequence from its start, [S] or [3, S].
+        """Count the decoder's positions of a sequence from its start, [S] or [3, S].
 
         Args:
-            pictures: what `pixels` gave for each picture, in the order of their ids.
+            pictures: the result of `pixels` for each image, in the order of their ids.
         """
         ...
 
     def logits(
         self, embeds: Float[np.ndarray, "S D"], position_ids: Int[np.ndarray, "... S"]
     ) -> Float[np.ndarray, "S V"]:
-        """One pass over the whole sequence, without a cache."""
+        """Run one pass over the whole sequence, without a cache."""
         ...
 
     def generate(
@@ -108,10 +108,10 @@ class Reference(Protocol):
         ids: Int[np.ndarray, " S"],
         pictures: Sequence[Mapping[str, np.ndarray]] = (),
     ) -> Generated:
-        """Greedy decoding by Hugging Face's `generate`, with its cache.
+        """Decode greedily by Hugging Face's `generate`, with its cache.
 
         Args:
-            ids, pictures: what the embeddings were made of, as in `position_ids`: for a model that
+            ids, pictures: the source of the embeddings, as in `position_ids`, for a model that
                 counts its positions from them.
         """
         ...
@@ -119,22 +119,22 @@ class Reference(Protocol):
 
 @runtime_checkable
 class PrefixReference(Reference, Protocol):
-    """One whose pictures are read before any text, and whose tower and projection are apart."""
+    """A reference that reads images before any text, and whose tower and projection are apart."""
 
     def hidden_states(self, inputs: Mapping[str, np.ndarray]) -> HiddenStates:
-        """The tower alone."""
+        """Run the tower alone."""
         ...
 
 
 @runtime_checkable
 class FixedSizeReference(Reference, Protocol):
-    """One whose processor takes pictures of any size, and can be held to one."""
+    """A reference whose processor takes images of any size, and can be held to one size."""
 
     def at_size(self, request: Request, width: int, height: int) -> Request:
-        """The request with every picture resized to this size by the processor's filter, and
-        options under which the processor leaves it so."""
+        """Return the request with every image resized by the processor's filter, and with options
+        under which the processor leaves it at that size."""
         ...
 
     def planes(self, pixels: Mapping[str, np.ndarray]) -> Float[np.ndarray, "1 3 h w"]:
-        """What `pixels` gave for one picture, the patches put together again."""
+        """Put the patches that `pixels` made of one image together again."""
         ...

@@ -1,4 +1,4 @@
-"""Record the ladder's result in the bundle, without losing it where that can't be done."""
+"""Record the ladder's result in the bundle, and keep it where the bundle can't be written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class UnrecordedError(BundleError):
 
 
 def record(bundle: Bundle, report: Report) -> Bundle:
-    """Put a result into the model card and into vlmport.json.
+    """Write a result into the model card and into vlmport.json.
 
-    Raises UnrecordedError where the folder can't be written; then the bundle is as it was.
+    Raises UnrecordedError where the folder can't be written; the bundle is then unchanged.
     """
     parity = report.to_json()
     manifest = dataclasses.replace(bundle.manifest, parity=parity)
@@ -35,7 +35,8 @@ def record(bundle: Bundle, report: Report) -> Bundle:
         raise UnrecordedError(
             f"{bundle.folder}: the result can't be written into the bundle: "
             f"{error.strerror or error}",
-            hint="is the folder read-only, or the disk full? --json FILE writes it elsewhere",
+            hint="check the rights of the folder and the free space, or write it to another file: "
+            "--json FILE",
             report=report,
             code="bundle.unwritable",
         ) from error

@@ -1,8 +1,8 @@
-"""Exceptions of the reference's side, in one line.
+"""Turn exceptions of the reference's side into errors of one line.
 
-What it can't read, a picture or a conversation, the bundle may refuse as well: RefusedError, and a
-row says whether both do (ladders/base.py). Where it can't be run, nothing is said of the bundle:
-VerificationError.
+The bundle may refuse the images and conversations that the reference can't read: RefusedError, and
+a row tells whether both refuse (ladders/base.py). Where the reference can't be run, nothing is
+known about the bundle: VerificationError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RefusedError(Exception):
 
 @contextlib.contextmanager
 def reference_reads() -> Iterator[None]:
-    """Run what the reference makes of pictures and messages: an error there is a refusal."""
+    """Let the reference read images and messages: an error there is a refusal."""
     try:
         yield
     except Exception as error:
@@ -34,18 +34,18 @@ def reference_reads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reference_runs(what: str) -> Iterator[None]:
-    """Run the reference. Raises VerificationError for whatever is raised but vlmport's own."""
+    """Run the reference. Raises VerificationError for every exception that is not vlmport's own."""
     try:
         yield
     except (VlmportError, RefusedError):
         raise
     except Exception as error:
-        hint = "does the checkpoint run in transformers itself?"
+        hint = "check that the checkpoint runs in transformers itself"
         if isinstance(error, ImportError):
-            hint = "install what the message names"
+            hint = "install the package that the message names"
         raise VerificationError(
             f"transformers fails in {what}: {one_line(error)}",
-            hint=f"nothing is said of the bundle; {hint}",
+            hint=f"nothing is known about the bundle; {hint}",
             code="verify.reference-fails",
         ) from error
 
@@ -68,7 +68,7 @@ def _guarded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind and the text of an exception, cut to a line."""
+    """Return the kind and the text of an exception, cut to one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
     if isinstance(error, VlmportError):

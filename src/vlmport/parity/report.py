@@ -1,7 +1,8 @@
-"""What verify found: rows, a table for people, JSON for programs, Markdown for the model card."""
+"""The result of verify: rows, a table for people, JSON for programs, Markdown for the card."""
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ RUNG_WIDTH, CELL_WIDTH = 19, 28  # of the printed table's columns, at least; lin
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a rung and what it is held against."""
+    """One number of a rung, and its limit."""
 
     name: str
     value: float
@@ -36,11 +37,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Row:
-    """One rung for one picture at one precision.
+    """One rung for one request at one precision.
 
     Attributes:
-        error: what was raised on the bundle's side; then there are no measures.
-        detail: for the reader, such as the two margins where tokens differ.
+        image: the name of the request, which is that of its image where it has one.
+        error: the error that the bundle's side raised; then there are no measures.
+        detail: a note for the reader, such as the two margins where tokens differ.
     """
 
     image: str
@@ -66,32 +68,46 @@ class Row:
         return row | {name: text for name, text in notes.items() if text is not None}
 
     def describe(self) -> str:
-        """One line: where, the numbers that are past their limits, and the detail."""
+        """Return one line: rung, precision, request, numbers past their limits, and the detail."""
         wrong = [str(one) for one in self.measures if not one.passed]
         what = "; ".join([*wrong, *(text for text in (self.error, self.detail) if text)])
         return f"{self.rung}, {self.precision}, {self.image}: {what}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """All rows of one run.
 
     Attributes:
-        reference: the programs that the truth comes from, with versions.
+        reference: names and versions of the programs on the reference's side.
     """
 
     reference: str
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        return f"Report({self.summary})"
+
+    def _repr_html_(self) -> str:
+        """Show the verdict and the table of rungs in a notebook."""
+        parity = self.to_json()
+        precisions = _names(parity["rows"], "precision")
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("rung", *precisions))
+        body = "".join(
+            f"<tr><td>{html.escape(rung)}</td>{''.join(_html_cell(*cell) for cell in cells)}</tr>"
+            for rung, cells in _cells(parity, precisions)
+        )
+        return f"<p>{html.escape(self.summary)}</p><table><tr>{head}</tr>{body}</table>"
+
     @property
     def passed(self) -> bool:
-        """Every row did, and some request was answered: both sides may refuse one, not all."""
+        """Whether every row passed; both sides may refuse some requests, but not all."""
         measured = any(row.measures and row.rung != WEIGHTS_RUNG for row in self.rows)
         return measured and all(row.passed for row in self.rows)
 
     @property
     def failures(self) -> tuple[Row, ...]:
-        """The rows that failed, in the order of the rungs: the first is the guilty one."""
+        """The rows that failed, in the order of the rungs; the first has the cause."""
         failed = [row for row in self.rows if not row.passed]
         return tuple(sorted(failed, key=lambda row: ORDER.index(row.rung)))
 
@@ -102,7 +118,7 @@ class Report:
 
     @property
     def likely_cause(self) -> str | None:
-        """Where to look, in plain words; None where all passed."""
+        """The place to look at first; None where all passed."""
         if self.first_broken is None:
             return None
         exact = [row.passed for row in self.rows if row.precision == "fp32"]
@@ -112,7 +128,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """The verdict in one line."""
         if self.passed:
             return f"all {len(self.rows)} checks passed against {self.reference}"
         if self.first_broken is None:
@@ -123,7 +139,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in vlmport.json under `parity`: limits once, precision → rung → measure."""
+        """Return `parity` of vlmport.json, with limits by precision, rung and measure."""
         limits: dict[str, dict[str, dict[str, Any]]] = {}
         for row in self.rows:
             known = limits.setdefault(row.precision, {}).setdefault(row.rung, {})
@@ -136,9 +152,9 @@ class Report:
         }
 
     def print(self, console: Console) -> None:
-        """The worst numbers of each rung, the verdict, every failure, and where to look.
+        """Print the worst numbers of each rung, the verdict, every failure, and the likely cause.
 
-        Precisions stand side by side as far as there is room for them.
+        The table has as many precisions side by side as the console has room for.
         """
         parity = self.to_json()
         precisions = _names(parity["rows"], "precision")
@@ -162,9 +178,9 @@ class Report:
 
 
 def parity_markdown(parity: Mapping[str, Any]) -> str:
-    """The model card's section from vlmport.json's `parity`: what was compared, a table, failures.
+    """Write the model card's section from vlmport.json's `parity`: the inputs and a table.
 
-    Each cell is the worst over all inputs; the rung of weights has components in their place.
+    Each cell has the worst number of all inputs; the rung of weights has components instead.
     """
     rows = parity["rows"]
     precisions = _names(rows, "precision")
@@ -185,14 +201,14 @@ def parity_markdown(parity: Mapping[str, Any]) -> str:
 
 
 def _names(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """The different values of a key, in the order in which they come."""
+    """List the different values of a key, in the order in which they come."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def _cells(
     parity: Mapping[str, Any], precisions: Sequence[str]
 ) -> list[tuple[str, list[tuple[bool, str]]]]:
-    """Rung → for each precision whether it passed, and its worst numbers over all pictures."""
+    """List each rung with, for each precision, whether it passed and its worst numbers."""
 
     def cell(rung: str, precision: str) -> tuple[bool, str]:
         chosen = [
@@ -207,7 +223,7 @@ def _cells(
 
 
 def _worst(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
-    """The worst value of each measure; no number at all is worse than any."""
+    """Format the worst value of each measure; NaN is worse than any number."""
     if not rows:
         return "-"
     if any("error" in row for row in rows):
@@ -225,7 +241,7 @@ def _worst(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
 
 
 def shown(name: str, value: float | None, limit: Mapping[str, Any]) -> str:
-    """Such as 'worst 3.1e-06 std (≤ 0.0001)', or '0 wrong ids' where only 0 will do."""
+    """Format a measure: 'worst 3.1e-06 std (≤ 0.0001)', or '0 wrong ids' where the limit is 0."""
     number = "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"
     if limit["limit"] == 0 and not limit["at_least"]:
         return f"{number} wrong {limit['unit']}"
@@ -234,13 +250,19 @@ def shown(name: str, value: float | None, limit: Mapping[str, Any]) -> str:
     return f"{name} {number}{unit} ({sign} {limit['limit']:g})"
 
 
+def _html_cell(passed: bool, text: str) -> str:
+    """Format a cell of the table in a notebook: a failure is bold."""
+    text = html.escape(text)
+    return f"<td>{text}</td>" if passed else f"<td><b>failed: {text}</b></td>"
+
+
 def _json_number(value: float) -> float | None:
-    """Four digits; JSON has no infinity, so what is not finite becomes null."""
+    """Round to four digits; JSON has no infinity, so numbers that are not finite become null."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _batched(names: Sequence[str], count: int) -> Iterator[Sequence[str]]:
-    """So many at a time."""
+    """Split names into groups of `count`."""
     for start in range(0, len(names), count):
         yield names[start : start + count]
 

@@ -1,9 +1,9 @@
-"""Is each rounded weight the rounding of the one that fp32 computes with?
+"""Compare each rounded weight with the one that fp32 computes with.
 
-What a rounded bundle says shows an error only where it costs more than the rounding does: one
-decoder matrix of many that is scaled by 1.1 does not. So the weights themselves are compared, one
-by one, in the files: fp32 is held against PyTorch on the ladder, and every other precision here
-against fp32. Read without the exporter's code, which would share its errors.
+The ladder shows an error of a rounded bundle only where it costs more than the rounding itself: one
+decoder matrix of many that is scaled by 1.1 does not. So the weights are compared too, one by one,
+in the files: the ladder compares fp32 with PyTorch, and this module every other precision with
+fp32. It reads the files without the exporter's code, whose errors it would share.
 
 K inputs, N outputs of a matrix, or rows and width of an embedding.
 """
@@ -32,7 +32,7 @@ TINY = np.finfo(np.float32).tiny
 
 
 def weight_rows(bundle: Bundle, precision: str) -> Iterator[Row]:
-    """A row for each component of a precision that is not fp32 and stands beside an fp32 one."""
+    """Make a row for each component at a precision that is not fp32, where fp32 is there."""
     for component, chosen in bundle.manifest.choose(precision).items():
         if chosen in (FP32, ANY) or FP32 not in bundle.manifest.components[component]:
             continue
@@ -43,20 +43,20 @@ def weight_rows(bundle: Bundle, precision: str) -> Iterator[Row]:
 
 
 def _weights(bundle: Bundle, component: str, precision: str) -> dict[str, ir.Value]:
-    """The initializers that are made from the checkpoint; none is read yet."""
+    """Find the initializers that are made from the checkpoint; none is read yet."""
     graph = ir.load(bundle.path(bundle.variant(component, precision).model)).graph
     return {name: value for name, value in graph.initializers.items() if _is_weight(name)}
 
 
 def _is_weight(name: str) -> bool:
-    """Named after a module and a parameter. Constants of the graph are not (const_0.5_f32)."""
+    """Return whether a name is that of a parameter; constants have others (const_0.5_f32)."""
     return "." in name and not name.startswith("const_")
 
 
 def _compare(
     ours: Mapping[str, ir.Value], exact: Mapping[str, ir.Value]
 ) -> tuple[dict[str, float], str | None]:
-    """Measures over all weights, and the names of those that are off."""
+    """Measure all weights, and name those that are off."""
     steps, unequal, off = 0.0, 0, []
     stems = {name.removesuffix(QUANTIZED).removesuffix(SCALES) for name in ours}
     for name in sorted(stems ^ exact.keys()):
@@ -84,7 +84,7 @@ def _read(value: ir.Value) -> np.ndarray:
 
 
 def _bits(quantized: ir.Value) -> int:
-    """As the operator takes them that unpacks the bytes, perhaps after a Reshape; else bytes."""
+    """Return the bits of the operator that unpacks the bytes, perhaps after a Reshape; else 8."""
     for node, _ in quantized.uses():
         if "bits" in node.attributes:
             return node.attributes["bits"].as_int()
@@ -99,11 +99,11 @@ def rounding_error(
     truth: Float[np.ndarray, ...],
     bits: int = 8,
 ) -> float:
-    """The largest distance of a weight from its level, in steps: half a step where all is right.
+    """Return the largest distance of a weight from its level, in steps; up to 0.5 is right.
 
-    The top level has no positive twin, so that what lies past it may be a whole step away: there
-    half of the distance counts. Past the outermost levels, what the scale lost when it was rounded
-    to its own type (float16) does not count. Infinite where the shapes differ, or where a block
+    The top level has no positive twin, so that a weight above it may be a whole step away: there
+    half of the distance counts. Past the outermost levels, the error of the scale by its own type
+    (float16) does not count. Infinite where the shapes differ, or where a block
     without a scale is not zero.
 
     Args:

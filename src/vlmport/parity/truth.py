@@ -1,4 +1,4 @@
-"""What the reference makes of one request: what every rung is fed, and held against."""
+"""The reference's results for one request, which every rung is fed and compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PictureTruth:
-    """What it makes of one picture alone: its ids in a prompt, its pixels, its features."""
+    """The reference's results for one image: its ids in a prompt, its pixels, its features."""
 
     ids: Int[np.ndarray, " T"]
     pixels: Mapping[str, np.ndarray]
@@ -31,17 +31,17 @@ class PictureTruth:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the reference makes of one request, from the bottom rung to the top.
+    """The reference's results for one request, from the bottom rung to the top.
 
     Attributes:
-        prompt_ids: of the whole prompt.
-        features: of all pictures, in their order.
+        prompt_ids: the ids of the whole prompt.
+        features: those of all images, in their order.
         made: greedy tokens and their logits.
-        is_cut: `made` ends with an image token that the model said itself; what it would say next
-            is not known, since that can't be fed back.
+        is_cut: whether `made` ends with an image token that the model generated. The next token is
+            unknown, since an image token can't be fed back.
         ids: prompt_ids and all new tokens but the last, which is never fed back.
-        embeds, position_ids, logits: of ids.
-        offset: what the position after the prompt is beyond the number of its tokens.
+        embeds, position_ids, logits: the results for ids.
+        offset: the position after the prompt, minus the number of its tokens (rope_delta).
     """
 
     pictures: tuple[PictureTruth, ...]
@@ -59,7 +59,7 @@ class Truth:
     def of(
         cls, reference: Reference, request: Request, max_new_tokens: int, image_token_id: int
     ) -> Truth:
-        """Run the reference from the pictures to the tokens, then once over all of them.
+        """Run the reference from the images to the tokens, then once over the whole sequence.
 
         Raises RefusedError for a request that the reference can't read, VerificationError where
         it can't be run, and where its two passes differ.
@@ -69,7 +69,7 @@ class Truth:
             prompt_ids = reference.prompt_ids(request)
         pixels = [picture.pixels for picture in pictures]
         features = np.zeros((0, reference.dims["hidden_size"]), np.float32)
-        if pictures:  # which may be wider than that
+        if pictures:  # their features may be wider
             features = np.concatenate([picture.features for picture in pictures])
         embeds = reference.embeds(prompt_ids, features)
         made = reference.generate(embeds, max_new_tokens, prompt_ids, pixels)
@@ -89,7 +89,7 @@ class Truth:
 
     @property
     def pixels(self) -> list[Mapping[str, np.ndarray]]:
-        """The vision encoder's inputs of each picture."""
+        """The vision encoder's inputs of each image."""
         return [picture.pixels for picture in self.pictures]
 
 
@@ -101,12 +101,12 @@ def _picture(reference: Reference, image: Image.Image, options: Mapping[str, Any
 
 
 def _check_positions(made: Generated, logits: Float[np.ndarray, "N V"]) -> None:
-    """`generate` counts its positions itself: what it made must be what ours give."""
+    """Compare `generate`, which counts positions itself, with one pass at our positions."""
     apart = metrics.worst_error(logits, made.logits)
     if not SAME_NUMBERS["worst"].holds(apart):
         raise VerificationError(
             f"the reference contradicts itself: its generate and one pass with the positions that "
             f"the ladder takes for true are {apart:.2g} std apart",
-            hint="nothing is said of the bundle; is this version of transformers a known one?",
+            hint="nothing is known about the bundle; check the version of transformers",
             code="verify.reference-contradicts-itself",
         )

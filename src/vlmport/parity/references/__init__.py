@@ -1,4 +1,4 @@
-"""The truth that a bundle is compared with: Hugging Face transformers on PyTorch.
+"""Load the reference that a bundle is compared with: Hugging Face transformers on PyTorch.
 
 The modules of this folder and each family's `reference.py` are the only ones of the package that
 import torch, transformers and peft, and they share no code with the export. Model, tokenizer,
@@ -32,14 +32,14 @@ def load_reference(
     adapter: str | Path | None = None,
     ignored: Collection[str] = (),
 ) -> Reference:
-    """The reference of a checkpoint folder, by its config.json's model_type.
+    """Load the reference of a checkpoint folder, by the model_type of its config.json.
 
     Args:
-        image_token_id: the id that stands for a patch in prompts, for a model that has none of its
-            own (distilvit2).
+        image_token_id: the id of a patch in prompts, for a model that has none of its own
+            (distilvit2).
         adapter: a PEFT folder that is put on top, after whatever LoRA the checkpoint holds.
-        ignored: tensors of the checkpoint that need no place in the model: those that the export
-            was told to leave out. Nothing else is taken from a bundle.
+        ignored: tensors of the checkpoint that may have no place in the model, because the export
+            was told to leave them out. Nothing else is taken from a bundle.
 
     Raises SourceError, ConfigError, WeightError or AdapterError; VerificationError for what
     transformers refuses; ImportError without torch, transformers or peft.

@@ -1,8 +1,8 @@
-"""The processor and the generation settings of a model that was trained with an adapter.
+"""Load the processor and the generation settings of a model that was trained with an adapter.
 
-What was saved in the adapter's folder counts before the base's. transformers reads both from one
-folder, which is put together here: the adapter's files in place of the base's that say the same
-things. Which of several templates counts is transformers' own choice.
+Files in the adapter's folder count before the base's. transformers reads both from one folder,
+which is put together here: the adapter's files replace the base's of the same purpose. Which of
+several templates counts is transformers' own choice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Load = Callable[[Path], Any]
 
 
 def with_adapter_processor(load: Load, folder: Path, adapter: Path | None) -> Any:
-    """The processor that `load` reads of a folder, with the files of the adapter's.
+    """Load a folder's processor with `load`, with the files of the adapter.
 
     The base's template counts unless the adapter's is a new one: a tokenizer that was saved alone
     carries its own, which the base's processor may have displaced.
@@ -48,13 +48,13 @@ def with_adapter_processor(load: Load, folder: Path, adapter: Path | None) -> An
 
 
 def with_adapter_generation(model: Any, adapter: Path | None) -> None:
-    """Let the adapter's generation_config.json, where there is one, be the model's."""
+    """Give the model the adapter's generation_config.json, where there is one."""
     if adapter is not None and (adapter / GENERATION).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(adapter))
 
 
 def _put_together(folder: Path, adapter: Path, out: Path) -> None:
-    """The base's small files without templates, and over them the adapter's."""
+    """Copy the base's small files without templates, and then the adapter's over them."""
     replaced = set(TEMPLATES)
     if (adapter / TOKENIZER[0]).is_file():
         replaced.update(TOKENIZER)

@@ -1,4 +1,4 @@
-"""A PEFT adapter, loaded by PEFT itself under the names that it was trained with.
+"""Load a PEFT adapter by PEFT itself, under the names that it was trained with.
 
 Adapters name modules as the model had them that was trained: the whole model, its base class, its
 decoder alone, or the whole model in transformers up to 4.51, where the decoder was `model` and the
@@ -22,7 +22,7 @@ from torch import nn
 from vlmport.errors import AdapterError
 from vlmport.errors import some_names as some
 
-ADAPTER = "on_top"  # what PEFT shall call the adapter that is given separately
+ADAPTER = "on_top"  # the name in PEFT of the adapter that is given separately
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COPIES = ("embed_tokens.weight", "lm_head.weight")
 PREFIX, MIDDLE = "base_model.model.", ".lora_"
@@ -30,7 +30,7 @@ PREFIX, MIDDLE = "base_model.model.", ".lora_"
 
 @dataclass(frozen=True)
 class Place:
-    """A tree of the model's own modules, by the names of one way to train it."""
+    """A tree of the model's own modules, under the names of one way to train it."""
 
     root: nn.Module
 
@@ -42,13 +42,13 @@ class Place:
         return cls(root)
 
     def lost(self, names: Sequence[str]) -> list[str]:
-        """Those of the names that are no modules here."""
+        """Return those of the names that are no modules here."""
         here = {name for name, _ in self.root.named_modules()}
         return [name for name in names if name not in here]
 
 
 def places(model: Any) -> Iterator[Place]:
-    """Where an adapter of a Hugging Face model with a tower and a decoder may have been trained.
+    """List the places at which an adapter of a tower and a decoder may have been trained.
 
     In the last two only the outer modules have other names; a head that gets an adapter there
     becomes the model's.
@@ -62,7 +62,7 @@ def places(model: Any) -> Iterator[Place]:
 
 
 def add_adapter(model: Any, folder: Path) -> None:
-    """Put an adapter on a Hugging Face model, in place.
+    """Add an adapter to a Hugging Face model, in place.
 
     Raises AdapterError where a tensor of the file finds no module, or a target finds no tensor.
     """
@@ -80,7 +80,7 @@ def load_adapter(folder: Path, roots: Iterator[Place], loaded: Any = lambda root
     for each of its targets. Other LoRA of these modules stays active.
 
     Args:
-        loaded: told of the root, whose modules may be others now.
+        loaded: called with the root, whose modules may be others now.
     """
     names = _trained_modules(folder)
     problems: list[tuple[int, str]] = []
@@ -104,12 +104,12 @@ def load_adapter(folder: Path, roots: Iterator[Place], loaded: Any = lambda root
 
 
 def _load(root: nn.Module, folder: Path) -> str | None:
-    """Load it by PEFT; what does not fit, or None. Then it is taken out again."""
+    """Load it by PEFT. Return None, or what does not fit; the adapter is then removed again."""
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
     config.task_type = None  # it adds methods to the outermost module, and changes no numbers
     try:
         with warnings.catch_warnings():
-            # What PEFT warns of, missing and surplus tensors, is an error below.
+            # PEFT warns about missing and surplus tensors, which are errors below.
             warnings.simplefilter("ignore")
             wrapped = peft.PeftModel(root, config, ADAPTER)  # type: ignore[arg-type]
             found = wrapped.load_adapter(str(folder), ADAPTER)
@@ -132,7 +132,7 @@ def _activate(root: nn.Module) -> None:
 
 
 def _trained_modules(folder: Path) -> list[str]:
-    """The modules that the file has LoRA tensors of. Raises AdapterError for no adapter."""
+    """List the modules that have LoRA tensors in the file. Raises AdapterError for no adapter."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(
             f"{folder}: no {CONFIG}",

@@ -81,7 +81,7 @@ def prompt_text(processor: Any, request: Request) -> str:
     except TemplateError as error:
         raise PromptError(
             f"{request.name!r}: the chat template refuses what verify asks: {error}",
-            hint="it asks with pictures and without, and a second time",
+            hint="verify asks with images and without, and asks a second time",
             code="template.refuses",
         ) from error
 
@@ -117,6 +117,6 @@ def generated_from(
 
 def useful_threads(weights: int) -> int:
     """Return how many threads a model of this size can use, and this process may."""
-    # In a container they are fewer than the machine has.
+    # A container may have fewer than the machine.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus, weights // WEIGHTS_A_THREAD))

@@ -1,4 +1,4 @@
-"""A checkpoint as transformers itself reads it: model, processor and template.
+"""Load a checkpoint as transformers itself reads it: model, processor and template.
 
 Nothing of the checkpoint's files is read here but by `from_pretrained`: which file holds the
 weights, old names of tensors, tied heads, types, defaults of settings and the choice of the chat
@@ -43,7 +43,7 @@ BUFFERS = re.compile(
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Without warnings, log lines and progress bars: what they tell of is checked here."""
+    """Silence warnings, log lines and progress bars: their subjects are checked here."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -58,10 +58,10 @@ def hushed() -> Iterator[None]:
 
 
 def load_model(folder: Path, ignored: Collection[str] = ()) -> Any:
-    """The model in float32, every weight of it from the checkpoint.
+    """Load the model in float32, every weight of it from the checkpoint.
 
     Args:
-        ignored: tensors of the checkpoint that need no place in the model.
+        ignored: tensors of the checkpoint that may have no place in the model.
 
     Raises WeightError with all missing, surplus and misshapen names.
     """
@@ -101,18 +101,19 @@ def _config(folder: Path) -> Any:
 
 
 def _is_float8(config: Any) -> bool:
+    """Return whether the weights are stored as float8."""
     settings = getattr(config, "quantization_config", None)
     return isinstance(settings, dict) and settings.get("quant_method") == "fp8"
 
 
 def _dequantizes(config: Any) -> bool:
-    """Whether the weights became floats while they were loaded."""
+    """Return whether the weights became floats while they were loaded."""
     settings = getattr(config, "quantization_config", None)
     return bool(getattr(settings, "dequantize", False))
 
 
 def _is_quantized(folder: Path) -> bool:
-    """Whether a stored tensor is of a type that no plain weight has."""
+    """Return whether a stored tensor has a type that no plain weight has."""
     single = folder / "model.safetensors"
     for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -150,7 +151,7 @@ def raise_unfit(
     count: int,
     folder: Path,
 ) -> None:
-    """Raise WeightError for a model of `count` weights unless nothing is amiss."""
+    """Raise WeightError for a model of `count` weights if any weight does not fit."""
     problems = [f"{len(missing)} of {count} weights missing: {some(missing)}"] if missing else []
     problems += [f"{len(surplus)} surplus: {some(surplus)}"] if surplus else []
     problems += [f"{len(misshapen)} misshapen: {some(misshapen)}"] if misshapen else []
@@ -166,7 +167,7 @@ def raise_unfit(
 
 
 def load_processor(folder: Path, kind: Any) -> Any:
-    """The folder's processor by a class's own `from_pretrained`.
+    """Load the folder's processor by a class's own `from_pretrained`.
 
     Its image processor is the one on Pillow, and it has none for videos, which would need
     torchvision. A tokenizer that could end this process is refused before transformers reads it:
@@ -176,7 +177,7 @@ def load_processor(folder: Path, kind: Any) -> Any:
         read_tokenizer(folder)
 
     class OnPillow(kind):
-        """The class, with these two parts of its own."""
+        """The class, with an image processor on Pillow and none for videos."""
 
         @classmethod
         def _get_arguments_from_pretrained(cls, path: str, *_: Any, **options: Any) -> list[Any]:
@@ -195,9 +196,9 @@ def load_processor(folder: Path, kind: Any) -> Any:
 
 
 def render(processor: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The prompt's text, by the processor's template, or by its tokenizer's where it has none.
+    """Render a prompt by the processor's template, or by its tokenizer's where it has none.
 
-    It is first rendered where a template can be stopped, as transformers can't.
+    It is rendered first where an endless template can be stopped, which transformers can't.
     Raises jinja2.TemplateError.
     """
     speaks = processor if processor.chat_template is not None else processor.tokenizer
@@ -211,7 +212,7 @@ def render(processor: Any, messages: list[dict[str, Any]], **options: Any) -> st
 
 
 def stop_token_ids(model: Any) -> tuple[int, ...]:
-    """Where the model's own `generate` stops, else what its decoder's config says."""
+    """Return the ids at which `generate` stops: the model's, else those of its decoder's config."""
     decoder = model.config.get_text_config()
     for settings in (model.generation_config, decoder):
         ids = getattr(settings, "eos_token_id", None)
@@ -221,19 +222,19 @@ def stop_token_ids(model: Any) -> tuple[int, ...]:
 
 
 def forget_options(model: Any) -> None:
-    """Let `generate` have no options but those that it is given."""
+    """Reset the model's generation options, so that `generate` has only those that it is given."""
     model.generation_config = transformers.GenerationConfig()
 
 
 def answer_stop_ids(model: Any, processor: Any) -> tuple[int, ...]:
-    """`stop_token_ids`, the tokenizer's eos token and what the template writes after an answer."""
+    """Return `stop_token_ids`, the tokenizer's eos and the template's token after an answer."""
     others = (processor.tokenizer.eos_token_id, _end_of_turn(processor))
     known = (one for one in others if one is not None)
     return tuple(dict.fromkeys((*stop_token_ids(model), *known)))
 
 
 def _end_of_turn(processor: Any) -> int | None:
-    """The special token that comes next after what an assistant said.
+    """Find the special token that the template writes after an assistant's message.
 
     None where the template writes none there, or refuses such a message.
     """
@@ -243,7 +244,7 @@ def _end_of_turn(processor: Any) -> int | None:
     ]
     try:
         _, *after = render(processor, said).split("Ja")
-    except Exception:  # what is wrong with it is said when it is asked
+    except Exception:  # the requests find what is wrong with it
         return None
     kinds = processor.tokenizer.added_tokens_decoder
     text = after[-1].strip() if after else ""

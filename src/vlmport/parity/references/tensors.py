@@ -1,10 +1,10 @@
-"""A checkpoint that no class of transformers reads: its tensors, and how they are loaded strictly.
+"""Read and strictly load the tensors of a checkpoint that no class of transformers reads.
 
 The rules are those of transformers' `from_pretrained`: model.safetensors counts before an index,
 tensors before the flag that ties them, and buffers that older versions stored are no weights.
 
 Trap: a key that does not fit is an error. Loaded with `strict=False`, a checkpoint of another
-spelling leaves the vision tower random and nobody is told.
+spelling leaves the vision tower random without a word.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from vlmport.parity.references.pretrained import BUFFERS, raise_unfit
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, which counts before an index beside it, or of the shards
-    that the index names."""
+    """Read all tensors of model.safetensors, else of the shards that the index names."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / files[0]).is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -32,7 +31,7 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
     if absent:
         raise SourceError(
             f"{folder}: no {some(absent)}",
-            hint="safetensors are read, no pickles",
+            hint="vlmport reads safetensors, not pickles",
             code="weights.missing-file",
         )
     state: dict[str, torch.Tensor] = {}
@@ -42,7 +41,7 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def head_differs(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a head is stored that is not the embedding."""
+    """Return whether a head is stored that differs from the embedding."""
     heads = [tensor for name, tensor in state.items() if name.endswith("lm_head.weight")]
     tables = [tensor for name, tensor in state.items() if name.endswith("embed_tokens.weight")]
     return bool(heads and tables) and not torch.equal(heads[0], tables[0])
@@ -60,7 +59,7 @@ def load_strictly(
     embedding may be missing.
 
     Args:
-        ignored: tensors that need no place in the model.
+        ignored: tensors that may have no place in the model.
 
     Raises WeightError with all missing, surplus and misshapen names.
     """
