@@ -1,8 +1,10 @@
 # make demo        creates .venv, installs vlmport, captions the example picture
-# make test        installs everything that the tests need, then runs all of them
+# make test        installs everything that the tests need, then runs them
+# make test-fast   the quick ones of every room, for the time between two edits: under 3 minutes
 # make check       formatters, linter, type checkers, of Python and of web/; the documentation
 # make docs        builds the documentation as a site, into site/
-# make verify-all  every model, layout and precision against PyTorch, then fuzzing: 10 to 25 minutes
+# make verify-all  every model, layout and precision against PyTorch, the tests that `make test`
+#                  leaves out, then fuzzing: 20 to 40 minutes
 #                  (FUZZ_MINUTES=4 of them; 0 leaves it out)
 # make test-onnxruntime  the tests of graphs and models under the next ONNX Runtime
 # make wheel       builds the wheel, the demo page inside
@@ -24,7 +26,7 @@ FUZZ_MINUTES ?= 4
 # What npm itself writes when it has installed what web/ needs.
 NODE_MODULES := web/node_modules/.package-lock.json
 
-.PHONY: demo test test-onnxruntime check docs verify-all wheel clean
+.PHONY: demo test test-fast test-onnxruntime check docs verify-all wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -32,6 +34,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Without the tests that are marked slow and the files that tests/balance.py lists as long.
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --quiet --numprocesses auto --dist loadfile -m "not slow"
 
 check: $(VENV)/installed-dev $(NODE_MODULES) docs
 	$(BIN)/ruff check .

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as vlmport does, which is imported later
 
@@ -14,8 +17,11 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from tests import balance, thorough
 from tests.checkpoints import write_prefix_checkpoint
 from tests.processes import let_children_be_interrupted
+from tests.sharing import shared
+from vlmport.bundle import SUFFIXES, Bundle
 
 
 class OneThread(ort.SessionOptions):
@@ -36,7 +42,21 @@ let_children_be_interrupted()
 # The same examples each time, and no limit of time: a run never fails by luck or on a busy machine.
 # New examples are drawn by `make verify-all`.
 settings.register_profile("the same each time", derandomize=True, deadline=None)
-settings.load_profile("the same each time")
+settings.register_profile("new ones", deadline=None)
+settings.load_profile("new ones" if thorough.THOROUGH else "the same each time")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return balance.scheduler(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    balance.mark_long(items)
+    balance.long_first(items)
+    left_out = thorough.choose(items)
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_collection_finish() -> None:
@@ -48,17 +68,31 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder, not to be changed."""
-    return write_prefix_checkpoint(tmp_path_factory.mktemp("checkpoint") / "captioner")
+    return shared(tmp_path_factory, "checkpoint/captioner", write_prefix_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle in every precision, not to be changed."""
+    """Its bundle in the precisions that ship, not to be changed."""
     from vlmport.exporter import export
 
-    out = tmp_path_factory.mktemp("bundle") / "captioner"
-    export(tiny_checkpoint, out)
-    return out
+    make = functools.partial(export, tiny_checkpoint)
+    return shared(tmp_path_factory, "bundle/captioner", make)
+
+
+@pytest.fixture(scope="session")
+def built_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Name of a built-in model → its bundle in every precision, not to be changed."""
+
+    def bundle(name: str) -> Bundle:
+        from vlmport.exporter import export
+
+        def make(folder: Path) -> None:
+            export(name, folder, precisions=tuple(SUFFIXES))
+
+        return Bundle.open(shared(tmp_path_factory, f"built-in/{name}", make))
+
+    return bundle
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,12 +26,13 @@ PRECISIONS = ("fp32", "q8", "q4")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(
+    built_in: Callable[[str], Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """The built-in captioner in both layouts."""
-    root = tmp_path_factory.mktemp("shapes")
-    export("shapes", root / "hub", precisions=PRECISIONS)
-    export("shapes", root / "four", precisions=PRECISIONS, layout=COMPONENTS)
-    return root / "hub", root / "four"
+    four = tmp_path_factory.mktemp("shapes") / "four"
+    export("shapes", four, precisions=PRECISIONS, layout=COMPONENTS)
+    return built_in("shapes").folder, four
 
 
 @pytest.fixture(scope="module")

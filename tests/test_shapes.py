@@ -7,6 +7,7 @@ hundreds of scenes, is held by tests/evaluation/test_evaluate.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,8 @@ EXAMPLES = json.loads((ROOT / "examples/captions.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("shapes") / "bundle"
-    return vlmport.export("shapes", out, precisions=tuple(SUFFIXES))
+def shapes(built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in("shapes")
 
 
 @pytest.mark.parametrize("precision", ["auto", *SUFFIXES])

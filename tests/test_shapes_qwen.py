@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import vlmport
 from tests.shapes_qwen import CAPTIONS, EXAMPLES, KNOWN, MODELS, asked, user
+from tests.thorough import cells
 from vlmport import cli
 from vlmport.builtin.questions import conversation, held_out_questions
 from vlmport.builtin.scenes import draw
@@ -27,9 +29,8 @@ PRECISIONS = ("fp32", "q8", "q4")
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def shapes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp(request.param) / "bundle"
-    return vlmport.export(request.param, out, precisions=PRECISIONS)
+def shapes(request: pytest.FixtureRequest, built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in(request.param)
 
 
 @pytest.mark.parametrize("precision", ["auto", *PRECISIONS])
@@ -59,12 +60,13 @@ def test_a_picture_has_as_many_tokens_as_its_shape_needs(shapes: Bundle) -> None
     assert len(tokens) >= 3
 
 
+@pytest.mark.parametrize("limit", cells(60, rest=(200,)))
 @pytest.mark.parametrize(("questions", "least"), [(False, 95), (True, 90)])
 def test_held_out_scenes_are_known_and_rounding_costs_little(
-    shapes: Bundle, questions: bool, least: float
+    shapes: Bundle, questions: bool, least: float, limit: int
 ) -> None:
     """q8 within 1 point of fp32 and q4 within 3; every fourth question is about two pictures."""
-    report = evaluate(shapes, questions=questions, limit=200, record=False)
+    report = evaluate(shapes, questions=questions, limit=limit, precisions=PRECISIONS, record=False)
     assert report.figures["fp32"]["exact_match"] >= least
     assert report.passed, report.losses
     assert {one.precision: one.limit for one in report.losses} == {"q8": 1.0, "q4": 3.0}

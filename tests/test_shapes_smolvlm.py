@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import transformers
 from typer.testing import CliRunner
 
 import vlmport
+from tests.thorough import cells
 from vlmport import cli
 from vlmport.builtin import builtin_models
 from vlmport.builtin.questions import conversation, held_out_questions
@@ -38,9 +41,8 @@ WHOLE = {"do_image_splitting": False}
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("shapes-smolvlm") / "bundle"
-    return vlmport.export("shapes-smolvlm", out, precisions=PRECISIONS)
+def shapes(built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in("shapes-smolvlm")
 
 
 def user(question: str, pictures: int) -> dict[str, Any]:
@@ -63,21 +65,24 @@ def test_the_examples_are_captioned_and_answered_right(precision: str, shapes: B
                 assert answer.stop_reason == "stop"
 
 
-def test_rounding_costs_no_more_than_its_limit(shapes: Bundle) -> None:
+@pytest.mark.parametrize("limit", cells(60, rest=(200,)))
+def test_rounding_costs_no_more_than_its_limit(shapes: Bundle, limit: int) -> None:
     """q8 within 1 point of fp32 and q4 within 3; every fourth question is about two pictures."""
-    report = evaluate(shapes, questions=True, limit=200, record=False)
+    report = evaluate(shapes, questions=True, limit=limit, precisions=PRECISIONS, record=False)
     assert report.passed, report.losses
     assert {one.precision: one.limit for one in report.losses} == {"q8": 1.0, "q4": 3.0}
     assert report.figures["fp32"]["exact_match"] >= 90
 
 
-def test_held_out_scenes_are_captioned_right(shapes: Bundle) -> None:
+@pytest.mark.parametrize("limit", cells(60, rest=(200,)))
+def test_held_out_scenes_are_captioned_right(shapes: Bundle, limit: int) -> None:
     """The mark that it was trained for; of 1,000 scenes it has 98.7 % right."""
-    report = evaluate(shapes, limit=200, precisions=["fp32"], record=False)
+    report = evaluate(shapes, limit=limit, precisions=["fp32"], record=False)
     assert report.figures["fp32"]["exact_match"] >= 95
 
 
-def test_questions_go_into_the_card_beside_the_captions(shapes: Bundle) -> None:
+def test_questions_go_into_the_card_beside_the_captions(shapes: Bundle, tmp_path: Path) -> None:
+    shapes = Bundle.open(shutil.copytree(shapes.folder, tmp_path / "own"))
     evaluate(shapes.folder, questions=True, limit=8, precisions=["fp32"])
     evaluate(shapes.folder, limit=5, precisions=["fp32"])
     first, second = Bundle.open(shapes.folder).manifest.accuracy

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -42,6 +43,25 @@ def test_the_second_size_in_the_precisions_that_ship(tmp_path: Path) -> None:
     assert [(one.layout, one.precision, one.check) for one in results] == [
         (layout, *check) for layout in ("hub", "components") for check in checks
     ]
+
+
+def test_the_rest_of_the_tests_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no model is asked for alone, and under the variable that chooses it."""
+    asked: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        asked.append((command, options["env"]))
+        return SimpleNamespace(returncode=len(asked) - 1)
+
+    monkeypatch.setattr(verify_all, "check_model", lambda model, folder: iter(()))
+    monkeypatch.setattr(verify_all.subprocess, "run", run)
+    assert verify_all.main(["--model", SMALL.name, "--fuzz-minutes", "0"]) == 0
+    assert asked == []
+    assert [verify_all.main(["--fuzz-minutes", "0"]) for _ in range(2)] == [0, 1]
+    for command, environment in asked:
+        assert "pytest" in command
+        assert command[-1] == "tests"
+        assert environment["VLMPORT_THOROUGH"] == "1"
 
 
 @pytest.mark.parametrize(

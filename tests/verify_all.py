@@ -10,8 +10,10 @@ Every model here is exported in every layout of its family at every precision. T
   input and the weights have to do. Of a trained one the same holds for what training never asked,
   questions without a picture and about three: the table says where they alone were past the limits.
 
-At the end inputs are damaged at random for some minutes (`python -m tests.fuzz`). A table says what
-was run, how long it took and what failed; the exit code is 1 if anything did.
+Then come the tests that the suite leaves out, and its property tests with more and new examples
+(tests/thorough.py). At the end inputs are damaged at random for some minutes
+(`python -m tests.fuzz`). A table says what was run, how long it took and what failed; the exit code
+is 1 if anything did.
 
 The random models are of two sizes and differ in all that a checkpoint may differ in: spelling,
 stored type, shards, projection, LoRA, a tied head, sizes that no block of 32 divides.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -226,6 +229,15 @@ def fuzz(minutes: float) -> None:
     assert done.returncode == 0, f"exit {done.returncode}; its findings stand above"
 
 
+def rest_of_the_tests() -> None:
+    """Run what the suite leaves out: cells of its matrices, and more examples."""
+    command = [sys.executable, "-m", "pytest", "--quiet", "--numprocesses", "auto"]
+    command += ["--dist", "loadfile", "tests"]
+    environment = os.environ | {"VLMPORT_THOROUGH": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}; what failed stands above"
+
+
 def summary(results: list[Result], console: Console) -> None:
     table = Table("model", "layout", "precision", "check", "seconds", "result")
     for one in results:
@@ -255,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in chosen:
         with tempfile.TemporaryDirectory() as folder:
             results += check_model(model, Path(folder))
+    if args.model is None:
+        results.append(timed("-", "-", "-", "rest of the tests", rest_of_the_tests))
     if args.fuzz_minutes:
         results.append(timed("-", "-", "-", "fuzz", lambda: fuzz(args.fuzz_minutes)))
     summary(results, Console(width=None if sys.stdout.isatty() else 160))

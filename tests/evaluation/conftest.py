@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import vlmport
-from vlmport.bundle import SUFFIXES
+from vlmport.bundle import Bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shapes(built_in: Callable[[str], Bundle]) -> Path:
     """The built-in model in every precision, not to be changed."""
-    out = tmp_path_factory.mktemp("shapes") / "shapes"
-    return vlmport.export("shapes", out, precisions=tuple(SUFFIXES)).folder
+    return built_in("shapes").folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_prefix_checkpoint
+from tests.thorough import cells
 
 TEXT = {
     "hidden_size": 512,
@@ -43,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "q8", "q4"])
+@pytest.mark.parametrize("precision", cells("fp16", "q4", rest=("fp32", "q8")))
 def test_the_peak_is_below_two_copies_in_float32(
     checkpoint: Path, tmp_path: Path, precision: str
 ) -> None:

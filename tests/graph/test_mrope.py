@@ -16,6 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from tests.graph.running import open_graph
+from tests.thorough import examples
 from vlmport.graph.mrope import axes_of_frequencies, position_ids_graph
 from vlmport.runtime.graphs.sessions import refusal
 
@@ -119,7 +120,7 @@ rows = st.lists(
     merge=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_equals_transformers(model: Any, batch: list[list[Part]], merge: int, seed: int) -> None:
     """Rows of unequal length, padded on the left, on the right and within, with ids of any kind."""
     rng = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ from tests.checkpoints import write_json
 from tests.parity.conftest import Case
 from tests.parity.qwen import TURNS, WRITERS, Family, Write, made
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
+from tests.thorough import cells
 from vlmport.bundle import Bundle
 from vlmport.checkpoint import Checkpoint
 from vlmport.exporter import export
@@ -150,7 +151,7 @@ def test_variants_are_green(tmp_path: Path, write: Write, settings: dict[str, An
     assert report.passed, report.summary
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", cells("qwen3", rest=("qwen2_5",)))
 def test_eight_bits_and_half(qwens: dict[str, Family], name: str, tmp_path: Path) -> None:
     """Random weights bear 8 bits and float16; what 4 bits do to them says nothing."""
     family = qwens[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ SHAPES = builtin_models()["shapes"]
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(SHAPES, tmp_path_factory.mktemp("shapes") / "bundle", precisions=[*SUFFIXES])
+def shapes(built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in("shapes")
 
 
 @pytest.fixture

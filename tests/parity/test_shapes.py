@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from tests.parity.conftest import Case, assert_first_broken, case, failing, valu
 from tests.parity.surgery import copied, edit_graph
 from vlmport.builtin import builtin_models
 from vlmport.bundle import SUFFIXES, Bundle
-from vlmport.exporter import export
 from vlmport.parity import verify
 from vlmport.parity.pictures import named_pictures
 from vlmport.runtime.decoding.search import StopCondition
@@ -24,9 +24,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def shapes(built_in: Callable[[str], Bundle]) -> Case:
     """One of its captions, which ends with a stop token."""
-    bundle = export(SHAPES, tmp_path_factory.mktemp("shapes") / "bundle", precisions=[*SUFFIXES])
+    bundle = built_in("shapes")
     (picture,) = named_pictures([EXAMPLES / "red_circle_orange_star_blue_star.png"])
     return case(SHAPES, bundle, picture)
 

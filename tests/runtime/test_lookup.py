@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from tests.errors import raises
 from tests.runtime import toy
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError
-from vlmport.exporter import export
 from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.decoding.prompt_lookup import look_up
 from vlmport.runtime.generate import Generation
@@ -178,9 +178,8 @@ def test_a_float16_decoder_is_refused(own_bundle):
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("shapes") / "bundle"
-    return export("shapes", out, precisions=("fp32", "q4"))
+def shapes(built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in("shapes")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "q4"])

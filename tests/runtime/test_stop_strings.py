@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from tests.runtime.test_streamed_text import byte_fallback, metaspace
 from tests.shared_testdata import shared_testdata
+from tests.thorough import examples
 from vlmport.builtin import builtin_folder
 from vlmport.runtime.decoding.search import Hypothesis
 from vlmport.runtime.response import AnswerText
@@ -61,7 +62,7 @@ def stopped(stops: StopStrings, ids: list[int]) -> tuple[list[int], bool]:
     return ids, False
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.data())
 def test_a_stop_string_is_found_where_hugging_face_finds_it(data: st.DataObject):
     """At the first token that completes one; a byte-level vocabulary is compared byte by byte."""
@@ -78,7 +79,7 @@ def test_a_stop_string_is_found_where_hugging_face_finds_it(data: st.DataObject)
             break
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(data=st.data())
 def test_no_part_of_a_stop_string_is_ever_given_out(data: st.DataObject):
     """Whatever is streamed stays a beginning of the final text; together it is that text."""

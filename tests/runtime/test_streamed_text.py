@@ -6,12 +6,13 @@ import functools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.checkpoints import write_tokenizer
 from tests.shared_testdata import shared_testdata
+from tests.thorough import examples
 from vlmport.runtime.streamed_text import REPLACEMENT, TextStream
 
 SAMPLES = (
@@ -86,7 +87,7 @@ def check_stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return pieces
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(data=st.data())
 def test_any_tokens_stream_as_they_decode(folder: Path, data: st.DataObject):
     """Any ids at all: broken UTF-8, special tokens, runs of bytes, leading spaces."""
@@ -98,7 +99,7 @@ def test_any_tokens_stream_as_they_decode(folder: Path, data: st.DataObject):
     check_stream(tokenizer, ids)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.data())
 def test_any_text_cut_anywhere(folder: Path, data: st.DataObject):
     """Emoji, CJK, combining marks; the last tokens may lack a part of a character."""

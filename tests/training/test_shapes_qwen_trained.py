@@ -5,16 +5,18 @@ The bundles made of it are measured in tests/test_shapes_qwen.py.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer
 
 from tests.shapes_qwen import MODELS
+from tests.thorough import cells
 from training.shapes_qwen import evaluate
 from training.shapes_qwen.checkpoint import read_checkpoint
 from training.shapes_qwen.prompts import train_tokenizer
 from vlmport.builtin import builtin_models
+from vlmport.bundle import Bundle
 
 TASKS = 100  # captions, and as many questions
 
@@ -40,9 +42,10 @@ def test_what_ships(name: str) -> None:
     assert shipped.to_str() == train_tokenizer(0).to_str()
 
 
+@pytest.mark.parametrize("step", cells(5, rest=(1,)))
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_right_and_each_part_is_worth_something(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, step: int, built_in: Callable[[str], Bundle]
 ) -> None:
     """M-RoPE, and DeepStack where there is any: without them fewer answers are right."""
     folder = builtin_models()[name]
@@ -52,8 +55,7 @@ def test_it_is_right_and_each_part_is_worth_something(
     given = evaluate.answers_by_torch(family, model, tokenizer, tasks)
     assert evaluate.share(tasks[:TASKS], given[:TASKS]) >= evaluate.CAPTIONS_AT_LEAST
     assert evaluate.share(tasks[TASKS:], given[TASKS:]) >= evaluate.QUESTIONS_AT_LEAST
-    monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path))
-    assert evaluate.answers_by_vlmport(folder, tasks) == given
+    assert evaluate.answers_by_vlmport(built_in(name).folder, tasks[::step]) == given[::step]
     lost = evaluate.costs(family, model, tokenizer, tasks, given)
     assert lost.keys() == evaluate.switches(family).keys()
     # How much is a matter of thousands: `python -m training.shapes_qwen.evaluate`.

@@ -5,6 +5,8 @@ Their answers are right, so that equal tokens are no chance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from tokenizers import Tokenizer
 
@@ -12,9 +14,7 @@ from tests.shapes_qwen import MODELS, QUESTIONS, asked, kind, user
 from tests.transformers_js.test_qwen import CLASSES, answer, ours
 from tests.transformers_js.test_transformers_js import MODELS as PARTS
 from tests.transformers_js.test_transformers_js import client
-from vlmport.builtin import builtin_models
 from vlmport.bundle import ANY, Bundle
-from vlmport.exporter import export
 
 __all__ = ["client"]  # a fixture
 
@@ -22,9 +22,8 @@ ONE = QUESTIONS[0]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("shapes") / request.param
-    return export(builtin_models()[request.param], out, precisions=("fp32", "q8", "q4", "fp16"))
+def bundle(request: pytest.FixtureRequest, built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in(request.param)
 
 
 def said(bundle: Bundle, ids: list[int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from tokenizers import Tokenizer
 from tests.transformers_js.test_conversations import IMAGE, answer, ours, user
 from tests.transformers_js.test_transformers_js import HERE, MODELS, ROOT, client
 from vlmport.bundle import ANY, Bundle
-from vlmport.exporter import export
 
 __all__ = ["client"]  # a fixture
 
@@ -29,9 +29,8 @@ PRECISIONS = ("fp32", "q8", "q4", "fp16", "q4f16")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("shapes-smolvlm") / "bundle"
-    return export(ROOT / "src/vlmport/builtin/shapes-smolvlm", out, precisions=PRECISIONS)
+def bundle(built_in: Callable[[str], Bundle]) -> Bundle:
+    return built_in("shapes-smolvlm")
 
 
 def asked(question: dict[str, Any]) -> tuple[list[Any], list[Path]]:

@@ -28,7 +28,6 @@ from vlmport.runtime.model import VLM
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SHAPES = ROOT / "src/vlmport/builtin/shapes"
 VERSION = json.loads((HERE / "package.json").read_text())["dependencies"][
     "@huggingface/transformers"
 ]
@@ -192,9 +191,8 @@ def examples() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shapes") / "bundle"
-    return export(SHAPES, folder).folder
+def shapes(built_in: Callable[[str], Bundle]) -> Path:
+    return built_in("shapes").folder
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ TURNS: tuple[Turn, ...] = (
 ALONE: tuple[Turn, ...] = (("Name a color.", ()), ("And one more?", ()))
 PICTURES = ("rgb.png", "tall.png", "subsampled.jpg")
 TOKENS = 12
+ASKED = ("fp32", "q8", "q4")
 
 # Of the examples, to a model that is trained on such.
 QUESTIONS: tuple[Turn, ...] = (
@@ -79,10 +80,14 @@ def messages(
     return {"messages": asked, "pictures": names, "imageOptions": dict(options), **told(answer)}
 
 
+def precisions(bundle: Bundle) -> list[str]:
+    return [name for name in ASKED if name in bundle.manifest.precisions]
+
+
 def talks(bundle: Bundle, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Precision → what was said, of all precisions that the bundle has."""
+    """Precision → what was said, of all precisions that are asked for in the browser."""
     found = {}
-    for precision in bundle.manifest.precisions:
+    for precision in precisions(bundle):
         with VLM.open(bundle, precision=precision) as vlm:
             found[precision] = {
                 "turns": talk(vlm, folder, TURNS),
@@ -95,7 +100,7 @@ def talks(bundle: Bundle, folder: Path, options: Mapping[str, Any]) -> dict[str,
 def trained_talks(bundle: Bundle, folder: Path) -> dict[str, Any]:
     """The same of a model that is trained: its answers are right, and as long as they are."""
     found = {}
-    for precision in bundle.manifest.precisions:
+    for precision in precisions(bundle):
         with VLM.open(bundle, precision=precision) as vlm:
             turns = talk(vlm, folder, QUESTIONS, None, None)
             assert turns[0]["text"].strip() == "red", turns[0]["text"]

@@ -1,4 +1,4 @@
-"""The browser runtime: its own tests, and the same tokens as Python's in Chromium.
+"""The browser runtime gives the same tokens as Python's in Chromium.
 
 Node runs them (web/browser/*.test.ts); here they get a bundle, what Python made of it, and
 Chromium. No network is used but for installing what is missing.
@@ -13,28 +13,28 @@ import shutil
 import subprocess
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.checkpoints import write_prefix_checkpoint
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import write_qwen2_5, write_qwen3
 from tests.shapes_qwen import MODELS
+from tests.sharing import run_folder, shared
 from tests.transformers_js.test_transformers_js import HERE as TRANSFORMERS
 from tests.transformers_js.test_transformers_js import Client, client
 from tests.web import talks
 from tests.web.endless import endless
 from tests.web.matrix import damaged, matrix
 from tests.web.pictures import write_pictures
-from vlmport.builtin import builtin_models
-from vlmport.bundle import SUFFIXES, Bundle
+from vlmport.bundle import Bundle
 from vlmport.demo import make_server
 from vlmport.errors import ImageError
 from vlmport.exporter import export
-from vlmport.graph.precision import PRECISIONS
 from vlmport.runtime.images.reading import open_image
 from vlmport.runtime.model import VLM
 
@@ -82,15 +82,16 @@ def run(*command: str | Path, environment: Mapping[str, str] | None = None) -> N
 
 
 @pytest.fixture(scope="session")
-def node() -> str:
+def node(tmp_path_factory: pytest.TempPathFactory) -> str:
     """npx, after `npm ci` where package-lock.json is newer than what it installed."""
     npm, npx = shutil.which("npm"), shutil.which("npx")
     if npm is None or npx is None:
         missing("npm is not on PATH: install Node.js 20 or newer (nodejs.org)")
     installed, lock = WEB / "node_modules/.package-lock.json", WEB / "package-lock.json"
-    if not installed.is_file() or installed.stat().st_mtime < lock.stat().st_mtime:
-        run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
-        installed.touch()
+    with FileLock(run_folder(tmp_path_factory) / "web.lock"):
+        if not installed.is_file() or installed.stat().st_mtime < lock.stat().st_mtime:
+            run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
+            installed.touch()
     return npx
 
 
@@ -112,23 +113,13 @@ def chromium() -> str:
     raise AssertionError
 
 
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The built-in captioner in every precision that there is."""
-    precisions = [name for name in SUFFIXES if name in PRECISIONS]
-    folder = tmp_path_factory.mktemp("web") / "shapes"
-    return export(builtin_models()["shapes"], folder, precisions=precisions, name="shapes")
-
-
-@pytest.fixture(scope="session")
-def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def sizes(folder: Path) -> dict[str, Path]:
     """A bundle with next to no weights, and one with 200 MB."""
-    folders = {}
+    found = {}
     for name, text in (("tiny", None), ("large", LARGE)):
-        folder = tmp_path_factory.mktemp(name)
-        source = write_prefix_checkpoint(folder / "checkpoint", text=text, lora=False)
-        folders[name] = str(export(source, folder / name, precisions="fp32").folder)
-    return folders
+        source = write_prefix_checkpoint(folder / f"{name}-source", text=text, lora=False)
+        found[name] = export(source, folder / name, precisions="fp32").folder
+    return found
 
 
 MAIN = """
@@ -138,10 +129,9 @@ document.body.textContent = (await vlm.caption('./pictures/red_square.png')).tex
 """
 
 
-@pytest.fixture(scope="session")
-def packed(node: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def packed(node: str, folder: Path) -> dict[str, Path]:
     """Two projects that use what `npm pack` packs: one as it is, one built by Vite."""
-    folder = tmp_path_factory.mktemp("packed")
+    folder.mkdir()
     run(Path(node).with_name("npm"), "pack", "--pack-destination", folder)
     (archive,) = folder.glob("*.tgz")
     with tarfile.open(archive) as opened:
@@ -159,15 +149,7 @@ def packed(node: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     for one in (plain, project):
         (one / "index.html").write_text(html)
     run(node, "vite", "build", project)
-    return {"plain": str(plain), "built": str(project / "dist")}
-
-
-@pytest.fixture(scope="session")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A random model that cuts pictures into tiles and has a chat template."""
-    folder = tmp_path_factory.mktemp("tiles")
-    source = write_idefics3_checkpoint(folder / "source")
-    return export(source, folder / "tiles", precisions="fp32,q8,q4")
+    return {"plain": plain, "built": project / "dist"}
 
 
 # Built-in models that answer.
@@ -181,17 +163,19 @@ TALKERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def talkers(tiles: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """Models that answer questions, random and trained; the Qwen ones have a graph of positions."""
-    folder = tmp_path_factory.mktemp("talkers")
-    found = {"tiles": tiles}
-    for name, write in (("windows", write_qwen2_5), ("lanes", write_qwen3)):
+def talkers(folder: Path, built_in: Callable[[str], Bundle]) -> dict[str, Bundle]:
+    """Models that answer questions, random and trained: the first cuts pictures into tiles, those
+    of Qwen-VL's kinds have a graph of positions."""
+    forms = (
+        ("tiles", write_idefics3_checkpoint, "fp32,q8,q4"),
+        ("windows", write_qwen2_5, "fp32,q8"),
+        ("lanes", write_qwen3, "fp32,q8"),
+    )
+    found = {}
+    for name, write, precisions in forms:
         source = write(folder / f"{name}-source")
-        found[name] = export(source, folder / name, precisions="fp32,q8")
-    for name in TRAINED:
-        found[name] = export(builtin_models()[name], folder / name, precisions="fp32,q8,q4")
-    return found
+        found[name] = export(source, folder / name, precisions=precisions)
+    return found | {name: built_in(name) for name in TRAINED}
 
 
 def captions_of_tiles(bundle: Bundle, pictures: list[Path]) -> dict[str, dict[str, Any]]:
@@ -262,41 +246,56 @@ def read_matrix(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def environment(
+def site(
     node: str,
-    chromium: str,
-    client: Client,
-    bundle: Bundle,
-    sizes: dict[str, str],
-    talkers: dict[str, Bundle],
-    packed: dict[str, str],
+    built_in: Callable[[str], Bundle],
     tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str]:
+    """Both pages built, all bundles, and what Python makes of them: where each is."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        run(node, "tsc", "--project", "tsconfig.build.json")
+        run(node, "vite", "build", "--mode", "test")
+        run(node, "vite", "build")
+        bundle, answering = built_in("shapes"), talkers(folder / "talkers", built_in)
+        kinds = write_pictures(folder / "kinds")
+        expected = expectations(bundle, answering, kinds)
+        (folder / "expected.json").write_text(json.dumps(expected))
+        projects, models = packed(node, folder / "packed"), sizes(folder / "sizes")
+        told = {
+            "BUNDLE": bundle.folder,
+            "PLAIN": projects["plain"],
+            "BUILT": projects["built"],
+            "TALKERS": {name: str(one.folder) for name, one in answering.items()},
+            "ENDLESS": endless(answering["tiles"], folder / "endless"),
+            "TINY": models["tiny"],
+            "LARGE": models["large"],
+            "KINDS": folder / "kinds",
+            "EXPECTED": folder / "expected.json",
+        }
+        texts = {key: json.dumps(v) if isinstance(v, dict) else str(v) for key, v in told.items()}
+        (folder / "site.json").write_text(json.dumps(texts))
+
+    folder = shared(tmp_path_factory, "web", make)
+    return json.loads((folder / "site.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def environment(
+    site: dict[str, str], chromium: str, client: Client, built_in: Callable[[str], Bundle]
 ) -> Iterator[dict[str, str]]:
-    """Both pages built, `vlmport demo` running, and where everything is."""
-    run(node, "tsc", "--project", "tsconfig.build.json")
-    run(node, "vite", "build", "--mode", "test")
-    run(node, "vite", "build")
-    folder = tmp_path_factory.mktemp("expected")
-    kinds = write_pictures(folder / "kinds")
-    (folder / "expected.json").write_text(json.dumps(expectations(bundle, talkers, kinds)))
-    server = make_server(bundle, 0)
+    """Where everything is, and `vlmport demo` running."""
+    server = make_server(built_in("shapes"), 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield {
         "CHROMIUM": chromium,
-        "VLMPORT_WEB_BUNDLE": str(bundle.folder),
-        "VLMPORT_WEB_PLAIN": packed["plain"],
-        "VLMPORT_WEB_BUILT": packed["built"],
-        "VLMPORT_WEB_TALKERS": json.dumps({name: str(one.folder) for name, one in talkers.items()}),
+        **{f"VLMPORT_WEB_{name}": where for name, where in site.items()},
         "VLMPORT_WEB_TRANSFORMERS": str(
             TRANSFORMERS / "node_modules/@huggingface/transformers/dist"
         ),
-        "VLMPORT_WEB_ENDLESS": json.dumps(endless(talkers["tiles"], folder / "endless")),
-        "VLMPORT_WEB_TINY": sizes["tiny"],
-        "VLMPORT_WEB_LARGE": sizes["large"],
         "VLMPORT_WEB_PICTURES": str(EXAMPLES),
-        "VLMPORT_WEB_KINDS": str(folder / "kinds"),
-        "VLMPORT_WEB_EXPECTED": str(folder / "expected.json"),
         "VLMPORT_WEB_DEMO": server.url,
     }
     server.shutdown()
@@ -304,17 +303,13 @@ def environment(
     server.close()
 
 
-def test_the_code_is_formatted_and_typed(node: str) -> None:
-    run(node, "prettier", "--check", ".")
-    run(node, "tsc", "--project", "tsconfig.build.json")  # the pages import the built package
-    run(node, "tsc", "--project", "tsconfig.build.json", "--noEmit")
-    run(node, "tsc")
-
-
-def test_the_parts_without_a_browser(node: str) -> None:
-    run(node, "vitest", "run", "--project", "unit")
-
-
 @pytest.mark.parametrize("name", BROWSER_TESTS)
 def test_in_chromium(name: str, node: str, environment: dict[str, str]) -> None:
+    run(node, "vitest", "run", "--project", "browser", f"browser/{name}", environment=environment)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["turns.test.ts", "tokens.test.ts", "probe.test.ts"])
+def test_the_rest_in_chromium(name: str, node: str, environment: dict[str, str]) -> None:
+    """What the suite leaves out: a GPU in software takes half a minute for each of them."""
     run(node, "vitest", "run", "--project", "browser", f"browser/{name}", environment=environment)

@@ -97,6 +97,9 @@ export const folders = {
   }),
 };
 
+/** Whether this is `make verify-all`, which runs what the suite leaves out (tests/thorough.py). */
+export const thorough = Boolean(process.env.VLMPORT_THOROUGH);
+
 export const expected = () =>
   JSON.parse(readFileSync(setting('VLMPORT_WEB_EXPECTED'), 'utf8')) as Expected;
 

@@ -10,10 +10,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.thorough import examples
 from vlmport.families.idefics3.tiling import TileTokens, Tiling
 from vlmport.graph.builder import add_output, new_graph, to_model
 from vlmport.graph.image import image_input, normalized_planes
@@ -115,7 +116,7 @@ def test_smolvlms_own_sizes(width: int, height: int, tiles: int) -> None:
     assert assert_equal(picture(width, height), False, 2048, 512) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(1, 200),
     st.integers(1, 200),
