@@ -26,7 +26,7 @@ class Captioner:
     def __init__(self, folder, precision):
         folder, suffix = Path(folder), SUFFIXES[precision]
         options = ort.SessionOptions()
-        options.enable_mem_pattern = False  # it would plan anew for each length of the cache
+        options.enable_mem_pattern = False  # it would make a new plan for each length of the cache
 
         def graph(path):
             return ort.InferenceSession(folder / path, options)

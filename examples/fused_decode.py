@@ -1,7 +1,7 @@
 """Ask about a picture with the two graphs of `vlmport export SRC OUT --layout fused`.
 
 A plain loop without vlmport, to be read or ported: ONNX Runtime, numpy, tokenizers and Pillow.
-There is no cache: the whole sequence is read anew for each token, which is simple and slow.
+There is no cache: the whole sequence is read again for each token, which is simple and slow.
 
     python fused_decode.py OUT picture.jpg "What is this?" --precision fp16
 """

@@ -1,8 +1,8 @@
 """What only `make verify-all` runs: further cells of a matrix, more examples of a property.
 
-The suite runs some cells of each matrix, and of each property so many examples that a fault of its
-own kind is found. With VLMPORT_THOROUGH set, pytest runs the cells that are left out there and the
-property tests with all their examples, drawn anew.
+The suite runs some cells of each matrix, and every fourth example of each property test. With
+VLMPORT_THOROUGH set, pytest runs the cells that are left out there, and the property tests with all
+their examples, newly drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def cells(*values: Any, rest: tuple[Any, ...] = ()) -> list[Any]:
 
 
 def examples(number: int, **others: Any) -> settings:
-    """Settings of a property test that draws so many examples in `make verify-all`."""
+    """Return the settings of a property test that draws `number` examples in `make verify-all`."""
     return settings(max_examples=number if THOROUGH else -(-number // SHARE), **others)
 
 
