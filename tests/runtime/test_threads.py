@@ -16,7 +16,7 @@ from tests.runtime.talking import CANONICAL, picture
 from vlmport.bundle import Bundle
 from vlmport.errors import OptionError
 from vlmport.runtime.decoding import grammar as grammar_module
-from vlmport.runtime.graphs import components as components_module
+from vlmport.runtime.graphs import base
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.images.features import FeatureCache, PromptImage
 from vlmport.runtime.model import VLM
@@ -121,7 +121,7 @@ def test_the_cache_counts_what_it_holds() -> None:
 def test_nothing_is_opened_twice(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a graph nor the tokenizer of a grammar, which takes seconds in large models."""
     opened: list[str] = []
-    open_session, read = components_module.open_session, grammar_module.GrammarTokenizer
+    open_session, read = base.open_session, grammar_module.GrammarTokenizer
 
     def noted(path: Any, *args: Any, **more: Any) -> Any:
         opened.append(path.name)
@@ -131,7 +131,7 @@ def test_nothing_is_opened_twice(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
         opened.append("grammar")
         return read(*args)
 
-    monkeypatch.setattr(components_module, "open_session", noted)
+    monkeypatch.setattr(base, "open_session", noted)
     monkeypatch.setattr(grammar_module, "GrammarTokenizer", read_noted)
     with VLM.open(bundle, threads=1) as vlm:
         texts = together(lambda _: vlm.caption(PICTURES[0], regex=CANONICAL).text)
