@@ -48,7 +48,7 @@ def target_of(target: Target) -> Any:
     return pytest.param(target, id=target.name, marks=[pytest.mark.slow] if export else [])
 
 
-@pytest.mark.parametrize("target", map(target_of, TARGETS))
+@pytest.mark.parametrize("target", [target_of(one) for one in TARGETS])
 def test_bad_input_gives_an_error_of_ours_or_a_right_result(target: Target, shop: Workshop) -> None:
     @settings(
         max_examples=EXAMPLES.get(target.name, FEW),
