@@ -1,6 +1,6 @@
 # make demo        creates .venv, installs vlmport, captions the example picture
 # make test        installs everything that the tests need, then runs them
-# make test-fast   the quick ones of every room, for the time between two edits: under 3 minutes
+# make test-fast   the quick ones of every room, for the time between two edits: about 4 minutes on 2 cores
 # make check       formatters, linter, type checkers, of Python and of web/; the documentation
 # make docs        builds the documentation as a site, into site/
 # make verify-all  every model, layout and precision against PyTorch, the tests that `make test`
