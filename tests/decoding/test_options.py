@@ -70,6 +70,8 @@ def test_none_asks_for_nothing(name: str):
             "early_stopping='always', expected True, False or \"never\"",
         ),
         ({"length_penalty": 9}, "length_penalty=9, expected a number from -5 to 5"),
+        ({"presence_penalty": 2.1}, "presence_penalty=2.1, expected a number from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty=-3, expected a number from -2 to 2"),
         ({"repetition_penalty": 0}, "repetition_penalty=0, expected a number above 0"),
         ({"bad_words_ids": [1, 2]}, "bad_words_ids=[1, 2], expected a list of lists of token ids"),
         ({"bad_words_ids": [[]]}, "bad_words_ids=[[]]"),

@@ -130,7 +130,7 @@ def test_room_is_left_for_the_answer(vlm: VLM) -> None:
         ("doSample", "do_sample"),
         ("num_predict", "max_new_tokens"),
         ("repeat_penalty", "repetition_penalty"),
-        ("presence_penalty", "repetition_penalty"),
+        ("presencePenalty", "presence_penalty"),
         ("response_format", "json_schema"),
         ("top_ps", "top_p"),
     ],

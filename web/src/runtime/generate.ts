@@ -25,6 +25,8 @@ const NO_EFFECT: Readonly<Record<string, readonly Json[]>> = {
   min_length: [0],
   repetition_penalty: [1],
   encoder_repetition_penalty: [1],
+  presence_penalty: [0],
+  frequency_penalty: [0],
   no_repeat_ngram_size: [0],
   encoder_no_repeat_ngram_size: [0],
   stop_strings: [],

@@ -62,8 +62,6 @@ SAME = {
 }
 # Name there → what to do here.
 OTHERWISE = {
-    "presence_penalty": "repetition_penalty makes what was said less likely",
-    "frequency_penalty": "repetition_penalty makes what was said less likely",
     "repeat_last_n": "repetition_penalty looks at the whole text",
     "penalize_nl": "leave it out",
     "response_format": "give json_schema",

@@ -38,6 +38,8 @@ class GenerateOptions(TypedDict, total=False):
     sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Sequence[Any]] | None
     encoder_repetition_penalty: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     no_repeat_ngram_size: int | None
     encoder_no_repeat_ngram_size: int | None
     bad_words_ids: Sequence[Ids] | None

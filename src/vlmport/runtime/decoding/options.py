@@ -1,7 +1,7 @@
 """`GenerationOptions`: how tokens are chosen, and when an answer ends.
 
-Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23). Where it
-warns, this raises an error. docs/decoding.md has the table.
+Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23), which has
+neither OpenAI's two penalties nor its log-probabilities. Where it warns, this raises an error. docs/decoding.md has the table.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class GenerationOptions:
         sequence_bias: number to add to the score of the last token of a sequence, after its others.
         encoder_repetition_penalty: above 1 makes tokens of the prompt more likely.
         repetition_penalty: above 1 makes tokens that occurred less likely.
+        presence_penalty: number to subtract from the score of each token that the answer has, as in
+            OpenAI's API (-2 to 2).
+        frequency_penalty: number to subtract from the score of a token for each time that the
+            answer has it, as in OpenAI's API (-2 to 2).
         no_repeat_ngram_size: length in tokens of sequences that may not occur twice; 0 allows all.
         encoder_no_repeat_ngram_size: length in tokens of sequences of the prompt that may not occur
             in the answer; 0 allows all.
@@ -108,6 +112,8 @@ class GenerationOptions:
     sequence_bias: tuple[tuple[TokenIds, float], ...] = ()
     encoder_repetition_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[TokenIds, ...] = ()
@@ -208,6 +214,7 @@ class GenerationOptions:
 
 _POSITIVE = values.number_in("a number above 0", 1.2, lambda number: 1e-30 < number < 1e30)
 _PART = values.number_in("a number above 0 and at most 1", 0.9, lambda number: 0 < number <= 1)
+_SUBTRACTED = values.number_in("a number from -2 to 2", 0.5, lambda number: -2 <= number <= 2)
 _CUTOFF = values.number_in("a number from 0 to below 1", 3e-4, lambda number: 0 <= number < 1)
 
 CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -227,6 +234,8 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "sequence_bias": values.sequence_bias,
     "encoder_repetition_penalty": _POSITIVE,
     "repetition_penalty": _POSITIVE,
+    "presence_penalty": _SUBTRACTED,
+    "frequency_penalty": _SUBTRACTED,
     "no_repeat_ngram_size": values.at_least(0),
     "encoder_no_repeat_ngram_size": values.at_least(0),
     "bad_words_ids": values.token_sequences,

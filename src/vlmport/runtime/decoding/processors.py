@@ -105,6 +105,9 @@ def new_processors(
         if o.encoder_repetition_penalty != 1
         else None,
         penalized(o.repetition_penalty, vocab_size) if o.repetition_penalty != 1 else None,
+        penalized_answer(o.presence_penalty, o.frequency_penalty)
+        if o.presence_penalty or o.frequency_penalty
+        else None,
         no_repeated_ngrams(o.no_repeat_ngram_size, vocab_size) if o.no_repeat_ngram_size else None,
         no_ngrams_of(prompt, o.encoder_no_repeat_ngram_size)
         if o.encoder_no_repeat_ngram_size
@@ -171,6 +174,24 @@ def penalized_prompt(penalty: float, prompt: Int64[np.ndarray, " P"]) -> Process
     """Make the prompt's tokens less likely (above 1), or more likely (below 1)."""
     factor = np.float32(penalty)
     return lambda scores, row: _penalize(scores, prompt, factor)
+
+
+def penalized_answer(presence: float, frequency: float) -> Processor:
+    """Subtract `presence` from the score of each new token so far, and `frequency` for each time.
+
+    Source: OpenAI, API reference, frequency and presence penalties: the scores before temperature,
+    and the tokens of the answer, not those of the prompt.
+    """
+
+    @ignoring_overflow
+    def process(scores: Scores, row: Row) -> Scores:
+        if row.tokens:
+            ids, counts = np.unique(np.array(row.tokens, np.int64), return_counts=True)
+            taken = counts.astype(np.float32) * np.float32(frequency) + np.float32(presence)
+            scores[ids] -= taken
+        return scores
+
+    return process
 
 
 @ignoring_overflow
