@@ -1,7 +1,8 @@
 """`GenerationOptions`: how tokens are chosen, and when an answer ends.
 
 Names, meanings and defaults are those of Hugging Face's `generate` (transformers 5.23), which has
-neither OpenAI's two penalties nor its log-probabilities. Where it warns, this raises an error. docs/decoding.md has the table.
+neither OpenAI's two penalties nor its log-probabilities. Where it warns, this raises an error.
+docs/decoding.md has the table.
 """
 
 from __future__ import annotations
