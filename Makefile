@@ -88,7 +88,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@echo 'Installing what the tests need: torch, transformers, pytest, Node.js …'
 	@$(PIP) --progress-bar off torch
-	@$(PIP) --quiet --editable '.[verify,eval,cider,grammar]' --requirement requirements-dev.txt
+	@$(PIP) --quiet --editable '.[verify,eval,cider,grammar,serve]' --requirement requirements-dev.txt
 	@touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt

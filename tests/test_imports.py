@@ -118,6 +118,7 @@ ALLOWED = {
         "errors", "bundle", "text", "checkpoint", "families", "runtime", "builtin", "loading",
     },
     "runtime": {"errors", "files", "bundle", "text"},
+    "serve": {"errors"},
     "signals.py": set(),
     "text": {"errors", "files"},
 }  # fmt: skip

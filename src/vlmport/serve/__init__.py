@@ -1,0 +1,1 @@
+"""Serve models over HTTP, and fetch what a request names."""
