@@ -119,6 +119,22 @@ class OptionError(VlmportError):
     """An option is unknown, out of its range, or contradicts another."""
 
 
+class ServerError(VlmportError):
+    """A scheduler or server can't take a request now, or ended it before its answer was complete.
+
+    Attributes:
+        retry_after: seconds after which another try is worthwhile; None where it is not known.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, message: str, *, code: str, hint: str | None = None, retry_after: float | None = None
+    ):
+        super().__init__(message, code=code, hint=hint)
+        self.retry_after = retry_after
+
+
 class DependencyError(VlmportError):
     """A package that is needed is not installed, or is installed in another version."""
 

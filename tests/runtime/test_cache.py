@@ -123,11 +123,11 @@ def test_a_prompt_is_read_in_one_where_chunks_would_cost(
 ):
     monkeypatch.setattr("vlmport.runtime.graphs.cache.CHUNK", 4)
     cache = new_cache(components)
-    assert cache._cuts(25, 1) == [0, 4, 8, 12, 16, 20, 25]
+    assert cache.cuts(25, 1) == [0, 4, 8, 12, 16, 20, 25]
     cache.decoder = dataclasses.replace(cache.decoder, row_by_row=True)
-    assert len(cache._cuts(25, 1)) == 7
+    assert len(cache.cuts(25, 1)) == 7
     cache.on_host = False
-    assert cache._cuts(25, 1) == [0, 25]
+    assert cache.cuts(25, 1) == [0, 25]
 
 
 @settings(max_examples=25, deadline=None)

@@ -24,6 +24,10 @@ Read in this order; these are the steps of one answer:
 5. response.py turns tokens into text, at once or piece by piece; `Preparer.response` adds times and
    counts.
 
+6. scheduling/ runs the requests of many callers on one model: `Scheduler.submit` gives a job whose
+   events can be streamed. It uses steps 2 to 5, each in a thread of its own. scheduling/__init__.py
+   has its reading order.
+
 The rest: graphs/ has a bundle's ONNX graphs as functions on arrays, and their sessions. layouts/
 has the same for the layouts that the runtime does not answer with, and runs the golden input of
 each. probe.py compares that with the recorded results, to test a device.

@@ -15,13 +15,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from vlmport.runtime.graphs.cache import KeyValueCache, SavedRow
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.request import Request, check_fits_context
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
 
 Made = TypeVar("Made")
 FIRST_CAPACITY = 256  # new tokens that the cache has room for before it first grows
@@ -60,15 +63,26 @@ class Generation:
 
     Attributes:
         seconds: time spent in 'prefill' and in 'decode'.
+        failed: the error of each request whose search raised one, where `isolate` is set; such a
+            request is cancelled.
     """
 
-    def __init__(self, components: Components, requests: Iterable[Request] = ()):
-        """Raises PromptError for a request that may exceed the context, before anything runs."""
+    def __init__(
+        self, components: Components, requests: Iterable[Request] = (), *, isolate: bool = False
+    ):
+        """Args:
+            isolate: after an error of one request's search, go on with the other requests instead
+                of raising it.
+
+        Raises PromptError for a request that may exceed the context, before anything runs.
+        """
         requests = list(requests)
         for request in requests:
             check_fits_context(components, request)
         self.components = components
         self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self.failed: dict[Request, Exception] = {}
+        self._isolate = isolate
         self._rows = [_ActiveRow(request) for request in requests]  # by row of the cache
         longest = max((request.length for request in requests), default=0)
         ahead = min(FIRST_CAPACITY, max((one.max_new_tokens for one in requests), default=1))
@@ -82,6 +96,19 @@ class Generation:
         Raises PromptError where it may exceed the context.
         """
         check_fits_context(self.components, request)
+        self._rows = [*self._rows, _ActiveRow(request)]
+
+    def join(self, request: Request, row: SavedRow) -> None:
+        """Add a request whose prompt was prefilled elsewhere and whose first token is chosen.
+
+        Args:
+            row: keys and values of the whole prompt; they are copied.
+        """
+        at = len(self._rows)
+        self.cache.reserve_rows(at + 1)
+        self.cache.reserve(request.length + min(FIRST_CAPACITY, request.max_new_tokens) - 1)
+        self.cache.restore(at, row)
+        self.cache.rope_deltas[at] = request.rope_delta
         self._rows = [*self._rows, _ActiveRow(request)]
 
     @property
@@ -134,8 +161,17 @@ class Generation:
             self.cache.restore(at, request.prefix)
             self.cache.rope_deltas[at] = request.rope_delta
         logits = self.cache.prefill(at, request.embeds, request.positions)
-        request.choose(logits)
+        self._choose(request, logits)
         return request
+
+    def _choose(self, request: Request, logits: Float32[np.ndarray, "n V"]) -> None:
+        try:
+            request.choose(logits)
+        except Exception as error:
+            if not self._isolate:
+                raise
+            self.failed[request] = error
+            request.cancel()
 
     def _decode(self) -> list[Request]:
         """Add one token to each row, or several to a single row whose draft was right."""
@@ -151,14 +187,14 @@ class Generation:
         last = np.array([[row.token] for row in rows], np.int64)
         logits = self.cache.step(self.components.embed(last))
         if len(rows) == 1:
-            rows[0].request.choose(logits)
+            self._choose(rows[0].request, logits)
             return [rows[0].request]
         places: dict[Request, list[int]] = {}
         for at, row in sorted(enumerate(rows), key=lambda pair: pair[1].index):
             places.setdefault(row.request, []).append(at)
         for request, own in places.items():
             adjacent = own == list(range(own[0], own[0] + len(own)))  # then a view is enough
-            request.choose(logits[own[0] : own[-1] + 1] if adjacent else logits[own])
+            self._choose(request, logits[own[0] : own[-1] + 1] if adjacent else logits[own])
         return list(places)
 
     def _verify_draft(self, row: _ActiveRow, draft: list[int]) -> Request:
@@ -168,7 +204,7 @@ class Generation:
         logits = self.cache.prefill(0, embeds, keep=0)
         for i, drafted in enumerate([*draft, None]):
             self.cache.lengths[0] = row.length + i + 1
-            request.choose(logits[i : i + 1])
+            self._choose(request, logits[i : i + 1])
             if request.done or request.choices[-1].tokens[0] != drafted:
                 break
         return request

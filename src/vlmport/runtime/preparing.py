@@ -156,6 +156,23 @@ class Preparer:
         """Read and process an image, without encoding it. Raises ImageError or OptionError."""
         return self.features.process(open_image(source), options)
 
+    def prompt(
+        self,
+        text: Int64[np.ndarray, " S"],
+        images: Sequence[PromptImage],
+        decoding: Decoding,
+        *,
+        leaves_room: bool = False,
+    ) -> tuple[Int64[np.ndarray, " S"], int]:
+        """Return the ids of the whole prompt, and the maximum number of new tokens after it.
+
+        Raises PromptError or OptionError as `assemble` does; nothing is encoded.
+        """
+        ids = self.prompter.splice(text, [image.prompt_ids for image in images])
+        length = answer_length(self.components, len(ids), decoding.options, leaves_room=leaves_room)
+        self.components.checked(ids, EMBED)
+        return ids, length
+
     def assemble(
         self,
         text: Int64[np.ndarray, " S"],
@@ -176,9 +193,7 @@ class Preparer:
 
         Raises PromptError or OptionError before anything is encoded.
         """
-        ids = self.prompter.splice(text, [image.prompt_ids for image in images])
-        length = answer_length(self.components, len(ids), decoding.options, leaves_room=leaves_room)
-        self.components.checked(ids, EMBED)
+        ids, length = self.prompt(text, images, decoding, leaves_room=leaves_room)
         token = self.components.manifest.prompt.image_token_id
         counts = [int((image.prompt_ids == token).sum()) for image in images]
         image_rows = tuple(
@@ -270,7 +285,10 @@ class Preparer:
         )
 
     def _text(self, prepared: PreparedRequest) -> AnswerText:
-        decoding = prepared.decoding
+        return self.answer_text(prepared.decoding)
+
+    def answer_text(self, decoding: Decoding) -> AnswerText:
+        """Return what decodes the tokens of one answer."""
         skip = decoding.options.skip_special_tokens
         return AnswerText(self.prompter.tokenizer, decoding.stops, skip_special_tokens=skip)
 
