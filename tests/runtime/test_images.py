@@ -241,6 +241,16 @@ def test_half_a_file_is_refused(form: str, share: float, monkeypatch: pytest.Mon
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
+def test_an_image_without_its_palette_is_refused():
+    data = encoded(Image.fromarray(SMOOTH).quantize(), "PNG")
+    open_image(data)
+    at = data.index(b"PLTE") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    without = data[:at] + data[end:]
+    assert code_of(without) == "image.damaged"
+    assert code_of(Image.open(io.BytesIO(without))) == "image.damaged"
+
+
 def test_only_the_promised_formats_are_read():
     """Pillow's reader of EPS starts Ghostscript, and few need the others."""
     for form in ("PPM", "TGA", "EPS", "PDF", "ICO"):

@@ -48,7 +48,7 @@ def decode(image: Image.Image) -> Decoded:
     """
     width, height = image.size
     if not isinstance(image, ImageFile.ImageFile) or not _fits(image):
-        image.load()
+        _load(image)
         return Decoded(image, None, _orientation(image), is_ours=True)
     memory = np.zeros(width * height * 4, np.uint8)  # as Pillow's own
     lent: Any = memoryview(memory.data)
@@ -69,9 +69,20 @@ def decode(image: Image.Image) -> Decoded:
 
 
 def loaded(image: Image.Image) -> Decoded:
-    """Load a caller's own image, without changing it."""
-    image.load()
+    """Load a caller's own image, without changing it.
+
+    Raises as `decode` does.
+    """
+    _load(image)
     return Decoded(image, None, _orientation(image))
+
+
+def _load(image: Image.Image) -> None:
+    """Load an image. Raises OSError where its pixels are indices into a palette that is missing:
+    Pillow reads such a PNG, and would show it in black."""
+    image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise OSError("the palette is missing")
 
 
 def _fits(image: ImageFile.ImageFile) -> bool:
