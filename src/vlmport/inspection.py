@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from vlmport.bundle import ANY, Bundle, Manifest, Variant
+from vlmport.bundle.layouts import HUB
 from vlmport.errors import BundleError, some_names
 from vlmport.files.onnx_file import OnnxFile, Port, port, read_model, read_onnx
+
+if TYPE_CHECKING:
+    from vlmport.runtime.graphs.base import BundleGraphs
 
 
 def describe(bundle: Bundle, console: Console) -> None:
@@ -98,6 +102,7 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
 
     A precision without a recorded result fails: nothing is known about it.
     """
+    from vlmport.runtime.graphs.devices import HOST
     from vlmport.runtime.probe import check_golden, open_graphs
 
     golden = bundle.manifest.golden
@@ -110,10 +115,27 @@ def probe_bundle(bundle: Bundle, device: str, console: Console) -> bool:
             _print(console, f"probe {precision}: no golden is recorded, so nothing was run")
             passed = False
             continue
-        report = check_golden(open_graphs(bundle, precision, device), golden)
+        graphs = open_graphs(bundle, precision, device)
+        if bundle.manifest.layout == HUB and any(one != HOST for one in graphs.engines.values()):
+            passed = _probe_engines(graphs, console) and passed
+            continue
+        report = check_golden(graphs, golden)
         _print(console, f"probe {report}")
         passed = passed and report.ok
     return passed
+
+
+def _probe_engines(graphs: BundleGraphs, console: Console) -> bool:
+    """Compare each component on its engine with the CPU; return whether all may be trusted."""
+    from vlmport.runtime.engines.trust import foreign, run_probe
+
+    verdicts = run_probe(graphs, foreign(graphs))
+    for one in verdicts:
+        found = one["problem"] or f"as on the CPU (within {one['error']:.2g}, "
+        if one["problem"] is None:
+            found += f"allowed {one['tolerance']:.2g})"
+        _print(console, f"probe {graphs.precision}: {one['component']} on {one['engine']}: {found}")
+    return all(one["problem"] is None for one in verdicts)
 
 
 def _print(console: Console, text: str) -> None:

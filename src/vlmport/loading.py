@@ -19,7 +19,7 @@ from vlmport.bundle.precisions import canonical, split_precisions
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import BundleError, OptionError, did_you_mean
-from vlmport.runtime.graphs.sessions import Device
+from vlmport.runtime.graphs.devices import choose_forms, parse_engines
 from vlmport.runtime.images.features import MAX_BYTES
 from vlmport.runtime.model import VLM
 
@@ -53,7 +53,8 @@ def load(
             Hub id such as 'org/name' (default: the built-in captioner 'shapes').
         precision: 'auto' (default: the bundle's choice for the device), 'fp32', 'fp16', 'q8', 'q4',
             'q4f16', or a mix such as 'vision=fp32,decoder=q4'.
-        device: 'cpu' (default), 'cuda', 'cuda:1', …, as far as the installed ONNX Runtime has it.
+        device: 'cpu' (default), 'cuda', 'cuda:1', 'openvino:bf16', …, as far as it is installed, or
+            a mix such as 'vision=openvino:bf16,decoder=cpu' (docs/engines.md).
         threads: number of threads of ONNX Runtime; None for one per core.
         adapter: a PEFT folder or Hub id, whose LoRA is merged into a checkpoint at export.
         revision: branch, tag or commit of a Hub id.
@@ -71,13 +72,13 @@ def load(
         ConfigError, WeightError, AdapterError, TokenizerError, ExportError: a checkpoint that can't
             be exported.
         BundleError: the bundle is damaged, or lacks the precision.
-        DeviceError: ONNX Runtime does not have the device.
+        DeviceError: the device is not available here, or computes a component wrongly.
         OptionError: a number is out of its range, or an adapter is given for a bundle.
     """
     bundle = resolve(
         source,
         precisions=_needed(precision),
-        runs=(precision, Device.parse(device).name),
+        runs=(precision, device),
         adapter=adapter,
         revision=revision,
         progress=progress,
@@ -215,7 +216,9 @@ def _open_remote(
     manifest = read_manifest(folder / MANIFEST)
     needed = tuple(manifest.files)
     if runs is not None:
-        needed = manifest.files_of(manifest.choose(*runs))
+        precision, device = runs
+        engines = parse_engines(device, manifest.components)
+        needed = manifest.files_of(choose_forms(manifest, precision, engines))
     fetched = fetch_files(repo, folder.name, needed)
     bundle = Bundle.open(fetched, check_hashes=bool(verify_hashes), needed=needed)
     if verify_hashes is None:

@@ -38,7 +38,7 @@ def test_precision_names(components: Components, bundle: Bundle):
         Components.open(bundle, precision="q9")
     with raises(DeviceError, "device.unknown"):
         Components.open(bundle, device="abacus")
-    mixed = Components(bundle, {**components.choice, "vision_encoder": "q4"}, components.device)
+    mixed = Components(bundle, {**components.choice, "vision_encoder": "q4"}, components.engines)
     assert mixed.precision == "vision_encoder=q4,embed_tokens=fp32,decoder_model_merged=fp32"
 
 

@@ -13,14 +13,15 @@ from onnx import numpy_helper
 from tests.errors import raises
 from tests.runtime import toy
 from vlmport.errors import BundleError, DeviceError, OptionError
-from vlmport.runtime.graphs import sessions
+from vlmport.runtime.graphs import devices, sessions
 from vlmport.runtime.graphs.components import Components
-from vlmport.runtime.graphs.sessions import CPU, Device, open_session
+from vlmport.runtime.graphs.devices import CPU, Device
+from vlmport.runtime.graphs.sessions import open_session
 
 
 def test_the_cpu_is_always_there():
     assert Device.parse("CPU ") == Device("cpu")
-    assert "cpu" in sessions.available_devices()
+    assert "cpu" in devices.available_devices()
 
 
 def test_a_device_that_this_onnx_runtime_lacks(monkeypatch: pytest.MonkeyPatch):

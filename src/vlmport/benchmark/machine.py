@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlmport.runtime.engines.machine import read_cpu
+
 Key = TypeVar("Key")
 
 # The flags, of those that Linux lists, by which ONNX Runtime chooses kernels.
@@ -29,7 +31,7 @@ def describe_machine(
     threads: int | None, packages: Iterable[str] = ("vlmport", "onnxruntime", "numpy")
 ) -> dict[str, Any]:
     """List CPU, threads, load, and versions of packages; unknown facts are left out."""
-    model, flags = _cpu()
+    model, flags = read_cpu()
     facts = {
         "cpu": model or platform.processor() or platform.machine(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
@@ -48,20 +50,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu() -> tuple[str, frozenset[str]]:
-    """Read the CPU's name and its instruction sets; empty on other systems than Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "", frozenset()
-    lines = (line.partition(":") for line in text.splitlines())
-    first: dict[str, str] = {}
-    for name, _, value in lines:
-        first.setdefault(name.strip(), value.strip())
-    flags = first.get("flags") or first.get("Features") or ""
-    return first.get("model name", ""), frozenset(flags.split())
 
 
 def peak_memory() -> int | None:

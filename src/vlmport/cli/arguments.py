@@ -37,7 +37,9 @@ Precision = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, …, as far as the installed ONNX Runtime has it.", rich_help_panel=MODEL
+        help="cpu, cuda, openvino:bf16, …, as far as it is installed, or a mix such as "
+        "vision=openvino:bf16.",
+        rich_help_panel=MODEL,
     ),
 ]
 Threads = Annotated[

@@ -34,6 +34,7 @@ from vlmport.evaluation.examples import (
 from vlmport.evaluation.report import Answers, Report, accuracy_markdown, limit_of
 from vlmport.loading import open_bundle
 from vlmport.runtime.decoding.options import whole_number
+from vlmport.runtime.graphs.devices import choose_forms, parse_engines
 from vlmport.runtime.model import BATCH_SIZE, VLM, Response
 
 __all__ = ["Progress", "Report", "UnrecordedResultError", "accuracy_markdown", "evaluate"]
@@ -94,7 +95,7 @@ def evaluate(
         limit: maximum number of images or questions, from the first; None for all.
         batch_size: number of images that are captioned together (default 8); questions are asked
             one by one.
-        device: 'cpu' (default), 'cuda', …, as far as the installed ONNX Runtime has it.
+        device: 'cpu' (default), 'cuda', 'vision=openvino:bf16', …, as far as it is installed.
         threads: number of threads of ONNX Runtime; None for one per core.
         record: write the figures into vlmport.json and the model card (default True).
         console: a rich console to print the table to; None prints nothing.
@@ -120,8 +121,9 @@ def evaluate(
     whole_number("batch_size", batch_size, 1)
     chosen = parse_metrics(metrics or ["exact_match" if pictures is None else "rouge_l"])
     wanted = list(precisions or bundle.manifest.precisions)
+    engines = parse_engines(device, bundle.manifest.components)
     for name in wanted:
-        bundle.manifest.choose(name, device.partition(":")[0])
+        choose_forms(bundle.manifest, name, engines)
     data = _examples(pictures, captions, questions, limit)
     report = _empty(bundle, data, chosen, device)
     for number, name in enumerate(wanted):

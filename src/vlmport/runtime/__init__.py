@@ -30,5 +30,6 @@ Read in this order; these are the steps of one answer:
 
 The rest: graphs/ has a bundle's ONNX graphs as functions on arrays, and their sessions. layouts/
 has the same for the layouts that the runtime does not answer with, and runs the golden input of
-each. probe.py compares that with the recorded results, to test a device.
+each. probe.py compares that with the recorded results, to test a device. graphs/devices.py says
+which engine runs a component; engines/ tests an engine before a component is trusted to it.
 """

@@ -13,6 +13,7 @@ from vlmport.errors import ImageError, PromptError
 from vlmport.runtime.conversation import Conversation
 from vlmport.runtime.decoding.generate_options import GenerateOptions
 from vlmport.runtime.decoding.options import whole_number
+from vlmport.runtime.engines.trust import trust
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.images.features import MAX_BYTES, FeatureCache
@@ -79,8 +80,9 @@ class VLM:
             bundle: a bundle, or its folder.
             precision: 'auto' (the bundle's choice for the device), one of `precisions`, or a mix
                 such as 'vision=q4,decoder=fp32'.
-            device: 'cpu', 'cuda', 'cuda:1', 'coreml', 'directml', 'webgpu', …, as far as the
-                installed ONNX Runtime has it.
+            device: 'cpu', 'cuda:1', 'openvino:bf16', …, as far as it is installed, or a mix such as
+                'vision=openvino:bf16,decoder=cpu'. Any other than 'cpu' is compared with it first
+                (docs/engines.md).
             threads: number of threads of ONNX Runtime; None for one per core.
             image_cache_bytes: maximum size in bytes of the cache of encoded images (default
                 256 MB, 0 = none). An image in it is not encoded again; the least recently used is
@@ -91,11 +93,12 @@ class VLM:
 
         Raises:
             BundleError: the folder is no bundle, is damaged, or lacks the precision.
-            DeviceError: ONNX Runtime does not have the device.
+            DeviceError: the device is not available here, or computes a component wrongly.
             TokenizerError: the bundle's tokenizer or chat template can't be read.
             OptionError: a number is out of its range.
         """
         components = Components.open(bundle, precision=precision, device=device, threads=threads)
+        trust(components)
         return cls(components, image_cache_bytes=image_cache_bytes)
 
     @property
@@ -120,8 +123,13 @@ class VLM:
 
     @property
     def device(self) -> str:
-        """The device that it runs on, such as 'cpu' or 'cuda:1'."""
-        return str(self.components.device)
+        """The device that it runs on, such as 'cpu' or 'cuda:1', or the mix of them."""
+        return self.components.device
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """Each component with the engine that it runs on, such as 'cpu' or 'openvino:bf16'."""
+        return {name: str(engine) for name, engine in self.components.engines.items()}
 
     def close(self) -> None:
         """Release the sessions, and empty the cache of images."""

@@ -147,7 +147,7 @@ def check_golden(
     near_ties, other_tokens = _compare_tokens(run, expected)
     problems += other_tokens
     return ProbeReport(
-        str(graphs.device),
+        graphs.device,
         graphs.precision,
         tuple(problems),
         error,

@@ -20,29 +20,42 @@ from vlmport.bundle.precisions import precision_name
 from vlmport.errors import PromptError, TokenizerError
 from vlmport.files.onnx_bytes import table_rows
 from vlmport.runtime.decoding.options import whole_number
-from vlmport.runtime.graphs.sessions import HOST, Device, open_session
+from vlmport.runtime.graphs.devices import (
+    IMAGE,
+    POSITIONS,
+    Engines,
+    choose_forms,
+    engines_name,
+    parse_engines,
+)
+from vlmport.runtime.graphs.sessions import open_session
 from vlmport.text.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-IMAGE, POSITIONS = "image_processor", "position_ids"  # run on the CPU, whatever the device
+__all__ = ["IMAGE", "POSITIONS", "BundleGraphs"]
 
 
 class BundleGraphs:
-    """The graphs of a bundle at chosen precisions on one device. Threads may share it.
+    """The graphs of a bundle at chosen precisions on chosen engines. Threads may share it.
 
     Attributes:
         layout: the name of the layout that the class runs.
         choice: component → precision.
+        engines: component → device.
     """
 
     layout: ClassVar[str]
 
     def __init__(
-        self, bundle: Bundle, choice: Mapping[str, str], device: Device, threads: int | None = None
+        self,
+        bundle: Bundle,
+        choice: Mapping[str, str],
+        engines: Engines,
+        threads: int | None = None,
     ):
-        self.bundle, self.choice, self.device, self.threads = bundle, choice, device, threads
+        self.bundle, self.choice, self.engines, self.threads = bundle, choice, engines, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._opening = threading.RLock()  # so that two threads don't open the same graph
         self._rows: dict[str, int] = {}  # of the embedding table in a component
@@ -58,15 +71,19 @@ class BundleGraphs:
     ) -> Self:
         """Choose the graphs; sessions open at first use, each with up to `threads` threads.
 
+        Args:
+            device: one for all components that may choose, or a mix such as 'vision=openvino'.
+
         Raises BundleError for a bad bundle, another layout or a missing precision, DeviceError for
-        a device that this ONNX Runtime lacks, OptionError for a thread count below 1.
+        a device that is not available here or a component that may not choose, OptionError for a
+        thread count below 1.
         """
         if threads is not None:
             threads = whole_number("threads", threads, 1)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         bundle.needs_layout(cls.layout)
-        place = Device.parse(device)
-        return cls(bundle, bundle.manifest.choose(precision, place.name), place, threads)
+        engines = parse_engines(device, bundle.manifest.components)
+        return cls(bundle, choose_forms(bundle.manifest, precision, engines), engines, threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -76,6 +93,11 @@ class BundleGraphs:
     def precision(self) -> str:
         """One name where all components share it, else 'component=precision,…'."""
         return precision_name(self.choice)
+
+    @property
+    def device(self) -> str:
+        """One name where all components that may choose share it, else 'component=device,…'."""
+        return engines_name(self.engines)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -92,8 +114,8 @@ class BundleGraphs:
             return found
         with self._opening:
             if (found := self._sessions.get(component)) is None:
-                device = HOST if component in (IMAGE, POSITIONS) else self.device
-                found = open_session(self.path(component), device, threads=self.threads)
+                engine = self.engines[component]
+                found = open_session(self.path(component), engine, threads=self.threads)
                 self._sessions[component] = found
             return found
 

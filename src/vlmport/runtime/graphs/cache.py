@@ -29,7 +29,8 @@ import onnxruntime as ort
 
 from vlmport.errors import BundleError, DeviceError, PromptError
 from vlmport.runtime.graphs.decoder import Decoder
-from vlmport.runtime.graphs.sessions import CPU, ORT_ERRORS, first_line, is_out_of_memory
+from vlmport.runtime.graphs.devices import CPU
+from vlmport.runtime.graphs.sessions import ORT_ERRORS, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int64

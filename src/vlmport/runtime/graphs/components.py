@@ -17,6 +17,7 @@ from vlmport.bundle.layouts import HUB
 from vlmport.errors import BundleError, PromptError
 from vlmport.runtime.graphs.base import IMAGE, POSITIONS, BundleGraphs
 from vlmport.runtime.graphs.decoder import Decoder, scales_by_call
+from vlmport.runtime.graphs.devices import Engines
 from vlmport.runtime.graphs.image_processor import (
     VISION,
     ProcessedImage,
@@ -26,9 +27,7 @@ from vlmport.runtime.graphs.image_processor import (
 )
 from vlmport.runtime.graphs.positions import AGAIN, Positions, computed, counted, image_inputs
 from vlmport.runtime.graphs.sessions import (
-    HOST,
     ORT_ERRORS,
-    Device,
     first_line,
     is_out_of_memory,
     refusal,
@@ -48,9 +47,13 @@ class Components(BundleGraphs):
     layout = HUB
 
     def __init__(
-        self, bundle: Bundle, choice: Mapping[str, str], device: Device, threads: int | None = None
+        self,
+        bundle: Bundle,
+        choice: Mapping[str, str],
+        engines: Engines,
+        threads: int | None = None,
     ):
-        super().__init__(bundle, choice, device, threads)
+        super().__init__(bundle, choice, engines, threads)
         self._decoder: Decoder | None = None
 
     @property
@@ -128,7 +131,7 @@ class Components(BundleGraphs):
                 code="bundle.wrong-graph",
             )
         feeds = {name: inputs[name] for name in names}
-        parts = _one_by_one(session, feeds) if self.device == HOST else [feeds]
+        parts = _one_by_one(session, feeds) if self.engines[VISION].is_processor else [feeds]
         runs = [_run(session, VISION, ["image_features"], part)[0] for part in parts]
         return np.concatenate([features.reshape(-1, features.shape[-1]) for features in runs])
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -24,29 +24,13 @@ from onnxruntime.capi import (
 )
 
 from vlmport import REPORTS_BY_CHOICE
-from vlmport.errors import BundleError, DeviceError, did_you_mean, quoted
+from vlmport.errors import BundleError, DeviceError
 from vlmport.files.foreign import check_file
 from vlmport.runtime.decoding.options import whole_number
+from vlmport.runtime.graphs.devices import CPU, HOST, INDEXED, Device, add_plugin
 
 if not REPORTS_BY_CHOICE:  # for a program that imported ONNX Runtime before vlmport
     ort.disable_telemetry_events()
-
-CPU = "CPUExecutionProvider"
-
-# Device → (its provider in ONNX Runtime, the package that brings it).
-PROVIDERS = {
-    "cpu": (CPU, "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
-    "coreml": ("CoreMLExecutionProvider", "onnxruntime (on macOS)"),
-    "directml": ("DmlExecutionProvider", "onnxruntime-directml"),
-    "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
-    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
-    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
-    "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
-}
-INDEXED = ("cuda", "tensorrt", "directml", "migraphx")  # devices of which there may be several
-ALIASES = {"dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
 
 # ONNX Runtime's element types that a bundle may use.
 DTYPES = {
@@ -79,61 +63,6 @@ OUT_OF_MEMORY = re.compile(
 REFUSED = re.compile(r"Name:'(?:[^']*/)?refused: (?P<reason>.*?) \| (?P<hint>.*?)' Status Message")
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device by vlmport's name, with its index (`cuda:1`)."""
-
-    name: str
-    index: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Device:
-        """Parse 'cpu', 'cuda', 'cuda:1', …
-
-        Raises DeviceError for an unknown name or one that this ONNX Runtime does not offer.
-        """
-        name, _, index = text.strip().lower().partition(":")
-        name = ALIASES.get(name, name)
-        if name not in PROVIDERS or not (index.isdecimal() or not index):
-            raise DeviceError(
-                f"device {quoted(text)} is unknown{did_you_mean(name, PROVIDERS)}",
-                hint=f"known: {', '.join(PROVIDERS)}; here: {', '.join(available_devices())}",
-                code="device.unknown",
-            )
-        if index and name not in INDEXED:
-            raise DeviceError(
-                f"device {quoted(text)}: {name} has no index",
-                hint=f"give {name!r} alone",
-                code="device.unknown",
-            )
-        provider, package = PROVIDERS[name]
-        if provider not in ort.get_available_providers():
-            raise DeviceError(
-                f"device {quoted(text)} needs {provider}; this ONNX Runtime {ort.__version__} has "
-                f"{', '.join(ort.get_available_providers())}",
-                hint=f"pip install {package}, instead of the ONNX Runtime that is installed",
-                code="device.not-available",
-            )
-        return cls(name, int(index or 0))
-
-    @property
-    def provider(self) -> str:
-        """ONNX Runtime's name for it."""
-        return PROVIDERS[self.name][0]
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.index}" if self.index else self.name
-
-
-HOST = Device("cpu")
-
-
-def available_devices() -> list[str]:
-    """The devices that the installed ONNX Runtime offers, by vlmport's names."""
-    offered = ort.get_available_providers()
-    return [name for name, (provider, _) in PROVIDERS.items() if provider in offered]
-
-
 def open_session(
     path: Path, device: Device = HOST, *, threads: int | None = None, low_memory: bool = False
 ) -> ort.InferenceSession:
@@ -156,13 +85,13 @@ def open_session(
             code="bundle.missing-file",
         )
     check_file(path, BundleError, hint="download or export the bundle again", what="the graph")
+    options = _session_options(threads, low_memory)
+    providers: dict[str, Any] = {"providers": _providers(device)}
+    if device.plugin is not None:
+        add_plugin(options, device, threads)
+        providers = {}  # the options name it
     try:
-        session = ort.InferenceSession(
-            path,
-            _session_options(threads, low_memory),
-            providers=_providers(device),
-            enable_fallback=0,
-        )
+        session = ort.InferenceSession(path, options, enable_fallback=0, **providers)
     except ORT_ERRORS as error:
         raise _open_error(path, device, error) from error
     if session.get_providers()[0] != device.provider:
@@ -210,6 +139,12 @@ def _providers(device: Device) -> list[str | tuple[str, dict[str, str]]]:
 
 def _open_error(path: Path, device: Device, error: Exception) -> BundleError | DeviceError:
     detail = first_line(error)
+    if device.plugin is not None:
+        return DeviceError(
+            f"{path.name} on {device}: {detail}",
+            hint="run this component on the CPU, or at another precision",
+            code="device.failed",
+        )
     if device.provider != CPU and device.provider.removesuffix("ExecutionProvider") in detail:
         return DeviceError(
             f"{path.name} on {device}: {detail}", hint="use --device cpu", code="device.failed"
