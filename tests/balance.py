@@ -26,6 +26,7 @@ LONG = (
     "tests/transformers_js/test_shapes_qwen.py",
     "tests/transformers_js/test_qwen.py",
     "tests/transformers_js/test_transformers_js.py",
+    "tests/runtime/scheduling/test_arrivals.py",
     "tests/parity/test_qwen_vl.py",
     "tests/parity/test_qwen_vl_breaks.py",
     "tests/checkpoint/test_source.py",

@@ -128,7 +128,7 @@ class Job:
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called before the answer was complete."""
+        """Whether `cancel` was called before the last event; `reason` says how the job ended."""
         return self._cancelled
 
     @property
