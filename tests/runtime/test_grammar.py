@@ -111,6 +111,18 @@ def test_a_text_is_json_of_its_schema(name: str):
             assert text.startswith('{"name": "')  # laid out as json.dumps does
 
 
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: Path(name).name)
+def test_a_text_matches_its_lark_grammar(name: str):
+    grammar = 'start: "it is " /[a-f]{2,4}/ | %json {"type": "boolean"}'
+    found = set()
+    for seed in range(4):
+        ((text, answer),) = say(name, seed, lark_grammar=grammar, do_sample=True, seed=seed)
+        assert answer.stop_reason == "stop"
+        assert re.fullmatch("it is [a-f]{2,4}|true|false", text.strip())
+        found.add(text)
+    assert len(found) > 1
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     values=st.lists(st.text("abcé ", min_size=1, max_size=5), min_size=1, max_size=4, unique=True),
@@ -173,6 +185,7 @@ def test_what_no_token_spells(tmp_path: Path):
     [
         ({"regex": "(a"}, "unclosed group"),
         ({"regex": r"[^\s\S]"}, "no text matches it"),
+        ({"lark_grammar": "start: nothing"}, "unknown name"),
         ({"json_schema": {"type": "strin"}}, "Invalid type: strin"),
         ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "Unsatisfiable"),
         ({"json_schema": {"enum": []}}, "Unsatisfiable"),

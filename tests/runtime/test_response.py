@@ -14,7 +14,7 @@ from vlmport import load
 from vlmport.bundle import Bundle
 from vlmport.errors import AnswerWarning, OptionError, PromptError, VlmportError
 from vlmport.runtime.conversation import Conversation
-from vlmport.runtime.decoding.options import CHECKS, GenerationOptions
+from vlmport.runtime.decoding.options import CHECKS, GRAMMARS, GenerationOptions
 from vlmport.runtime.model import VLM
 from vlmport.runtime.response import Caption
 
@@ -201,7 +201,7 @@ def test_no_message_repeats_a_long_value(long_bundle: Bundle, value: Any) -> Non
     pixels = np.zeros((8, 8, 3), np.uint8)
     text = value if isinstance(value, str) else "x"
     for name in CHECKS:
-        if name not in ("stop_strings", "json_schema", "regex") or not isinstance(value, str):
+        if name not in ("stop_strings", *GRAMMARS) or not isinstance(value, str):
             refused(lambda name=name: GenerationOptions.of({name: value}))
     for work in (
         lambda: GenerationOptions.of({text: 1}),

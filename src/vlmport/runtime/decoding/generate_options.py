@@ -62,4 +62,5 @@ class GenerateOptions(TypedDict, total=False):
     max_matching_ngram_size: int | None
     json_schema: Mapping[str, Any] | str | bool | type | None
     regex: str | None
+    lark_grammar: str | None
     skip_special_tokens: bool | None

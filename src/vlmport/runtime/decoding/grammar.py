@@ -1,4 +1,4 @@
-"""Make an answer match a JSON schema or a regular expression, with llguidance.
+"""Make an answer match a JSON schema, a regular expression or a grammar, with llguidance.
 
 At each step the grammar says which tokens may come next; all others are masked before a token is
 chosen. Stop tokens are allowed where the text may end, and nothing else where it must end.
@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vlmport.errors import LONGEST, DependencyError, OptionError, cut, quoted
-from vlmport.runtime.decoding.options import GenerationOptions
+from vlmport.runtime.decoding.options import GRAMMARS, GenerationOptions
 
 if TYPE_CHECKING:
     import llguidance
@@ -140,9 +140,9 @@ class Grammars:
         self._making = threading.Lock()  # made once: large ones take seconds
 
     def of(self, options: GenerationOptions) -> Grammar | None:
-        """Make the grammar of json_schema or regex; None without. Raises OptionError or
+        """Make the grammar of json_schema, regex or lark_grammar; None without. Raises OptionError or
         DependencyError."""
-        if options.json_schema is None and options.regex is None:
+        if all(getattr(options, name) is None for name in GRAMMARS):
             return None
         library = _library()
         if options.json_schema is not None:
@@ -150,6 +150,9 @@ class Grammars:
             source = library.LLMatcher.grammar_from_json_schema(
                 options.json_schema, overrides=JSON_LAYOUT
             )
+        elif options.lark_grammar is not None:
+            said = f"lark_grammar={quoted(options.lark_grammar, 80)}"
+            source = library.LLMatcher.grammar_from_lark(options.lark_grammar)
         else:
             said = f"regex={quoted(options.regex, 80)}"
             source = library.LLMatcher.grammar_from_regex(options.regex)

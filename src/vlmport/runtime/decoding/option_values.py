@@ -154,6 +154,14 @@ def pattern(name: str, value: Any) -> str:
     return value
 
 
+def grammar(name: str, value: Any) -> str:
+    """Check that a grammar is a text; llguidance compiles it."""
+    if not isinstance(value, str) or not value.strip():
+        _refuse(name, value, "a grammar", f'for example {name}=\'start: "yes" | "no"\'')
+    _check_unicode(name, value)
+    return value
+
+
 def schema(name: str, value: Any) -> str:
     """Return the text of a JSON schema that is an object, a text or a pydantic model."""
     if hasattr(value, "model_json_schema"):

@@ -34,6 +34,7 @@ SAMPLING = (
     "eta_cutoff",
     "seed",
 )
+GRAMMARS = ("json_schema", "regex", "lark_grammar")
 BEAMS = ("early_stopping", "length_penalty")
 
 
@@ -92,6 +93,7 @@ class GenerationOptions:
         json_schema: JSON schema that the answer fits: a dict, its text, or a pydantic model. It is
             kept as text.
         regex: regular expression that the whole answer matches.
+        lark_grammar: grammar that the whole answer matches, in llguidance's form of Lark.
         skip_special_tokens: leave special tokens out of the text (default True). With False the
             text is that of `processor.decode(ids, skip_special_tokens=False)`, with the stop token.
 
@@ -137,6 +139,7 @@ class GenerationOptions:
     max_matching_ngram_size: int = 2
     json_schema: str | None = None
     regex: str | None = None
+    lark_grammar: str | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -259,6 +262,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_matching_ngram_size": values.at_least(1),
     "json_schema": values.schema,
     "regex": values.pattern,
+    "lark_grammar": values.grammar,
     "skip_special_tokens": values.flag,
 }
 
@@ -331,8 +335,9 @@ def _ignored(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
         ignored.add("min_new_tokens")
     if forced and set(forced) <= set(both["suppress_tokens"]):
         ignored.add("suppress_tokens" if "forced_eos_token_id" in wanted else "forced_eos_token_id")
-    if both["json_schema"] is not None and both["regex"] is not None:
-        ignored.add("json_schema" if "regex" in wanted else "regex")
+    grammars = [name for name in GRAMMARS if both[name] is not None]
+    chosen = next((name for name in grammars if name in wanted), next(iter(grammars), None))
+    ignored.update(name for name in grammars if name != chosen)
     return ignored
 
 
@@ -349,6 +354,7 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
     most, least, forced = o.max_new_tokens, o.min_new_tokens, o.forced_eos_token_id
     drawing, of_beams = _set_options(o, SAMPLING), _set_options(o, BEAMS)
     several = o.num_beams > 1 or o.num_return_sequences > 1
+    grammars = [name for name in GRAMMARS if getattr(o, name) is not None]
     return [
         (
             most is not None and least > most,
@@ -395,11 +401,7 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
             f"forced_eos_token_id={list(forced)} is in suppress_tokens",
             "take it out of one of them; min_new_tokens keeps a text from ending early",
         ),
-        (
-            o.json_schema is not None and o.regex is not None,
-            "json_schema and regex",
-            "give one of them",
-        ),
+        (len(grammars) > 1, " and ".join(grammars), "give one of them"),
         (
             o.prompt_lookup_num_tokens is not None and several,
             "prompt_lookup_num_tokens with several sequences",
