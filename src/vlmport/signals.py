@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -86,6 +86,32 @@ def ending_by_signals() -> Iterator[None]:
         writer.close()
         watcher.join()
         reader.close()
+
+
+@contextlib.contextmanager
+def calling(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call a function with the number of each signal that comes while the block runs; nothing is
+    raised then. For servers, which end when their requests have."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def called(number: int, frame: FrameType | None) -> None:
+        _Received.received = number
+        if _Received.writer is not None:
+            with contextlib.suppress(OSError):
+                _Received.writer.send(HEARD)
+        handle(number)
+
+    before = {number: signal.getsignal(number) for number in NAMES}
+    for number in NAMES:
+        if _is_ours(number):
+            signal.signal(number, called)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_ours(number: int) -> bool:

@@ -140,8 +140,10 @@ class Grammars:
         self._making = threading.Lock()  # made once: large ones take seconds
 
     def of(self, options: GenerationOptions) -> Grammar | None:
-        """Make the grammar of json_schema, regex or lark_grammar; None without. Raises OptionError or
-        DependencyError."""
+        """Make the grammar of json_schema, regex or lark_grammar; None without.
+
+        Raises OptionError or DependencyError.
+        """
         if all(getattr(options, name) is None for name in GRAMMARS):
             return None
         library = _library()

@@ -1,0 +1,149 @@
+"""Translate OpenAI's options of a chat request into those of `VLM.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmport.serve.api_errors import RequestError
+from vlmport.serve.schemas import ChatRequest, JsonSchemaFormat, ObjectFormat, OwnOptions
+from vlmport.serve.settings import Settings
+
+OWN = tuple(name for name in OwnOptions.model_fields if name not in ("image_options", "regex"))
+ANY_OBJECT = {"type": "object"}
+SEEDS = 2**32
+
+
+def generation_options(
+    request: ChatRequest, defaults: Mapping[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """Return keyword arguments for `VLM.generate`.
+
+    Without a temperature, tokens are chosen as the bundle's defaults say. With one above 0 they are
+    sampled as OpenAI does it: from all tokens, not from Hugging Face's 50.
+
+    Args:
+        defaults: the bundle's own options.
+
+    Raises RequestError for fields that contradict each other, or exceed a limit.
+    """
+    options: dict[str, Any] = {
+        name: getattr(request, name) for name in OWN if getattr(request, name) is not None
+    }
+    options |= sampling(request, defaults, options)
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(request, name):
+            options[name] = getattr(request, name)
+    if (length := answer_length(request)) is not None:
+        options["max_new_tokens"] = length
+    if request.stop:
+        options["stop_strings"] = request.stop
+    if request.logit_bias:
+        options["sequence_bias"] = _biases(request.logit_bias)
+    options |= _logprobs(request) | _grammar(request)
+    answers = request.n or 1
+    if answers > settings.max_answers:
+        raise RequestError(
+            f"n={answers}, this server gives at most {settings.max_answers} answers",
+            hint="send several requests, or start the server with a larger --max-answers",
+            code="server.too-many-answers",
+            param="n",
+        )
+    if answers > 1 and (options.get("do_sample") or options.get("num_beams", 1) > 1):
+        options["num_return_sequences"] = answers
+    return options
+
+
+def sampling(
+    request: ChatRequest, defaults: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options that decide between the most likely tokens and sampled ones."""
+    options: dict[str, Any] = {}
+    warms = request.temperature not in (None, 0)
+    shapes = (request.top_p or 1) < 1 or own.keys() & {"top_k", "min_p", "typical_p"}
+    do_sample = own.get("do_sample")
+    if do_sample is None:
+        if request.temperature == 0:
+            do_sample = False
+        elif warms or (shapes and request.temperature is None):
+            do_sample = True
+        else:
+            do_sample = bool(defaults.get("do_sample", False))
+    elif do_sample and request.temperature == 0:
+        raise RequestError(
+            "temperature=0 and do_sample=true contradict each other",
+            hint="leave one of them out",
+            code="option.contradiction",
+            param="temperature",
+        )
+    options["do_sample"] = do_sample
+    if not do_sample:  # a seed and top_p choose nothing where the most likely token is taken
+        return options
+    if warms:
+        options["temperature"] = request.temperature
+    if request.top_p:
+        options["top_p"] = request.top_p
+    elif request.top_p == 0:  # only the most likely token is left
+        options["top_k"] = 1
+    if "top_k" not in own and "top_k" not in defaults:
+        options.setdefault("top_k", 0)
+    if request.seed is not None:
+        options["seed"] = request.seed % SEEDS
+    return options
+
+
+def answer_length(request: ChatRequest) -> int | None:
+    """Return the maximum number of new tokens, by either of its names."""
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise RequestError(
+            f"max_tokens={old} and max_completion_tokens={new}",
+            hint="give one of them",
+            code="option.contradiction",
+            param="max_tokens",
+        )
+    return old if new is None else new
+
+
+def _biases(given: Mapping[str, float]) -> list[tuple[list[int], float]]:
+    for token in given:
+        if not token.isdecimal() or len(token) > 9:
+            raise RequestError(
+                f"logit_bias: {token[:40]!r} is no token id",
+                hint='for example {"50256": -100}, with ids of this model\'s tokenizer',
+                code="server.wrong-value",
+                param="logit_bias",
+            )
+    return [([int(token)], bias) for token, bias in given.items()]
+
+
+def _logprobs(request: ChatRequest) -> dict[str, Any]:
+    if request.logprobs:
+        return {"logprobs": request.top_logprobs or 0}
+    if request.top_logprobs:
+        raise RequestError(
+            "top_logprobs without logprobs",
+            hint="give logprobs=true too",
+            code="option.contradiction",
+            param="top_logprobs",
+        )
+    return {}
+
+
+def _grammar(request: ChatRequest) -> dict[str, Any]:
+    form = request.response_format
+    schema: Any = None
+    if isinstance(form, ObjectFormat):
+        schema = ANY_OBJECT
+    elif isinstance(form, JsonSchemaFormat):
+        schema = form.json_schema.json_schema or ANY_OBJECT
+    if request.regex is not None and schema is not None:
+        raise RequestError(
+            "regex and response_format contradict each other",
+            hint="leave one of them out",
+            code="option.contradiction",
+            param="regex",
+        )
+    if schema is not None:
+        return {"json_schema": schema}
+    return {} if request.regex is None else {"regex": request.regex}

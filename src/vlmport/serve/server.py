@@ -1,0 +1,135 @@
+"""Run the app: bind the port, serve, and drain when the process is asked to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Generator, Mapping
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from vlmport import signals
+from vlmport.errors import OptionError
+from vlmport.serve.app import create_app
+from vlmport.serve.log import Log, UvicornHandler
+from vlmport.serve.models import Load
+from vlmport.serve.settings import Settings
+
+LAST_SECONDS = 5.0  # for connections to send what is left, after the models were closed
+KEEP_ALIVE_SECONDS = 15
+
+
+class Server(uvicorn.Server):
+    """A server that drains before it ends: running requests go on for `grace` seconds.
+
+    While it drains it answers others with 503.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        settings: Settings,
+        *,
+        log: Log | None = None,
+        load: Load | None = None,
+    ):
+        """Bind the port. Raises OptionError where that is not possible."""
+        self.log = log or Log()
+        self.app = create_app(sources, settings, log=self.log, load=load)
+        self.settings = settings
+        self.socket = bind(settings.host, settings.port)
+        config = uvicorn.Config(
+            self.app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(LAST_SECONDS),
+            ws="none",
+            lifespan="on",
+        )
+        super().__init__(config)
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def serve_until_asked(self) -> None:
+        """Serve until a signal, or a call of `drain`."""
+        AppStatus.disable_automatic_graceful_drain()  # streams end with their jobs, not before
+        logger = logging.getLogger("uvicorn")
+        handler = UvicornHandler(self.log)
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            asyncio.run(self._run())
+        finally:
+            logger.removeHandler(handler)
+            self.socket.close()
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        with signals.calling(self.drain):
+            await self.serve(sockets=[self.socket])
+
+    def drain(self, number: int | None = None) -> None:
+        """Take no more requests, and end when the running ones have; from any thread.
+
+        A second call ends them at once.
+        """
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        if self._draining is None:
+            self.log.event("draining", grace=self.settings.grace)
+            self._draining = asyncio.get_running_loop().create_task(self._end())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _end(self) -> None:
+        await self.app.state.service.models.close(self.settings.grace)
+        await asyncio.sleep(0.1)  # the last events of streams go out
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals to `signals.calling`."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket. Raises OptionError for an address that can't be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, proto)
+    except (OSError, UnicodeError) as error:
+        raise _not_bound(host, port, getattr(error, "strerror", None) or str(error)) from error
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(1024)
+    except (OSError, OverflowError) as error:
+        made.close()
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        why = "another program uses it" if taken else getattr(error, "strerror", None) or str(error)
+        raise _not_bound(host, port, why) from error
+    return made
+
+
+def _not_bound(host: str, port: int, why: str) -> OptionError:
+    return OptionError(
+        f"can't listen on {host}, port {port}: {why}",
+        hint="--port 0 takes a free one",
+        code="server.port-unavailable",
+    )
