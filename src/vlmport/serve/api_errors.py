@@ -50,6 +50,12 @@ TYPES: Mapping[int, str] = {
     429: "rate_limit_error",
 }
 
+# Values of the field `type`, by which pydantic names the alternatives.
+TAGS = (
+    "function", "image_url", "input_image", "input_text", "json_object", "json_schema",
+    "output_text", "refusal", "text",
+)  # fmt: skip
+
 
 class RequestError(VlmportError):
     """An HTTP request is malformed, not allowed, or exceeds a limit of the server.
@@ -137,8 +143,14 @@ def defect(error: Exception) -> VlmportError:
 
 
 def of_validation(error: ValidationError) -> RequestError:
-    """Make one error of the first problem that pydantic found, with the place of the field."""
-    problem = error.errors(include_url=False, include_context=False)[0]
+    """Make one error of what pydantic found, with the place of the field.
+
+    Of several problems an unknown field counts first: it is often the misspelled name of one that
+    is missing. Then the deepest, because pydantic lists those of every alternative of a union.
+    """
+    problems = error.errors(include_url=False, include_context=False)
+    unknown = [one for one in problems if one["type"] == "extra_forbidden"]
+    problem = (unknown or sorted(problems, key=lambda one: -len(one["loc"])))[0]
     param = path_of(problem["loc"])
     if problem["type"] == "json_invalid":
         return RequestError(
@@ -165,12 +177,23 @@ def of_validation(error: ValidationError) -> RequestError:
 def path_of(place: tuple[int | str, ...]) -> str:
     """Write the place of a field as `messages[0].content`.
 
-    Names of alternatives, such as that of a model in a union, are pydantic's own and left out.
+    Names of alternatives, such as that of a class in a union, are pydantic's own and left out.
     """
     text = ""
+    before: int | str = ""
     for part in place:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part and (part[0].islower() or part[0] == "_") and not set(part) & set("[]()-"):
+        elif not (_is_alternative(part) or (part in TAGS and _is_tagged(before))):
             text += f".{part}" if text else part
+        before = part
     return text
+
+
+def _is_alternative(name: str) -> bool:
+    return name in ("str", "int", "float", "bool") or not name[:1].islower() or "[" in name
+
+
+def _is_tagged(before: int | str) -> bool:
+    """Whether the next part of a place may be the value of a field `type`."""
+    return isinstance(before, int) or before in ("response_format", "format", "tool_choice")

@@ -19,8 +19,9 @@ from starlette.responses import PlainTextResponse, Response
 
 from vlmport import __version__
 from vlmport.errors import VlmportError
-from vlmport.serve import chat
+from vlmport.serve import caption, chat
 from vlmport.serve.api_errors import ErrorBody, RequestError, response_of
+from vlmport.serve.caption import CaptionRequest
 from vlmport.serve.guard import Guard, Watcher
 from vlmport.serve.log import Log
 from vlmport.serve.metrics import CONTENT_TYPE, Metrics
@@ -93,6 +94,7 @@ def create_app(
     app.add_exception_handler(VlmportError, _our_error)
     _add_operations(app, service)
     _add_chat(app, service)
+    _add_caption(app, service)
     _document(app)
     return app
 
@@ -177,6 +179,26 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         return JSONResponse(await chat.complete(started, request))
 
 
+def _add_caption(app: FastAPI, service: Service) -> None:
+    image = {"schema": {"type": "string", "format": "binary"}}
+    files = {
+        "type": "object",
+        "properties": {"image": {"type": "string", "format": "binary"}},
+        "required": ["image"],
+    }
+    content = {
+        "multipart/form-data": {"schema": files},
+        "application/json": {"schema": {"$ref": "#/components/schemas/CaptionRequest"}},
+        "image/*": image,
+    }
+    body = {"requestBody": {"required": True, "content": content}}
+
+    @app.post("/caption", tags=["captions"], openapi_extra=body)
+    async def caption_image(request: Request) -> dict[str, Any]:
+        """Caption an image; of a form with several files, each."""
+        return await caption.caption(request, service)
+
+
 def event_stream(chunks: AsyncIterator[Mapping[str, Any] | str]) -> Response:
     """Send chunks as server-sent events."""
 
@@ -190,7 +212,7 @@ def event_stream(chunks: AsyncIterator[Mapping[str, Any] | str]) -> Response:
     return EventSourceResponse(events(), sep="\n", send_timeout=SEND_SECONDS)
 
 
-BODIES: list[Any] = [ChatRequest]
+BODIES: list[Any] = [ChatRequest, CaptionRequest]
 
 
 def _json_body(kind: type) -> dict[str, Any]:
