@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from vlmport import __version__
 from vlmport.errors import VlmportError
-from vlmport.serve import caption, chat
+from vlmport.serve import caption, chat, responses
 from vlmport.serve.api_errors import ErrorBody, RequestError, response_of
 from vlmport.serve.caption import CaptionRequest
 from vlmport.serve.guard import Guard, Watcher
@@ -27,6 +27,7 @@ from vlmport.serve.log import Log
 from vlmport.serve.metrics import CONTENT_TYPE, Metrics
 from vlmport.serve.models import Load, Models
 from vlmport.serve.remote_images import Policy, RemoteImages
+from vlmport.serve.responses_schemas import ResponsesRequest
 from vlmport.serve.schemas import ChatRequest
 from vlmport.serve.service import Service, read_json
 from vlmport.serve.settings import Settings
@@ -94,6 +95,7 @@ def create_app(
     app.add_exception_handler(VlmportError, _our_error)
     _add_operations(app, service)
     _add_chat(app, service)
+    _add_responses(app, service)
     _add_caption(app, service)
     _document(app)
     return app
@@ -179,6 +181,18 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         return JSONResponse(await chat.complete(started, request))
 
 
+def _add_responses(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/responses", tags=["OpenAI"], openapi_extra=_json_body(ResponsesRequest))
+    async def create_response(request: Request) -> Response:
+        """Answer messages, with the fields of OpenAI's Responses API."""
+        body = await read_json(request, ResponsesRequest)
+        request.state.logged = {"model": body.model, "stream": bool(body.stream)}
+        reply = await responses.start(body, service)
+        if body.stream:
+            return event_stream(await responses.open_stream(reply, request))
+        return JSONResponse(await responses.complete(reply, request))
+
+
 def _add_caption(app: FastAPI, service: Service) -> None:
     image = {"schema": {"type": "string", "format": "binary"}}
     files = {
@@ -212,7 +226,7 @@ def event_stream(chunks: AsyncIterator[Mapping[str, Any] | str]) -> Response:
     return EventSourceResponse(events(), sep="\n", send_timeout=SEND_SECONDS)
 
 
-BODIES: list[Any] = [ChatRequest, CaptionRequest]
+BODIES: list[Any] = [ChatRequest, ResponsesRequest, CaptionRequest]
 
 
 def _json_body(kind: type) -> dict[str, Any]:
