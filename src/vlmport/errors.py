@@ -67,6 +67,10 @@ class AnswerWarning(VlmportWarning):
     """An answer is not complete."""
 
 
+class CacheWarning(VlmportWarning):
+    """The folder of a cache can't be used, in part or at all; what it would hold is computed."""
+
+
 class CheckpointWarning(VlmportWarning):
     """Files of a checkpoint disagree; the message says which of them is used."""
 

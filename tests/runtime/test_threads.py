@@ -111,7 +111,9 @@ def test_the_cache_counts_what_it_holds() -> None:
                 cache.clear()
 
     together(work)
-    assert cache.nbytes == sum(one.nbytes for one in cache._images.values()) <= cache.max_bytes
+    assert (
+        cache.nbytes == sum(one.nbytes for one in cache.store._values.values()) <= cache.max_bytes
+    )
     assert cache.hits + cache.misses == THREADS * 200
     cache.clear()
     assert cache.nbytes == 0

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmport.errors import AnswerWarning, OptionError, warn
+from vlmport.runtime.content_store import ContentStore
 from vlmport.runtime.decoding.grammar import Grammar, Grammars
 from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.decoding.search import Hypothesis
@@ -107,10 +108,15 @@ class Preparer:
         features: the cache of recently encoded images.
     """
 
-    def __init__(self, components: Components, image_cache_bytes: int = MAX_BYTES):
+    def __init__(
+        self,
+        components: Components,
+        image_cache_bytes: int = MAX_BYTES,
+        store: ContentStore | None = None,
+    ):
         self.components, manifest = components, components.manifest
         self.prompter = Prompter(components.bundle.folder, manifest.prompt)
-        self.features = FeatureCache(components, image_cache_bytes)
+        self.features = FeatureCache(components, image_cache_bytes, store)
         self._grammars = Grammars(
             self.prompter.tokenizer, manifest.dims.vocab_size, manifest.generation.stop_token_ids
         )
@@ -195,10 +201,8 @@ class Preparer:
         """
         ids, length = self.prompt(text, images, decoding, leaves_room=leaves_room)
         token = self.components.manifest.prompt.image_token_id
-        counts = [int((image.prompt_ids == token).sum()) for image in images]
-        image_rows = tuple(
-            image.key for image, count in zip(images, counts, strict=True) for _ in range(count)
-        )
+        counts = self._counts(images)
+        image_rows = _rows_of(images, counts)
         shared = 0 if reusable is None else reusable.shared(ids, image_rows, token)
         encoded = tuple(self.features.encoded(image) for image in images)
         features, known = [], int((ids[:shared] == token).sum())  # rows that are computed already
@@ -221,6 +225,18 @@ class Preparer:
             mask=grammar.fresh().mask if grammar else None,
         )
         return PreparedRequest(request, ids, encoded, image_rows, decoding, seconds)
+
+    def prompt_rows(
+        self, text: Int64[np.ndarray, " S"], images: Sequence[PromptImage]
+    ) -> tuple[Int64[np.ndarray, " S"], tuple[bytes, ...]]:
+        """Return a prompt's ids and image_rows, as its PreparedRequest will have them."""
+        ids = self.prompter.splice(text, [image.prompt_ids for image in images])
+        return ids, _rows_of(images, self._counts(images))
+
+    def _counts(self, images: Sequence[PromptImage]) -> list[int]:
+        """Return the number of image rows of each image."""
+        token = self.components.manifest.prompt.image_token_id
+        return [int((image.prompt_ids == token).sum()) for image in images]
 
     def _embed(
         self, ids: Int64[np.ndarray, " S"], features: Sequence[Float[np.ndarray, "T D"]]
@@ -291,6 +307,13 @@ class Preparer:
         """Return what decodes the tokens of one answer."""
         skip = decoding.options.skip_special_tokens
         return AnswerText(self.prompter.tokenizer, decoding.stops, skip_special_tokens=skip)
+
+
+def _rows_of(images: Sequence[PromptImage], counts: Sequence[int]) -> tuple[bytes, ...]:
+    """Return the key of its image for each image row of a prompt."""
+    return tuple(
+        image.key for image, count in zip(images, counts, strict=True) for _ in range(count)
+    )
 
 
 def _found(prepared: PreparedRequest) -> list[Hypothesis]:

@@ -53,15 +53,18 @@ class Asked:
 
 def draw(rng: random.Random, pictures: list[np.ndarray], options: list[dict[str, Any]]) -> Asked:
     words = rng.choice([1, 2, 3, 10, 40, 150])
-    text = " ".join(rng.choice(["or", "a", "b"]) for _ in range(words))
+    shared = "or a " * rng.choice([0, 0, 20, 100])
+    text = shared + " ".join(rng.choice(["or", "a", "b"]) for _ in range(words))
     images = tuple(rng.sample(pictures, rng.choice([0, 1, 1, 2])))
     return Asked(text, images, rng.choice(options))
 
 
-def drive(model: VLM, rng: random.Random, asked: list[Asked], **settings: Any) -> None:
+def drive(
+    model: VLM, rng: random.Random, asked: list[Asked], cache_bytes: int = 1 << 24, **settings: Any
+) -> None:
     """Submit requests at random times, cancel some, and compare the others with `generate`."""
     want = [facts(one.of(model.generate)) for one in asked]
-    with Scheduler(model, **settings) as scheduler:
+    with Scheduler(model, cache_bytes=cache_bytes, **settings) as scheduler:
         jobs: list[tuple[Job, bool]] = []
         for one in asked:
             jobs.append((one.of(scheduler.submit), rng.random() < 0.2))
@@ -81,6 +84,7 @@ def drive(model: VLM, rng: random.Random, asked: list[Asked], **settings: Any) -
                 assert facts(job.result()) == expected
                 check_pieces(job)
         stats = scheduler.stats()
+        assert 0 < stats.cache_bytes <= cache_bytes
         assert (stats.waiting, stats.prefilling, stats.running, stats.running_rows) == (0,) * 4
         assert sum(stats.ended.values()) == len(asked)
         assert stats.max_rows <= scheduler.max_running
@@ -100,10 +104,11 @@ def test_each_has_the_tokens_that_it_has_alone(
     monkeypatch.setattr("vlmport.runtime.scheduling.engine.CHUNK", 16)
     rng = random.Random(seed)
     pictures = [toy.picture(n, *rng.choice([(8, 8), (12, 16), (20, 24)])) for n in range(4)]
-    bundle = own_bundle(context=600, positions_rank=axes)
+    bundle = own_bundle(context=1200, positions_rank=axes)
     with VLM.open(bundle, threads=1) as model:
         asked = [draw(rng, pictures, OPTIONS) for _ in range(40)]
-        drive(model, rng, asked, max_running=rng.choice([4, 7, 16]), max_queue=100)
+        size = rng.choice([1 << 14, 1 << 16, 1 << 24])
+        drive(model, rng, asked, size, max_running=rng.choice([4, 7, 16]), max_queue=100)
 
 
 @pytest.mark.parametrize("precision", SUFFIXES)

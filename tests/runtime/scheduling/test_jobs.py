@@ -381,4 +381,4 @@ def test_waiting_for_a_job_has_a_limit(scheduler: Scheduler, gate: Gate) -> None
 def test_sizes_are_checked(model: VLM) -> None:
     for name, value in (("max_running", 0), ("max_queue", -1), ("cache_bytes", -1)):
         with raises(OptionError, "option.wrong-value", name):
-            Scheduler(model, **{name: value})
+            Scheduler(model, **{name: value})  # pyright: ignore[reportArgumentType]

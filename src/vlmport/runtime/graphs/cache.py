@@ -43,6 +43,11 @@ CHUNK = 192
 MASKS_AHEAD = 32
 
 
+def prompt_cuts(S: int) -> list[int]:
+    """Return the starts of the chunks of a prompt of S tokens on the CPU, and S."""
+    return [*range(0, max(1, S - CHUNK // 2), CHUNK), S]
+
+
 @dataclass(frozen=True)
 class _BoundStep:
     """The binding of a step of one token for each of some rows, and the arrays that it uses."""
@@ -246,7 +251,7 @@ class KeyValueCache:
         # On another device each call copies the cache.
         if not self.on_host or not 0 < keep <= CHUNK // 2:
             return [0, S]
-        return [*range(0, max(1, S - CHUNK // 2), CHUNK), S]
+        return prompt_cuts(S)
 
     def _append(
         self,

@@ -6,7 +6,10 @@ Nothing here knows HTTP. Read in this order:
    queue; `close` drains.
 2. job.py: `Job` is one request: its events, its result, and how to cancel it.
 3. images.py: one thread reads and encodes the images of waiting requests.
-4. engine.py: one thread owns the decoder. Between two steps it lets requests join and leave; each
+4. prefixes.py: rows of earlier prompts, which a prompt that begins alike does not run again. They
+   and the image features are in one store (../content_store.py), in memory and in a folder
+   (../disk_store.py).
+5. engine.py: one thread owns the decoder. Between two steps it lets requests join and leave; each
    step runs one chunk of a waiting prompt and one token of every running row.
 """
 

@@ -23,6 +23,7 @@ from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.preparing import Preparer
 from vlmport.runtime.scheduling.job import Job, Reason
 from vlmport.runtime.scheduling.prefill import Prefill
+from vlmport.runtime.scheduling.prefixes import PrefixCache
 from vlmport.runtime.scheduling.task import Task
 
 
@@ -49,15 +50,23 @@ class Engine:
     Attributes:
         lock: guards the lists below and the counters; notified when one of them changes.
         waiting: tasks whose prompt has not begun to run, in the order of their arrival.
-        prefilling: tasks whose prompt runs, in order; the first one runs.
+        prefilling: tasks that have rows and whose prompt runs, in order; the first one runs, and
+            the others have no Prefill yet.
         running: tasks that write tokens.
     """
 
-    def __init__(self, components: Components, preparer: Preparer, max_running: int):
-        self.components, self.preparer, self.max_running = components, preparer, max_running
+    def __init__(
+        self,
+        components: Components,
+        preparer: Preparer,
+        prefixes: PrefixCache,
+        max_running: int,
+    ):
+        self.components, self.preparer, self.prefixes = components, preparer, prefixes
+        self.max_running = max_running
         self.lock = threading.Condition()
         self.waiting: list[Task] = []
-        self.prefilling: dict[Task, Prefill] = {}
+        self.prefilling: dict[Task, Prefill | None] = {}
         self.running: list[Task] = []
         self.counters = Counters()
         self.stop_at: float | None = None  # when jobs are cut, once the scheduler is closed
@@ -167,7 +176,9 @@ class Engine:
                 self.waiting.remove(task)
             elif task in self.running:
                 self.running.remove(task)
-            elif self.prefilling.pop(task, None) is None:
+            elif task in self.prefilling:
+                del self.prefilling[task]
+            else:
                 return  # the other thread was first
             self.counters.ended[reason] += 1
             started = task.job.times.started
@@ -187,31 +198,28 @@ class Engine:
         return ready
 
     def _begin_some(self) -> None:
-        while True:
-            with self.lock:
-                task = self._next_waiting()
-            if task is None:
-                return
-            try:
-                prefill = self._begin(task)
-            except Exception as error:
-                self._fail(task, error)
-                continue
-            with self.lock:
+        """Give free rows to the tasks that wait for them."""
+        with self.lock:
+            while (task := self._next_waiting()) is not None:
                 self.waiting.remove(task)
-                self.prefilling[task] = prefill
+                self.prefilling[task] = None
                 self.counters.max_rows = max(self.counters.max_rows, self.rows)
 
     def _begin(self, task: Task) -> Prefill:
+        """Make the request of a task, which reuses what an earlier prompt has left."""
         assert task.images is not None
+        task.job.times.started = time.monotonic()
         began = time.perf_counter() - task.image_seconds
-        task.prepared = self.preparer.assemble(task.text, task.images, task.decoding, began)
+        reusable = self.prefixes.find(*self.preparer.prompt_rows(task.text, task.images))
+        task.prepared = self.preparer.assemble(
+            task.text, task.images, task.decoding, began, reusable
+        )
         prepared, job = task.prepared, task.job
         prefill = Prefill(self.components, prepared.request)
-        job.times.started = time.monotonic()
         job.prompt_tokens, job.image_tokens = len(prepared.ids), len(prepared.image_rows)
         job.cached_tokens = len(prepared.ids) - len(prepared.request.embeds)
         with self.lock:
+            self.prefilling[task] = prefill
             self.counters.prompt_tokens += job.prompt_tokens
             self.counters.cached_tokens += job.cached_tokens
             self.counters.images += len(task.images)
@@ -219,9 +227,14 @@ class Engine:
 
     def _prefill(self, task: Task) -> int:
         """Run one chunk of a task's prompt, and return its number of tokens."""
-        prefill, start = self.prefilling[task], time.perf_counter()
+        start = time.perf_counter()
         try:
+            prefill = self.prefilling[task] or self._begin(task)
             tokens = prefill.advance()
+            if prefill.done:
+                prepared = task.prepared
+                assert prepared is not None
+                self.prefixes.keep(prepared.ids, prepared.image_rows, prefill.row)
         except Exception as error:
             self._fail(task, error)
             return CHUNK

@@ -6,6 +6,7 @@ When the last chunk ran, the row is copied into the cache of the running rows.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from vlmport.runtime.graphs.cache import KeyValueCache, SavedRow
@@ -26,6 +27,8 @@ class Prefill:
         self._cache = KeyValueCache(components.decoder, 1, request.length, limit)
         if request.prefix is not None:
             self._cache.restore(0, request.prefix)
+            # Its tensors are in the cache now; only the length is asked for from here on.
+            request.prefix = dataclasses.replace(request.prefix, tensors=())
         self._cache.rope_deltas[0] = request.rope_delta
         cuts = self._cache.cuts(len(request.embeds))
         self._sizes = [stop - start for start, stop in itertools.pairwise(cuts)]

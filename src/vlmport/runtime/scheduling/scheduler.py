@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from vlmport.errors import OptionError, ServerError
+from vlmport.runtime.content_store import ContentStore
 from vlmport.runtime.decoding.generate_options import GenerateOptions
 from vlmport.runtime.decoding.options import GenerationOptions, whole_number
+from vlmport.runtime.disk_store import MAX_BYTES as DIR_BYTES
+from vlmport.runtime.disk_store import DiskStore, namespace_of
 from vlmport.runtime.images.features import MAX_BYTES
 from vlmport.runtime.messages import Message, check_messages
 from vlmport.runtime.model import VLM
@@ -20,6 +24,7 @@ from vlmport.runtime.preparing import Preparer
 from vlmport.runtime.scheduling.engine import Engine
 from vlmport.runtime.scheduling.images import ImageThread
 from vlmport.runtime.scheduling.job import Job, draining
+from vlmport.runtime.scheduling.prefixes import PrefixCache
 from vlmport.runtime.scheduling.stats import SchedulerStats
 from vlmport.runtime.scheduling.task import Task
 
@@ -52,6 +57,8 @@ class Scheduler:
         max_running: int = MAX_RUNNING,
         max_queue: int = MAX_QUEUE,
         cache_bytes: int = MAX_BYTES,
+        cache_dir: str | Path | None = None,
+        cache_dir_bytes: int = DIR_BYTES,
     ):
         """Start the threads.
 
@@ -60,7 +67,11 @@ class Scheduler:
             max_running: maximum number of rows that run together (default 16). A request takes one
                 row, or one for each beam or sequence.
             max_queue: maximum number of requests that wait for free rows (default 64).
-            cache_bytes: maximum size in bytes of the image features that are kept (default 256 MB).
+            cache_bytes: maximum size in bytes of the image features and the prompts' rows that are
+                kept in memory (default 256 MB, 0 = none). An image in it is not encoded again, and
+                a prompt that begins like an earlier one is not run again as far as that goes.
+            cache_dir: a folder where they are kept too, for the next start; None for none.
+            cache_dir_bytes: maximum size in bytes of that folder (default 4 GB).
 
         Raises:
             OptionError: a number is out of its range.
@@ -68,8 +79,16 @@ class Scheduler:
         self.model = model
         self.max_running = whole_number("max_running", max_running, 1)
         self.max_queue = whole_number("max_queue", max_queue, 0)
-        self._preparer = Preparer(model.components, whole_number("cache_bytes", cache_bytes, 0))
-        self._engine = Engine(model.components, self._preparer, self.max_running)
+        components = model.components
+        size = whole_number("cache_bytes", cache_bytes, 0)
+        on_disk = whole_number("cache_dir_bytes", cache_dir_bytes, 0)
+        disk = None
+        if cache_dir is not None:
+            disk = DiskStore(Path(cache_dir), namespace_of(components), on_disk)
+        self._store = ContentStore(size, disk)
+        self._preparer = Preparer(components, store=self._store)
+        prefixes = PrefixCache(components, self._store)
+        self._engine = Engine(components, self._preparer, prefixes, self.max_running)
         self._images = ImageThread(self._preparer, self._ready)
         self._draining = False
 
@@ -192,7 +211,7 @@ class Scheduler:
                 steps=counters.steps,
                 images=counters.images,
                 images_encoded=features.misses,
-                cache_bytes=features.nbytes,
+                cache_bytes=self._store.nbytes,
                 running_bytes=engine.running_bytes,
             )
 
@@ -207,6 +226,7 @@ class Scheduler:
             self._draining = True
         self._engine.close(time.monotonic() + grace)
         self._images.close()
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
