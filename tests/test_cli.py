@@ -165,7 +165,13 @@ def test_the_good_pictures_are_captioned_all_the_same(
         assert "bad.png: not an image" in done.stderr
         assert "none.png: no such file" in done.stderr
     done = run("caption", *paths, "-m", tiny_bundle, "--json")
-    assert [json.loads(line)["caption"] for line in done.stdout.splitlines()] == good
+    assert done.exit_code == 2
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["image"] for row in rows] == paths
+    assert [row.get("caption") for row in rows] == [good[0], None, good[1], None]
+    assert [row.get("error", {}).get("code") for row in rows] == [
+        None, "image.not-a-picture", None, "image.not-found",
+    ]  # fmt: skip
 
 
 def test_a_picture_that_the_graph_refuses_takes_no_other_with_it(

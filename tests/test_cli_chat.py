@@ -107,6 +107,20 @@ def test_json_says_all_that_is_known(bundle: Path, vlm: VLM, pictures: list[str]
     assert "score" not in row
 
 
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "missing"])
+def test_an_error_has_a_row_of_json(bundle: Path, tmp_path: Path, damaged: bool) -> None:
+    path = tmp_path / "a.png"
+    if damaged:
+        path.write_text("no image")
+    done = run("ask", path, "Which?", *few(bundle), "--json")
+    assert done.exit_code == 2
+    row = json.loads(done.stdout)
+    assert (row["images"], row["question"]) == ([str(path)], "Which?")
+    assert row["error"].keys() == {"code", "message", "hint"}
+    assert row["error"]["code"] == ("image.not-a-picture" if damaged else "image.not-found")
+    assert done.stderr.startswith(f"error[{row['error']['code']}]: ")
+
+
 def test_decoding_options_and_a_system_message(bundle: Path, pictures: list[str]) -> None:
     options = ["--num-beams", 3, "--num-return-sequences", 2]
     done = run("ask", pictures[0], "What?", *few(bundle), *options, "--system", "Be brief.")

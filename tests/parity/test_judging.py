@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +18,9 @@ from vlmport.parity import judging
 from vlmport.parity.judging import BrokenError, Judge, bundle_runs, max_new_tokens, row_of
 from vlmport.parity.limits import Limit
 from vlmport.parity.protocol import Generated, Reference
+from vlmport.parity.report import GRAPH_FAILS, PAST_LIMIT
 from vlmport.parity.truth import Truth
+from vlmport.runtime.graphs.sessions import ORT_ERRORS
 
 VOCAB, STOP, IMAGE = 20, 2, 19
 PROMPT = (1, 3)
@@ -215,3 +217,27 @@ def test_errors_that_the_bundle_raises_keep_their_cause() -> None:
     with pytest.raises(BrokenError) as caught, bundle_runs():
         raise ImageError("no picture", hint="give another", code="image.unreadable")
     assert isinstance(caught.value.__cause__, ImageError)
+
+
+def test_a_failing_row_has_a_code_and_its_numbers_in_json() -> None:
+    limits = {"worst": Limit(0.5, "std", ""), "top1": Limit(0.8, "", "", at_least=True)}
+
+    def row(find: Callable[[], Any]) -> dict[str, Any]:
+        return row_of("an image", "q4", "first_logits", limits, find).to_json()
+
+    def fails(error: Exception) -> Any:
+        with bundle_runs():
+            raise error
+
+    good = row(lambda: ({"worst": 0.25, "top1": 1.0}, None))
+    assert good.keys() == {"image", "precision", "rung", "passed", "measures"}
+    bad = row(lambda: ({"worst": 0.25, "top1": 0.5}, None))
+    assert (bad["passed"], bad["code"]) == (False, PAST_LIMIT)
+    assert bad["past_limit"] == {"top1": {"value": 0.5, "limit": 0.8, "at_least": True, "unit": ""}}
+    assert row(lambda: ({"worst": math.inf, "top1": 1.0}, None))["past_limit"]["worst"] == {
+        "value": None, "limit": 0.5, "at_least": False, "unit": "std",
+    }  # fmt: skip
+    refused = row(lambda: fails(ImageError("too thin", hint="crop it", code="image.refused")))
+    assert (refused["code"], refused["error"]) == ("image.refused", "ImageError: too thin")
+    assert "past_limit" not in refused
+    assert row(lambda: fails(ORT_ERRORS[0]("no such kernel")))["code"] == GRAPH_FAILS

@@ -315,7 +315,7 @@ def test_just_under_the_limit_is_read_without_a_warning():
 def test_a_strip_past_the_longest_side_is_refused_before_it_is_decoded():
     strip = np.zeros((1, MAX_SIDE + 1, 3), np.uint8)
     for source in (png_header(MAX_SIDE + 1, 4), strip, strip.transpose(1, 0, 2)):
-        assert "65,536 a side" in refused(source)
+        assert "65,536" in refused(source)
         assert code_of(source) == "image.too-large"
     assert open_image(strip[:, :-1]).shape == (1, MAX_SIDE, 3)
 

@@ -99,7 +99,7 @@ def find_folder(
     what = f"neither {'a built-in name, ' if names else ''}a folder nor a Hub id"
     raise SourceError(
         f"{text!r}: {what}{did_you_mean(text, names) or _near(path)}",
-        hint="`vlmport models` lists the built-in names; a Hub id is such as 'org/name'"
+        hint="`vlmport models` lists the built-in names; a Hub id has the form 'org/name'"
         if names
         else "use a folder, or a Hub id such as 'org/name'",
         code="source.not-found",
@@ -215,7 +215,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> SourceError:
     if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         at = f" at revision {revision!r}" if revision else ""
         return SourceError(
-            f"{repo}: not (or not whole) in the cache{at}, and HF_HUB_OFFLINE is set",
+            f"{repo}: not completely in the Hub's cache{at}, and HF_HUB_OFFLINE is set",
             hint=f"unset HF_HUB_OFFLINE to fetch it; the cache is {constants.HF_HUB_CACHE}",
             code="hub.offline",
         )

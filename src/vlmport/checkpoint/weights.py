@@ -170,6 +170,6 @@ def _no_weights(folder: Path) -> WeightError:
     found = f"found {some_names(other)}" if other else "found no weights"
     return WeightError(
         f"{folder}: expected {SINGLE} or {INDEX}, {found}",
-        hint="is the download complete? a checkpoint in another format: " + CONVERT,
+        hint=f"download the weights again; if they have another format, {CONVERT}",
         code="weights.missing-file",
     )

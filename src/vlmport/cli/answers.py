@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlmport.cli.output import to_json
+from vlmport.cli.output import show, to_json
+from vlmport.errors import ImageError, PromptError, VlmportError
 
 if TYPE_CHECKING:
     from vlmport.runtime.model import Response
@@ -26,6 +28,22 @@ def json_row(asked: Mapping[str, Any], name: str, response: Response) -> str:
     others = tuple(given(one) for one in fields["alternatives"])
     row = {**asked, name: fields.pop("text")}
     return to_json(row | given(fields | {"alternatives": others}))
+
+
+def error_row(asked: Mapping[str, Any], error: VlmportError) -> str:
+    """Write a row of JSON: what was asked, and the error's code, message and hint as `error`."""
+    return to_json({**asked, "error": error.to_json()})
+
+
+@contextlib.contextmanager
+def errors_as_rows(asked: Mapping[str, Any], *, as_json: bool) -> Iterator[None]:
+    """Print the row of an error of an image or a prompt in the block, and raise the error."""
+    try:
+        yield
+    except (ImageError, PromptError) as error:
+        if as_json:
+            show(error_row(asked, error))
+        raise
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:

@@ -37,7 +37,7 @@ Precision = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, openvino:bf16, …, as far as it is installed, or a mix such as "
+        help="cpu, cuda, openvino:bf16 or another device that is installed, or a mix such as "
         "vision=openvino:bf16.",
         rich_help_panel=MODEL,
     ),
@@ -53,13 +53,14 @@ Threads = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(
-        help="PEFT folder or Hub id, whose LoRA is merged into the checkpoint.",
+        help="Folder or Hub id of a LoRA saved by PEFT; it is merged into the checkpoint.",
         metavar="SRC",
         rich_help_panel=MODEL,
     ),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(help="Branch, tag or commit of a Hub repository.", rich_help_panel=MODEL),
 ]
 VerifyHashes = Annotated[
     bool,
@@ -73,8 +74,8 @@ ImageOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--image-option",
-        help="Option of the image processor, its value in JSON; can be repeated. The options of a "
-        "bundle are in its vlmport.json (image_options).",
+        help="Option of the image processor, its value in JSON; can be repeated. image_options "
+        "in a bundle's vlmport.json lists the options that it has.",
         metavar="NAME=VALUE",
         rich_help_panel=IMAGES,
     ),

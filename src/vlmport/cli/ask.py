@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vlmport.builtin import ANSWERER
-from vlmport.cli.answers import json_row, stripped
+from vlmport.cli.answers import errors_as_rows, json_row, stripped
 from vlmport.cli.app import app
 from vlmport.cli.arguments import (
     Adapter,
@@ -65,7 +65,8 @@ def ask(
     be no image. A single image without a question is captioned.
     """
     check_output(stream=stream, as_json=as_json)
-    images, question = read_arguments(arguments)
+    with errors_as_rows({"images": arguments[:-1], "question": arguments[-1]}, as_json=as_json):
+        images, question = read_arguments(arguments)
     options, decoding = read_image_options(image_option), decoding_of(ctx)
     vlm = open_model(
         model,
@@ -83,9 +84,10 @@ def ask(
                 show(piece, end="")
             show()
             return
-        answer = chat.ask(question, images, **decoding)
-    if as_json:
         asked = {"images": images, "question": question}
+        with errors_as_rows(asked, as_json=as_json):
+            answer = chat.ask(question, images, **decoding)
+    if as_json:
         show(json_row(asked, "answer", answer))
         return
     for one in (answer, *answer.alternatives):

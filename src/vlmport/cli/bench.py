@@ -16,7 +16,7 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="Precisions, with commas, or one mix (default: auto and all of the bundle).",
+        help="Precisions, separated by commas, or one mix (default: auto and all of the bundle).",
     ),
 ]
 Lengths = Annotated[

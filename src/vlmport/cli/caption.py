@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmport.builtin import CAPTIONER
-from vlmport.cli.answers import json_row, stripped
+from vlmport.cli.answers import error_row, json_row, stripped
 from vlmport.cli.app import app
 from vlmport.cli.arguments import (
     Adapter,
@@ -43,7 +43,8 @@ def caption(
         bool, typer.Option("--stream", help="Print the text as it is generated.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each image.")
+        bool,
+        typer.Option("--json", help="Print one JSON object for each image, failed ones included."),
     ] = False,
     threads: Threads = None,
     adapter: Adapter = None,
@@ -86,6 +87,8 @@ def _print_captions(
         if isinstance(result, VlmportError):
             report(result)
             failure = result
+            if as_json:
+                show(error_row({"image": path}, result))
         elif as_json:
             show(json_row({"image": path}, "caption", result))
         else:

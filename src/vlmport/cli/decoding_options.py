@@ -68,7 +68,7 @@ def read_decoding(
     ] = None,
     num_return_sequences: Annotated[
         int | None,
-        _in(BEAMS, "Number of answers to print, best first. Sampling can give several too."),
+        _in(BEAMS, "Number of answers to print, best first; with --do-sample also without beams."),
     ] = None,
     length_penalty: Annotated[
         float | None, _in(BEAMS, "Above 0 prefers long answers, below 0 short ones (default 1).")
@@ -82,10 +82,12 @@ def read_decoding(
         ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, _in(CONTENT, "Above 1 makes tokens that occurred less likely (default 1).")
+        float | None,
+        _in(CONTENT, "Above 1 makes a token less likely once it has occurred (default 1)."),
     ] = None,
     no_repeat_ngram_size: Annotated[
-        int | None, _in(CONTENT, "Use no sequence of this many tokens twice (default 0: allow it).")
+        int | None,
+        _in(CONTENT, "Never repeat a sequence of this many tokens (default 0: allow it)."),
     ] = None,
     json_schema: Annotated[
         Path | None,
@@ -104,10 +106,11 @@ def read_decoding(
     ] = None,
     prompt_lookup_num_tokens: Annotated[
         int | None,
-        _in(SPEED, "Draft n tokens at a time from the text so far, to save time."),
+        _in(SPEED, "Save time: guess n tokens at once, copied from the text so far."),
     ] = None,
     max_matching_ngram_size: Annotated[
-        int | None, _in(SPEED, "Maximum length of the match that a draft continues (default 2).")
+        int | None,
+        _in(SPEED, "For this, look for a match of up to this many last tokens (default 2)."),
     ] = None,
     generation: Annotated[
         list[str] | None,
@@ -134,10 +137,16 @@ DECODING: Any = typer.main.get_command(_app)  # a command that is never run: its
 
 
 class GeneratingCommand(SectionedCommand):
-    """A command with the options of `read_decoding` in addition to its own."""
+    """A command with the options of `read_decoding` in addition to its own.
+
+    A command without --json has no --logprobs, which needs its rows.
+    """
 
     def __init__(self, *arguments: Any, params: list[Any] | None = None, **options: Any):
-        super().__init__(*arguments, params=[*(params or ()), *DECODING.params], **options)
+        own = params or []
+        has_rows = any(one.name == "as_json" for one in own)
+        shared = [one for one in DECODING.params if has_rows or one.name != "logprobs"]
+        super().__init__(*arguments, params=[*own, *shared], **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -149,11 +158,11 @@ class GeneratingCommand(SectionedCommand):
 
     def _read_decoding(self, ctx: Any) -> None:
         """Move the options of decoding from the command's arguments to the context."""
-        given = {one.name: ctx.params.pop(one.name) for one in DECODING.params}
+        given = {one.name: ctx.params.pop(one.name, None) for one in DECODING.params}
         if given["logprobs"] is not None and not ctx.params.get("as_json"):
             raise OptionError(
-                "--logprobs has an effect with --json only",
-                hint="give --json too, to caption or ask",
+                "--logprobs without --json",
+                hint="add --json: only its rows hold log-probabilities",
                 code="option.contradiction",
             )
         ctx.meta[KEY] = DECODING.callback(**given)
@@ -215,8 +224,8 @@ def _read(arguments: Mapping[str, Any]) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(
-                f"--json-schema {path}: can't be read",
-                hint="give a file with a JSON schema",
+                f"--json-schema {path}: {getattr(error, 'strerror', None) or error}",
+                hint="check the path; it must be a file with a JSON schema",
                 code="source.unreadable",
             ) from error
         given["json_schema"] = _json(f"--json-schema {path}", text, "check the file")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Images = Annotated[
     Path | None,
     typer.Argument(
-        help="Folder of images with reference captions. Without it, drawn scenes are used, for "
-        "models that were trained on them.",
+        help="Folder of images with reference captions. Without it, the scenes of shapes that "
+        "vlmport draws are used, for models that were trained on them.",
         metavar="IMAGES",
         show_default=False,
     ),
@@ -37,14 +37,15 @@ Captions = Annotated[
 ]
 Questions = Annotated[
     bool,
-    typer.Option(
-        "--questions", help="Ask about drawn scenes, for models that were trained on them."
-    ),
+    typer.Option("--questions", help="Measure answers about drawn scenes instead of captions."),
 ]
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
-        "--metric", help="exact-match, rouge-l or cider-d; can be repeated.", metavar="NAME"
+        "--metric",
+        help="exact-match, rouge-l or cider-d; can be repeated (default: rouge-l, for drawn "
+        "scenes exact-match).",
+        metavar="NAME",
     ),
 ]
 Precisions = Annotated[
@@ -52,7 +53,7 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="Precisions, with commas, or one mix (default: all of the bundle).",
+        help="Precisions, separated by commas, or one mix (default: all of the bundle).",
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Maximum number of images or questions.", min=1)]
@@ -79,8 +80,8 @@ def evaluate(
 ) -> None:
     """Measure captions or answers.
 
-    Scores the captions or answers of a bundle at each precision, and what each lost to fp32. The
-    figures are printed, and recorded in the bundle.
+    Scores the captions or answers of a bundle at each precision, and compares each score with that
+    of fp32. The figures are printed, and recorded in the bundle.
     """
     from vlmport.evaluation import UnrecordedResultError
     from vlmport.evaluation import evaluate as measure

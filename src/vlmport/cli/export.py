@@ -21,7 +21,7 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="Precisions, with commas, of fp32, fp16, q8, q4 and q4f16 (default: fp32,q8,q4, "
+        help="Precisions, separated by commas: fp32, fp16, q8, q4, q4f16 (default: fp32,q8,q4, "
         "without those that this model can't have).",
     ),
 ]
@@ -56,7 +56,7 @@ IgnoredWeights = Annotated[
         metavar="GLOB",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 
 
 @app.command(cls=SectionedCommand)

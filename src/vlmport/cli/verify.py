@@ -29,21 +29,25 @@ def verify(
     precision: Annotated[
         str | None,
         typer.Option(
-            "--precision", "-p", help="Precisions, with commas (default: all of the bundle)."
+            "--precision",
+            "-p",
+            help="Precisions, separated by commas (default: all of the bundle).",
         ),
     ] = None,
     adapter: Adapter = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option("--image", help="Image to compare too; can be repeated.", metavar="FILE"),
+        typer.Option(
+            "--image", help="Image of your own to compare as well; can be repeated.", metavar="FILE"
+        ),
     ] = None,
     json_file: JsonFile = None,
     revision: Revision = None,
 ) -> None:
     """Compare a bundle with PyTorch.
 
-    Each stage of the bundle is compared with transformers on PyTorch, at each precision. The result
-    is printed, and recorded in the bundle.
+    Each step from the image to the text is compared with transformers on PyTorch, at each
+    precision. The result is printed, and recorded in the bundle.
     """
     from vlmport.loading import open_bundle
     from vlmport.parity import UnrecordedError

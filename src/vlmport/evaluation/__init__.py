@@ -145,7 +145,7 @@ def _check_options(
     if pictures is None and captions is not None:
         raise EvaluationError(
             f"captions {captions} without images",
-            hint="give the folder of the images too",
+            hint="give the folder of images as well: vlmport eval BUNDLE FOLDER --captions FILE",
             code="option.contradiction",
         )
     if pictures is not None and questions:

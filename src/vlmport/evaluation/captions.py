@@ -41,8 +41,8 @@ def find_captions(folder: Path) -> Path:
             code="captions.no-file",
         )
     raise EvaluationError(
-        f"{folder}: no captions: none of {', '.join(KNOWN_FILES)} is there",
-        hint=f"--captions FILE names another; these are read: {FORMS}",
+        f"{folder}: no file of captions, expected one of {', '.join(KNOWN_FILES)}",
+        hint=f"write one of them, or name another file with --captions; the forms are: {FORMS}",
         code="captions.no-file",
     )
 
@@ -56,7 +56,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     readers = {".csv": _from_csv, ".jsonl": _from_json_lines, ".json": _from_json}
     if path.suffix.lower() not in readers:
         raise EvaluationError(
-            f"{path}: captions are read from .json, .jsonl and .csv",
+            f"{path}: not a file of captions, expected .json, .jsonl or .csv",
             hint=FORMS,
             code="captions.malformed",
         )

@@ -144,7 +144,7 @@ def captioned_pictures(
         what = "a file, expected a folder" if folder.exists() else "no such folder"
         raise EvaluationError(
             f"{folder}: {what}",
-            hint="give the folder of the images",
+            hint="check the path; it must be a folder of images with captions",
             code="source.not-a-folder",
         )
     file = find_captions(folder) if captions is None else Path(captions).expanduser()

@@ -79,11 +79,13 @@ class Assignment:
             )
         if self.misshapen:
             parts.append(
-                f"{len(self.misshapen)} of another shape: "
+                f"{len(self.misshapen)} of {len(self.wanted)} weights have another shape: "
                 f"{_listed(self.misshapen, self.misshapen.__getitem__)}"
             )
         if surplus:
-            parts.append(f"{len(surplus)} tensors have no place: {some_names(surplus)}")
+            parts.append(
+                f"{len(surplus)} tensors are left over, no graph reads them: {some_names(surplus)}"
+            )
         if parts:
             raise WeightError("; ".join(parts), hint=self._hint(surplus), code=self._code)
 
@@ -95,13 +97,13 @@ class Assignment:
 
     def _hint(self, surplus: list[str]) -> str:
         if any(key.endswith("lm_head.weight") for key in self.missing):
-            return "a tied head? set tie_word_embeddings in config.json"
+            return "if the head is tied to the embedding, set tie_word_embeddings in config.json"
         if surplus and not self.missing and not self.misshapen:
             return (
-                "does config.json belong to these weights? no tensor is dropped silently; "
-                "`vlmport export --ignore-weights GLOB` leaves out tensors that it does not need"
+                "check that config.json belongs to these weights; `vlmport export --ignore-weights "
+                "GLOB` leaves out tensors that the model does not need"
             )
-        return "does config.json belong to these weights?"
+        return "check that config.json belongs to these weights"
 
     def ignore(self, patterns: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Leave out the tensors whose name, in the file or in the graphs, matches a pattern.
@@ -116,14 +118,15 @@ class Assignment:
             if not keys:
                 raise OptionError(
                     f"--ignore-weights {pattern!r} matches none of {len(self.tensors)} tensors",
-                    hint="* matches any letters: 'model.talker.*' is for all names that begin so",
+                    hint="* matches any text: 'model.talker.*' matches every name that begins with "
+                    "'model.talker.'",
                     code="option.ignores-nothing",
                 )
             if needed := [key for key in keys if self._is_needed(key)]:
                 raise OptionError(
                     f"--ignore-weights {pattern!r} matches {len(needed)} tensors that the model "
                     f"needs: {some_names(needed)}",
-                    hint="match only tensors that have no place in an export without this option",
+                    hint="match only tensors that are left over in an export without this option",
                     code="option.ignores-needed-weights",
                 )
             ignored[pattern] = tuple(sorted({self.tensors[key].name for key in keys}))

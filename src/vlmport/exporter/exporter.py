@@ -145,8 +145,9 @@ def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
     layouts = family.layouts
     if name not in layouts:
         raise ExportError(
-            f"unknown layout {name!r}{did_you_mean(name, layouts)}",
-            hint=f"a model of the family {family.name!r} has: {', '.join(layouts)}",
+            f"layout {name!r} is not available for the family {family.name!r}"
+            f"{did_you_mean(name, layouts)}",
+            hint=f"its layouts are: {', '.join(layouts)}",
             code="layout.unknown",
         )
     layout = layouts[name]
@@ -154,8 +155,8 @@ def _layout(family: Family, name: str, size: ImageSize | None) -> Layout:
         return layout.at(size or layout.default)
     if size is not None:
         raise ExportError(
-            f"layout {name!r} has no one image size",
-            hint="leave out the image size: its graphs take images of any size",
+            f"layout {name!r} does not take an image size",
+            hint="leave out the image size; the graphs of this layout take images of any size",
             code="layout.wrong-image-size",
         )
     return layout

@@ -164,6 +164,6 @@ def _check_same_model(bundle: Bundle, reference: Reference, source: str | Path) 
         raise SourceError(
             f"{source}: not the checkpoint that {bundle.folder} was exported from: "
             f"{'; '.join(wrong)}",
-            hint="give the checkpoint that `vlmport export` was given",
+            hint="give the checkpoint that the bundle was exported from",
             code="verify.other-checkpoint",
         )

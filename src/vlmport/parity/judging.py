@@ -14,7 +14,7 @@ from vlmport.errors import VlmportError
 from vlmport.parity import metrics
 from vlmport.parity.limits import Limit
 from vlmport.parity.protocol import Reference
-from vlmport.parity.report import Measure, Row
+from vlmport.parity.report import GRAPH_FAILS, Measure, Row
 from vlmport.parity.rungs import Found
 from vlmport.parity.truth import Truth
 from vlmport.runtime.graphs.sessions import ORT_ERRORS
@@ -27,7 +27,15 @@ Progress = Callable[[int, int, str], None]  # rungs done, all rungs, what is nex
 
 
 class BrokenError(Exception):
-    """The bundle raised an error; the text of this one is the finding."""
+    """The bundle raised an error; the text of this one is the finding.
+
+    Attributes:
+        code: the code of the bundle's error, or GRAPH_FAILS for one of ONNX Runtime.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.code = error.code if isinstance(error, VlmportError) else GRAPH_FAILS
 
 
 @contextlib.contextmanager
@@ -36,7 +44,7 @@ def bundle_runs() -> Iterator[None]:
     try:
         yield
     except (VlmportError, *ORT_ERRORS) as error:
-        raise BrokenError(f"{type(error).__name__}: {error}") from error
+        raise BrokenError(error) from error
 
 
 def row_of(
@@ -46,7 +54,7 @@ def row_of(
     try:
         values, detail = find()
     except BrokenError as error:
-        return Row(name, precision, rung, (), error=str(error))
+        return Row(name, precision, rung, (), error=str(error), code=error.code)
     measures = tuple(Measure(one, values[one], limit) for one, limit in limits.items())
     return Row(name, precision, rung, measures, detail=detail)
 

@@ -16,6 +16,10 @@ from vlmport.parity.limits import Limit
 from vlmport.parity.rungs import CAUSES, ORDER, ROUNDED, WEIGHTS_RUNG
 
 NOTHING = "nothing was compared, both sides refuse every request"
+# Codes of a row that failed; a row where the bundle raised a VlmportError has that error's code.
+PAST_LIMIT = "past-limit"
+GRAPH_FAILS = "graph-fails"  # ONNX Runtime raised an error
+ONLY_BUNDLE_ANSWERS = "only-bundle-answers"  # to a request that the reference refuses
 RUNG_WIDTH, CELL_WIDTH = 19, 28  # of the printed table's columns, at least; lines among them
 
 
@@ -42,6 +46,7 @@ class Row:
     Attributes:
         image: the name of the request, which is that of its image where it has one.
         error: the error that the bundle's side raised; then there are no measures.
+        code: a stable name of this error.
         detail: a note for the reader, such as the two margins where tokens differ.
     """
 
@@ -51,10 +56,16 @@ class Row:
     measures: tuple[Measure, ...]
     error: str | None = None
     detail: str | None = None
+    code: str | None = None
 
     @property
     def passed(self) -> bool:
-        return self.error is None and all(measure.passed for measure in self.measures)
+        return self.error is None and not self.past_limit
+
+    @property
+    def past_limit(self) -> tuple[Measure, ...]:
+        """The measures that are not within their limits."""
+        return tuple(one for one in self.measures if not one.passed)
 
     def to_json(self) -> dict[str, Any]:
         row = {
@@ -64,12 +75,19 @@ class Row:
             "passed": self.passed,
             "measures": {one.name: _json_number(one.value) for one in self.measures},
         }
-        notes = {"error": self.error, "detail": self.detail}
-        return row | {name: text for name, text in notes.items() if text is not None}
+        notes = {"code": self.code or (PAST_LIMIT if self.past_limit else None)}
+        notes |= {"error": self.error, "detail": self.detail}
+        row |= {name: text for name, text in notes.items() if text is not None}
+        if self.past_limit:
+            row["past_limit"] = {
+                one.name: {"value": _json_number(one.value), **one.limit.to_json()}
+                for one in self.past_limit
+            }
+        return row
 
     def describe(self) -> str:
         """Return one line: rung, precision, request, numbers past their limits, and the detail."""
-        wrong = [str(one) for one in self.measures if not one.passed]
+        wrong = [str(one) for one in self.past_limit]
         what = "; ".join([*wrong, *(text for text in (self.error, self.detail) if text)])
         return f"{self.rung}, {self.precision}, {self.image}: {what}"
 
@@ -124,7 +142,7 @@ class Report:
         exact = [row.passed for row in self.rows if row.precision == "fp32"]
         rung = self.first_broken.rung
         nature = exact and all(exact) and rung != WEIGHTS_RUNG
-        return (f"{ROUNDED}; else " if nature else "") + CAUSES[rung]
+        return (f"{ROUNDED}; otherwise " if nature else "") + CAUSES[rung]
 
     @property
     def summary(self) -> str:

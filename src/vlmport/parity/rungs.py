@@ -50,8 +50,8 @@ ORDER = tuple(CAUSES)
 
 # Said before the cause, where fp32 passed.
 ROUNDED = (
-    "fp32 passed, so the rounding of weights: random ones, never trained, fail at few bits by "
-    "nature (verify them in fp32)"
+    "fp32 passed, so the cause is the rounding of weights; weights that are random, not trained, "
+    "fail at few bits (verify them with --precision fp32)"
 )
 
 

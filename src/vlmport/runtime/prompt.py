@@ -98,7 +98,8 @@ class Prompter:
         except TemplateError as error:
             raise PromptError(
                 f"the chat template refuses these messages: {cut(str(error))}",
-                hint="use the roles and the content that this model expects",
+                hint="use the roles and the content that this model expects; a captioner takes "
+                "images only",
                 code="template.refuses",
             ) from error
 

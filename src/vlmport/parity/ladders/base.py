@@ -30,7 +30,7 @@ from vlmport.parity.judging import (
 )
 from vlmport.parity.protocol import Reference
 from vlmport.parity.reference_errors import RefusedError
-from vlmport.parity.report import Row
+from vlmport.parity.report import ONLY_BUNDLE_ANSWERS, Row
 from vlmport.parity.rungs import Found, Rung
 from vlmport.parity.truth import PictureTruth, Truth
 from vlmport.runtime.graphs.image_processor import ProcessedImage
@@ -273,7 +273,7 @@ class Refused:
             yield Row(self.name, precision, self.rung, (), detail=detail)
             return
         told = f"transformers refuses it ({self.reason}), the bundle answers"
-        yield Row(self.name, precision, self.rung, (), error=told)
+        yield Row(self.name, precision, self.rung, (), error=told, code=ONLY_BUNDLE_ANSWERS)
 
 
 def prompt_of(

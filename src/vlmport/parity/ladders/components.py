@@ -66,7 +66,7 @@ class FourFilesLadder(Ladder[FourFiles, PrefixReference]):
             raise SourceError(
                 f"{bundle.folder}: the layout {COMPONENTS!r} is for models that read an image as a "
                 "prefix, and the reference is not such a model",
-                hint="give the checkpoint that `vlmport export` was given",
+                hint="give the checkpoint that the bundle was exported from",
                 code="verify.other-checkpoint",
             )
 

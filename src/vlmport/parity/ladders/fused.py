@@ -67,7 +67,7 @@ class FusedLadder(Ladder[Fused, FixedSizeReference]):
             raise SourceError(
                 f"{bundle.folder}: the layout {FUSED!r} has images of one size, and the "
                 "reference's model can't be held to one",
-                hint="give the checkpoint that `vlmport export` was given",
+                hint="give the checkpoint that the bundle was exported from",
                 code="verify.other-checkpoint",
             )
         with closing(cls.open(bundle, precisions[0])) as graphs:

@@ -98,7 +98,7 @@ def load_adapter(folder: Path, roots: Iterator[Place], loaded: Any = lambda root
     _, what = min(problems)
     raise AdapterError(
         f"{folder}: PEFT can't put it on this model: {what}",
-        hint="give the checkpoint and the adapter that `vlmport export` was given",
+        hint="give the checkpoint and the adapter that the bundle was exported from",
         code="adapter.not-of-this-model",
     )
 

@@ -70,7 +70,7 @@ class Grammar:
         if first.is_error():
             raise OptionError(
                 f"{said}: {_reason(first)}",
-                hint="see the documentation of llguidance",
+                hint="check it; the documentation of llguidance describes what it can read",
                 code="grammar.invalid",
             )
         self._matchers: dict[tuple[int, ...], llguidance.LLMatcher | None] = {(): first}

@@ -379,7 +379,7 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
         (
             not o.do_sample and bool(drawing),
             f"{' and '.join(drawing)} without do_sample=True",
-            "give do_sample=True too, or leave it out: greedy and beam search draw nothing",
+            f"add do_sample=True, or leave out {' and '.join(drawing)}: only sampling uses it",
         ),
         (
             o.num_beams == 1 and bool(of_beams),
@@ -389,7 +389,7 @@ def _contradictions(options: GenerationOptions) -> list[tuple[bool, str, str]]:
         (
             o.num_return_sequences > o.num_beams and not (o.do_sample and o.num_beams == 1),
             f"num_return_sequences={o.num_return_sequences} is more than num_beams={o.num_beams}",
-            "raise num_beams, or draw with do_sample=True and no beams",
+            "raise num_beams, or sample with do_sample=True and without beams",
         ),
         (
             o.do_sample and o.num_beams > 1 and o.seed is None,

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEAD = 512  # number of first bytes that are looked at: an SVG drawing may begin with a comment
-HINT_FORMATS = "PNG, JPEG, WebP, AVIF, GIF, BMP and TIFF are read"
-HINT_SAVE = f"save it as PNG or JPEG: {HINT_FORMATS}"
+HINT_FORMATS = "supported: PNG, JPEG, WebP, AVIF, GIF, BMP and TIFF"
+HINT_SAVE = f"save it as PNG or JPEG; {HINT_FORMATS}"
 HINT_RAW = "develop it: save it as JPEG, PNG or TIFF"
 HINT_VIDEO = "give some of its frames as images"
 HINT_HEIF = "pip install pillow-heif, or save it as JPEG"
 HINT_AVIF = "install a Pillow with AVIF (pillow>=12 from PyPI has it), or save it as PNG"
-HINT_DRAW = "draw it at the size that you need: save it as PNG"
-HINT_PAGE = "save a page of it as PNG"
+HINT_DRAW = "convert it to PNG, at the size that you need"
+HINT_PAGE = "convert a page of it to PNG"
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ def _open_source(source: str | Path | bytes | BinaryIO) -> tuple[BinaryIO, str]:
             )
         if path.is_dir():
             raise ImageError(
-                f"{name}: a folder", hint="name an image in it", code="image.is-a-folder"
+                f"{name}: a folder, expected an image",
+                hint="give the image files, for example FOLDER/*.png",
+                code="image.is-a-folder",
             )
         return path.open("rb"), name
     except FileNotFoundError:
@@ -307,13 +309,13 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"{name}: {width}x{height} is {width * height:,} pixels, the limit is {MAX_PIXELS:,}",
+            f"{name}: {width}x{height} is {width * height:,} pixels, the maximum is {MAX_PIXELS:,}",
             hint="scale the image down first",
             code="image.too-large",
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"{name}: {width}x{height} pixels, the limit is {MAX_SIDE:,} a side",
+            f"{name}: {width}x{height} pixels, the maximum of a side is {MAX_SIDE:,}",
             hint="cut the image into pieces, or scale it down first",
             code="image.too-large",
         )

@@ -9,8 +9,8 @@ import { type Bytes, text } from './bytes.js';
 
 const FORMATS = 'PNG, JPEG, WebP, AVIF, GIF and BMP are supported';
 export const SAVE = `save it as PNG or JPEG: ${FORMATS}`;
-const DRAW = 'draw it at the size that you need: save it as PNG';
-const PAGE = 'save a page of it as PNG';
+const DRAW = 'convert it to PNG, at the size that you need';
+const PAGE = 'convert a page of it to PNG';
 const VIDEO = 'give some of its frames as images';
 
 interface Kind {

@@ -213,11 +213,11 @@ function checkSize(width: number, height: number): void {
     refuse(`${size} pixels`, 'give an image with at least one pixel', 'image.empty');
   }
   if (width * height > MAX_PIXELS) {
-    const message = `${size} is ${number(width * height)} pixels, the limit is ${number(MAX_PIXELS)}`;
+    const message = `${size} is ${number(width * height)} pixels, the maximum is ${number(MAX_PIXELS)}`;
     refuse(message, 'scale it down first');
   }
   if (Math.max(width, height) > MAX_SIDE) {
-    const message = `${size} pixels, the limit is ${number(MAX_SIDE)} a side`;
+    const message = `${size} pixels, the maximum of a side is ${number(MAX_SIDE)}`;
     refuse(message, 'cut it into pieces, or scale it down first');
   }
 }
