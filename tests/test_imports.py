@@ -24,6 +24,7 @@ FAMILY_WORDS = re.compile(
     re.I,
 )
 GENERIC = [
+    "app",
     "benchmark",
     "bundle",
     "cli",
@@ -101,6 +102,7 @@ def test_choosing_a_reference_loads_no_torch() -> None:
 
 # Room → the rooms that it may import, besides itself. References are looked at by themselves.
 ALLOWED = {
+    "app": {"errors", "builtin", "runtime"},
     "benchmark": {"errors", "bundle", "runtime"},
     "builtin": set(),
     "bundle": {"errors", "files"},

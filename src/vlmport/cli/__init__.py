@@ -18,6 +18,7 @@ from vlmport.cli import bench as bench  # isort: skip
 from vlmport.cli import inspect as inspect  # isort: skip
 from vlmport.cli import demo as demo  # isort: skip
 from vlmport.cli import serve as serve  # isort: skip
+from vlmport.cli import page as page  # isort: skip
 from vlmport.cli import models as models  # isort: skip
 from vlmport.cli.app import app as app
 from vlmport.cli.process import run_app as run_app

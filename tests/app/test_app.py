@@ -1,0 +1,322 @@
+"""`vlmport app`: the page in Chromium, and what answers it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.errors import raises
+from tests.overlays import overlay
+from tests.test_privacy import command_of, empty_home, files_below
+from tests.web.test_web import CHROMIUM, node
+from vlmport.app.answering import LocalAnswering, RemoteAnswering
+from vlmport.app.page import build, draw_examples, messages_of
+from vlmport.app.server import open_server
+from vlmport.bundle import Bundle
+from vlmport.errors import DependencyError, OptionError, PromptError, ServerError
+from vlmport.runtime.model import VLM
+
+__all__ = ["node"]  # a fixture: it installs what web/ needs, Playwright too
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "examples/red_square.png"
+QUESTION = "what color is the background?"
+CHUNKS = ("a ", "", "red square")
+
+
+@pytest.fixture(scope="session")
+def gradio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return overlay("app", tmp_path_factory.getbasetemp().parent)
+
+
+@pytest.fixture(scope="module")
+def model(built_in: Callable[[str], Bundle]) -> Iterator[VLM]:
+    with VLM.open(built_in("shapes-smolvlm"), precision="q4") as model:
+        yield model
+
+
+class Served(ThreadingHTTPServer):
+    """A server with OpenAI's API that answers from a table; `asked` are the requests."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[tuple[str, Any, str | None]] = []
+        models = {"data": [{"id": "shapes"}, {"id": "other"}]}
+        facts = {"id": "shapes", "vlmport": {"precision": "q4", "device": "cpu", "more": 1}}
+        self.answers: dict[str, tuple[int, Any]] = {
+            "/v1/models": (200, models),
+            "/v1/models/shapes": (200, facts),
+            "/v1/models/other": (200, {"id": "other"}),
+            "/caption": (200, {"caption": "a red square"}),
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Served  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        self.answer(None)
+
+    def do_POST(self) -> None:
+        self.answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+    def answer(self, body: Any) -> None:
+        self.server.asked.append((self.path, body, self.headers.get("authorization")))
+        status, found = self.server.answers[self.path]
+        data = found if isinstance(found, bytes) else json.dumps(found).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with Served() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def events(*chunks: Any) -> bytes:
+    lines = [f"data: {json.dumps(one)}\n\n" for one in chunks]
+    return "".join([": a comment\n\n", *lines, "data: [DONE]\n\n"]).encode()
+
+
+def asking(question: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": parts}]
+
+
+def test_a_model_here_answers_as_it_does_alone(model: VLM) -> None:
+    here = LocalAnswering("shapes-smolvlm", model)
+    try:
+        assert here.takes_questions
+        assert here.facts[:2] == ("precision q4", "device cpu")
+        alone = model.generate(asking(QUESTION), [PICTURE], max_new_tokens=20)
+        pieces = list(here.answer(asking(QUESTION), [str(PICTURE)], max_new_tokens=20))
+        assert "".join(pieces) == alone.text
+        caption = model.caption(PICTURE, max_new_tokens=5)
+        assert "".join(here.caption(str(PICTURE), max_new_tokens=5)) == caption.text
+        with raises(PromptError, "prompt.image-count"):
+            list(here.answer(asking(QUESTION), []))
+    finally:
+        here.close()
+
+
+def test_a_visitor_who_goes_frees_the_row(model: VLM) -> None:
+    here = LocalAnswering("shapes-smolvlm", model)
+    try:
+        pieces = here.answer(
+            asking(QUESTION), [str(PICTURE)], min_new_tokens=200, max_new_tokens=200
+        )
+        next(iter(pieces))
+        pieces.close()  # type: ignore[attr-defined]
+        ended = here._scheduler.stats
+        while not ended().ended.get("cancelled"):
+            pass
+        assert ended().running_rows == 0
+    finally:
+        here.close()
+
+
+def test_a_captioner_takes_no_questions(built_in: Callable[[str], Bundle]) -> None:
+    with VLM.open(built_in("shapes"), precision="q4") as model:
+        here = LocalAnswering("shapes", model)
+        assert not here.takes_questions
+        here.close()
+
+
+def test_a_server_answers(served: Served) -> None:
+    there = RemoteAnswering(f"{served.url}/v1/", api_key="secret-key")
+    assert (there.name, there.facts) == (
+        "shapes",
+        ("precision q4", "device cpu", f"served by {served.url}"),
+    )
+    deltas = [{"choices": [{"delta": {"content": one}}]} for one in CHUNKS]
+    role, usage = {"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [], "usage": {}}
+    served.answers["/v1/chat/completions"] = (200, events(role, *deltas, usage))
+    messages = [
+        *asking("first?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "one"}]},
+        {"role": "user", "content": [{"type": "text", "text": "second?"}]},
+    ]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert "".join(there.answer(messages, [str(PICTURE)], **options)) == "a red square"
+    path, body, key = served.asked[-1]
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret-key")
+    url = body["messages"][0]["content"][0].pop("image_url")["url"]
+    assert url.startswith("data:image/png;base64,iVBORw0KGgo")
+    assert body == {
+        "model": "shapes",
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url"}, {"type": "text", "text": "first?"}],
+            },
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": [{"type": "text", "text": "second?"}]},
+        ],
+        "stream": True,
+        "max_tokens": 5,
+        "temperature": 0,
+    }
+    assert list(there.caption(str(PICTURE), do_sample=True, temperature=0.5)) == ["a red square"]
+    assert served.asked[-1][1]["temperature"] == 0.5
+    there.close()
+
+
+def test_a_server_that_refuses(served: Served) -> None:
+    there = RemoteAnswering(served.url, "other")
+    assert there.facts == (f"served by {served.url}",)
+    error = {"error": {"message": "too many images", "code": "server.too-many-images"}}
+    served.answers["/v1/chat/completions"] = (413, error)
+    with raises(ServerError, "server.refused", 413, "too many images"):
+        list(there.answer(asking(QUESTION), [str(PICTURE)]))
+    first = {"choices": [{"delta": {"content": "a"}}]}
+    served.answers["/v1/chat/completions"] = (200, events(first, error))
+    pieces = there.answer(asking(QUESTION), [str(PICTURE)])
+    assert next(pieces) == "a"
+    with raises(ServerError, "server.refused", "too many images"):
+        next(pieces)
+    for status, body in ((500, b"<h1>a proxy</h1>"), (502, b"[1]"), (401, b'{"error": "no key"}')):
+        served.answers["/caption"] = (status, body)
+        with raises(ServerError, "server.refused", status):
+            list(there.caption(str(PICTURE)))
+    served.answers["/v1/chat/completions"] = (200, b"data: {\n\n")
+    with raises(ServerError, "server.unreachable", "JSON"):
+        list(there.answer(asking(QUESTION), [str(PICTURE)]))
+    there.close()
+
+
+def test_a_server_that_is_none(served: Served) -> None:
+    with raises(ServerError, "server.unknown-model", "'third'"):
+        RemoteAnswering(served.url, "third")
+    for found in ({"data": []}, b"<h1>page</h1>", [1]):
+        served.answers["/v1/models"] = (200, found)
+        with raises(ServerError, "server.unreachable", served.url):
+            RemoteAnswering(served.url)
+    for url in ("http://127.0.0.1:1", "nowhere", "ftp://127.0.0.1:1", "http://[::1"):
+        with raises(ServerError, "server.unreachable", url):
+            RemoteAnswering(url)
+
+
+def test_a_history_becomes_messages() -> None:
+    def text(one: str) -> dict[str, Any]:
+        return {"type": "text", "text": one}
+
+    files = [{"type": "file", "file": {"path": one}} for one in ("a.png", "b.png")]
+    history = [
+        {"role": "user", "content": [*files]},
+        {"role": "user", "content": [text("which?")]},
+        {"role": "assistant", "content": "the first"},
+        {"role": "user", "content": [files[1], text("")]},
+    ]
+    messages, images = messages_of(history)
+    assert images == ["a.png", "b.png", "b.png"]
+    image = {"type": "image"}
+    assert messages == [
+        {"role": "user", "content": [image, image, text("which?")]},
+        {"role": "assistant", "content": [text("the first")]},
+        {"role": "user", "content": [image]},
+    ]
+
+
+def test_without_gradio_it_says_what_to_install(tmp_path: Path, model: VLM) -> None:
+    here = LocalAnswering("shapes-smolvlm", model)
+    with raises(DependencyError, "dependency.missing", "gradio"):
+        build(here, draw_examples(tmp_path))
+    with raises(DependencyError, "dependency.missing", "gradio"), open_server(here, 0):
+        pass
+    here.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_the_page_answers_in_chromium_and_calls_nobody(
+    tmp_path: Path, gradio: Path, node: str, built_in: Callable[[str], Bundle], model: VLM
+) -> None:
+    """No address of another machine is reached: the system ends the process that tries."""
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        pytest.fail("no Chromium") if os.environ.get("CI") else pytest.skip("no Chromium")
+    home = tmp_path / "home"
+    home.mkdir()
+    folder = built_in("shapes-smolvlm").folder
+    command = ("-m", "vlmport", "app", folder, "--precision", "q4", "--port", "0")
+    environment = empty_home(home) | {"PYTHONPATH": str(gradio), "TMPDIR": str(home)}
+    said = tmp_path / "stderr"
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(
+            command_of("loopback", *command),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        watchdog = threading.Timer(300, process.kill)
+        watchdog.start()
+        try:
+            address = process.stdout.readline().strip()
+            assert urlsplit(address).hostname == "127.0.0.1", said.read_text()
+            with raises(OptionError, "demo.port-unavailable", urlsplit(address).port):
+                refuse_the_same_port(urlsplit(address).port)
+            seen = visit(address, chromium, tmp_path)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            watchdog.cancel()
+    assert process.returncode == 0, said.read_text()
+    assert said.read_text() == ""
+    assert files_below(home) == []  # no upload is left
+
+    assert (seen["foreign"], seen["problems"], seen["shares"]) == ([], [], 0)
+    for fact in (folder.name, "precision q4", "device cpu"):
+        assert fact in seen["facts"]
+    examples = draw_examples(tmp_path)
+    pictures = [examples[0].image, PICTURE]
+    assert seen["captions"] == [model.caption(one).text.strip() for one in pictures]
+    talk = model.conversation()
+    first = talk.ask(examples[4].question, [examples[4].image])
+    assert seen["answers"] == [first.text.strip(), talk.ask(QUESTION).text.strip()]
+
+
+def refuse_the_same_port(port: int | None) -> None:
+    from vlmport.app.server import _bound
+
+    assert port is not None
+    _bound(port).close()
+
+
+def visit(address: str, chromium: str, folder: Path) -> dict[str, Any]:
+    """What a visitor saw (visit.mjs)."""
+    executable = shutil.which("node")
+    assert executable is not None
+    command = [executable, ROOT / "tests/app/visit.mjs", address, chromium, PICTURE]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=240, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
