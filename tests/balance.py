@@ -17,6 +17,7 @@ SPREAD = ("tests/web/test_web.py",)
 LONG = (
     "tests/web/test_web.py",
     "tests/app/test_app.py",
+    "tests/serve/test_clients.py",
     "tests/parity/test_idefics3.py",
     "tests/training/test_shapes_qwen_trained.py",
     "tests/test_shapes_qwen.py",
