@@ -1,0 +1,254 @@
+"""Limits: bodies, images, queues, times, models; clients that leave; and the end of the server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.running import Running, running
+from tests.serve.test_chat import MODEL, question
+
+HI = [{"role": "user", "content": "hi"}]
+# An answer that goes on: the only token that ends it is made very unlikely.
+LONG: dict[str, Any] = {"min_new_tokens": 400, "max_tokens": 400}
+
+
+def waited_for(holds: Callable[[], bool], seconds: float = 20) -> bool:
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def scheduler(server: Running) -> Any:
+    (model,) = server.server.app.state.service.models.open_models
+    return model.scheduler
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+def test_sizes(red_square: str) -> None:
+    with (
+        running(
+            max_body_bytes=5000, max_images=2, max_image_bytes=400, max_characters=50
+        ) as server,
+        server.http() as client,
+    ):
+
+        def asked(messages: Any) -> tuple[int, str]:
+            body = {"model": MODEL, "messages": messages}
+            return error_of(client.post("/v1/chat/completions", json=body))
+
+        too_large = (413, "server.body-too-large")
+        assert asked([{"role": "user", "content": "a" * 6000}]) == too_large
+        assert asked([{"role": "user", "content": "a" * 60}]) == (400, "server.text-too-long")
+        images = question(red_square)[0]["content"][:1]
+        assert asked([{"role": "user", "content": images * 3}]) == (400, "server.too-many-images")
+        assert asked(question(red_square)) == (400, "server.image-too-large")
+
+        def parts() -> Any:
+            for _ in range(100):
+                yield b" " * 100
+
+        headers = {"content-type": "application/json"}  # and no content-length
+        chunked = client.post("/v1/chat/completions", content=parts(), headers=headers)
+        assert error_of(chunked) == too_large
+        assert error_of(client.post("/caption", content=b"a" * 500)) == (
+            400,
+            "server.image-too-large",
+        )
+
+
+def test_a_slow_body_ends() -> None:
+    with running(body_seconds=0.3) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+                "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{".encode()
+            )
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"server.body-too-slow" in answer
+
+
+def test_a_full_queue_is_429_with_retry_after(red_square: str) -> None:
+    with running(max_running=1, max_queue=0) as server:
+        client = server.openai()
+        first = client.chat.completions.create(
+            model=MODEL, messages=question(red_square), stream=True, extra_body=LONG
+        )
+        next(iter(first))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model=MODEL, messages=question(red_square))
+        assert caught.value.code == "server.queue-full"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        first.close()
+        assert waited_for(lambda: scheduler(server).stats().running_rows == 0)
+        answer = client.chat.completions.create(model=MODEL, messages=question(red_square))
+        assert answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(red_square: str, stream: bool) -> None:
+    with running() as server:
+        client = server.openai(timeout=60)
+        client.chat.completions.create(model=MODEL, messages=question(red_square))
+        asked: Any = {"model": MODEL, "messages": question(red_square), "stream": stream, **LONG}
+        with server.http() as http:
+            if stream:
+                with http.stream("POST", "/v1/chat/completions", json=asked) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.TimeoutException):
+                    http.post("/v1/chat/completions", json=asked, timeout=0.15)
+        assert waited_for(lambda: scheduler(server).stats().running_rows == 0)
+        assert scheduler(server).stats().ended["cancelled"] == 1
+
+
+def test_a_time_limit_ends_the_answer(red_square: str) -> None:
+    with running(time_limit=60) as server, server.http() as client:
+        client.post("/v1/chat/completions", json={"model": MODEL, "messages": HI})
+        model = server.server.app.state.service.models.open_models[0]
+        model._settings = type(model._settings)(time_limit=0.05)
+        asked = {"model": MODEL, "messages": question(red_square), **LONG}
+        whole = client.post("/v1/chat/completions", json=asked)
+        assert error_of(whole) == (408, "server.time-limit")
+
+
+def test_models_are_closed_when_others_are_needed() -> None:
+    sources = {"shapes": "shapes", "shapes-smolvlm": "shapes-smolvlm", "again": "shapes"}
+    with running(sources, max_models=2) as server:
+        models = server.server.app.state.service.models
+
+        def names() -> list[str]:
+            return [one.name for one in models.open_models]
+
+        client = server.openai()
+        assert names() == []
+        for name, expected in (
+            ("shapes-smolvlm", ["shapes-smolvlm"]),
+            ("shapes", ["shapes-smolvlm", "shapes"]),
+            ("shapes-smolvlm", ["shapes", "shapes-smolvlm"]),
+            ("again", ["shapes-smolvlm", "again"]),
+        ):
+            with server.http() as http:
+                path = f"/caption?model={name}"
+                from tests.serve.conftest import RED_SQUARE
+
+                response = http.post(path, content=RED_SQUARE.read_bytes())
+            assert response.status_code == 200, response.text
+            assert names() == expected
+        assert client.models.list().data[2].id == "again"
+
+
+def test_busy_models_are_not_closed(red_square: str) -> None:
+    sources = {"shapes": "shapes", "shapes-smolvlm": "shapes-smolvlm"}
+    with running(sources, max_models=1) as server:
+        client = server.openai()
+        stream = client.chat.completions.create(
+            model=MODEL, messages=question(red_square), stream=True, extra_body=LONG
+        )
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="shapes", messages=question(red_square))
+        assert caught.value.code == "server.models-busy"
+        stream.close()
+
+
+def test_draining_lets_streams_end_and_refuses_others(red_square: str) -> None:
+    with running() as server:
+        object.__setattr__(server.server.settings, "grace", 20.0)
+        client = server.openai()
+        asked: Any = {"model": MODEL, "messages": question(red_square)}
+        stream = client.chat.completions.create(
+            **asked, stream=True, extra_body={"min_new_tokens": 60, "max_tokens": 60}
+        )
+        chunks = [next(iter(stream))]
+        server.server.drain()
+        with server.http() as http:
+            assert waited_for(lambda: http.get("/ready").status_code == 503)
+            refused = http.post("/v1/chat/completions", json=asked)
+            assert error_of(refused) == (503, "server.draining")
+            assert http.get("/health").status_code == 200
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_a_stream_that_is_cut_says_so(red_square: str) -> None:
+    with running() as server:
+        client = server.openai()
+        stream = client.chat.completions.create(
+            model=MODEL, messages=question(red_square), stream=True, extra_body=LONG
+        )
+        next(iter(stream))
+        server.server.drain()
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+        assert caught.value.code == "server.draining"
+
+
+def test_many_clients_have_the_answers_that_one_has(red_square: str) -> None:
+    with running() as server:
+        client = server.openai(timeout=60)
+        asked = [
+            question(red_square, text)
+            for text in ("What color is the square?", "How many squares are there?", "What is it?")
+        ]
+
+        def answer(number: int) -> str | None:
+            made = client.chat.completions.create(
+                model=MODEL,
+                messages=asked[number % 3],
+                seed=number,
+                temperature=1.0 if number % 2 else 0.0,
+            )
+            return made.choices[0].message.content
+
+        alone = [answer(number) for number in range(12)]
+        together: dict[int, str | None] = {}
+        threads = [
+            threading.Thread(target=lambda n=n: together.update({n: answer(n)})) for n in range(12)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [together[number] for number in range(12)] == alone
+
+
+def test_measurements(red_square: str) -> None:
+    with running() as server, server.http() as client:
+        for _ in range(2):
+            body = {"model": MODEL, "messages": question(red_square)}
+            client.post("/v1/chat/completions", json=body)
+        client.post("/v1/chat/completions", json={"model": "none", "messages": HI})
+        lines = client.get("/metrics").text.splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    of_model = f'{{model="{MODEL}"}}'
+    path = 'path="/v1/chat/completions"'
+    assert found[f'vlmport_requests_total{{{path},status="200"}}'] == "2.0"
+    assert found[f'vlmport_requests_total{{{path},status="404"}}'] == "1.0"
+    assert found[f"vlmport_time_to_first_token_seconds_count{of_model}"] == "2.0"
+    assert float(found[f"vlmport_time_between_tokens_seconds_count{of_model}"]) > 0
+    assert found[f"vlmport_images_total{of_model}"] == "2.0"
+    assert found[f"vlmport_images_encoded_total{of_model}"] == "1.0"
+    assert float(found[f"vlmport_decode_tokens_total{of_model}"]) > 0
+    assert found[f"vlmport_running{of_model}"] == "0.0"
+    assert found[f'vlmport_answers_total{{model="{MODEL}",reason="finished"}}'] == "2.0"
+    assert float(found["vlmport_received_bytes_total"]) > 2000
+    assert json.dumps(found)
