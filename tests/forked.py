@@ -8,6 +8,7 @@ Forks are safe in a process without threads only, so `run_cases` starts one that
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS = 60  # after which a child is killed
 DEFECT = 99  # the exit code of an exception that left main()
 # What a stream can be: a file that is kept, or one that fails in one of these ways.
@@ -76,9 +78,12 @@ def run_case(case: Case, seconds: float = SECONDS) -> Result:
     """Fork, run the command in the child, and wait for it."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         terminals = [_Terminal(out), _Terminal(err)]
+        # Until the child has its own handlers, signals wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         pid = os.fork()
         if pid == 0:
             _child(case, out, err, terminals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             code = _wait(pid, case, seconds, terminals)
         finally:
@@ -154,8 +159,10 @@ def _child(case: Case, out: IO[bytes], err: IO[bytes], terminals: list[_Terminal
 
 def _settle(case: Case, out: IO[bytes], err: IO[bytes], terminals: list[_Terminal]) -> None:
     """The streams, signals, limits and variables of the child."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    gc.callbacks.clear()  # Hypothesis's: a signal that comes in one is "ignored" with a traceback
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ.update(case.environment)
     if case.stdin is None:
         os.close(0)

@@ -226,7 +226,7 @@ def climb(out: Path, checkpoint: Path, precision: str) -> str | None:
 def fuzz(minutes: float) -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(minutes)]
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
-    assert done.returncode == 0, f"exit {done.returncode}; its findings stand above"
+    assert done.returncode == 0, f"exit {done.returncode}; its findings are printed above"
 
 
 def rest_of_the_tests() -> None:
