@@ -108,10 +108,7 @@ class DemoServer(ThreadingHTTPServer):
 
     def __init__(self, page: Path, bundle: Bundle, port: int = 0):
         super().__init__((HOST, port), _Handler)
-        self.page = page
-        self.bundle = bundle
-        self._listed = {MANIFEST, *bundle.manifest.files}
-        self._homes = _homes(bundle.folder)
+        self.files = PageFiles(page, bundle)
         self._taken, self._lock = 0, threading.Lock()
         self.waiting: dict[socket.socket, float] = {}  # connection → time limit of its request
 
@@ -160,17 +157,26 @@ class DemoServer(ThreadingHTTPServer):
         """The address of the page."""
         return f"http://{HOST}:{self.server_address[1]}/"
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing: a browser that closes a connection is no error."""
+
+
+class PageFiles:
+    """The files that may be served: the page's, and below /bundle/ those of a bundle."""
+
+    def __init__(self, page: Path, bundle: Bundle | None):
+        self.page, self.bundle = page, bundle
+        self._listed = set() if bundle is None else {MANIFEST, *bundle.manifest.files}
+        self._homes = [] if bundle is None else _homes(bundle.folder)
+
     def find(self, path: str) -> Path | None:
         """Find the file for a path; None where there is none, or none that may be served."""
         if path.startswith("/bundle/"):
             name = path.removeprefix("/bundle/")
-            if name not in self._listed:
+            if self.bundle is None or name not in self._listed:
                 return None
             return _inside(self.bundle.path(name), self._homes)
         return _inside(self.page / (path.lstrip("/") or "index.html"), [self.page.resolve()])
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Print nothing: a browser that closes a connection is no error."""
 
 
 def _homes(folder: Path) -> list[Path]:
@@ -213,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         if not self._is_for_us():
             self.send_error(HTTPStatus.FORBIDDEN, "this server answers this machine only")
-        elif (file := self.server.find(unquote(urlsplit(self.path).path))) is None:
+        elif (file := self.server.files.find(unquote(urlsplit(self.path).path))) is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         elif (span := parse_range(self.headers.get("Range"), file.stat().st_size)) is None:
             self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)

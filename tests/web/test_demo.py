@@ -85,7 +85,7 @@ def test_nothing_else_is_kept(server: demo.DemoServer) -> None:
 def test_every_file_of_the_bundle_and_no_other(
     server: demo.DemoServer, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    for name in ["vlmport.json", *server.bundle.manifest.files]:
+    for name in ["vlmport.json", *server.files.bundle.manifest.files]:
         assert ask(server, f"/bundle/{name}")[2] == (tiny_bundle / name).read_bytes()
     for path in (
         "/bundle/nothing",
@@ -160,10 +160,10 @@ def test_links_out_of_the_bundle_are_not_followed(page: Path, own_bundle_folder:
     (snapshot / names[2]).unlink()
     (snapshot / names[2]).symlink_to(names[2])
     with demo.DemoServer(page, Bundle(snapshot, bundle.manifest)) as server:
-        found = [server.find(f"/bundle/{name}") for name in names]
+        found = [server.files.find(f"/bundle/{name}") for name in names]
         assert found == [snapshot / names[0], None, None]
         (page / "link").symlink_to(page.parent / "secret.txt")
-        assert server.find("/link") is None
+        assert server.files.find("/link") is None
 
 
 def test_half_a_request_keeps_no_place(
@@ -199,10 +199,10 @@ def test_another_sites_name_is_refused(server: demo.DemoServer) -> None:
 def test_a_port_that_is_taken(server: demo.DemoServer) -> None:
     port = server.server_address[1]
     with pytest.raises(OptionError, match=f"port {port}: another program") as caught:
-        demo.make_server(server.bundle, port)
+        demo.make_server(server.files.bundle, port)
     assert caught.value.code == "demo.port-unavailable"
     with pytest.raises(OptionError, match="port 99999"):
-        demo.make_server(server.bundle, 99999)
+        demo.make_server(server.files.bundle, 99999)
 
 
 def test_a_page_that_is_not_built(page: Path, tiny_bundle: Path) -> None:

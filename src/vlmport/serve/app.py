@@ -15,17 +15,19 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from vlmport import __version__
 from vlmport.errors import VlmportError
 from vlmport.serve import caption, chat, responses
 from vlmport.serve.api_errors import ErrorBody, RequestError, response_of
 from vlmport.serve.caption import CaptionRequest
+from vlmport.serve.docs_page import HEADERS, docs_page
 from vlmport.serve.guard import Guard, Watcher
 from vlmport.serve.log import Log
 from vlmport.serve.metrics import CONTENT_TYPE, Metrics
 from vlmport.serve.models import Load, Models
+from vlmport.serve.page import add_page
 from vlmport.serve.remote_images import Policy, RemoteImages
 from vlmport.serve.responses_schemas import ResponsesRequest
 from vlmport.serve.schemas import ChatRequest
@@ -76,6 +78,7 @@ def create_app(
         version=__version__,
         description="Vision-language models, with OpenAI's API.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         telemetry={"auto_configure": False},  # the environment must not make it report requests
         responses=ERRORS,
@@ -97,6 +100,7 @@ def create_app(
     _add_chat(app, service)
     _add_responses(app, service)
     _add_caption(app, service)
+    add_page(app, service)
     _document(app)
     return app
 
@@ -163,6 +167,11 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """Describe a model."""
         service.models.check_name(name)
         return _model(name, service.models)
+
+    @app.get("/docs", include_in_schema=False)
+    async def documented() -> Response:
+        """All paths and their fields."""
+        return HTMLResponse(docs_page(app.openapi()), headers=HEADERS)
 
 
 def _model(name: str, models: Models) -> dict[str, Any]:
