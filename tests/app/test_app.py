@@ -18,6 +18,7 @@ import pytest
 
 from tests.errors import raises
 from tests.overlays import overlay
+from tests.serve.running import running
 from tests.test_privacy import command_of, empty_home, files_below
 from tests.web.test_web import CHROMIUM, node
 from vlmport.app.answering import LocalAnswering, RemoteAnswering
@@ -30,6 +31,7 @@ from vlmport.runtime.model import VLM
 __all__ = ["node"]  # a fixture: it installs what web/ needs, Playwright too
 
 ROOT = Path(__file__).parents[2]
+REQUIREMENTS = ROOT / "requirements-app.txt"
 PICTURE = ROOT / "examples/red_square.png"
 QUESTION = "what color is the background?"
 CHUNKS = ("a ", "", "red square")
@@ -58,7 +60,7 @@ class Served(ThreadingHTTPServer):
             "/v1/models": (200, models),
             "/v1/models/shapes": (200, facts),
             "/v1/models/other": (200, {"id": "other"}),
-            "/caption": (200, {"caption": "a red square"}),
+            "/caption?model=shapes&max_new_tokens=9": (200, {"caption": "a red square"}),
         }
 
     @property
@@ -112,7 +114,7 @@ def test_a_model_here_answers_as_it_does_alone(model: VLM) -> None:
     here = LocalAnswering("shapes-smolvlm", model)
     try:
         assert here.takes_questions
-        assert here.facts[:2] == ("precision q4", "device cpu")
+        assert here.facts()[:2] == ("precision q4", "device cpu")
         alone = model.generate(asking(QUESTION), [PICTURE], max_new_tokens=20)
         pieces = list(here.answer(asking(QUESTION), [str(PICTURE)], max_new_tokens=20))
         assert "".join(pieces) == alone.text
@@ -149,7 +151,7 @@ def test_a_captioner_takes_no_questions(built_in: Callable[[str], Bundle]) -> No
 
 def test_a_server_answers(served: Served) -> None:
     there = RemoteAnswering(f"{served.url}/v1/", api_key="secret-key")
-    assert (there.name, there.facts) == (
+    assert (there.name, there.facts()) == (
         "shapes",
         ("precision q4", "device cpu", f"served by {served.url}"),
     )
@@ -181,14 +183,29 @@ def test_a_server_answers(served: Served) -> None:
         "max_tokens": 5,
         "temperature": 0,
     }
-    assert list(there.caption(str(PICTURE), do_sample=True, temperature=0.5)) == ["a red square"]
-    assert served.asked[-1][1]["temperature"] == 0.5
+    assert list(there.caption(str(PICTURE), max_new_tokens=9)) == ["a red square"]
+    assert served.asked[-1][1] == {"image": url}
     there.close()
+
+
+def test_vlmport_serve_answers_as_the_model_here(model: VLM) -> None:
+    with running({"shapes-smolvlm": "shapes-smolvlm"}, precision="q4") as server:
+        there = RemoteAnswering(server.url)
+        assert there.facts() == (f"served by {server.url}",)  # not opened yet
+        alone = model.generate(asking(QUESTION), [PICTURE], max_new_tokens=20)
+        pieces = list(there.answer(asking(QUESTION), [str(PICTURE)], max_new_tokens=20))
+        assert "".join(pieces) == alone.text
+        assert there.facts()[:2] == ("precision q4", "device cpu")
+        caption = model.caption(PICTURE, max_new_tokens=5).text.strip()
+        assert list(there.caption(str(PICTURE), max_new_tokens=5)) == [caption]
+        with raises(ServerError, "server.refused", 400):
+            list(there.answer(asking(QUESTION), [str(REQUIREMENTS)]))
+        there.close()
 
 
 def test_a_server_that_refuses(served: Served) -> None:
     there = RemoteAnswering(served.url, "other")
-    assert there.facts == (f"served by {served.url}",)
+    assert there.facts() == (f"served by {served.url}",)
     error = {"error": {"message": "too many images", "code": "server.too-many-images"}}
     served.answers["/v1/chat/completions"] = (413, error)
     with raises(ServerError, "server.refused", 413, "too many images"):
@@ -200,9 +217,9 @@ def test_a_server_that_refuses(served: Served) -> None:
     with raises(ServerError, "server.refused", "too many images"):
         next(pieces)
     for status, body in ((500, b"<h1>a proxy</h1>"), (502, b"[1]"), (401, b'{"error": "no key"}')):
-        served.answers["/caption"] = (status, body)
+        served.answers["/caption?model=other&max_new_tokens=9"] = (status, body)
         with raises(ServerError, "server.refused", status):
-            list(there.caption(str(PICTURE)))
+            list(there.caption(str(PICTURE), max_new_tokens=9))
     served.answers["/v1/chat/completions"] = (200, b"data: {\n\n")
     with raises(ServerError, "server.unreachable", "JSON"):
         list(there.answer(asking(QUESTION), [str(PICTURE)]))

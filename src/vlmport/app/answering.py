@@ -9,6 +9,7 @@ import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -28,15 +29,17 @@ class Answering(Protocol):
 
     Attributes:
         name: the model.
-        facts: what is known of it, such as its precision and device; the page shows them.
         takes_questions: whether it answers questions, and not only captions.
     """
 
     name: str
-    facts: tuple[str, ...]
     takes_questions: bool
 
-    def caption(self, image: str, **options: Any) -> Iterator[str]:
+    def facts(self) -> tuple[str, ...]:
+        """What is known of the model, such as its precision and device. Raises VlmportError."""
+        ...
+
+    def caption(self, image: str, *, max_new_tokens: int) -> Iterator[str]:
         """Caption the image at a path; yield the text piece by piece. Raises VlmportError."""
         ...
 
@@ -52,14 +55,18 @@ class LocalAnswering:
 
     def __init__(self, name: str, model: VLM):
         self.name = name
-        self.facts = (f"precision {model.precision}", f"device {model.device}", "in this process")
         self._model, self._scheduler = model, Scheduler(model)
         self.takes_questions = self._renders_a_question()
 
-    def caption(self, image: str, **options: Any) -> Iterator[str]:
+    def facts(self) -> tuple[str, ...]:
+        """Precision and device."""
+        model = self._model
+        return f"precision {model.precision}", f"device {model.device}", "in this process"
+
+    def caption(self, image: str, *, max_new_tokens: int) -> Iterator[str]:
         """Caption an image."""
         messages = self._model.components.manifest.prompt.caption
-        return self.answer(messages, [image], **options)
+        return self.answer(messages, [image], max_new_tokens=max_new_tokens)
 
     def answer(
         self, messages: Sequence[Message], images: Sequence[str], **options: Any
@@ -124,15 +131,19 @@ class RemoteAnswering:
         if not served:
             raise _unreachable(url, "it serves no model")
         self.name = model or served[0]
-        own = self._json("GET", f"/v1/models/{self.name}").get("vlmport")
+
+    def facts(self) -> tuple[str, ...]:
+        """Precision and device, once the server has opened the model."""
+        own = self._json("GET", f"/v1/models/{quote(self.name)}").get("vlmport")
         known = own.items() if isinstance(own, Mapping) else ()
         facts = [f"{name} {value}" for name, value in known if name in ("precision", "device")]
-        self.facts = (*facts, f"served by {base}")
+        return (*facts, f"served by {self._client.base_url}".rstrip("/"))
 
-    def caption(self, image: str, **options: Any) -> Iterator[str]:
+    def caption(self, image: str, *, max_new_tokens: int) -> Iterator[str]:
         """Caption an image, with the prompt that the server has for it; in one piece."""
-        fields = {"model": self.name, "image": _data_url(image), **_of_openai(options)}
-        yield str(self._json("POST", "/caption", fields).get("caption", ""))
+        options = {"model": self.name, "max_new_tokens": max_new_tokens}
+        path = f"/caption?{urlencode(options)}"
+        yield str(self._json("POST", path, {"image": _data_url(image)}).get("caption", ""))
 
     def answer(
         self, messages: Sequence[Message], images: Sequence[str], **options: Any
@@ -182,7 +193,7 @@ class RemoteAnswering:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise _unreachable(self._url, f"{path} is not JSON")
+            raise _unreachable(self._url, f"{path.partition('?')[0]} is not JSON")
         return found
 
     @contextlib.contextmanager

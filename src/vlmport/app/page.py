@@ -77,20 +77,27 @@ def build(answering: Answering, examples: Sequence[Example]) -> Any:
     Raises DependencyError where Gradio is not installed.
     """
     gr = load_gradio()
-    facts = " · ".join(f"`{fact}`" for fact in answering.facts)
     with gr.Blocks(
         title=f"{TITLE}: {answering.name}",
         analytics_enabled=False,
         delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
         fill_width=False,
     ) as blocks:
-        gr.Markdown(f"# {TITLE}\n**{answering.name}** · {facts}")
+        gr.Markdown(lambda: _header(answering))  # a function: called for each visitor
         with gr.Tab("Caption"):
             _add_captions(gr, answering, examples)
         if answering.takes_questions:
             with gr.Tab("Chat"):
                 _add_chat(gr, answering, examples)
     return blocks
+
+
+def _header(answering: Answering) -> str:
+    try:
+        facts: Sequence[str] = [f"`{fact}`" for fact in answering.facts()]
+    except VlmportError as error:
+        facts = [str(error)]
+    return f"# {TITLE}\n**{answering.name}** · {' · '.join(facts)}"
 
 
 def theme() -> Any:
@@ -118,19 +125,19 @@ def _add_captions(gr: Any, answering: Answering, examples: Sequence[Example]) ->
             text = gr.Textbox(
                 label="Caption", lines=6, interactive=False, buttons=["copy"], elem_id="caption"
             )
-            tokens, temperature = _options(gr)
+            tokens = _tokens(gr)
 
-    def caption(path: str | None, tokens: int, temperature: float) -> Iterator[str]:
+    def caption(path: str | None, tokens: int) -> Iterator[str]:
         if path is None:
             raise gr.Error("Choose an image first.", title="No image", duration=5)
         yield ""
         with _shown(gr):
-            yield from _growing(answering.caption(path, **_chosen(tokens, temperature)))
+            yield from _growing(answering.caption(path, max_new_tokens=int(tokens)))
 
     run = gr.on(
         [start.click],
         caption,
-        [image, tokens, temperature],
+        [image, tokens],
         text,
         api_visibility="private",
     )
@@ -152,7 +159,10 @@ def _add_chat(gr: Any, answering: Answering, examples: Sequence[Example]) -> Non
         with _shown(gr):
             yield from _growing(answering.answer(messages, images, **_chosen(tokens, temperature)))
 
-    tokens, temperature = _options(gr, render=False)
+    tokens = _tokens(gr, render=False)
+    temperature = gr.Slider(
+        0, 2, 0, step=0.1, label="Temperature (0: the most likely token)", render=False
+    )
     gr.ChatInterface(
         answer,
         multimodal=True,
@@ -187,14 +197,9 @@ def _add_chat(gr: Any, answering: Answering, examples: Sequence[Example]) -> Non
     )
 
 
-def _options(gr: Any, *, render: bool = True) -> tuple[Any, Any]:
-    tokens = gr.Slider(
-        1, MAX_TOKENS, TOKENS, step=1, label="Maximum number of new tokens", render=render
-    )
-    temperature = gr.Slider(
-        0, 2, 0, step=0.1, label="Temperature (0: the most likely token)", render=render
-    )
-    return tokens, temperature
+def _tokens(gr: Any, *, render: bool = True) -> Any:
+    label = "Maximum number of new tokens"
+    return gr.Slider(1, MAX_TOKENS, TOKENS, step=1, label=label, render=render)
 
 
 def _chosen(tokens: int, temperature: float) -> dict[str, Any]:

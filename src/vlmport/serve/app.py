@@ -175,7 +175,12 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
 
 def _model(name: str, models: Models) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": models.created, "owned_by": "vlmport"}
+    """Describe a model as OpenAI does; precision and device are known once it is open."""
+    told = {"id": name, "object": "model", "created": models.created, "owned_by": "vlmport"}
+    for one in models.open_models:
+        if one.name == name:
+            return {**told, "vlmport": {"precision": one.vlm.precision, "device": one.vlm.device}}
+    return told
 
 
 def _add_chat(app: FastAPI, service: Service) -> None:
