@@ -51,7 +51,7 @@ def test_headings_of_the_troubleshooting_page_name_codes_of_the_catalogue() -> N
 NAMED = re.compile(r"`((?:[\w.-]+/)+(?:[\w.-]+\.(?:py|toml|mjs|ts))?)`")
 # Folders that are built, or that a page speaks of as the reader's own.
 NOT_HERE = re.compile(
-    r"(?:standalone|dist|web_page|models|wheels|out|page|bundles|verified|engines|site)\b|\."
+    r"(?:standalone|dist|web_page|models|wheels|out|page|bundles|verified|engines|tuned|site)\b|\."
 )
 
 

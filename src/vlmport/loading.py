@@ -19,6 +19,7 @@ from vlmport.bundle.precisions import canonical, split_precisions
 from vlmport.checkpoint import locate_adapter
 from vlmport.checkpoint.source import fetch_files, find_folder
 from vlmport.errors import BundleError, OptionError, did_you_mean
+from vlmport.runtime.engines.tuned import find_tuning
 from vlmport.runtime.graphs.devices import choose_forms, parse_engines
 from vlmport.runtime.images.features import MAX_BYTES
 from vlmport.runtime.model import VLM
@@ -33,13 +34,14 @@ def load(
     source: str | Path = CAPTIONER,
     *,
     precision: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     threads: int | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
     image_cache_bytes: int = MAX_BYTES,
     verify_hashes: bool | None = None,
+    tune: bool = True,
 ) -> VLM:
     """Open a model: a built-in name, a bundle, a checkpoint folder or a Hub id.
 
@@ -53,8 +55,9 @@ def load(
             Hub id such as 'org/name' (default: the built-in captioner 'shapes').
         precision: 'auto' (default: the bundle's choice for the device), 'fp32', 'fp16', 'q8', 'q4',
             'q4f16', or a mix such as 'vision=fp32,decoder=q4'.
-        device: 'cpu' (default), 'cuda', 'cuda:1', 'openvino:bf16', …, as far as it is installed, or
-            a mix such as 'vision=openvino:bf16,decoder=cpu' (docs/engines.md).
+        device: 'auto' (default: what `vlmport tune` has found, else the CPU), 'cpu', 'cuda',
+            'cuda:1', 'openvino:bf16', …, as far as it is installed, or a mix such as
+            'vision=openvino:bf16,decoder=cpu' (docs/engines.md).
         threads: number of threads of ONNX Runtime; None for one per core.
         adapter: a PEFT folder or Hub id, whose LoRA is merged into a checkpoint at export.
         revision: branch, tag or commit of a Hub id.
@@ -63,6 +66,8 @@ def load(
             0 = none).
         verify_hashes: True compares all files of a bundle with the SHA-256 in its manifest. None
             (default) does it for a bundle from the Hub, once for each file. False never does.
+        tune: take what `vlmport tune` has found on this machine, where precision, device and
+            threads are not given (default True).
 
     Returns:
         The model. Threads may share it, see VLM.
@@ -75,10 +80,12 @@ def load(
         DeviceError: the device is not available here, or computes a component wrongly.
         OptionError: a number is out of its range, or an adapter is given for a bundle.
     """
+    tuned = tune and precision == device == "auto" and threads is None
+    place = "cpu" if device == "auto" else device
     bundle = resolve(
         source,
         precisions=_needed(precision),
-        runs=(precision, device),
+        runs=(precision, device if tuned else place),
         adapter=adapter,
         revision=revision,
         progress=progress,
@@ -87,9 +94,10 @@ def load(
     return VLM.open(
         bundle,
         precision=precision,
-        device=device,
+        device=place,
         threads=threads,
         image_cache_bytes=image_cache_bytes,
+        tuning=find_tuning(bundle.manifest) if tuned else None,
     )
 
 
@@ -108,8 +116,8 @@ def resolve(
     Args:
         source: as for `load`.
         precisions: which precisions to export of a checkpoint.
-        runs: (precision, device) that will run. From a bundle on the Hub, only their graphs are
-            downloaded. None downloads all.
+        runs: (precision, device) that will run; device 'auto' is what `vlmport tune` has found.
+            From a bundle on the Hub, only their graphs are downloaded. None downloads all.
         adapter, revision, progress, verify_hashes: as for `load`.
 
     Raises as `export` and `Bundle.open` do.
@@ -217,6 +225,9 @@ def _open_remote(
     needed = tuple(manifest.files)
     if runs is not None:
         precision, device = runs
+        if device == "auto":
+            tuning = find_tuning(manifest)
+            precision, device = (tuning.precision, tuning.device) if tuning else (precision, "cpu")
         engines = parse_engines(device, manifest.components)
         needed = manifest.files_of(choose_forms(manifest, precision, engines))
     fetched = fetch_files(repo, folder.name, needed)

@@ -15,6 +15,7 @@ from vlmport.cli import export as export  # isort: skip
 from vlmport.cli import verify as verify  # isort: skip
 from vlmport.cli import eval as eval  # isort: skip
 from vlmport.cli import bench as bench  # isort: skip
+from vlmport.cli import tune as tune  # isort: skip
 from vlmport.cli import inspect as inspect  # isort: skip
 from vlmport.cli import demo as demo  # isort: skip
 from vlmport.cli import serve as serve  # isort: skip

@@ -37,8 +37,17 @@ Precision = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, openvino:bf16 or another device that is installed, or a mix such as "
+        help="auto, cpu, cuda, openvino:bf16 or another device that is installed, or a mix such as "
         "vision=openvino:bf16.",
+        rich_help_panel=MODEL,
+    ),
+]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune/--no-tune",
+        help="Take what `vlmport tune` has found, where precision, device and threads are not "
+        "given.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -21,6 +21,7 @@ from vlmport.cli.arguments import (
     Precision,
     Revision,
     Threads,
+    Tune,
     VerifyHashes,
     check_output,
     read_image_options,
@@ -48,12 +49,13 @@ def ask(
         str | None, typer.Option(help="System message before the question.", metavar="TEXT")
     ] = None,
     precision: Precision = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     stream: Annotated[
         bool, typer.Option("--stream", help="Print the text as it is generated.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Threads = None,
+    tune: Tune = True,
     adapter: Adapter = None,
     revision: Revision = None,
     verify_hashes: VerifyHashes = False,
@@ -73,6 +75,7 @@ def ask(
         precision=precision,
         device=device,
         threads=threads,
+        tune=tune,
         adapter=adapter,
         revision=revision,
         verify_hashes=verify_hashes or None,

@@ -17,6 +17,7 @@ from vlmport.cli.arguments import (
     Precision,
     Revision,
     Threads,
+    Tune,
     VerifyHashes,
     check_output,
     read_image_options,
@@ -38,7 +39,7 @@ def caption(
     images: Annotated[list[str], typer.Argument(help="Image files.", metavar="IMAGE")],
     model: Model = CAPTIONER,
     precision: Precision = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     stream: Annotated[
         bool, typer.Option("--stream", help="Print the text as it is generated.")
     ] = False,
@@ -47,6 +48,7 @@ def caption(
         typer.Option("--json", help="Print one JSON object for each image, failed ones included."),
     ] = False,
     threads: Threads = None,
+    tune: Tune = True,
     adapter: Adapter = None,
     revision: Revision = None,
     verify_hashes: VerifyHashes = False,
@@ -64,6 +66,7 @@ def caption(
         precision=precision,
         device=device,
         threads=threads,
+        tune=tune,
         adapter=adapter,
         revision=revision,
         verify_hashes=verify_hashes or None,

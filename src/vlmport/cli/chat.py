@@ -22,6 +22,7 @@ from vlmport.cli.arguments import (
     Precision,
     Revision,
     Threads,
+    Tune,
     VerifyHashes,
     read_image_options,
 )
@@ -57,8 +58,9 @@ def chat(
         str | None, typer.Option(help="System message before the first question.", metavar="TEXT")
     ] = None,
     precision: Precision = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
+    tune: Tune = True,
     adapter: Adapter = None,
     revision: Revision = None,
     verify_hashes: VerifyHashes = False,
@@ -82,6 +84,7 @@ def chat(
         precision=precision,
         device=device,
         threads=threads,
+        tune=tune,
         adapter=adapter,
         revision=revision,
         verify_hashes=verify_hashes or None,

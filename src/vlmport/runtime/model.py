@@ -14,6 +14,7 @@ from vlmport.runtime.conversation import Conversation
 from vlmport.runtime.decoding.generate_options import GenerateOptions
 from vlmport.runtime.decoding.options import whole_number
 from vlmport.runtime.engines.trust import trust
+from vlmport.runtime.engines.tuned import Tuning
 from vlmport.runtime.generate import Generation
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.images.features import MAX_BYTES, FeatureCache
@@ -47,21 +48,28 @@ class VLM:
     Attributes:
         components: the graphs, as ONNX Runtime sessions.
         preparer: chat template, tokenizer, and the cache of recently encoded images.
+        tuning: the choices of `vlmport tune` that it runs with; None where `load` found none.
     """
 
-    def __init__(self, components: Components, *, image_cache_bytes: int = MAX_BYTES):
+    def __init__(
+        self,
+        components: Components,
+        *,
+        image_cache_bytes: int = MAX_BYTES,
+        tuning: Tuning | None = None,
+    ):
         """Make a model of graphs that are open; `VLM.open` opens them.
 
         Raises OptionError where `image_cache_bytes` is no whole number from 0 on.
         """
-        self.components = components
+        self.components, self.tuning = components, tuning
         self.preparer = Preparer(components, image_cache_bytes)
 
     def __repr__(self) -> str:
         manifest = self.components.manifest
         return (
             f"VLM({manifest.name!r}, family={manifest.family!r}, precision={self.precision!r}, "
-            f"device={self.device!r})"
+            f"device={self.device!r}{', tuned' * (self.tuning is not None)})"
         )
 
     @classmethod
@@ -73,6 +81,7 @@ class VLM:
         device: str = "cpu",
         threads: int | None = None,
         image_cache_bytes: int = MAX_BYTES,
+        tuning: Tuning | None = None,
     ) -> VLM:
         """Open a bundle. `vlmport.load` also takes checkpoints, Hub ids and built-in names.
 
@@ -87,6 +96,7 @@ class VLM:
             image_cache_bytes: maximum size in bytes of the cache of encoded images (default
                 256 MB, 0 = none). An image in it is not encoded again; the least recently used is
                 removed first.
+            tuning: what `vlmport tune` found; it stands for precision, device and threads.
 
         Returns:
             The model.
@@ -97,9 +107,15 @@ class VLM:
             TokenizerError: the bundle's tokenizer or chat template can't be read.
             OptionError: a number is out of its range.
         """
-        components = Components.open(bundle, precision=precision, device=device, threads=threads)
+        older = False
+        if tuning is not None:
+            precision, device, threads = tuning.precision, tuning.device, tuning.threads
+            older = tuning.older_attention
+        components = Components.open(
+            bundle, precision=precision, device=device, threads=threads, older_attention=older
+        )
         trust(components)
-        return cls(components, image_cache_bytes=image_cache_bytes)
+        return cls(components, image_cache_bytes=image_cache_bytes, tuning=tuning)
 
     @property
     def prompter(self) -> Prompter:

@@ -44,6 +44,8 @@ class BundleGraphs:
         layout: the name of the layout that the class runs.
         choice: component → precision.
         engines: component → device.
+        older_attention: whether to take ONNX Runtime's older kernel of grouped-query attention on
+            the CPU. Results differ in the last bits.
     """
 
     layout: ClassVar[str]
@@ -54,8 +56,11 @@ class BundleGraphs:
         choice: Mapping[str, str],
         engines: Engines,
         threads: int | None = None,
+        *,
+        older_attention: bool = False,
     ):
         self.bundle, self.choice, self.engines, self.threads = bundle, choice, engines, threads
+        self.older_attention = older_attention
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._opening = threading.RLock()  # so that two threads don't open the same graph
         self._rows: dict[str, int] = {}  # of the embedding table in a component
@@ -68,6 +73,7 @@ class BundleGraphs:
         precision: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
+        older_attention: bool = False,
     ) -> Self:
         """Choose the graphs; sessions open at first use, each with up to `threads` threads.
 
@@ -83,7 +89,8 @@ class BundleGraphs:
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         bundle.needs_layout(cls.layout)
         engines = parse_engines(device, bundle.manifest.components)
-        return cls(bundle, choose_forms(bundle.manifest, precision, engines), engines, threads)
+        choice = choose_forms(bundle.manifest, precision, engines)
+        return cls(bundle, choice, engines, threads, older_attention=older_attention)
 
     @property
     def manifest(self) -> Manifest:
@@ -114,8 +121,12 @@ class BundleGraphs:
             return found
         with self._opening:
             if (found := self._sessions.get(component)) is None:
-                engine = self.engines[component]
-                found = open_session(self.path(component), engine, threads=self.threads)
+                found = open_session(
+                    self.path(component),
+                    self.engines[component],
+                    threads=self.threads,
+                    older_attention=self.older_attention,
+                )
                 self._sessions[component] = found
             return found
 

@@ -52,8 +52,10 @@ class Components(BundleGraphs):
         choice: Mapping[str, str],
         engines: Engines,
         threads: int | None = None,
+        *,
+        older_attention: bool = False,
     ):
-        super().__init__(bundle, choice, engines, threads)
+        super().__init__(bundle, choice, engines, threads, older_attention=older_attention)
         self._decoder: Decoder | None = None
 
     @property
@@ -131,7 +133,7 @@ class Components(BundleGraphs):
                 code="bundle.wrong-graph",
             )
         feeds = {name: inputs[name] for name in names}
-        parts = _one_by_one(session, feeds) if self.engines[VISION].is_processor else [feeds]
+        parts = one_by_one(session, feeds) if self.engines[VISION].is_processor else [feeds]
         runs = [_run(session, VISION, ["image_features"], part)[0] for part in parts]
         return np.concatenate([features.reshape(-1, features.shape[-1]) for features in runs])
 
@@ -260,10 +262,10 @@ def _run(
         ) from error
 
 
-def _one_by_one(
+def one_by_one(
     session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]
 ) -> list[dict[str, np.ndarray]]:
-    """Cut the feeds along the axis IMAGES, if every input has it."""
+    """Cut the vision encoder's inputs along the axis IMAGES, if every input has it."""
     axes = {
         one.name: one.shape.index(IMAGES) for one in session.get_inputs() if IMAGES in one.shape
     }

@@ -44,7 +44,7 @@ PROVIDERS = {
     "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
 }
 INDEXED = ("cuda", "tensorrt", "directml", "migraphx")  # devices of which there may be several
-ALIASES = {"dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
+ALIASES = {"auto": "cpu", "dml": "directml", "gpu": "cuda", "trt": "tensorrt"}
 
 
 @dataclass(frozen=True)

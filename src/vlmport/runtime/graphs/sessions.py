@@ -11,9 +11,13 @@ Traps:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import re
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +63,20 @@ OUT_OF_MEMORY = re.compile(
     r"bad_alloc|bad allocation|Failed to allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE
 )
 
+NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_opening_older = threading.Lock()
+
 # The name of the node that failed, as graph/refusal.py writes it.
 REFUSED = re.compile(r"Name:'(?:[^']*/)?refused: (?P<reason>.*?) \| (?P<hint>.*?)' Status Message")
 
 
 def open_session(
-    path: Path, device: Device = HOST, *, threads: int | None = None, low_memory: bool = False
+    path: Path,
+    device: Device = HOST,
+    *,
+    threads: int | None = None,
+    low_memory: bool = False,
+    older_attention: bool = False,
 ) -> ort.InferenceSession:
     """Open a graph by its path.
 
@@ -72,6 +84,8 @@ def open_session(
         threads: maximum number of threads within an operator; None for all cores.
         low_memory: run the graph unoptimized, from its mapped weights, without a second copy of
             them: for a single pass. It is slow, and rounds in other places.
+        older_attention: take the kernel of grouped-query attention that ONNX Runtime had before its
+            flash kernel, on the CPU.
 
     Raises BundleError for a missing or corrupt graph or its data, DeviceError when the device
     did not come up, OptionError for a thread count below 1.
@@ -91,7 +105,8 @@ def open_session(
         add_plugin(options, device, threads)
         providers = {}  # the options name it
     try:
-        session = ort.InferenceSession(path, options, enable_fallback=0, **providers)
+        with _attention_kernel(older=older_attention):
+            session = ort.InferenceSession(path, options, enable_fallback=0, **providers)
     except ORT_ERRORS as error:
         raise _open_error(path, device, error) from error
     if session.get_providers()[0] != device.provider:
@@ -101,6 +116,27 @@ def open_session(
             code="device.failed",
         )
     return session
+
+
+@contextlib.contextmanager
+def _attention_kernel(*, older: bool) -> Iterator[None]:
+    """Choose the kernel of grouped-query attention for the sessions that open within.
+
+    ONNX Runtime reads the variable when a session opens, so no other may open at the same time.
+    """
+    if not older:
+        yield
+        return
+    with _opening_older:
+        before = os.environ.get(NO_FLASH)
+        os.environ[NO_FLASH] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[NO_FLASH]
+            else:
+                os.environ[NO_FLASH] = before
 
 
 def _session_options(threads: int | None, low_memory: bool) -> ort.SessionOptions:
