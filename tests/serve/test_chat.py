@@ -202,7 +202,7 @@ def test_a_conversation_reuses_its_prompt(server: Running, red_square: str) -> N
     ]
     second = posted(server, messages=messages)
     details = second["usage"]["prompt_tokens_details"]
-    assert 0 <= details["cached_tokens"] < second["usage"]["prompt_tokens"]
+    assert 0 < details["cached_tokens"] < second["usage"]["prompt_tokens"]
     assert details["image_tokens"] == first["usage"]["prompt_tokens_details"]["image_tokens"]
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.serve.running import Running, running
 from tests.serve.test_chat import MODEL, question
+from vlmport.serve import server as server_module
 
 HI = [{"role": "user", "content": "hi"}]
 # An answer that goes on: the only token that ends it is made very unlikely.
@@ -84,6 +85,67 @@ def test_a_slow_body_ends() -> None:
                 answer += part
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"server.body-too-slow" in answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: 127."])
+def test_a_connection_without_a_request_is_closed(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.5)
+    with running() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+        with server.http() as client:  # one that asked stays open between two requests
+            client.get("/health")
+            time.sleep(2.5)
+            assert client.get("/health").status_code == 200
+
+
+def test_a_body_that_is_cut_off_is_no_defect() -> None:
+    with running() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+                "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{".encode()
+            )
+            time.sleep(0.2)
+        assert waited_for(lambda: "/v1/chat" in server.log.getvalue())
+        (line,) = [json.loads(one) for one in server.log.getvalue().splitlines()]
+        assert (line["event"], line["status"]) == ("request", 499)
+
+
+def test_clients_that_vanish_leave_nothing_behind(red_square: str) -> None:
+    with running() as server:
+        asked = json.dumps(
+            {"model": MODEL, "messages": question(red_square), "stream": True, **LONG}
+        ).encode()
+        host, port = server.url.removeprefix("http://").split(":")
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n"
+        ).encode()
+
+        def vanish(number: int) -> None:
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(head + asked)
+                if number % 2:
+                    connection.recv(300)
+
+        for _ in range(5):
+            threads = [threading.Thread(target=vanish, args=(number,)) for number in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        models = server.server.app.state.service.models
+        assert waited_for(lambda: not models.open_models[0].in_use)
+        stats = scheduler(server).stats()
+        assert (stats.running_rows, stats.waiting) == (0, 0)
+        server_state = server.server.server_state
+        assert waited_for(lambda: not server_state.connections and not server_state.tasks)
 
 
 def test_a_full_queue_is_429_with_retry_after(red_square: str) -> None:

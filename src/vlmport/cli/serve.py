@@ -157,6 +157,18 @@ def serve(
             help="Size of cached images and prompts of a model.", min=0, rich_help_panel=CAPACITY
         ),
     ] = 256.0,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps cached images and prompts for the next start.",
+            metavar="DIR",
+            rich_help_panel=CAPACITY,
+        ),
+    ] = None,
+    cache_dir_mb: Annotated[
+        float,
+        typer.Option(help="Size of the folder of --cache-dir.", min=0, rich_help_panel=CAPACITY),
+    ] = 4000.0,
     precision: Precision = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -192,6 +204,8 @@ def serve(
         max_running=max_running,
         max_queue=max_queue,
         cache_bytes=int(cache_mb * MEGABYTE),
+        cache_dir=cache_dir,
+        cache_dir_bytes=int(cache_dir_mb * MEGABYTE),
         precision=precision,
         device=device,
         threads=threads,

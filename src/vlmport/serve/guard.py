@@ -16,7 +16,9 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlmport.errors import VlmportError
@@ -77,7 +79,7 @@ class Watcher:
         except asyncio.CancelledError:
             exchange.status = exchange.status or GONE
             raise
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect, SendTimeoutError):
             exchange.status = GONE
         except Exception as error:
             await self._answer_for(error, exchange, scope, receive, named)

@@ -46,6 +46,8 @@ class OpenModel:
             max_running=settings.max_running,
             max_queue=settings.max_queue,
             cache_bytes=settings.cache_bytes,
+            cache_dir=settings.cache_dir,
+            cache_dir_bytes=settings.cache_dir_bytes,
         )
         self.created = int(time.time())
         manifest = (vlm.components.bundle.folder / MANIFEST).read_bytes()

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import logging
 import socket
+import time
 from collections.abc import Generator, Mapping
+from typing import Any
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -21,6 +23,7 @@ from vlmport.serve.settings import Settings
 
 LAST_SECONDS = 5.0  # for connections to send what is left, after the models were closed
 KEEP_ALIVE_SECONDS = 15
+HEAD_SECONDS = 15.0  # for the head of a connection's first request
 
 
 class Server(uvicorn.Server):
@@ -53,6 +56,7 @@ class Server(uvicorn.Server):
             lifespan="on",
         )
         super().__init__(config)
+        self._silent: dict[Any, float] = {}  # connection → since when it has sent no request
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -99,6 +103,20 @@ class Server(uvicorn.Server):
         await self.app.state.service.models.close(self.settings.grace)
         await asyncio.sleep(0.1)  # the last events of streams go out
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Close connections that sent no whole head of a request in time; called ten times a
+        second. Uvicorn itself waits for a first request forever."""
+        if counter % 10 == 0:
+            now, waiting = time.monotonic(), {}
+            for connection in self.server_state.connections:
+                if getattr(connection, "cycle", None) is None:
+                    waiting[connection] = self._silent.get(connection, now)
+            for connection, since in waiting.items():
+                if now - since > HEAD_SECONDS and (transport := connection.transport) is not None:
+                    transport.close()
+            self._silent = waiting
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

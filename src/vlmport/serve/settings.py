@@ -37,6 +37,8 @@ class Settings:
         max_running: maximum number of answers that are generated at a time, for each model.
         max_queue: maximum number of requests that wait, for each model.
         cache_bytes: maximum size of cached images and prompts, for each model.
+        cache_dir: a folder that keeps them for the next start; None for none.
+        cache_dir_bytes: maximum size of that folder.
         precision, device, threads: as for `vlmport.load`.
     """
 
@@ -59,6 +61,8 @@ class Settings:
     max_running: int = 16
     max_queue: int = 64
     cache_bytes: int = 256 * MEGABYTE
+    cache_dir: Path | None = None
+    cache_dir_bytes: int = 4000 * MEGABYTE
     precision: str = "auto"
     device: str = "cpu"
     threads: int | None = None
