@@ -44,6 +44,7 @@ LONG = (
     "tests/exporter/test_packing.py",
     "tests/exporter/test_memory.py",
     "tests/transformers_js/test_conversations.py",
+    "tests/web/test_decoding.py",
     "tests/training/test_shapes_qwen_model.py",
     "tests/transformers_js/test_card.py",
     "tests/exporter/test_soundness.py",

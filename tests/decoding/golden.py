@@ -2,7 +2,8 @@
 
 `python -m tests.decoding.golden` writes the files, `--check` says whether they are what it would
 write. Tokens and scores are those of transformers' own `generate`, with our random stream where it
-draws; a case on which the two sides differ is not written. A case must also survive logits that
+draws; a case on which the two sides differ is not written. The options that transformers lacks
+(OURS) are recorded without this comparison. A case must also survive logits that
 are a millionth off, so that no second implementation fails for its last bit; those whose point is
 that tokens are equal can't, and say so by their name.
 """
@@ -21,10 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from tests.decoding import golden_options
 from tests.decoding.reference import Table
 from tests.decoding.running import Request, assert_equal, logits_for, run
 from tests.decoding.tables import table
+from vlmport.runtime.decoding.options import GenerationOptions
 from vlmport.runtime.decoding.rng import draw_several, next_word, stream, uniform
+from vlmport.runtime.decoding.warpers import new_warpers
 
 GOLDEN = Path(__file__).parents[2] / "testdata/golden"
 FORMAT = 1
@@ -64,6 +68,7 @@ OF_BEAMS: dict[str, list[Any]] = {
     "length_penalty": [-1.5, 0.0, 2.0],
     "num_beams": [2, 5],
 }
+OURS = {"presence_penalty": 0.9, "frequency_penalty": 0.7}
 TOGETHER = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 3}
 NARROW = {"temperature": 0.8, "top_k": 8, "top_p": 0.9, "min_p": 0.02}
 
@@ -104,6 +109,9 @@ def _of(
         level = table(108, 10, flat=61)
         yield f"{mode}: top_p=0.9 of equals", Request({**base, "top_p": 0.9}), level
         yield f"{mode}: min_p=1.0 of equals", Request({**base, "min_p": 1.0}), level
+    for name, value in OURS.items():
+        yield f"{mode}: {name}={value}", Request({**base, name: value}), table(110)
+    yield f"{mode}: presence and frequency", Request({**base, **OURS}), table(111, flat=30)
     if base.get("num_beams"):
         short = {**base, "early_stopping": "never", "length_penalty": -1.5}
         short["num_return_sequences"] = 3
@@ -123,7 +131,8 @@ def record(name: str, request: Request, logits: Table) -> dict[str, Any]:
                 "parents": list(choice.parents),
             }
         )
-    assert_equal(search, request.expected(logits))
+    if not OURS.keys() & request.options.keys():
+        assert_equal(search, request.expected(logits))
     results: list[dict[str, Any]] = []
     for one in search.results():
         result: dict[str, Any] = {"tokens": list(one.tokens), "stop_reason": one.stop_reason}
@@ -157,6 +166,59 @@ def check_margin(name: str, request: Request, logits: Table) -> None:
         answers.add(tuple(one.tokens for one in run(request.search(moved), moved).results()))
     if len(answers) > 1:
         raise ValueError(f"{name}: hangs on a last bit, choose other logits")
+
+
+LARGE: list[dict[str, Any]] = [
+    {"top_k": 0},
+    {"temperature": 0.7},
+    {"top_k": 0, "top_p": 0.5},
+    {"top_k": 0, "top_p": 0.95, "temperature": 1.5},
+    {"top_k": 0, "top_p": 0.9995},
+    {"top_k": 0, "min_p": 0.01},
+    {"top_k": 0, "typical_p": 0.3},
+    {"top_k": 0, "epsilon_cutoff": 3e-4},
+    {"top_k": 0, "eta_cutoff": 2e-3},
+    {"top_k": 0, "top_h": 0.4},
+    {"top_k": 1000, "top_p": 0.9, "min_p": 1e-3},
+]
+
+
+def large() -> dict[str, Any]:
+    """Rows of real width, made of the random stream: which tokens each option keeps and samples.
+
+    The n-th score is float32((u + v + w - 1.5) * scale), of three uniform numbers in turn.
+    """
+    vocab_size, scale, seed, draws = 20_000, 6.0, 21, 4
+    state, numbers = stream(seed, 0), []
+    for _ in range(3 * vocab_size):
+        number, state = uniform(state)
+        numbers.append(number)
+    u, v, w = np.array(numbers).reshape(vocab_size, 3).T
+    row = ((u + v + w - 1.5) * scale).astype(np.float32)
+    found = []
+    for given in LARGE:
+        options = {"do_sample": True, "seed": 4, "num_return_sequences": draws, **given}
+        search = Request(options, max_new_tokens=1).search(Table(row[None]))
+        search.choose(row[None])
+        kept = np.flatnonzero(_processed(GenerationOptions.of(options), row) > -np.inf)
+        tokens = [one.tokens[0] for one in search.results()]
+        found.append(
+            {"options": options, "kept": len(kept), "sum": int(kept.sum()), "tokens": tokens}
+        )
+    beams = Request({"num_beams": 40, "num_return_sequences": 40}, max_new_tokens=1)
+    search = beams.search(Table(row[None]))
+    search.choose(row[None])
+    best = [one.tokens[0] for one in search.results()]
+    made = {"vocab_size": vocab_size, "scale": scale, "seed": seed}
+    return {"row": {**made, "best": best}, "cases": found}
+
+
+def _processed(options: GenerationOptions, row: np.ndarray) -> np.ndarray:
+    """A row after all warpers of the options."""
+    scores = row.copy()
+    for warper in new_warpers(options, 1):
+        scores = warper(scores)
+    return scores
 
 
 def streams() -> dict[str, Any]:
@@ -202,10 +264,12 @@ def _several(step: Any, state: Any, count: int) -> list[Any]:
 
 def contents() -> dict[str, dict[str, Any]]:
     """All files by name."""
-    files = {name: {"cases": [record(*one) for one in of]} for name, of in cases().items()}
-    return {
-        name: {"format": FORMAT, **file} for name, file in {**files, "random": streams()}.items()
+    files: dict[str, dict[str, Any]] = {
+        name: {"cases": [record(*one) for one in of]} for name, of in cases().items()
     }
+    files["options"] = {"cases": list(golden_options.cases())}
+    files |= {"large": large(), "random": streams()}
+    return {name: {"format": FORMAT, **file} for name, file in files.items()}
 
 
 def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:

@@ -116,16 +116,71 @@ test('a caption that begins with a stop token is empty', async () => {
   await other.context().close();
 });
 
-test("a note names the model's own decoding options that greedy decoding ignores", async () => {
+test("the model's own decoding options are followed, and a note names one that can't be", async () => {
   const manifest = await (await fetch(`${server.url}bundle/vlmport.json`)).json();
-  manifest.generation.defaults = { repetition_penalty: 1.2, num_beams: 3, temperature: 0.6 };
+  const defaults = { repetition_penalty: 1.2, num_beams: 3, temperature: 0.6, guidance_scale: 3 };
+  manifest.generation.defaults = defaults;
   const other = await openPage(browser, server.url);
   await other.context().route('**/vlmport.json', route => route.fulfill({ json: manifest }));
-  const { notes } = await ask(other, { options: { device: 'wasm', precision: 'fp32' } });
-  expect(notes).toEqual([
-    expect.stringMatching(/^greedy .* repetition_penalty=1\.2, num_beams=3 /),
+  const answer = (on: Page, options: Vlmport.CaptionOptions) =>
+    on.evaluate(
+      async ({ url, options }) => {
+        const { VLM } = (globalThis as unknown as Page_).vlmport;
+        const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
+        const { tokenIds, score } = await vlm.caption(url, options);
+        let code = 'none';
+        try {
+          vlm.stream(url, options);
+        } catch (error) {
+          code = (error as Vlmport.VlmportError).code;
+        }
+        vlm.dispose();
+        return { tokenIds, score, code, notes: vlm.notes };
+      },
+      { url, options },
+    );
+  const byDefault = await answer(other, {});
+  const asked = await answer(page, { repetitionPenalty: 1.2, numBeams: 3 });
+  expect(byDefault.notes).toEqual([
+    expect.stringMatching(/^generation_config\.json: .* guidance_scale=3 .*; left out$/),
   ]);
+  expect(asked.notes).toEqual([]);
+  expect([byDefault.tokenIds, byDefault.score]).toEqual([asked.tokenIds, asked.score]);
+  expect(asked.score).toBeLessThan(0);
+  expect([byDefault.code, asked.code]).toEqual(['option.contradiction', 'option.contradiction']);
+  const greedy = await answer(other, { numBeams: 1, repetitionPenalty: null });
+  expect(greedy).toMatchObject({ tokenIds: tokens, score: null, code: 'none' });
   await other.context().close();
+});
+
+test('several captions are returned, and images are captioned one after the other', async () => {
+  const found = await page.evaluate(async url => {
+    const { VLM, VlmportError } = (globalThis as unknown as Page_).vlmport;
+    const vlm = await VLM.load('/bundle/', { device: 'wasm', precision: 'fp32' });
+    const options = { doSample: true, temperature: 2, numReturnSequences: 3, logprobs: 1 };
+    const first = await vlm.caption(url, options);
+    const again = await vlm.caption(url, { ...options, seed: first.seed });
+    const texts = (caption: Vlmport.Caption) =>
+      [caption, ...caption.alternatives].map(one => one.text);
+    const each: string[] = [];
+    for await (const result of vlm.captionEach([url, new Blob(['no image']), url])) {
+      each.push(result instanceof VlmportError ? result.code : result.text);
+    }
+    let code = 'none';
+    try {
+      vlm.captionEach([], { topK: -1, doSample: true });
+    } catch (error) {
+      code = (error as Vlmport.VlmportError).code;
+    }
+    vlm.dispose();
+    const places = first.logprobs!.map(({ token, top }) => [token, top.length] as const);
+    return { texts: texts(first), again: texts(again), each, code, places, ids: first.tokenIds };
+  }, url);
+  expect(found.texts.length).toBe(3);
+  expect(found.again).toEqual(found.texts);
+  expect(found.places).toEqual(found.ids.map(id => [id, 1]));
+  expect(found.each).toEqual([text, expect.stringMatching(/^image\./), text]);
+  expect(found.code).toBe('option.wrong-value');
 });
 
 test('after dispose each call ends with an error', async () => {
@@ -173,10 +228,10 @@ test('unknown options and values are refused, with the nearest known', async () 
   });
 });
 
-test('PrefixConditioningVLM gives the same captions, and refuses unsupported options', async () => {
+test('PrefixConditioningVLM gives the same captions, and takes options of decoding', async () => {
   const found = await page.evaluate(
     async ({ url, pixelValues }) => {
-      const { PrefixConditioningVLM } = (globalThis as unknown as Page_).vlmport;
+      const { PrefixConditioningVLM, VLM } = (globalThis as unknown as Page_).vlmport;
       const model = new PrefixConditioningVLM();
       const said: string[] = [];
       const attempt = async (work: Promise<string>) =>
@@ -190,10 +245,13 @@ test('PrefixConditioningVLM gives the same captions, and refuses unsupported opt
       await attempt(model.generate({ dims: pixelValues.dims, data }));
       await attempt(model.generate({ dims: [1, 3, 9], data }));
       await attempt(model.generate(url, { numBeams: 3 }));
-      await attempt(model.generate(url, { doSample: true }));
+      await attempt(model.generate(url, { doSample: true, topK: 1, topP: 0.9, temperature: 2 }));
       await attempt(model.generate(url, { temperature: 0.5 }));
       await attempt(model.generate(url, { maxLength: 0 }));
       model.dispose();
+      const vlm = await VLM.load('./bundle/');
+      said.push((await vlm.caption(url, { numBeams: 3 })).text);
+      vlm.dispose();
       return { said, last: percents.at(-1) };
     },
     { url, pixelValues },
@@ -201,14 +259,15 @@ test('PrefixConditioningVLM gives the same captions, and refuses unsupported opt
   expect(found.last).toBe(100);
   expect(found.said[0]).toMatch(/^model\.not-loaded: /);
   expect(found.said[4]).toMatch(/^image\.wrong-array: .*\[1,3,9\].* pixel_values/);
+  const { text } = captions[picture]!.q8!; // it loads 'auto', which is q8 on WebAssembly
   expect(found.said.slice(5)).toEqual([
-    expect.stringMatching(/^option\.unsupported: numBeams=3 /),
-    expect.stringMatching(/^option\.unsupported: doSample=true /),
-    expect.stringMatching(/^option\.unsupported: temperature=0\.5 /),
+    found.said[9], // of beams
+    text, // the most likely token is sampled
+    expect.stringMatching(/^option\.contradiction: temperature .*doSample/),
     expect.stringMatching(/^option\.wrong-value: maxLength=0, .* 1$/),
+    expect.stringMatching(/\w/),
   ]);
-  // It loads 'auto', which is q8 on WebAssembly.
-  expect(found.said.slice(1, 4)).toEqual(Array(3).fill(captions[picture]!.q8!.text));
+  expect(found.said.slice(1, 4)).toEqual(Array(3).fill(text));
 });
 
 test('PrefixConditioningVLM: dispose ends a load, and of two loads the last counts', async () => {

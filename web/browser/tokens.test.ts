@@ -2,6 +2,7 @@
 
 import type { Browser, Page } from 'playwright-core';
 import { afterAll, beforeAll, expect, test } from 'vitest';
+import type * as Vlmport from '../src/index.js';
 import type { TestServer } from './server.js';
 import { type Asking, ask, expected, launch, openPage, startServer, thorough } from './support.js';
 
@@ -63,3 +64,27 @@ test.runIf(!thorough).each(ALIKE)('%s on wasm: the same captions except one', as
   const same = pictures.filter((name, i) => captions[name]![precision]!.text === texts[i]);
   expect(same.length).toBeGreaterThanOrEqual(pictures.length - 1);
 });
+
+test.runIf(!thorough)(
+  'beams and samples on WebGPU: the same tokens as on WebAssembly',
+  async () => {
+    const url = `/pictures/${pictures[0]!}`;
+    const found = await page.evaluate(async url => {
+      const { VLM } = (globalThis as unknown as { vlmport: typeof Vlmport }).vlmport;
+      const beams = { numBeams: 3, numReturnSequences: 3, maxNewTokens: 6 };
+      const samples = { doSample: true, seed: 1, temperature: 2, numReturnSequences: 2 };
+      const all = [];
+      for (const device of ['wasm', 'webgpu'] as const) {
+        const vlm = await VLM.load('/bundle/', { device, precision: 'fp32' });
+        for (const options of [beams, { ...samples, maxNewTokens: 6 }]) {
+          const caption = await vlm.caption(url, options);
+          all.push([caption, ...caption.alternatives].map(one => [...one.tokenIds]));
+        }
+        vlm.dispose();
+      }
+      return all;
+    }, url);
+    expect(found.map(one => one.length)).toEqual([3, 2, 3, 2]);
+    expect(found.slice(2)).toEqual(found.slice(0, 2));
+  },
+);

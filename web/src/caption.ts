@@ -1,11 +1,15 @@
-import type { CaptionData } from './protocol.js';
+import type { AnswerData, CaptionData } from './protocol.js';
 
 /** A response; `String(caption)` is its text. */
 export class Caption implements CaptionData {
   readonly text: string;
   readonly tokenIds: readonly number[];
-  readonly stopReason: 'stop' | 'length';
+  readonly stopReason: CaptionData['stopReason'];
   readonly complete: boolean;
+  readonly score: number | null;
+  readonly logprobs: CaptionData['logprobs'];
+  readonly seed: number | null;
+  readonly alternatives: readonly AnswerData[];
   readonly timings: CaptionData['timings'];
   readonly counts: CaptionData['counts'];
 
@@ -14,6 +18,10 @@ export class Caption implements CaptionData {
     this.tokenIds = data.tokenIds;
     this.stopReason = data.stopReason;
     this.complete = data.complete;
+    this.score = data.score;
+    this.logprobs = data.logprobs;
+    this.seed = data.seed;
+    this.alternatives = data.alternatives;
     this.timings = data.timings;
     this.counts = data.counts;
   }

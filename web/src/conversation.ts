@@ -15,11 +15,13 @@ import type { Model } from './model.js';
 import {
   type AnswerOptions,
   type ImageOptions,
-  checkAnswerOptions,
   checkFlag,
   checkNames,
+  decodingOptions,
+  refuseSeveral,
 } from './options.js';
 import type { NumberedImage } from './protocol.js';
+import type { GenerationOptions } from './runtime/decoding/options.js';
 
 export interface ConversationOptions {
   /** A system message, which comes first. */
@@ -134,31 +136,42 @@ export class Conversation {
    * is encoded), or the signal's reason.
    */
   async ask(question?: string, options: QuestionOptions = {}): Promise<Caption> {
-    return whole(this.stream(question, options));
+    return whole(this.answer(question, options));
   }
 
   /**
    * Stream the answer of `ask` piece by piece; the generator returns the whole answer.
    *
    * The answer belongs to the conversation when its last piece is given. Ask one question at a
-   * time.
+   * time. Options that ask for several sequences throw: which is best is known only at the end.
    */
   stream(question?: string, options: QuestionOptions = {}): AsyncGenerator<string, Caption> {
-    checkAnswerOptions(options, ['images']);
-    const { images = [], ...others } = options;
+    return this.answer(question, options, refuseSeveral);
+  }
+
+  /** Stream an answer; one of several sequences has no pieces. */
+  private answer(
+    question: string | undefined,
+    options: QuestionOptions,
+    check: (options: GenerationOptions) => void = () => {},
+  ): AsyncGenerator<string, Caption> {
+    const decoding = decodingOptions(this.model.info, options, ['images']);
+    check(decoding);
+    const { images = [], signal } = options;
     checkImages(images);
     if (question !== undefined && typeof question !== 'string') {
       const message = `a question must be a text, got ${typeof question}`;
       const hint = "for example ask('…', { images: […] })";
       throw new VlmportError('PromptError', 'prompt.wrong-value', message, hint);
     }
-    return this.pieces(question, images, others);
+    return this.pieces(question, images, decoding, signal);
   }
 
   private async *pieces(
     question: string | undefined,
     images: readonly ImageSource[],
-    { maxNewTokens, skipSpecialTokens = true, signal }: AnswerOptions,
+    decoding: GenerationOptions,
+    signal: AbortSignal | undefined,
   ): AsyncGenerator<string, Caption> {
     signal?.throwIfAborted();
     const turn = this.begin(signal);
@@ -181,8 +194,7 @@ export class Conversation {
       const options = {
         imageOptions,
         conversation,
-        maxNewTokens: maxNewTokens ?? null,
-        skipSpecialTokens,
+        options: decoding,
       };
       let kept = before.messages;
       let numbered = all;

@@ -38,6 +38,7 @@ export type ErrorCode =
   | 'image.wrong-type'
   | 'model.not-loaded'
   | 'option.contradiction'
+  | 'option.no-room'
   | 'option.no-token-left'
   | 'option.not-for-this-model'
   | 'option.not-unicode'

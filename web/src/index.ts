@@ -7,7 +7,13 @@ export type { ErrorCode } from './error-codes.js';
 export { VlmportError } from './errors.js';
 export type { ErrorKind } from './errors.js';
 export type { ImagePart, Message, TextPart } from './messages.js';
-export type { AnswerOptions, CaptionOptions, GenerateOptions, ImageOptions } from './options.js';
+export type {
+  AnswerOptions,
+  CaptionOptions,
+  DecodingOptions,
+  GenerateOptions,
+  ImageOptions,
+} from './options.js';
 export type {
   ImageSource,
   /** @deprecated The former name of ImageSource. */
@@ -16,6 +22,6 @@ export type {
   RawImage,
 } from './image-source.js';
 export { PrefixConditioningVLM } from './prefix.js';
-export type { Device, Progress } from './protocol.js';
+export type { AnswerData, Device, Progress } from './protocol.js';
 export { VLM } from './vlm.js';
 export type { VlmOptions } from './vlm.js';

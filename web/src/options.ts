@@ -1,19 +1,16 @@
 /** The options of calls: their types, and checks that refuse unknown ones. */
 
 import type { ImageOptions } from './bundle/manifest.js';
-import { VlmportError, cut, didYouMean, quoted } from './errors.js';
+import { VlmportError, quoted } from './errors.js';
 import type { ImageSource } from './image-source.js';
+import type { ModelInfo } from './protocol.js';
+import type { DecodingOptions } from './runtime/decoding/generate-options.js';
+import { type GenerationOptions, merged, unknownOption } from './runtime/decoding/options.js';
 
-export type { ImageOptions };
+export type { DecodingOptions, ImageOptions };
 
-export interface AnswerOptions {
-  /** Maximum number of new tokens (default: the bundle's). */
-  maxNewTokens?: number;
-  /**
-   * Leave special tokens out of the text (default true). With false the text is that of
-   * transformers' `decode(ids, skip_special_tokens=False)`, the stop token included.
-   */
-  skipSpecialTokens?: boolean;
+/** Options of a call that generates: how tokens are chosen, and a signal that ends it. */
+export interface AnswerOptions extends DecodingOptions {
   signal?: AbortSignal;
 }
 
@@ -28,15 +25,32 @@ export interface GenerateOptions extends CaptionOptions {
   images?: readonly ImageSource[];
 }
 
-const ANSWER_OPTIONS = ['maxNewTokens', 'skipSpecialTokens', 'signal'];
+/**
+ * Merge the decoding options of a call with the model's own defaults. `more` are the names of the
+ * call's other options.
+ *
+ * Throws OptionError for unknown options, values out of range, and options that contradict each
+ * other.
+ */
+export function decodingOptions(
+  { defaults, notes }: Pick<ModelInfo, 'defaults' | 'notes'>,
+  options: AnswerOptions,
+  more: readonly string[] = [],
+): GenerationOptions {
+  const others = ['signal', ...more];
+  const given = Object.entries(options).filter(([name]) => !others.includes(name));
+  const leftOut = (message: string) => {
+    if (!notes.includes(message)) console.warn(message); // it has an effect in this call only
+  };
+  return merged(defaults, Object.fromEntries(given), undefined, leftOut, others);
+}
 
-/** Check the options of an answer, and that there are no others than those and `more`. Throws
- * OptionError. */
-export function checkAnswerOptions(options: AnswerOptions, more: readonly string[] = []): void {
-  checkNames(options, [...ANSWER_OPTIONS, ...more]);
-  const { maxNewTokens, skipSpecialTokens } = options;
-  if (maxNewTokens !== undefined) checkCount('maxNewTokens', maxNewTokens);
-  if (skipSpecialTokens !== undefined) checkFlag('skipSpecialTokens', skipSpecialTokens);
+/** Throws OptionError where several sequences are asked for, which can't be streamed. */
+export function refuseSeveral({ numBeams, numReturnSequences }: GenerationOptions): void {
+  if (numBeams === 1 && numReturnSequences === 1) return;
+  const message = "several sequences can't be streamed: the best one is known only at the end";
+  const hint = 'use numBeams: 1 and numReturnSequences: 1, or call caption, generate or ask';
+  throw new VlmportError('OptionError', 'option.contradiction', message, hint);
 }
 
 /** Throws OptionError unless a value is true or false. */
@@ -54,35 +68,8 @@ export function checkCount(name: string, value: number, least = 1): void {
   throw new VlmportError('OptionError', 'option.wrong-value', message, `for example ${name}: 2`);
 }
 
-/** Names in other programs, in lower case and without underscores → names here. */
-const SAME: Readonly<Record<string, string>> = {
-  maxtokens: 'maxNewTokens',
-  maxcompletiontokens: 'maxNewTokens',
-  maxoutputtokens: 'maxNewTokens',
-  maxlength: 'maxNewTokens',
-  maxnewtokens: 'maxNewTokens',
-  npredict: 'maxNewTokens',
-  numpredict: 'maxNewTokens',
-  skipspecialtokens: 'skipSpecialTokens',
-  abortsignal: 'signal',
-  imageoptions: 'imageOptions',
-  dropoldest: 'dropOldest',
-  systemprompt: 'system',
-};
-// Decoding options that the Python package has.
-const PYTHON =
-  /^(do_?sample|temperature|(top|min|typical)_?[kp]|num_?beams|seed|n|stop(_?strings)?|logit_?bias|logprobs|(num_?return_?sequences)|(\w+_?penalty)|json_?schema|regex|response_?format)$/i;
-
 /** Throws OptionError for an unknown option. */
 export function checkNames(options: object, known: readonly string[]): void {
-  const unknown = Object.keys(options).find(name => !known.includes(name));
-  if (unknown === undefined) return;
-  const here = SAME[unknown.replaceAll('_', '').toLowerCase()];
-  const isKnown = here !== undefined && known.includes(here);
-  const near = isKnown ? ` (did you mean '${here}'?)` : didYouMean(unknown, known);
-  const hint = PYTHON.test(unknown)
-    ? 'this package decodes greedily; the Python package has this option'
-    : `known: ${known.join(', ')}`;
-  const message = `unknown option '${cut(unknown)}'${near}`;
-  throw new VlmportError('OptionError', 'option.unknown', message, hint);
+  const unknown = Object.keys(options).filter(name => !known.includes(name));
+  if (unknown.length) throw unknownOption(unknown, known);
 }

@@ -1,11 +1,9 @@
 /**
  * The API that distilvit2 documents for its captioner, on top of `VLM`.
- *
- * Options that are not supported yet are refused, not ignored.
  */
 
 import { VlmportError } from './errors.js';
-import { checkCount, checkNames } from './options.js';
+import { type DecodingOptions, checkCount, checkNames } from './options.js';
 import type { ImageSource } from './image-source.js';
 import { VLM } from './vlm.js';
 
@@ -15,12 +13,13 @@ export interface LoadModelOptions {
   onProgress?: (message: string, percent: number) => void;
 }
 
-export interface PrefixGenerateOptions {
+/** Options of `generate`: as of `VLM.caption`, with `maxLength` for `maxNewTokens`. */
+export interface PrefixGenerateOptions extends Pick<DecodingOptions, (typeof DECODING)[number]> {
+  /** Maximum number of new tokens (default 30). */
   maxLength?: number;
-  numBeams?: number;
-  temperature?: number;
-  doSample?: boolean;
 }
+
+const DECODING = ['numBeams', 'temperature', 'doSample', 'topK', 'topP', 'seed'] as const;
 
 export class PrefixConditioningVLM {
   private vlm: VLM | null = null;
@@ -50,13 +49,11 @@ export class PrefixConditioningVLM {
 
   /** Caption pixel values [1, 3, height, width], or an image. */
   async generate(pixelValues: ImageSource, options: PrefixGenerateOptions = {}): Promise<string> {
-    checkNames(options, ['maxLength', 'numBeams', 'temperature', 'doSample']);
-    const { maxLength = 30, numBeams = 1, temperature = 1, doSample = false } = options;
+    checkNames(options, ['maxLength', ...DECODING]);
+    const { maxLength = 30, numBeams = 1, doSample = false, ...others } = options;
     checkCount('maxLength', maxLength);
-    if (numBeams !== 1) throw unsupported(`numBeams=${numBeams}`, 'numBeams: 1');
-    if (temperature !== 1) throw unsupported(`temperature=${temperature}`, 'temperature: 1');
-    if (doSample) throw unsupported('doSample=true', 'doSample: false');
-    return (await this.loaded().caption(pixelValues, { maxNewTokens: maxLength })).text;
+    const all = { maxNewTokens: maxLength, numBeams, doSample, ...others };
+    return (await this.loaded().caption(pixelValues, all)).text;
   }
 
   /** Free all memory. A load that still runs ends with an AbortError. */
@@ -75,13 +72,4 @@ export class PrefixConditioningVLM {
       'await loadModel(modelId) first',
     );
   }
-}
-
-function unsupported(option: string, instead: string): VlmportError {
-  return new VlmportError(
-    'OptionError',
-    'option.unsupported',
-    `${option} is not supported yet`,
-    `use ${instead}`,
-  );
 }

@@ -2,6 +2,8 @@
 
 import type { ImageOptions, Message } from './bundle/manifest.js';
 import type { PlainError } from './errors.js';
+import type { Defaults, GenerationOptions } from './runtime/decoding/options.js';
+import type { StopReason, TokenLogprob } from './runtime/decoding/search.js';
 import type { Watched } from './runtime/watched.js';
 
 export type Device = 'webgpu' | 'wasm';
@@ -50,6 +52,8 @@ export interface ModelInfo {
   readonly caption: readonly Message[];
   /** The names of the image processor's options. */
   readonly imageOptions: readonly string[];
+  /** The decoding options of the model's own generation_config.json that can be served. */
+  readonly defaults: Defaults;
 }
 
 export interface LoadOptions {
@@ -76,8 +80,8 @@ export interface Question {
   readonly messages: readonly Message[];
   readonly images: readonly NumberedImage[];
   readonly imageOptions: ImageOptions;
-  readonly maxNewTokens: number | null;
-  readonly skipSpecialTokens: boolean;
+  /** How the answer is decoded: the call's options over the bundle's defaults. */
+  readonly options: GenerationOptions;
   /** Refuse a prompt that leaves no room for an answer. */
   readonly leavesRoom: boolean;
   /** The same question without the earlier messages; null where there are none. */
@@ -86,14 +90,29 @@ export interface Question {
   readonly conversation: number | null;
 }
 
-/** A response as plain data. */
-export interface CaptionData {
+/** One generated text as plain data. */
+export interface AnswerData {
+  /** The text before a stop string, without special tokens unless they were asked for. */
   readonly text: string;
-  /** Token ids as generated, the stop token included. */
+  /** Token ids as generated; the stop token and the tokens of a stop string are among them. */
   readonly tokenIds: readonly number[];
-  readonly stopReason: 'stop' | 'length';
+  /** 'stop' for a stop token, 'stop_string', or 'length' for maxNewTokens or a full context; null
+   * for a beam that had not ended when the search did. */
+  readonly stopReason: StopReason | null;
   /** False for an answer that was cut, by maxNewTokens or by the end of the context. */
   readonly complete: boolean;
+  /** The score of beam search; null without beams. */
+  readonly score: number | null;
+  /** One entry for each token, where they were asked for. */
+  readonly logprobs: readonly TokenLogprob[] | null;
+}
+
+/** A response as plain data: the best answer, and what it cost. */
+export interface CaptionData extends AnswerData {
+  /** The random seed of sampling, also where none was given; null without sampling. */
+  readonly seed: number | null;
+  /** The other answers of numReturnSequences, best first. */
+  readonly alternatives: readonly AnswerData[];
   /** Seconds. `image` is the time for reading and encoding images. */
   readonly timings: { readonly image: number; readonly prefill: number; readonly decode: number };
   readonly counts: {

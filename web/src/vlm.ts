@@ -12,11 +12,13 @@ import { Model } from './model.js';
 import {
   type CaptionOptions,
   type GenerateOptions,
-  checkAnswerOptions,
   checkCount,
   checkNames,
+  decodingOptions,
+  refuseSeveral,
 } from './options.js';
 import type { Device, LoadOptions, ModelInfo, Progress } from './protocol.js';
+import type { GenerationOptions } from './runtime/decoding/options.js';
 
 export interface VlmOptions {
   /** 'auto' (default) uses WebGPU where it gives right results, else WebAssembly. */
@@ -117,7 +119,40 @@ export class VLM {
 
   /** Caption one image. Throws VlmportError, or the signal's reason. */
   async caption(image: ImageSource, options: CaptionOptions = {}): Promise<Caption> {
-    return whole(this.stream(image, options));
+    return whole(this.answer(image, options));
+  }
+
+  /**
+   * Caption images one after the other, and continue after a bad one.
+   *
+   *     for await (const result of vlm.captionEach(files)) console.log(String(result));
+   *
+   * The images may be any iterable, also one that is read as it goes. There is one result for each
+   * image, in order: a Caption, or the VlmportError (of kind ImageError or PromptError) that says
+   * why this image has none. Wrong options throw here, not at the first caption.
+   */
+  captionEach(
+    images: Iterable<ImageSource> | AsyncIterable<ImageSource>,
+    options: CaptionOptions = {},
+  ): AsyncGenerator<Caption | VlmportError, void, undefined> {
+    decodingOptions(this.model.info, options, ['imageOptions']);
+    return this.captions(images, options);
+  }
+
+  private async *captions(
+    images: Iterable<ImageSource> | AsyncIterable<ImageSource>,
+    options: CaptionOptions,
+  ): AsyncGenerator<Caption | VlmportError, void, undefined> {
+    for await (const image of images) {
+      try {
+        yield await this.caption(image, options);
+      } catch (error) {
+        const isBad =
+          error instanceof VlmportError && ['ImageError', 'PromptError'].includes(error.kind);
+        if (!isBad) throw error;
+        yield error;
+      }
+    }
   }
 
   /**
@@ -128,7 +163,7 @@ export class VLM {
   async generate(messages: readonly Message[], options: GenerateOptions = {}): Promise<Caption> {
     // An image is refused here, though `stream` takes one.
     checkMessages(messages, options.images, this.model.info.imageOptions);
-    return whole(this.stream(messages, options));
+    return whole(this.answer(messages, options));
   }
 
   /**
@@ -136,7 +171,8 @@ export class VLM {
    * returns the whole response.
    *
    * All pieces together are the text that `caption` or `generate` gives. Leaving the loop ends the
-   * generation. Wrong arguments throw here, not at the first piece.
+   * generation. Wrong arguments throw here, not at the first piece, and so do options that ask for
+   * several sequences: which is best is known only at the end.
    */
   stream(image: ImageSource, options?: CaptionOptions): AsyncGenerator<string, Caption>;
   stream(messages: readonly Message[], options?: GenerateOptions): AsyncGenerator<string, Caption>;
@@ -144,13 +180,25 @@ export class VLM {
     input: ImageSource | readonly Message[],
     options: GenerateOptions = {},
   ): AsyncGenerator<string, Caption> {
+    return this.answer(input, options, refuseSeveral);
+  }
+
+  /** Stream an answer; one of several sequences has no pieces. */
+  private answer(
+    input: ImageSource | readonly Message[],
+    options: GenerateOptions,
+    check: (options: GenerationOptions) => void = () => {},
+  ): AsyncGenerator<string, Caption> {
+    const { info } = this.model;
     if (isMessages(input)) {
-      checkAnswerOptions(options, ['imageOptions', 'images']);
-      return this.pieces(input, options);
+      const decoding = decodingOptions(info, options, ['imageOptions', 'images']);
+      check(decoding);
+      return this.pieces(input, options, decoding);
     }
-    checkAnswerOptions(options, ['imageOptions']);
-    const caption = this.model.info.caption as readonly Message[];
-    return this.pieces(caption, { ...options, images: [input] });
+    const decoding = decodingOptions(info, options, ['imageOptions']);
+    check(decoding);
+    const caption = info.caption as readonly Message[];
+    return this.pieces(caption, { ...options, images: [input] }, decoding);
   }
 
   /** Begin a conversation, empty or with a system message. */
@@ -175,7 +223,8 @@ export class VLM {
 
   private pieces(
     given: readonly Message[],
-    { images, imageOptions = {}, maxNewTokens, skipSpecialTokens = true, signal }: GenerateOptions,
+    { images, imageOptions = {}, signal }: GenerateOptions,
+    decoding: GenerationOptions,
   ): AsyncGenerator<string, Caption> {
     const { model } = this;
     const { imageOptions: known } = model.info;
@@ -187,8 +236,7 @@ export class VLM {
         messages,
         images: sent.map((image, number) => ({ number, image, options: options[number]! })),
         imageOptions,
-        maxNewTokens: maxNewTokens ?? null,
-        skipSpecialTokens,
+        options: decoding,
         leavesRoom: false,
         alone: null,
         conversation: null,

@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { didYouMean } from '../src/errors.js';
-import { best, notFollowed } from '../src/runtime/generate.js';
+import { argmax } from '../src/runtime/decoding/score-rows.js';
 import { onWhite } from '../src/runtime/images/reading.js';
 import { halfToNumber, mergeImageFeatures } from '../src/runtime/graphs/rows.js';
 
@@ -62,17 +62,8 @@ test('16-bit floats', () => {
 });
 
 test('the best score is the first of several, and a NaN is not ignored', () => {
-  expect(best(Float32Array.of(-2, -1, -1))).toBe(1);
-  expect(best(Float32Array.of(3, NaN, 4))).toBe(1);
-});
-
-test('defaults that greedy decoding does not follow are named, and no others', () => {
-  const idle = { do_sample: false, num_beams: 1, temperature: 0.7, top_k: 5, length_penalty: 2 };
-  expect(notFollowed({ ...idle, repetition_penalty: 1, stop_strings: null })).toEqual([]);
-  expect(notFollowed({ ...idle, repetition_penalty: 1.2, bad_words_ids: [[3]] })).toEqual([
-    'repetition_penalty=1.2',
-    'bad_words_ids=[[3]]',
-  ]);
+  expect(argmax(Float32Array.of(-2, -1, -1))).toBe(1);
+  expect(argmax(Float32Array.of(3, NaN, 4))).toBe(1);
 });
 
 test('the nearest known name', () => {

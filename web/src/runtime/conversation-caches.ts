@@ -34,16 +34,18 @@ export class ConversationCache {
     const { request, ids, cachedTokens, imageRows } = prepared;
     const capacity = ids.length + request.maxNewTokens - 1;
     const cache = this.reusableBy(components)?.cache ?? openCache(components, capacity);
-    const tokenIds: number[] = [];
+    const { search } = request;
     try {
       cache.truncate(cachedTokens);
       cache.reserve(capacity);
-      return await respond(prepared, cache, prompter, tokenIds, options);
+      return await respond(prepared, cache, prompter.tokenizer, options);
     } catch (error) {
       if (!options.signal.aborted) cache.truncate(0); // its contents are not known
       throw error;
     } finally {
-      this.prefix = { cache, ids: [...ids, ...tokenIds].slice(0, cache.length), imageRows };
+      if (search.rows > 1) cache.truncate(ids.length); // its rows have only the prompt in common
+      const tokens = search.rows > 1 ? [] : (search.results()[0]?.tokens ?? []);
+      this.prefix = { cache, ids: [...ids, ...tokens].slice(0, cache.length), imageRows };
     }
   }
 

@@ -20,13 +20,15 @@ import type {
   Question,
 } from '../protocol.js';
 import { ConversationCache, ConversationCaches } from './conversation-caches.js';
-import { notFollowed } from './generate.js';
+import { snakeCase } from './decoding/foreign-options.js';
+import { type Defaults, type OnLeftOut, merged } from './decoding/options.js';
 import { Components, graphFiles } from './graphs/components.js';
 import { Runtime } from './graphs/sessions.js';
 import { FeatureCache, MAX_BYTES, type PromptImage } from './images/features.js';
 import { Preparer, type ProcessedQuestion } from './preparing.js';
 import { probe } from './probe.js';
 import { Prompter, promptFiles } from './prompt.js';
+import { checkDefault } from './request.js';
 import type { ResponseOptions } from './response.js';
 
 const HALF = /f(p)?16$/; // precisions that compute in 16 bits
@@ -100,10 +102,7 @@ export class Engine {
     }
     if (store.problem) notes.push(store.problem);
     if (!probed) notes.push(`not probed: the bundle has no recorded results for ${precision}`);
-    const ignored = notFollowed(manifest.generation.defaults);
-    if (ignored.length) {
-      notes.push(`greedy decoding: the model's own ${ignored.join(', ')} are not supported yet`);
-    }
+    const defaults = servedDefaults(components, note => notes.push(note));
     return {
       name: manifest.name,
       device,
@@ -114,6 +113,7 @@ export class Engine {
       takesQuestions: prompter.takesQuestions,
       caption: manifest.prompt.caption,
       imageOptions: Object.keys(manifest.image_options ?? {}),
+      defaults,
     };
   }
 
@@ -140,9 +140,7 @@ export class Engine {
         images.push(await this.image(cache, one, { ...imageOptions, ...one.options }, signal));
       }
       const numbers = numbered.map(one => one.number);
-      const { skipSpecialTokens } = question;
       return await this.withFallback({ ...question, images }, numbers, cache, listeners, {
-        skipSpecialTokens,
         start,
         signal,
       });
@@ -297,6 +295,25 @@ async function loadOn(
     await components.dispose();
     throw error;
   }
+}
+
+/**
+ * Select the defaults of generation_config.json that these graphs can serve. `onLeftOut` is told of
+ * each other one that would have an effect.
+ */
+function servedDefaults(components: Components, onLeftOut: OnLeftOut): Defaults {
+  const { defaults } = components.manifest.generation;
+  const left = new Set<string>();
+  const check = (name: string, value: unknown) => {
+    try {
+      checkDefault(components, name, value);
+    } catch (error) {
+      left.add(snakeCase(name));
+      throw error;
+    }
+  };
+  merged(defaults, {}, check, onLeftOut);
+  return Object.fromEntries(Object.entries(defaults).filter(([name]) => !left.has(name)));
 }
 
 /** A precision that was not recorded is refused on WebGPU, because graphics drivers differ. */

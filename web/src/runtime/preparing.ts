@@ -8,11 +8,13 @@
 
 import type { Message } from '../bundle/manifest.js';
 import { VlmportError } from '../errors.js';
+import type { GenerationOptions } from './decoding/options.js';
 import type { KeyValueCache } from './graphs/cache.js';
 import type { Components } from './graphs/components.js';
 import type { EncodedImage, FeatureCache, PromptImage } from './images/features.js';
 import type { Prompter } from './prompt.js';
-import { type Request, answerLength } from './request.js';
+import { type Request, answerLength, newRequest } from './request.js';
+import { StopStrings } from './streamed-text.js';
 
 /** A cache, and the prompt that it was computed from. */
 export interface ReusablePrefix {
@@ -27,13 +29,18 @@ export interface ReusablePrefix {
 export interface ProcessedQuestion {
   readonly messages: readonly Message[];
   readonly images: readonly PromptImage[];
-  readonly maxNewTokens: number | null;
-  readonly skipSpecialTokens: boolean;
+  readonly options: GenerationOptions;
   /** Refuse a prompt that leaves no room for an answer: for maxNewTokens, or for a quarter of the
    * context where that is less. */
   readonly leavesRoom: boolean;
   /** The same question without the earlier messages; null where there are none. */
   readonly alone: readonly Message[] | null;
+}
+
+/** How to decode: the same for all answers of a request. */
+export interface Decoding {
+  readonly options: GenerationOptions;
+  readonly stops: StopStrings | null;
 }
 
 /** A request, and what its response needs besides. */
@@ -49,6 +56,7 @@ export interface PreparedRequest {
   readonly imageRows: readonly string[];
   /** When the images were encoded, by `performance.now()`. */
   readonly encodedAt: number;
+  readonly decoding: Decoding;
 }
 
 /**
@@ -85,8 +93,8 @@ export class Preparer {
    * Make a request: template → ids with images spliced in → embeddings with features over image
    * rows. Tokens that `reusable` has are not computed again, as far as the prompt begins alike.
    *
-   * Throws PromptError for a prompt that does not fit, before anything is encoded; BundleError or
-   * DeviceError, or the abort.
+   * Throws PromptError for a prompt that does not fit, or OptionError, before anything is encoded;
+   * BundleError or DeviceError, or the abort.
    */
   async assemble(
     question: ProcessedQuestion,
@@ -97,6 +105,11 @@ export class Preparer {
     const ids = this.ids(question.messages, question.images);
     const maxNewTokens = this.answerLength(question, ids.length);
     components.checkIds(ids);
+    const decoding = this.decoding(question.options);
+    const { stops } = decoding;
+    const isStopped = stops && ((tokens: readonly number[]) => stops.ends(tokens));
+    const facts = { promptIds: ids, maxNewTokens, isStopped };
+    const search = newRequest(components, question.options, facts);
     const token = components.manifest.prompt.image_token_id;
     const imageRows = question.images.flatMap(({ key, promptIds }) =>
       promptIds.filter(id => id === token).map(() => key),
@@ -108,8 +121,17 @@ export class Preparer {
     }
     const encodedAt = performance.now();
     const inputs = await components.embedPrompt(ids, images, cachedTokens);
-    const request = { ...inputs, maxNewTokens };
-    return { request, ids, cachedTokens, images, imageRows, encodedAt };
+    const request = { ...inputs, ...search };
+    return { request, ids, cachedTokens, images, imageRows, encodedAt, decoding };
+  }
+
+  private decoding(options: GenerationOptions): Decoding {
+    const { stopStrings, skipSpecialTokens } = options;
+    const { tokenizer } = this.prompter;
+    const stops = stopStrings.length
+      ? new StopStrings(tokenizer, stopStrings, skipSpecialTokens)
+      : null;
+    return { options, stops };
   }
 
   /** The token ids of checked messages, with the ids of their images. */
@@ -122,7 +144,7 @@ export class Preparer {
   private answerLength(question: ProcessedQuestion, tokens: number): number {
     const { manifest } = this.components;
     try {
-      return answerLength(manifest, tokens, question.maxNewTokens, question.leavesRoom);
+      return answerLength(manifest, tokens, question.options, question.leavesRoom);
     } catch (error) {
       const isTooLong = error instanceof VlmportError && error.code === 'prompt.too-long';
       if (!isTooLong || !question.alone || !this.fitsAlone(question.alone, question.images)) {

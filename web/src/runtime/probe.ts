@@ -7,6 +7,8 @@ import type { Golden, GoldenExpectation } from '../bundle/manifest.js';
 import { asVlmportError } from '../errors.js';
 import { openCache } from './graphs/cache.js';
 import type { Components } from './graphs/components.js';
+import { DEFAULTS } from './decoding/options.js';
+import { newSearch } from './decoding/new-search.js';
 import { generate } from './generate.js';
 import { goldenImage } from './golden.js';
 
@@ -52,16 +54,26 @@ async function compare(
   );
   const maxNewTokens = expected.tokens.length;
   const cache = openCache(components, ids.length + maxNewTokens - 1);
-  const options = { stopTokenIds: new Set<number>(), signal };
+  const search = newSearch(DEFAULTS, {
+    promptIds: ids,
+    processorsSeePrompt: true,
+    stopTokenIds: new Set(),
+    maxNewTokens,
+    vocabSize: components.manifest.dims.vocab_size,
+    isStopped: null,
+    mask: null,
+  });
+  const request = { ...prompt, search, maxNewTokens, promptIds: ids, lookup: null };
   let step = 0;
   try {
-    for await (const { token, scores } of generate(cache, { ...prompt, maxNewTokens }, options)) {
-      const problem = (step === 0 && logitsProblem(scores, expected)) || null;
+    for await (const [scores] of generate(cache, request, signal)) {
+      const token = search.results()[0]!.tokens.at(-1)!;
+      const problem = (step === 0 && logitsProblem(scores!, expected)) || null;
       if (problem) return [problem];
       const wanted = expected.tokens[step++]!;
       if (token === wanted) continue;
       // After a near tie the texts may differ.
-      if (scores[token]! - (scores[wanted] ?? -Infinity) <= expected.tolerance) return [];
+      if (scores![token]! - (scores![wanted] ?? -Infinity) <= expected.tolerance) return [];
       return [`token ${step} of ${maxNewTokens} is ${token}, expected ${wanted}`];
     }
     return [];

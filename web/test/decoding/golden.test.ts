@@ -8,6 +8,8 @@ import { expect, test } from 'vitest';
 import { newSearch } from '../../src/runtime/decoding/new-search.js';
 import { camelCase } from '../../src/runtime/decoding/foreign-options.js';
 import { optionsOf } from '../../src/runtime/decoding/options.js';
+import { best } from '../../src/runtime/decoding/score-rows.js';
+import { newWarpers } from '../../src/runtime/decoding/warpers.js';
 import { drawSeveral, nextWord, stream, uniform } from '../../src/runtime/decoding/rng.js';
 import type { State } from '../../src/runtime/decoding/rng.js';
 
@@ -104,6 +106,55 @@ function several<T>(step: (state: State) => [T, State], state: State, count: num
     return value;
   });
 }
+
+interface Large {
+  readonly row: { vocab_size: number; scale: number; seed: number; best: number[] };
+  readonly cases: {
+    options: Readonly<Record<string, unknown>>;
+    kept: number;
+    sum: number;
+    tokens: number[];
+  }[];
+}
+
+const large = read<Large>('large');
+
+/** A row of random scores, the same as in Python. */
+function largeRow({ vocab_size, scale, seed }: Large['row']): Float32Array<ArrayBuffer> {
+  const numbers = several(uniform, stream(seed, 0), 3 * vocab_size);
+  return Float32Array.from({ length: vocab_size }, (_, n) => {
+    const [u, v, w] = numbers.slice(3 * n, 3 * n + 3) as [number, number, number];
+    return (u + v + w - 1.5) * scale;
+  });
+}
+
+test('the best of many tokens are those of Python', () => {
+  expect(best(largeRow(large.row), large.row.best.length)).toEqual(large.row.best);
+});
+
+test.each(large.cases.map(one => [JSON.stringify(one.options), one] as const))(
+  'of many tokens %s keeps and samples those of Python',
+  (_, { options: given, kept, sum, tokens }) => {
+    const row = largeRow(large.row);
+    const pairs = Object.entries(given).map(([name, value]) => [camelCase(name), value]);
+    const options = optionsOf(Object.fromEntries(pairs));
+    let scores = Float32Array.from(row);
+    for (const warper of newWarpers(options, 1)) scores = warper(scores);
+    const left = [...scores.keys()].filter(at => scores[at]! > -Infinity);
+    expect([left.length, left.reduce((a, b) => a + b, 0)]).toEqual([kept, sum]);
+    const search = newSearch(options, {
+      promptIds: [1],
+      processorsSeePrompt: true,
+      stopTokenIds: new Set([0]),
+      maxNewTokens: 1,
+      vocabSize: row.length,
+      mask: null,
+      isStopped: null,
+    });
+    search.choose([row]);
+    expect(search.results().map(one => one.tokens[0])).toEqual(tokens);
+  },
+);
 
 test('the random stream is that of Python', () => {
   const random = read<Random>('random');

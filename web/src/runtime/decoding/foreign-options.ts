@@ -61,8 +61,6 @@ const SAME: Readonly<Record<string, string>> = {
 
 /** Name there → what to do here. */
 const OTHERWISE: Readonly<Record<string, string>> = {
-  presence_penalty: 'repetitionPenalty makes what was said less likely',
-  frequency_penalty: 'repetitionPenalty makes what was said less likely',
   repeat_last_n: 'repetitionPenalty looks at the whole text',
   penalize_nl: 'leave it out',
   use_beam_search: 'give numBeams: 2 or more',

@@ -41,6 +41,10 @@ export interface DecodingOptions {
   encoderRepetitionPenalty?: number | null;
   /** Above 1 makes tokens that occurred less likely. */
   repetitionPenalty?: number | null;
+  /** Number to subtract from the score of each token that the answer has, as in OpenAI's API. */
+  presencePenalty?: number | null;
+  /** Number to subtract from the score of a token for each time that the answer has it. */
+  frequencyPenalty?: number | null;
   /** Length in tokens of sequences that may not occur twice; 0 allows all. */
   noRepeatNgramSize?: number | null;
   /** Length in tokens of sequences of the prompt that may not occur in the answer; 0 allows all. */

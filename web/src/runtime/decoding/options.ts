@@ -35,6 +35,8 @@ export const DEFAULTS = {
   sequenceBias: list<readonly [values.TokenIds, number]>(),
   encoderRepetitionPenalty: 1 as number,
   repetitionPenalty: 1 as number,
+  presencePenalty: 0 as number,
+  frequencyPenalty: 0 as number,
   noRepeatNgramSize: 0 as number,
   encoderNoRepeatNgramSize: 0 as number,
   badWordsIds: list<values.TokenIds>(),
@@ -61,6 +63,9 @@ export const DEFAULTS = {
 type Name = keyof GenerationOptions;
 type Given = Readonly<Record<string, unknown>>;
 
+/** The options of generation_config.json, whose names are in snake case. */
+export type Defaults = Readonly<Record<string, unknown>>;
+
 const NOTHING: GenerationOptions = { ...DEFAULTS, topK: 0 }; // null does nothing: not the default
 
 // Options that mean something only when tokens are drawn, and only with several beams.
@@ -79,6 +84,7 @@ const BEAMS: readonly Name[] = ['earlyStopping', 'lengthPenalty'];
 
 const positive = values.numberIn('a number above 0', 1.2, n => n > 1e-30 && n < 1e30);
 const part = values.numberIn('a number above 0 and at most 1', 0.9, n => n > 0 && n <= 1);
+const subtracted = values.numberIn('a number from -2 to 2', 0.5, n => n >= -2 && n <= 2);
 const cutoff = values.numberIn('a number from 0 to below 1', 3e-4, n => n >= 0 && n < 1);
 
 const CHECKS: { readonly [name in Name]: values.Check<GenerationOptions[name]> } = {
@@ -96,6 +102,8 @@ const CHECKS: { readonly [name in Name]: values.Check<GenerationOptions[name]> }
   sequenceBias: values.sequenceBias,
   encoderRepetitionPenalty: positive,
   repetitionPenalty: positive,
+  presencePenalty: subtracted,
+  frequencyPenalty: subtracted,
   noRepeatNgramSize: values.atLeast(0),
   encoderNoRepeatNgramSize: values.atLeast(0),
   badWordsIds: values.tokenSequences,
@@ -143,16 +151,19 @@ export type OnLeftOut = (message: string) => void;
  * given as null is the value that does nothing, whatever the default. A default that is not
  * supported is left out, and `onLeftOut` is told: the call did not ask for it.
  *
+ * `others` are the names of the call's other options, for errors.
+ *
  * `checkDefault` is called with the name and value of a default; it throws OptionError where the
  * model does not support it. Throws OptionError as `optionsOf` does.
  */
 export function merged(
-  defaults: Given,
+  defaults: Defaults,
   given: Given,
   checkDefault: (name: Name, value: unknown) => void = () => {},
   onLeftOut: OnLeftOut = () => {},
+  others: readonly string[] = [],
 ): GenerationOptions {
-  const wanted = normalized(withoutRefused(given));
+  const wanted = normalized(withoutRefused(given, others));
   const asked: Record<string, unknown> = {};
   const wrong = new Map<string, string>();
   for (const [python, value] of Object.entries(defaults)) {
@@ -199,11 +210,11 @@ export function minNewTokensAfter(options: GenerationOptions, promptTokens: numb
  * Select the options of a call that are given. Throws OptionError for unknown names, and for what
  * is refused.
  */
-function withoutRefused(given: Given): Given {
+function withoutRefused(given: Given, others: readonly string[] = []): Given {
   const entries = Object.entries(given).filter(([, value]) => value !== undefined);
   const isRefused = (name: string) => Object.hasOwn(REFUSED, snakeCase(name));
   const unknown = entries.map(([name]) => name).filter(name => !isName(name) && !isRefused(name));
-  if (unknown.length) throw unknownOption(unknown, NAMES);
+  if (unknown.length) throw unknownOption(unknown, [...NAMES, ...others]);
   for (const [name, value] of entries) refuse(snakeCase(name), name, value);
   return Object.fromEntries(entries.filter(([name]) => isName(name)));
 }

@@ -99,6 +99,9 @@ export function newProcessors(options: GenerationOptions, facts: ProcessorFacts)
     penalizedPrompt(1 / o.encoderRepetitionPenalty, below(prompt)),
   );
   add(o.repetitionPenalty !== 1, () => penalized(o.repetitionPenalty, vocabSize));
+  add(o.presencePenalty || o.frequencyPenalty, () =>
+    penalizedAnswer(o.presencePenalty, o.frequencyPenalty),
+  );
   add(o.noRepeatNgramSize, () => noRepeatedNgrams(o.noRepeatNgramSize));
   add(o.encoderNoRepeatNgramSize, () => noNgramsOf(prompt, o.encoderNoRepeatNgramSize));
   add(o.badWordsIds.length, () => biased(forbiddenWords(o, stopTokenIds)));
@@ -158,6 +161,20 @@ export function penalized(penalty: number, vocabSize: number): Processor {
 export function penalizedPrompt(penalty: number, prompt: readonly number[]): Processor {
   const factor = fround(penalty);
   return scores => penalize(scores, prompt, factor);
+}
+
+/**
+ * Subtract `presence` from the score of each new token so far, and `frequency` for each time, as in
+ * OpenAI's API.
+ */
+export function penalizedAnswer(presence: number, frequency: number): Processor {
+  const [once, each] = [fround(presence), fround(frequency)];
+  return (scores, { tokens }) => {
+    const counts = new Map<number, number>();
+    for (const token of tokens) counts.set(token, (counts.get(token) ?? 0) + 1);
+    for (const [token, count] of counts) scores[token]! -= fround(fround(count * each) + once);
+    return scores;
+  };
 }
 
 function penalize(scores: Scores, ids: readonly number[], factor: number): Scores {

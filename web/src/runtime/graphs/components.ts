@@ -13,7 +13,7 @@ import { goldenImage } from '../golden.js';
 import type { EncodedImage } from '../images/features.js';
 import type { Rgb } from '../images/reading.js';
 import { nextTask } from '../tasks.js';
-import { type Decoder, decoderOf } from './decoder.js';
+import { type Decoder, decoderOf, scalesByCall } from './decoder.js';
 import { checkIds, tableRows } from './embedding.js';
 import { IMAGE, type ProcessedImage, optionFeeds, processImage } from './image-processor.js';
 import { POSITIONS, type Positions, computed, counted } from './positions.js';
@@ -63,9 +63,10 @@ export class Components {
     readonly choice: Choice,
     private readonly sessions: ReadonlyMap<string, Session>,
     private readonly embeddingRows: number,
+    rowByRow: boolean,
     private readonly textOf: (token: number) => string | undefined,
   ) {
-    this.decoder = decoderOf(this.session(DECODER), manifest.cache, DECODER);
+    this.decoder = decoderOf(this.session(DECODER), manifest.cache, DECODER, rowByRow);
     const names = this.session(IMAGE).inputMetadata.map(one => one.name);
     const stray = Object.keys(manifest.image_options ?? {}).find(name => !names.includes(name));
     if (stray !== undefined) {
@@ -94,15 +95,17 @@ export class Components {
     const { manifest } = files;
     const sessions = new Map<string, Session>();
     let rows = Math.max(manifest.dims.vocab_size, manifest.prompt.image_token_id + 1);
+    let rowByRow = false;
     const onBytes = (name: string, model: Uint8Array) => {
       if (name === EMBED) rows = tableRows(model, 'input_ids') ?? rows;
+      if (name === DECODER) rowByRow = scalesByCall(model);
       onOpen(name);
     };
     try {
       for (const { name, paths } of graphFiles(manifest, choice)) {
         sessions.set(name, await openGraph(runtime, files, name, paths, onBytes));
       }
-      return new Components(runtime, manifest, choice, sessions, rows, textOf);
+      return new Components(runtime, manifest, choice, sessions, rows, rowByRow, textOf);
     } catch (error) {
       await releaseAll(sessions);
       throw error;
@@ -205,13 +208,14 @@ export class Components {
   }
 
   /**
-   * Look up rows of the embedding table: a tensor [1, S, D], on the device.
+   * Look up rows of the embedding table: a tensor [B, S, D], on the device. `dims` is [B, S]
+   * (default [1, S]).
    *
    * Throws PromptError for an id outside it.
    */
-  async embed(ids: readonly number[]): Promise<Tensor> {
+  async embed(ids: readonly number[], dims: readonly number[] = [1, ids.length]): Promise<Tensor> {
     this.checkIds(ids);
-    const input_ids = this.tensor('int64', BigInt64Array.from(ids, BigInt), [1, ids.length]);
+    const input_ids = this.tensor('int64', BigInt64Array.from(ids, BigInt), dims);
     try {
       const { inputs_embeds } = await this.run(EMBED, { input_ids });
       if (inputs_embeds !== undefined) return inputs_embeds;

@@ -22,10 +22,17 @@ export interface Decoder {
   readonly ports: readonly CachePort[];
   readonly inputs: ReadonlySet<string>;
   readonly positionsRank: number; // 2: [B, S]; 3: [3, B, S]
+  /** Whether rows are run one by one, because a row's logits would depend on the other rows. */
+  readonly rowByRow: boolean;
 }
 
 /** Pair cache inputs and outputs by name. Throws BundleError where one has no match. */
-export function decoderOf(session: Session, cache: Manifest['cache'], where: string): Decoder {
+export function decoderOf(
+  session: Session,
+  cache: Manifest['cache'],
+  where: string,
+  rowByRow: boolean,
+): Decoder {
   const again = 'export the bundle again';
   const { past, present } = cache;
   const outputs = new Set(session.outputNames);
@@ -54,7 +61,22 @@ export function decoderOf(session: Session, cache: Manifest['cache'], where: str
     ports,
     inputs,
     positionsRank: positions?.isTensor ? positions.shape.length : 2,
+    rowByRow,
   };
+}
+
+const SCALED = new TextEncoder().encode('DynamicQuantizeLinear');
+
+/**
+ * Whether a graph rounds activations by one scale for all rows of a call (8-bit ones do). The
+ * operator's name is searched in the graph's bytes.
+ */
+export function scalesByCall(model: Uint8Array): boolean {
+  const isHere = (at: number) => SCALED.every((byte, i) => model[at + i] === byte);
+  for (let at = model.indexOf(SCALED[0]!); at >= 0; at = model.indexOf(SCALED[0]!, at + 1)) {
+    if (isHere(at)) return true;
+  }
+  return false;
 }
 
 const isSize = (size: unknown): size is number => typeof size === 'number' && size > 0;

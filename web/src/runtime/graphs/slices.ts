@@ -65,6 +65,24 @@ export function firstOfAxis(
   return new ort.Tensor(type, cut, dims.with(axis, length));
 }
 
+/** Copy some indices of the first axis to a new tensor, in the order given. */
+export function gathered(
+  ort: Ort,
+  { type, data, dims }: Tensor,
+  indices: readonly number[],
+): Tensor {
+  const inner = dims.slice(1).reduce((a, b) => a * b, 1);
+  const numbers = data as Numbers;
+  const rows = new (numbers.constructor as { new (length: number): Numbers })(
+    indices.length * inner,
+  );
+  indices.forEach((index, i) => {
+    const row = numbers.subarray(index * inner, (index + 1) * inner);
+    (rows as Uint8Array).set(row as Uint8Array, i * inner);
+  });
+  return new ort.Tensor(type, rows, dims.with(0, indices.length));
+}
+
 const ARRAYS: Readonly<Record<string, { new (length: number): TensorData }>> = {
   int64: BigInt64Array,
   int32: Int32Array,
