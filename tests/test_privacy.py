@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -116,6 +118,50 @@ def test_the_demo_calls_nobody(tmp_path: Path, tiny_bundle: Path) -> None:
             watchdog.cancel()
     assert process.returncode == 0
     assert files_below(home) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_the_server_calls_nobody(tmp_path: Path, tiny_bundle: Path, picture: Path) -> None:
+    """It answers, and refuses to fetch; the engine's thread opens no socket either."""
+    home = tmp_path / "home"
+    home.mkdir()
+    arguments = ("-m", "vlmport", "serve", f"tiny={tiny_bundle}", "--port", "0")
+    said = tmp_path / "stderr"
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(
+            command_of("loopback", *arguments),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=empty_home(home),
+        ) as process,
+    ):
+        assert process.stdout is not None
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        try:
+            address = process.stdout.readline().strip()
+            assert urlsplit(address).hostname == "127.0.0.1", said.read_text()
+            assert "caption" in json.loads(posted(address, picture.read_bytes(), "image/png"))
+            asked = json.dumps({"image": "https://example.com/a.png"}).encode()
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                posted(address, asked, "application/json")
+            with refused.value as answer:
+                assert json.load(answer)["error"]["code"] == "image.url-not-allowed"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            watchdog.cancel()
+    assert process.returncode == 0, said.read_text()
+    assert files_below(home) == []
+
+
+def posted(address: str, body: bytes, kind: str) -> bytes:
+    """What the server answers to a body at /caption."""
+    request = urllib.request.Request(f"{address}/caption", body, {"content-type": kind})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
 
 
 @pytest.mark.parametrize("chosen", ["0", "1"])
