@@ -167,6 +167,8 @@ def test_a_model_that_is_exported_loads_no_exporter() -> None:
     modules = loaded_by("import vlmport; vlmport.load")
     assert "vlmport.runtime.model" in modules
     assert not {"onnx", "onnxscript", "vlmport.exporter", "vlmport.families"} & modules
+    # To read a checkpoint, and to fetch from an address: neither is needed to run a bundle.
+    assert not {"vlmport.checkpoint.weights", "ml_dtypes", "ssl", "http.client"} & modules
 
 
 def test_import_vlmport_is_instant() -> None:

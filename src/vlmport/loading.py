@@ -16,8 +16,7 @@ from vlmport.bundle import DEFAULT_PRECISIONS, MANIFEST, SUFFIXES, Bundle, is_bu
 from vlmport.bundle.cache import cache_folder, entry_name, open_entry, prune
 from vlmport.bundle.downloads import check_once
 from vlmport.bundle.precisions import canonical, split_precisions
-from vlmport.checkpoint import locate_adapter
-from vlmport.checkpoint.source import fetch_files, find_folder
+from vlmport.checkpoint.source import fetch_files, find_folder, locate_adapter
 from vlmport.errors import BundleError, OptionError, did_you_mean
 from vlmport.runtime.engines.tuned import find_tuning
 from vlmport.runtime.graphs.devices import choose_forms, parse_engines

@@ -14,7 +14,6 @@ import os
 import re
 from pathlib import PurePath
 from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 from vlmport.errors import ImageError, cut, quoted
 
@@ -73,6 +72,8 @@ def path_of(address: str) -> str:
             hint="begin a path on this machine with three slashes: file:///home/…",
             code="image.file-elsewhere",
         )
+    from urllib.request import url2pathname  # it imports ssl and http: 30 ms
+
     return url2pathname(parts.path)
 
 
