@@ -15,8 +15,10 @@ export function argmax(scores: Float32Array): number {
   let top = scores[0]!;
   for (let i = 0; i < scores.length; i++) {
     const score = scores[i]!;
-    if (score > top) [at, top] = [i, score];
-    else if (score !== score) return i;
+    if (score > top) {
+      at = i;
+      top = score;
+    } else if (score !== score) return i;
   }
   return at;
 }

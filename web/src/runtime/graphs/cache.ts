@@ -324,6 +324,8 @@ class BufferCache extends KeyValueCache {
     const free = new Set(sources.keys());
     const places = sources.map(source => (free.delete(source) ? source : -1));
     while (this.all.length < sources.length) this.all.push(this.create());
+    this.used = sources.length;
+    if (!free.size) return places;
     const encoder = this.gpu.createCommandEncoder();
     sources.forEach((source, i) => {
       if (places[i] !== -1) return;
@@ -335,7 +337,6 @@ class BufferCache extends KeyValueCache {
       places[i] = target;
     });
     this.gpu.queue.submit([encoder.finish()]);
-    this.used = sources.length;
     return places;
   }
 
