@@ -17,6 +17,8 @@ const samples = import.meta.glob<string>('../../examples/*.png', {
   query: '?url',
   import: 'default',
 });
+// One text, which is shown as it is written, also where the model's own defaults are beams.
+const ONE = { numBeams: 1, numReturnSequences: 1 } as const;
 const SHOWN = ['red_square', 'yellow_circle', 'green_triangle', 'red_circle'];
 
 let vlm: Promise<VLM> | null = null;
@@ -59,7 +61,7 @@ async function write(source: Blob | string): Promise<void> {
   view.showImage(source);
   await follow((ready, signal) => {
     view.beginCaption();
-    return ready.stream(source, { signal });
+    return ready.stream(source, { ...ONE, signal });
   });
 }
 
@@ -69,7 +71,7 @@ async function ask(question: string): Promise<void> {
     chat ??= ready.conversation();
     const isNew = chat.messages.length === 0 && image !== null;
     view.beginAnswer(question);
-    return chat.stream(question, { images: isNew ? [image!] : [], signal });
+    return chat.stream(question, { images: isNew ? [image!] : [], ...ONE, signal });
   });
 }
 

@@ -4,7 +4,9 @@ import { readFileSync } from 'node:fs';
 import { expect, test } from 'vitest';
 import { VlmportError } from '../../src/errors.js';
 import { REFUSED, camelCase, snakeCase } from '../../src/runtime/decoding/foreign-options.js';
+import type { DecodingOptions } from '../../src/runtime/decoding/generate-options.js';
 import { DEFAULTS, merged, optionsOf } from '../../src/runtime/decoding/options.js';
+import type { GenerationOptions } from '../../src/runtime/decoding/options.js';
 
 type Options = Readonly<Record<string, unknown>>;
 
@@ -45,6 +47,15 @@ test.each(cases.map(one => [JSON.stringify([one.defaults, one.given]), one] as c
     });
   },
 );
+
+type Missing = Exclude<keyof GenerationOptions, keyof DecodingOptions>;
+type Extra = Exclude<keyof DecodingOptions, keyof GenerationOptions>;
+
+test('the type of a call has all options, and no others', () => {
+  const differing: (Missing | Extra)[] = []; // its type is never[], or tsc says which differ
+  const none: never[] = differing;
+  expect(none).toEqual([]);
+});
 
 test('names have the same options in both forms', () => {
   const names = Object.keys(DEFAULTS);
