@@ -120,7 +120,9 @@ ALLOWED = {
         "errors", "bundle", "text", "checkpoint", "families", "runtime", "builtin", "loading",
     },
     "runtime": {"errors", "files", "bundle", "text"},
-    "serve": {"errors", "signals", "bundle", "demo", "runtime", "loading", "__version__"},
+    "serve": {
+        "errors", "signals", "builtin", "bundle", "demo", "runtime", "loading", "__version__",
+    },
     "signals.py": set(),
     "text": {"errors", "files"},
 }  # fmt: skip

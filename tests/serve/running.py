@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -27,9 +27,15 @@ class Running:
     url: str
     log: io.StringIO
     key: str
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, **options)
+        """A client, closed with the server: its open connections would be warned of."""
+        client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, **options
+        )
+        self.clients.append(client)
+        return client
 
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60)
@@ -50,7 +56,10 @@ def running(
         until = time.monotonic() + 30
         while not server.started and time.monotonic() < until:
             time.sleep(0.01)
-        yield Running(server, server.url, log, next(iter(given.api_keys), "none"))
+        one = Running(server, server.url, log, next(iter(given.api_keys), "none"))
+        yield one
+        for client in one.clients:
+            client.close()
     finally:
         server.drain()
         thread.join(30)

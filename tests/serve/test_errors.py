@@ -34,6 +34,7 @@ def refused(server: Running, body: Any, status: int, code: str, param: str | Non
     [
         ({"temprature": 1}, "server.unknown-field", "temprature"),
         ({"functions": []}, "server.unknown-field", "functions"),
+        ({"reasoning_effort": "low"}, "server.unknown-field", "reasoning_effort"),
         ({"temperature": 3}, "server.wrong-value", "temperature"),
         ({"temperature": "hot"}, "server.wrong-value", "temperature"),
         ({"top_p": float("nan")}, "server.wrong-value", "top_p"),
@@ -104,6 +105,19 @@ def test_fields_without_effect_are_taken(server: Running, red_square: str) -> No
     assert answers[0] == answers[1]
 
 
+def test_null_is_no_value(server: Running, red_square: str) -> None:
+    """Clients send fields that they have not set."""
+    from vlmport.serve.schemas import ChatRequest
+
+    nothing = dict.fromkeys(set(ChatRequest.model_fields) - {"model", "messages"})
+    body = {"model": MODEL, "messages": question(red_square)}
+    with server.http() as client:
+        plain, full = (
+            client.post("/v1/chat/completions", json=one).json() for one in (body, nothing | body)
+        )
+    assert full["choices"] == plain["choices"]
+
+
 def test_paths_and_methods(server: Running) -> None:
     with server.http() as client:
         for method, path, status, code in (
@@ -133,6 +147,10 @@ def test_requests_have_ids_and_the_log_has_no_content(server: Running, red_squar
     lines = [json.loads(line) for line in server.log.getvalue().splitlines()]
     assert any(one["request_id"] == "mine-1" and one["path"] == "/health" for one in lines)
     assert all(one["status"] and one["method"] for one in lines if one["event"] == "request")
+    last = [one for one in lines if one["path"] == "/v1/chat/completions"][-1]
+    assert last["model"] == MODEL
+    assert last["image_tokens"] > 0
+    assert last["new_tokens"] > 0
     assert "secret" not in server.log.getvalue()
     assert "base64" not in server.log.getvalue()
 

@@ -149,7 +149,7 @@ def test_a_conversation(server: Running, red_square: str) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
-        ({"previous_response_id": "resp-1"}, "server.wrong-value", "previous_response_id"),
+        ({"previous_response_id": "resp-1"}, "server.unknown-field", "previous_response_id"),
         ({"background": True}, "server.wrong-value", "background"),
         ({"frequency_penalty": 1}, "server.unknown-field", "frequency_penalty"),
         ({"tools": [{"type": "web_search"}]}, "server.wrong-value", "tools[0].type"),

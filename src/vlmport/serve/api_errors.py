@@ -165,6 +165,13 @@ def of_validation(error: ValidationError) -> RequestError:
             code="server.unknown-field",
             param=param,
         )
+    if problem["type"] == "none_required":
+        return RequestError(
+            f"{param} is not supported",
+            hint="leave it out; docs/serving.md lists the known fields",
+            code="server.unknown-field",
+            param=param,
+        )
     given = "" if problem["type"] == "missing" else f", got {quoted(problem['input'], 60)}"
     return RequestError(
         f"{param or 'the body'}: {problem['msg']}{given}",

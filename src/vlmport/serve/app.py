@@ -67,8 +67,6 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if settings.preload:
-            await models.preload()
         yield
         await models.close(0)
         remote.close()
@@ -190,6 +188,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         body = await read_json(request, ChatRequest)
         request.state.logged = {"model": body.model, "stream": bool(body.stream)}
         started = await chat.start(body, service)
+        request.state.job = started.job
         if body.stream:
             return event_stream(await chat.open_stream(started, request))
         return JSONResponse(await chat.complete(started, request))
@@ -202,6 +201,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         body = await read_json(request, ResponsesRequest)
         request.state.logged = {"model": body.model, "stream": bool(body.stream)}
         reply = await responses.start(body, service)
+        request.state.job = reply.started.job
         if body.stream:
             return event_stream(await responses.open_stream(reply, request))
         return JSONResponse(await responses.complete(reply, request))

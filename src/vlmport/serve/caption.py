@@ -88,7 +88,7 @@ async def caption(request: Request, service: Service) -> dict[str, Any]:
     name = options.model or service.models.default
     request.state.logged = {"model": name}
     async with service.models.lease(name) as model:
-        job = await _submit(model, image, options)
+        job = request.state.job = await _submit(model, image, options)
     (found,) = await responses([job], request)
     if isinstance(found, VlmportError):
         raise found
@@ -162,11 +162,16 @@ async def _several(
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]
             jobs: list[Job | VlmportError] = []
-            for file in batch:
-                if isinstance(file.image, VlmportError):
-                    jobs.append(file.image)
-                else:
-                    jobs.append(await _submit(model, file.image, options))
+            try:
+                for file in batch:
+                    image = file.image
+                    is_bad = isinstance(image, VlmportError)
+                    jobs.append(image if is_bad else await _submit(model, image, options))
+            except BaseException:  # the queue is full, or the options are wrong
+                for job in jobs:
+                    if isinstance(job, Job):
+                        job.cancel()
+                raise
             found = iter(await responses([j for j in jobs if isinstance(j, Job)], request))
             for file, job in zip(batch, jobs, strict=True):
                 result = next(found) if isinstance(job, Job) else job

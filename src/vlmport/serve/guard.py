@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlmport.errors import VlmportError
+from vlmport.runtime.scheduling import Job
 from vlmport.serve.api_errors import RequestError, defect, response_of, status_of
 from vlmport.serve.log import Log
 from vlmport.serve.metrics import Metrics
@@ -113,7 +114,14 @@ class Watcher:
             received=exchange.received,
             sent=exchange.sent,
             **scope["state"].get("logged", {}),
+            **_tokens(scope["state"].get("job")),
         )
+
+
+def _tokens(job: Job | None) -> dict[str, int]:
+    """Count the tokens of a request's job, if it has one that made any."""
+    ended = None if job is None else job.ended
+    return {} if ended is None or ended.response is None else dict(ended.response.counts)
 
 
 class Guard:

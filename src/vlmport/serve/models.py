@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmport import __version__
+from vlmport.builtin import builtin_folder, builtin_models
 from vlmport.bundle import MANIFEST
-from vlmport.errors import OptionError, ServerError, did_you_mean, some_names
+from vlmport.errors import OptionError, ServerError, SourceError, did_you_mean, some_names
 from vlmport.loading import load as load_source
 from vlmport.runtime.model import VLM
 from vlmport.runtime.scheduling import Event, Finished, Job, Scheduler
@@ -28,6 +30,7 @@ from vlmport.serve.settings import Settings
 
 Load = Callable[[str], VLM]
 Watch = Callable[[str, Job], None]
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class OpenModel:
@@ -232,7 +235,7 @@ class Models:
 def names_of(sources: Sequence[str]) -> dict[str, str]:
     """Name the models for the API: NAME=SRC, or the last part of a path, or the source itself.
 
-    Raises OptionError where two have the same name.
+    Raises OptionError where two have the same name, SourceError for what can't be a model.
     """
     named: dict[str, str] = {}
     for given in sources:
@@ -240,6 +243,7 @@ def names_of(sources: Sequence[str]) -> dict[str, str]:
         if not is_named or Path(given).exists():
             source = given
             name = Path(given).resolve().name if Path(given).exists() else given
+        _check_source(source)
         if name in named:
             raise OptionError(
                 f"two models have the name {name!r}",
@@ -248,3 +252,14 @@ def names_of(sources: Sequence[str]) -> dict[str, str]:
             )
         named[name] = source
     return named
+
+
+def _check_source(source: str) -> None:
+    """Raise SourceError for a misspelled name: a model is opened at its first use only."""
+    is_known = builtin_folder(source) is not None or Path(source).expanduser().exists()
+    if not is_known and not HUB_ID.fullmatch(source):
+        raise SourceError(
+            f"{source}: no such folder, and no Hub id{did_you_mean(source, builtin_models())}",
+            hint="check the path; `vlmport models` lists the built-in names",
+            code="source.not-found",
+        )

@@ -193,7 +193,19 @@ class NoEffect(Body):
     parallel_tool_calls: bool | None = None
 
 
-class ChatRequest(OwnOptions, NoEffect):
+class NotSupported(Body):
+    """Fields of OpenAI's API that are not supported, and that clients may send as null."""
+
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class ChatRequest(OwnOptions, NoEffect, NotSupported):
     """The body of POST /v1/chat/completions."""
 
     model: str

@@ -67,7 +67,10 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def serve_until_asked(self) -> None:
-        """Serve until a signal, or a call of `drain`."""
+        """Serve until a signal, or a call of `drain`.
+
+        Raises what `vlmport.load` raises where models are opened at the start.
+        """
         AppStatus.disable_automatic_graceful_drain()  # streams end with their jobs, not before
         logger = logging.getLogger("uvicorn")
         handler = UvicornHandler(self.log)
@@ -82,6 +85,8 @@ class Server(uvicorn.Server):
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         with signals.calling(self.drain):
+            if self.settings.preload:
+                await self.app.state.service.models.preload()
             await self.serve(sockets=[self.socket])
 
     def drain(self, number: int | None = None) -> None:
