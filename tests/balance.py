@@ -39,6 +39,8 @@ LONG = (
     "tests/serve/test_responses.py",
     "tests/serve/test_errors.py",
     "tests/serve/test_caption.py",
+    "tests/runtime/scheduling/test_prefixes.py",
+    "tests/runtime/scheduling/test_load.py",
     "tests/checkpoint/test_source.py",
     "tests/test_loading.py",
     "tests/exporter/test_packing.py",

@@ -37,6 +37,9 @@ def ask(scheduler: Scheduler, messages: list[Any], images: Any = (), **options: 
 
 
 def whole_blocks(tokens: int) -> int:
+    """Tokens of a prompt of the toy, of one chunk, that are reused when it is asked again."""
+    if tokens % 16 == 1:  # its last token is alone in a tile of the attention
+        return 0
     return (tokens - 2) // BLOCK * BLOCK
 
 
@@ -55,7 +58,7 @@ def test_a_second_question_about_an_image(scheduler: Scheduler) -> None:
 
 
 def test_the_same_prompt_again(scheduler: Scheduler) -> None:
-    for words in range(1, 20):  # prompts of all lengths past a block's end
+    for words in range(1, 40):  # prompts of all lengths past a block's end
         first = ask(scheduler, question("or " * words))
         again = ask(scheduler, question("or " * words), do_sample=True, seed=1)
         tokens = first.counts["prompt_tokens"]
@@ -110,19 +113,19 @@ def test_without_a_budget_nothing_is_kept(model: VLM) -> None:
 
 def test_the_least_recently_used_goes_first(model: VLM) -> None:
     with Scheduler(model) as scheduler:
-        ask(scheduler, question("or " * 40))
+        ask(scheduler, question("or " * 39))
         size = scheduler.stats().cache_bytes
     with Scheduler(model, cache_bytes=2 * size) as scheduler:
         words = ["or ", "ab ", "ba "]
-        ask(scheduler, question(words[0] * 40))
-        ask(scheduler, question(words[1] * 40))
-        whole = ask(scheduler, question(words[0] * 40)).counts["cached_tokens"]
+        ask(scheduler, question(words[0] * 39))
+        ask(scheduler, question(words[1] * 39))
+        whole = ask(scheduler, question(words[0] * 39)).counts["cached_tokens"]
         assert whole > 3 * BLOCK
-        ask(scheduler, question(words[2] * 40))
+        ask(scheduler, question(words[2] * 39))
         assert scheduler.stats().cache_bytes <= 2 * size
-        assert ask(scheduler, question(words[0] * 40)).counts["cached_tokens"] == whole
+        assert ask(scheduler, question(words[0] * 39)).counts["cached_tokens"] == whole
         # The end of the oldest goes first, so what is left of it can still be used.
-        assert 0 < ask(scheduler, question(words[1] * 40)).counts["cached_tokens"] < whole - BLOCK
+        assert 0 < ask(scheduler, question(words[1] * 39)).counts["cached_tokens"] < whole - BLOCK
 
 
 @pytest.mark.parametrize("precision", SUFFIXES)
@@ -141,7 +144,7 @@ def test_reuse_changes_no_number(built_in: Callable[[str], Bundle], precision: s
             prompt = response.counts["prompt_tokens"]
     assert cached[0] == 0
     if precision in ("fp32", "q4"):
-        assert cached[3] == whole_blocks(prompt)
+        assert cached[3] == (prompt - 2) // BLOCK * BLOCK
     else:
         assert cached[3] == (prompt - CHUNK // 2 - 1) // CHUNK * CHUNK > 0
         assert all(tokens % CHUNK == 0 for tokens in cached)

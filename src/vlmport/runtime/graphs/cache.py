@@ -20,7 +20,7 @@ Traps:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,6 @@ import onnxruntime as ort
 
 from vlmport.errors import BundleError, DeviceError, PromptError
 from vlmport.runtime.graphs.decoder import Decoder
-from vlmport.runtime.graphs.devices import CPU
 from vlmport.runtime.graphs.sessions import ORT_ERRORS, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class KeyValueCache:
         self.lengths = [0] * rows
         self.rope_deltas = [0] * rows
         self.buffers = [port.empty(rows, self.capacity) for port in decoder.ports]
-        self.on_host = decoder.session.get_providers()[0] == CPU
+        self.on_host = decoder.on_host
         self._in_float32 = decoder.logits_dtype == np.float32
         self._steps: dict[tuple[int, int], _BoundStep] = {}  # by first row and number
 
@@ -216,35 +215,17 @@ class KeyValueCache:
 
         Raises PromptError beyond the context, before anything runs.
         """
-        logits = np.empty((0, 0), np.float32)
-        for chunk in self.prefill_chunks(row, embeds, positions, keep=keep):
-            logits = chunk
-        return logits
-
-    def prefill_chunks(
-        self,
-        row: int,
-        embeds: Float[np.ndarray, "S D"],
-        positions: Int64[np.ndarray, "... S"] | None = None,
-        *,
-        keep: int = 1,
-    ) -> Iterator[Float32[np.ndarray, "n V"]]:
-        """Prefill as `prefill` does, and yield the logits of each chunk after it ran.
-
-        The row's length grows chunk by chunk. Other rows may run between two chunks.
-
-        Raises PromptError beyond the context, before anything runs.
-        """
         S, past = len(embeds), self.lengths[row]
         self.reserve(past + S)
         if positions is None:
             positions = np.arange(past, past + S) + self.rope_deltas[row]
         assert positions is not None
+        logits = np.empty((1, 0, 0), np.float32)
         for start, stop in itertools.pairwise(self.cuts(S, keep)):
             part = slice(start, stop)
             logits = self._append(row, past + start, embeds[part], positions[..., part], keep)
-            self.lengths[row] = past + stop
-            yield logits[0, -keep:].astype(np.float32, copy=False)
+        self.lengths[row] = past + S
+        return logits[0, -keep:].astype(np.float32, copy=False)
 
     def cuts(self, S: int, keep: int = 1) -> list[int]:
         """Return the starts of a prompt's chunks, and S; the last has at least half a CHUNK."""

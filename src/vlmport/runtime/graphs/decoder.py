@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from vlmport.bundle import CacheLayout
 from vlmport.errors import BundleError, quoted
+from vlmport.runtime.graphs.devices import CPU
 from vlmport.runtime.graphs.sessions import DTYPES
 
 # More than any model has: memory of the sizes in a graph is allocated before it runs.
@@ -45,6 +46,37 @@ class Decoder:
     logits_dtype: np.dtype
     positions_rank: int  # 2: [B, S]; 3: [3, B, S], positions in time, height and width
     row_by_row: bool = False  # step rows one by one: a row's logits would depend on the other rows
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it runs on the CPU."""
+        return self.session.get_providers()[0] == CPU
+
+    @property
+    def token_bytes(self) -> int:
+        """Size of a token's keys and values in the cache."""
+        return sum(port.heads * port.head_dim * port.dtype.itemsize for port in self.ports)
+
+    @property
+    def rounds_by_call(self) -> bool:
+        """Whether a token's numbers depend on the other tokens of its call.
+
+        Activations are scaled by call, or float16 rounds otherwise in another call. In other
+        decoders a token has the same numbers in every call, unless it is alone in a tile of the
+        attention (`attention_tile`).
+        """
+        return self.row_by_row or any(port.dtype == np.float16 for port in self.ports)
+
+    @property
+    def attention_tile(self) -> int:
+        """A divisor of the number of tokens that attention computes together.
+
+        The last of n tokens is alone in its tile where n % attention_tile may be 1. ONNX Runtime
+        multiplies a single row by other code, whose last bits differ. Its tiles have 2 * head_dim
+        tokens, or a smaller power of two where the processor's L2 cache is small.
+        Source: onnxruntime 1.31, gqa_attention_base.h (flash attention on the CPU).
+        """
+        return 16 if any(2 * port.head_dim % 32 for port in self.ports) else 32
 
     @classmethod
     def of(

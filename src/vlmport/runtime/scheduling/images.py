@@ -55,11 +55,13 @@ class ImageThread:
             if task.job.ends_now(time.monotonic()) or task.job.finished:
                 return
             processed.append(self._preparer.image(source, options))
-        self._preparer.prompt(task.text, processed, task.decoding)  # too long? before encoding
+        # Before anything is encoded: a prompt that is too long is refused here.
+        ids, new = self._preparer.prompt(task.text, processed, task.decoding)
         encoded = []
         for image in processed:
             if task.job.ends_now(time.monotonic()) or task.job.finished:
                 return
             encoded.append(self._preparer.features.encoded(image))
         task.image_seconds = time.perf_counter() - start
+        task.tokens = len(ids) + new
         task.images, task.sources = tuple(encoded), ()

@@ -6,8 +6,9 @@ prompt finds them.
 
 What is reused changes no token:
 
-- At fp32 and q4 the decoder gives a token the same numbers in a chunk of any size from 2 on. Blocks
-  have 16 tokens, and at least 2 tokens of a prompt are always run.
+- At fp32 and q4 the decoder gives a token the same numbers in each chunk, unless it is alone in a
+  tile of the attention (prefill.py). Blocks have 16 tokens, and at least 2 tokens of a prompt are
+  always run.
 - At q8 activations are scaled by chunk, and float16 rounds by it. There a block is a whole chunk
   of 192 tokens, and a prompt reuses it where it has a chunk of its own at that place. So all its
   chunks are those that it has alone. A last chunk of 96 to 287 tokens is always run.
@@ -21,7 +22,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +30,8 @@ from vlmport.runtime.content_store import Arrays, ContentStore
 from vlmport.runtime.graphs.cache import SavedRow, prompt_cuts
 from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.graphs.decoder import Decoder
-from vlmport.runtime.graphs.sessions import CPU
 from vlmport.runtime.preparing import ReusablePrefix
+from vlmport.runtime.scheduling.prefill import cut_freely_until
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -60,33 +60,24 @@ class PrefixCache:
     def __init__(self, components: Components, store: ContentStore):
         self._components, self._store = components, store
 
-    @cached_property
+    @property
     def _decoder(self) -> Decoder:
         return self._components.decoder
 
-    @cached_property
-    def _by_chunk(self) -> bool:
-        """Whether the numbers of a token depend on the chunk that it is in."""
-        decoder = self._decoder
-        return decoder.row_by_row or any(port.dtype == np.float16 for port in decoder.ports)
-
-    @cached_property
-    def _on_host(self) -> bool:
-        return self._decoder.session.get_providers()[0] == CPU
-
     def _ends(self, length: int) -> list[int]:
         """Return where the blocks of a prompt end that a prompt of this length shares exactly."""
-        if not self._by_chunk:
+        if not self._decoder.rounds_by_call:
             return [*range(BLOCK, length + 1, BLOCK)]
-        return prompt_cuts(length)[1:-1] if self._on_host else []
+        return prompt_cuts(length)[1:-1] if self._decoder.on_host else []
 
     def find(
         self, ids: Int64[np.ndarray, " S"], image_rows: Sequence[bytes]
     ) -> ReusablePrefix | None:
         """Return the longest kept row that a prompt begins with; None if there is none."""
         ends = self._ends(len(ids))
-        if not self._by_chunk:
-            ends = [end for end in ends if end <= len(ids) - LEFT]
+        if not self._decoder.rounds_by_call:
+            until = min(len(ids) - LEFT, cut_freely_until(self._decoder, len(ids)))
+            ends = [end for end in ends if end <= until]
         keys, found = self._keys(ids, image_rows, ends), []
         for key, (start, end) in zip(keys, _spans(ends), strict=True):
             block = self._store.get(key, Block, lambda arrays, n=end - start: self._read(arrays, n))

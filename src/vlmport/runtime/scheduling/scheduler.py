@@ -18,6 +18,7 @@ from vlmport.runtime.decoding.options import GenerationOptions, whole_number
 from vlmport.runtime.disk_store import MAX_BYTES as DIR_BYTES
 from vlmport.runtime.disk_store import DiskStore, namespace_of
 from vlmport.runtime.images.features import MAX_BYTES
+from vlmport.runtime.images.memory import available_memory
 from vlmport.runtime.messages import Message, check_messages
 from vlmport.runtime.model import VLM
 from vlmport.runtime.preparing import Preparer
@@ -56,6 +57,7 @@ class Scheduler:
         *,
         max_running: int = MAX_RUNNING,
         max_queue: int = MAX_QUEUE,
+        running_bytes: int | None = None,
         cache_bytes: int = MAX_BYTES,
         cache_dir: str | Path | None = None,
         cache_dir_bytes: int = DIR_BYTES,
@@ -67,6 +69,9 @@ class Scheduler:
             max_running: maximum number of rows that run together (default 16). A request takes one
                 row, or one for each beam or sequence.
             max_queue: maximum number of requests that wait for free rows (default 64).
+            running_bytes: maximum size in bytes of the rows that run together, each with room for
+                its whole answer; a request that fits alone only runs alone. None for half of the
+                memory that is free now, or no limit where the system does not tell.
             cache_bytes: maximum size in bytes of the image features and the prompts' rows that are
                 kept in memory (default 256 MB, 0 = none). An image in it is not encoded again, and
                 a prompt that begins like an earlier one is not run again as far as that goes.
@@ -88,7 +93,11 @@ class Scheduler:
         self._store = ContentStore(size, disk)
         self._preparer = Preparer(components, store=self._store)
         prefixes = PrefixCache(components, self._store)
-        self._engine = Engine(components, self._preparer, prefixes, self.max_running)
+        if running_bytes is None:
+            running_bytes = None if (free := available_memory()) is None else free // 2
+        else:
+            running_bytes = whole_number("running_bytes", running_bytes, 0)
+        self._engine = Engine(components, self._preparer, prefixes, self.max_running, running_bytes)
         self._images = ImageThread(self._preparer, self._ready)
         self._draining = False
 
@@ -137,10 +146,12 @@ class Scheduler:
             (image, {**(image_options or {}), **own})
             for image, own in zip(chat.images, chat.options, strict=True)
         ]
+        tokens = 0
         if not sources:
-            self._preparer.prompt(text, (), decoding)
+            ids, new = self._preparer.prompt(text, (), decoding)
+            tokens = len(ids) + new
         job = Job(self._engine.wake, _seconds(time_limit))
-        task = Task(job, decoding, text, sources, None if sources else (), rows)
+        task = Task(job, decoding, text, sources, None if sources else (), rows, tokens)
         with self._engine.lock:
             if self._draining:
                 raise draining()

@@ -41,6 +41,7 @@ class Task:
         sources: the images as they were given, each with its options; () once they are encoded.
         images: the encoded images; None before.
         rows: number of rows of the cache that the search takes.
+        tokens: maximum length of a row, prompt and answer; 0 until the images are processed.
         prepared: the request; None until its prompt begins to run.
         prefill_seconds: time that the decoder spent on the prompt.
     """
@@ -51,6 +52,7 @@ class Task:
     sources: Sequence[tuple[Any, Mapping[str, Any]]]
     images: tuple[PromptImage, ...] | None
     rows: int
+    tokens: int = 0
     image_seconds: float = 0.0
     prefill_seconds: float = 0.0
     prepared: PreparedRequest | None = None
