@@ -9,9 +9,13 @@ N patches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import onnx
 import onnx_ir as ir
-from onnxscript._internal.builder import GraphBuilder, OpBuilder
+from onnxscript._internal import builder
+from onnxscript._internal.builder import OpBuilder
+from onnxscript._internal.param_manipulation import separate_input_attributes_from_arguments
 
 __all__ = [
     "MICROSOFT",
@@ -29,6 +33,29 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 
 Dims = Sequence[int | str]
+
+
+class GraphBuilder(builder.GraphBuilder):
+    """A builder that reads the signature of each operator once, not for every node.
+
+    Reading them took a seventh of the processor time of an export.
+    """
+
+    def _partition_inputs_attributes(
+        self, schema: onnx.defs.OpSchema | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        if schema is None:
+            return args, kwargs
+        key = (schema.domain, schema.name, schema.since_version)
+        if key not in _signatures:
+            _signatures[key] = ir.schemas.OpSignature.from_op_schema(schema)
+        # The arguments are those of the method that this one replaces.
+        return separate_input_attributes_from_arguments(
+            _signatures[key], list(args), kwargs, fill_defaults=False, allow_extra_args=False
+        )
+
+
+_signatures: dict[tuple[str, str, int], ir.schemas.OpSignature] = {}
 
 
 def new_graph(name: str) -> GraphBuilder:
