@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import write_json
+from tests.errors import raises
 from vlmport.bundle import MANIFEST, read_manifest
 from vlmport.bundle.precisions import split_precisions
 from vlmport.errors import BundleError
@@ -74,7 +75,7 @@ def test_a_precision_counts_when_every_component_has_it(tiny_bundle: Path, tmp_p
     manifest = read_manifest(tmp_path / MANIFEST)
     assert manifest.precisions == ("fp32", "q8")
     assert manifest.choose("auto")[VISION] == "fp32"
-    with pytest.raises(BundleError, match="component vision_encoder") as caught:
+    with raises(BundleError, "precision.not-in-bundle", "vision_encoder") as caught:
         manifest.choose("q4")
     assert caught.value.hint == (
         "it holds fp32, q8; to have it too, export again with --precision fp32,q8,q4"

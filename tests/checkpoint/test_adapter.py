@@ -116,7 +116,7 @@ def test_many_misfits_are_cut(tmp_path: Path) -> None:
     names = [f"lm.layers.{i}.q_proj" for i in range(11)]
     write_weights(tmp_path, {f"{name}.weight": np.ones((2, 2), "f4") for name in names})
     write_adapter(tmp_path / "adapter", names)
-    with pytest.raises(AdapterError, match=r"11 of 11 .*; and 3 more$"):
+    with raises(AdapterError, "adapter.not-of-this-model", "11 of 11", "and 3 more"):
         merged(Weights.open(tmp_path), adapter=tmp_path / "adapter")
 
 
@@ -293,7 +293,7 @@ def test_pairs_inside_without_a_scale(tmp_path: Path) -> None:
     weights = Weights.open(tmp_path)
     with raises(AdapterError, "adapter.unmerged", "1"):
         merged(weights)
-    with pytest.raises(AdapterError, match=r"expected A \[16, 4\] and B \[3, 16\], got A \[2, 4\]"):
+    with raises(AdapterError, "adapter.not-of-this-model", "A [16, 4] and B [3, 16]", "A [2, 4]"):
         merged(weights, lora=LoraScale(16, 16))
 
 

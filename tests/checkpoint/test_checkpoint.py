@@ -136,7 +136,7 @@ def test_no_model_type(tmp_path: Path, config: str) -> None:
 
 
 def test_a_folder_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no such folder"):
+    with raises(SourceError, "source.not-found", tmp_path / "x"):
         Checkpoint.open(tmp_path / "x")
 
 

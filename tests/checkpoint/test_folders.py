@@ -82,7 +82,7 @@ def test_weights_beside_an_adapter_are_refused_by_name(tmp_path: Path, name: str
 def test_they_are_refused_at_export(tmp_path: Path, tiny_checkpoint: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", tiny_checkpoint)
     make(adapter, "non_lora_state_dict.bin")
-    with pytest.raises(SourceError, match="non_lora_state_dict"):
+    with raises(SourceError, "adapter.other-weights", "non_lora_state_dict"):
         export(tiny_checkpoint, tmp_path / "bundle", adapter=adapter)
 
 

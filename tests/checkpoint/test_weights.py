@@ -101,7 +101,7 @@ def test_other_types_are_listed_but_not_read(tmp_path: Path, kind: str) -> None:
 
 def test_8_bit_floats_are_refused_since_their_scales_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(header(one([8], "F8_E4M3"), bytes(8)))
-    with pytest.raises(WeightError, match="'a' is F8_E4M3") as caught:
+    with raises(WeightError, "weights.type", "'a'", "F8_E4M3") as caught:
         Weights.open(tmp_path)["a"].numpy()
     assert "quantized" in (caught.value.hint or "")
 
@@ -127,7 +127,7 @@ def test_no_file_stays_open_and_a_lost_one_is_named(tmp_path: Path) -> None:
     if held.exists():
         assert str(file) not in [str(fd.readlink()) for fd in held.iterdir() if fd.is_symlink()]
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(WeightError, match=r"expected .* bytes, got"):
+    with raises(WeightError, "weights.unreadable", file, " 4 bytes", 0):
         [tensor.numpy() for tensor in weights.values()]
     file.unlink()
     with raises(WeightError, "weights.unreadable", "'a.weight'", "No such file"):
@@ -178,7 +178,7 @@ def test_an_empty_tensor_of_an_impossible_shape(tmp_path: Path, shape: list[int]
         tensor = Weights.open(tmp_path)["a"]
     except WeightError:
         return
-    with pytest.raises(WeightError, match="can't be an array"):
+    with raises(WeightError, "weights.unreadable", "'a'", shape if len(shape) < 9 else "[0, 0"):
         tensor.numpy()
 
 

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer
 
 from tests.checkpoints import write_json, write_prefix_checkpoint
+from tests.errors import raises
 from tests.exporter.test_same_model import write_adapter
 from tests.idefics3_checkpoints import write_idefics3_checkpoint
 from tests.qwen_checkpoints import QWEN3_TEMPLATE, write_qwen2_5, write_qwen3
@@ -130,7 +131,7 @@ def test_tokens_beyond_the_embedding(tmp_path: Path) -> None:
     adapter = copy(base)
     add_tokens(adapter / "tokenizer.json", *(f"<part {i}>" for i in range(40)))
     count = Tokenizer.from_file(str(adapter / "tokenizer.json")).get_vocab_size()
-    with pytest.raises(AdapterError, match=f"{count} tokens") as caught:
+    with raises(AdapterError, "adapter.more-tokens", f"{count} tokens") as caught:
         read(base, adapter)
     assert caught.value.code == "adapter.more-tokens"
     assert f"resize_token_embeddings({count})" in (caught.value.hint or "")
@@ -187,7 +188,7 @@ def test_what_the_base_can_not_take(
     base = write(tmp_path / "base")
     adapter = copy(base, file)
     change(adapter / file, **keys)
-    with pytest.raises(AdapterError, match=file) as caught:
+    with raises(AdapterError, "adapter.files-contradict", file) as caught:
         read(base, adapter)
     assert caught.value.code == "adapter.files-contradict"
     assert str(adapter) in str(caught.value)

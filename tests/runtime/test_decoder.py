@@ -73,7 +73,7 @@ def test_positions(shape: list[Any], rank: int) -> None:
 
 @pytest.mark.parametrize("name", ["inputs_embeds", "attention_mask", "logits"])
 def test_what_every_decoder_has(name: str) -> None:
-    with pytest.raises(BundleError, match=f"onnx/decoder.onnx: no {name}; it has"):
+    with raises(BundleError, "bundle.wrong-graph", "onnx/decoder.onnx", name):
         of(**{name: None})
 
 
@@ -101,7 +101,7 @@ def test_names_are_paired_not_counted(components: Components) -> None:
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
-        (CacheLayout("past_key_values.", "present."), "nothing begins with 'past_key_values.'"),
+        (CacheLayout("past_key_values.", "present."), "'past_key_values.'"),
         (CacheLayout("old.", "new.0"), "old.0"),
         (CacheLayout("old.0.", "new."), "new.0.k"),
     ],
@@ -109,9 +109,8 @@ def test_names_are_paired_not_counted(components: Components) -> None:
 def test_cache_tensors_without_a_partner(
     components: Components, layout: CacheLayout, names: str
 ) -> None:
-    with pytest.raises(BundleError, match="without a partner") as caught:
+    with raises(BundleError, "bundle.wrong-graph", "decoder", names):
         Decoder.of(components.decoder.session, layout, "decoder")
-    assert names in str(caught.value)
 
 
 ODD_SHAPES: list[list[Any]] = [[], ["B", 2, "T"], ["B", "H", "P", 0], ["B", 2, "P", 2**40]]
@@ -130,7 +129,7 @@ def test_shapes_that_no_cache_can_have(name: str, shape: list[Any]) -> None:
 def test_the_largest_vocabulary() -> None:
     largest = port("logits", ["B", "S", MAX_VOCABULARY])
     assert of(logits=largest).vocab_size == MAX_VOCABULARY
-    with pytest.raises(BundleError, match=str(MAX_VOCABULARY)):
+    with raises(BundleError, "bundle.wrong-shape", MAX_VOCABULARY):
         of(logits=port("logits", ["B", "S", MAX_VOCABULARY + 1]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.errors import raises
 from vlmport.errors import OptionError
 from vlmport.runtime.graphs.image_processor import ProcessedImage
 from vlmport.runtime.images.features import FeatureCache, content_hash
@@ -138,7 +139,7 @@ def test_one_that_is_too_large_drives_out_no_other() -> None:
 
 @pytest.mark.parametrize("max_bytes", [-1, 1.5, True, "64 MB", None])
 def test_a_limit_that_is_no_number_of_bytes(max_bytes: Any) -> None:
-    with pytest.raises(OptionError, match="image_cache_bytes"):
+    with raises(OptionError, "option.wrong-value", f"image_cache_bytes={max_bytes!r}"):
         new_cache(max_bytes=max_bytes)
 
 

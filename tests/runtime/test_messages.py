@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.errors import raises
 from vlmport.bundle import Bundle
 from vlmport.errors import ImageError, PromptError, VlmportError
 from vlmport.runtime.images.reading import open_image
@@ -155,5 +156,5 @@ def test_keys_of_messages_are_those_that_the_template_reads(
 def test_an_assistant_that_only_calls_tools_says_nothing() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
     assert check_messages([called]).messages == [{**called, "content": []}]
-    with pytest.raises(PromptError, match="content is None"):
+    with raises(PromptError, "prompt.wrong-value", "messages[0]", "content", "None"):
         check_messages([{"role": "assistant", "content": None}])

@@ -72,13 +72,13 @@ def test_the_last_token_needs_no_room(components: Components, tokens: int, room:
 
 
 def test_a_prompt_longer_than_the_context(components: Components) -> None:
-    with pytest.raises(PromptError, match=r"41 tokens.*40") as caught:
+    with raises(PromptError, "prompt.too-long", "41", "40") as caught:
         room_for_tokens(components, 41)
     assert caught.value.code == "prompt.too-long"
 
 
 def test_an_empty_prompt(components: Components) -> None:
-    with pytest.raises(PromptError, match="empty"):
+    with raises(PromptError, "prompt.empty"):
         room_for_tokens(components, 0)
 
 
@@ -255,20 +255,20 @@ def test_guesses_are_refused_where_they_could_change_the_text(
 @pytest.mark.parametrize("name", ["min_new_tokens", "min_length"])
 def test_a_default_that_is_longer_than_the_longest_text(components: Components, name: str) -> None:
     check_default(components, name, DEFAULT)
-    with pytest.raises(OptionError, match=f"{name}=13 .*max_new_tokens={DEFAULT}"):
+    with raises(OptionError, "option.contradiction", f"{name}=13", f"max_new_tokens={DEFAULT}"):
         check_default(components, name, DEFAULT + 1)
 
 
 def test_a_default_outside_the_vocabulary(manifest: Manifest) -> None:
     components = of(manifest)
     check_default(components, "bad_words_ids", [[toy.VOCAB - 1]])
-    with pytest.raises(OptionError, match=f"bad_words_ids: {toy.VOCAB}"):
+    with raises(OptionError, "option.wrong-value", "bad_words_ids", toy.VOCAB):
         check_default(components, "bad_words_ids", [[toy.VOCAB]])
 
 
 def test_a_default_that_looks_at_a_prompt_that_is_not_seen(manifest: Manifest) -> None:
     unseen = dataclasses.replace(manifest.generation, processors_see_prompt=False)
-    with pytest.raises(OptionError, match="prompt"):
+    with raises(OptionError, "option.not-for-this-model", "encoder_no_repeat_ngram_size=2"):
         check_default(
             of(dataclasses.replace(manifest, generation=unseen)), "encoder_no_repeat_ngram_size", 2
         )
