@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from tests.errors import raises
 from tests.runtime import toy
+from vlmport import cli
 from vlmport.bundle import Bundle, write_manifest
 from vlmport.errors import DeviceError
 from vlmport.inspection import probe_bundle
@@ -416,3 +418,16 @@ def test_what_the_engine_prints_is_no_answer(recorded: Bundle) -> None:
     verdicts = trust.run_probe(whole, [VISION])
     assert [one["component"] for one in verdicts] == [VISION, probing.WHOLE]
     assert all(json.dumps(one) for one in verdicts)
+
+
+@needs_openvino
+def test_bench_measures_on_engines(tiny_bundle: Path) -> None:
+    arguments = ["bench", str(tiny_bundle), "-p", "fp32", "--tokens", "4", "--rounds", "1"]
+    arguments += ["--new-tokens", "2", "--device", "vision=openvino"]
+    said = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert said.exit_code == 0, said.stderr
+    engines = "vision_encoder=openvino,embed_tokens=cpu,decoder_model_merged=cpu"
+    assert f"fp32 on {engines}" in said.stdout
+    measured = json.loads(said.stdout.splitlines()[-1])
+    assert measured["settings"]["engines"] == {"fp32": engines}
+    assert measured["figures"]["fp32"]["cold_s"] > 0

@@ -130,7 +130,6 @@ def test_no_time_left(captioner: Bundle) -> None:
     assert all("time" in one.note for one in tried[1:])
     tried = list(Tuner(captioner, time.monotonic() - 100).decoder())
     assert [one.seconds for one in tried] == [None] * len(tried)
-    assert tune(captioner, seconds=1).tuning.device == "cpu"
     with raises(OptionError, "option.wrong-value", "seconds"):
         tune(captioner, seconds=0)
 
@@ -208,6 +207,17 @@ def test_the_command(captioner: Bundle) -> None:
     assert said.exit_code == 0
     assert "chosen: precision " in said.stdout
     assert find_tuning(captioner.manifest) is not None
+
+
+def test_nothing_is_kept_where_nothing_was_measured(captioner: Bundle, monkeypatch) -> None:
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(Tuner, "_is_late", lambda self, by=0: True)
+    assert tune(captioner, seconds=1).path is None
+    arguments = ["tune", str(captioner.folder), "--seconds", "1"]
+    said = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert "--seconds" in said.stderr
+    assert "chosen" not in said.stdout
+    assert find_tuning(captioner.manifest) is None
 
 
 def test_the_older_kernel_is_chosen_for_one_session_only(captioner: Bundle, monkeypatch) -> None:

@@ -24,6 +24,7 @@ from vlmport.benchmark.picture import HEIGHT, WIDTH, gradient
 from vlmport.bundle import Bundle
 from vlmport.errors import BundleError
 from vlmport.runtime.decoding.options import whole_number
+from vlmport.runtime.engines.trust import trust
 
 __all__ = ["Progress", "Report", "bench"]
 
@@ -99,10 +100,11 @@ def bench(
     rounds: int = ROUNDS,
     new_tokens: int = NEW_TOKENS,
     threads: int | None = None,
+    device: str = "cpu",
     cold: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure how fast a bundle is on this machine's CPU, all its precisions in turn.
+    """Measure how fast a bundle is on this machine, all its precisions in turn.
 
     Args:
         bundle: a bundle, or its folder.
@@ -113,6 +115,7 @@ def bench(
         rounds: number of rounds; each gives every figure once, and medians are reported.
         new_tokens: number of tokens to decode after each prompt.
         threads: number of threads of ONNX Runtime; None for one per core.
+        device: 'cpu' (default), or engines as `load` takes them, such as 'vision=openvino:bf16'.
         cold: also start a process for each precision, which gives the seconds to the first caption
             and the memory.
         progress: called with (done steps, all steps, what is being measured).
@@ -122,6 +125,7 @@ def bench(
 
     Raises:
         BundleError: the bundle is damaged, or lacks a precision.
+        DeviceError: a device is not available here, or computes a component wrongly.
         OptionError: a number is out of its range.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -131,13 +135,16 @@ def bench(
     names = list(dict.fromkeys(precisions or _all_precisions(opened)))
     # Open all first: an error comes before minutes of work.
     components = {
-        name: TimedComponents.open(opened, precision=name, threads=threads) for name in names
+        name: TimedComponents.open(opened, precision=name, device=device, threads=threads)
+        for name in names
     }
+    for one in components.values():
+        trust(one)
     steps = Steps(progress)
     figures = _medians(components, fitting, new_tokens, rounds, steps, later=cold * len(names))
     for name in names:
         if cold:
-            start = functools.partial(_cold, opened, name, threads)
+            start = functools.partial(_cold, opened, name, threads, device)
             figures[name] |= _step(steps, f"{name}, cold", start)()
         figures[name]["size_mb"] = _size(opened, components[name]) / 1e6
     settings = {
@@ -145,6 +152,7 @@ def bench(
         "new_tokens": new_tokens,
         "picture": [WIDTH, HEIGHT],
         "cold_tokens": COLD_TOKENS,
+        "engines": {name: one.device for name, one in components.items()},
     }
     return Report(opened.manifest.name, describe_machine(threads), settings, figures, notes)
 
@@ -226,13 +234,14 @@ def _step(steps: Steps, what: str, work: Callable[[], Made]) -> Callable[[], Mad
     return run
 
 
-def _cold(bundle: Bundle, precision: str, threads: int | None) -> dict[str, float]:
+def _cold(bundle: Bundle, precision: str, threads: int | None, device: str) -> dict[str, float]:
     """Measure the seconds from the start of Python to a caption, and the peak memory.
 
     The system may have the files in its cache: Python, ONNX Runtime and the graphs start cold.
     """
     numbers = (threads or 0, WIDTH, HEIGHT, COLD_TOKENS)
     command = [sys.executable, "-m", "vlmport.benchmark.cold", str(bundle.folder), precision]
+    command.append(device)
     start = time.perf_counter()
     try:
         done = subprocess.run(

@@ -1,6 +1,6 @@
 """Caption once in a new process, and print the peak memory.
 
-    python -m vlmport.benchmark.cold BUNDLE PRECISION THREADS WIDTH HEIGHT TOKENS
+    python -m vlmport.benchmark.cold BUNDLE PRECISION DEVICE THREADS WIDTH HEIGHT TOKENS
 
 THREADS is 0 for one per core. Prints one line of JSON.
 """
@@ -13,13 +13,13 @@ import sys
 
 def main() -> None:
     """Caption an image of the size in the arguments."""
-    folder, precision, *numbers = sys.argv[1:]
+    folder, precision, device, *numbers = sys.argv[1:]
     threads, width, height, tokens = map(int, numbers)
 
     from vlmport.benchmark.picture import gradient
     from vlmport.runtime.model import VLM
 
-    with VLM.open(folder, precision=precision, threads=threads or None) as vlm:
+    with VLM.open(folder, precision=precision, device=device, threads=threads or None) as vlm:
         picture = gradient(width, height)
         caption = vlm.caption(picture, max_new_tokens=tokens, min_new_tokens=tokens)
     from vlmport.benchmark.machine import peak_memory

@@ -83,10 +83,11 @@ class Report:
     """What was tried, and what is kept.
 
     Attributes:
-        tuning: the choice that `load` takes from now on.
+        tuning: the choice that `load` takes from now on, where it is kept.
         tried: every choice, with its time or the reason why it has none. The first of each
             component is `auto`'s.
-        path: the file that keeps it; None where the cache can't be written.
+        path: the file that keeps it; None where the cache can't be written, or nothing could be
+            measured in the time.
     """
 
     bundle: str
@@ -139,7 +140,7 @@ def tune(
     best = {one.component: one for one in _best(tried).values()}
     threads, measured = tuner.threads(best)
     tuning = _tuning(tuner, best, threads)
-    path = keep_tuning(opened.manifest, tuning)
+    path = keep_tuning(opened.manifest, tuning) if best else None
     return Report(opened.manifest.name, tuning, (*tried, *measured), path)
 
 

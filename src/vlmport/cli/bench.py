@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmport.cli.app import SectionedCommand, app
-from vlmport.cli.arguments import Source, Threads, split_names
+from vlmport.cli.arguments import Device, Source, Threads, split_names
 from vlmport.cli.console import bench_progress, export_progress, say
 
 Precisions = Annotated[
@@ -46,8 +46,9 @@ def bench(
     new_tokens: NewTokens = 32,
     cold: Cold = True,
     threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
-    """Measure how fast a bundle is on this CPU.
+    """Measure how fast a bundle is on this machine.
 
     Prints a table, then one line of JSON.
     """
@@ -66,6 +67,7 @@ def bench(
             rounds=rounds,
             new_tokens=new_tokens,
             threads=threads,
+            device=device,
             cold=cold,
             progress=progress,
         )
@@ -74,6 +76,9 @@ def bench(
     machine, settings = report.machine, report.settings
     print(f"{report.bundle}, medians of {settings['rounds']} rounds")
     print(f"{machine['cpu']}, {machine['cores']} cores, threads: {machine['threads']}")
+    for name, engine in settings["engines"].items():
+        if engine != "cpu":
+            print(f"{name} on {engine}")
     for line in report.lines():
         print(line)
     print(json.dumps(report.to_json()))

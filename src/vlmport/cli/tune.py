@@ -30,6 +30,9 @@ def tune(bundle: Source, seconds: Seconds = 120) -> None:
     print(f"{report.bundle}: times of a run, and shares of the time of auto")
     for line in report.lines():
         print(line)
+    if all(one.seconds is None for one in report.tried):
+        say("nothing could be measured in the time, so nothing is kept; give more --seconds")
+        return
     print(f"chosen: {report.tuning}")
     if report.path is None:
         say("the cache can't be written, so nothing is kept; set VLMPORT_CACHE to another folder")
