@@ -109,6 +109,6 @@ wheel: $(VENV)/installed-dev $(NODE_MODULES)
 	  { echo 'The wheel is larger than 60 MB: is there more than one wasm variant in it?'; exit 1; }
 
 clean:
-	rm -rf $(VENV) .venv-app .venv-clients .venv-onnxruntime-* dist site
+	rm -rf $(VENV) .venv-app .venv-clients .venv-ray .venv-onnxruntime-* dist site
 	rm -rf tests/transformers_js/node_modules tests/serve/clients_js/node_modules
 	rm -rf web/node_modules web/dist web/browser/built src/vlmport/web_page

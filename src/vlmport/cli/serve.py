@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,9 +16,12 @@ from vlmport.cli.app import SectionedCommand, app
 from vlmport.cli.arguments import Device, Precision, Threads
 from vlmport.cli.console import say
 from vlmport.cli.output import show
-from vlmport.errors import DependencyError
+from vlmport.errors import DependencyError, OptionError
 
-LISTEN, ACCESS, LIMITS, CAPACITY = "Listen", "Access", "Limits", "Capacity"
+if TYPE_CHECKING:
+    from vlmport.serve.settings import Settings
+
+LISTEN, ACCESS, LIMITS, CAPACITY, RAY = "Listen", "Access", "Limits", "Capacity", "Replicas"
 MEGABYTE = 1_000_000
 
 
@@ -169,6 +174,26 @@ def serve(
         float,
         typer.Option(help="Size of the folder of --cache-dir.", min=0, rich_help_panel=CAPACITY),
     ] = 4000.0,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Serve by replicas of Ray Serve, here or on the cluster of RAY_ADDRESS.",
+            rich_help_panel=RAY,
+        ),
+    ] = False,
+    replicas: Annotated[
+        int, typer.Option(help="Number of replicas with --ray.", min=1, rich_help_panel=RAY)
+    ] = 1,
+    ray_options: Annotated[
+        str | None,
+        typer.Option(
+            help="Options of ray.serve.deployment, such as "
+            '{"autoscaling_config": {"max_replicas": 4}}.',
+            metavar="JSON",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
     precision: Precision = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -212,13 +237,63 @@ def serve(
     )
     check_exposure(settings, no_auth=no_auth)
     warnings.filterwarnings("ignore", module="PIL")  # an unreadable image is an error of ours
-    server = Server(names_of(models or [ANSWERER]), settings, log=Log(as_json=log_json))
+    sources = names_of(models or [ANSWERER])
+    if ray or ray_options is not None or replicas != 1:
+        _serve_on_ray(sources, settings, _ray_options(ray, replicas, ray_options), log_json)
+        return
+    server = Server(sources, settings, log=Log(as_json=log_json))
     show(server.url)
     who = "this machine only" if settings.is_local else "other machines too"
     needs = "with a key" if settings.api_keys else "without a key"
     say(f"serves {who}, {needs}; Ctrl-C ends it")
     server.serve_until_asked()
     signals.heard()
+
+
+def _serve_on_ray(
+    sources: Mapping[str, str], settings: Settings, options: Mapping[str, Any], log_json: bool
+) -> None:
+    from vlmport.serve import ray_replicas
+
+    try:
+        with ray_replicas.replicas(sources, settings, options, log_json=log_json) as url:
+            show(url)
+            say("replicas of Ray Serve; Ctrl-C ends them")
+            ray_replicas.wait()
+    except KeyboardInterrupt:  # Ctrl-C is the way to end it
+        signals.heard()
+
+
+def _ray_options(ray: bool, replicas: int, given: str | None) -> dict[str, Any]:
+    """Merge --replicas and --ray-options. Raises OptionError for what contradicts or is no JSON."""
+    if not ray:
+        raise OptionError(
+            "--replicas and --ray-options are for --ray",
+            hint="add --ray, or leave them out",
+            code="option.contradiction",
+        )
+    try:
+        options = json.loads(given or "{}")
+    except ValueError as error:
+        raise OptionError(
+            f"--ray-options: not JSON: {error}",
+            hint='for example {"autoscaling_config": {"max_replicas": 4}}',
+            code="option.not-json",
+        ) from error
+    if not isinstance(options, dict):
+        raise OptionError(
+            f"--ray-options: expected a JSON object, found {type(options).__name__}",
+            hint='for example {"autoscaling_config": {"max_replicas": 4}}',
+            code="option.wrong-value",
+        )
+    scales = "autoscaling_config" in options or "num_replicas" in options
+    if scales and replicas != 1:
+        raise OptionError(
+            "--replicas and the number of replicas in --ray-options contradict each other",
+            hint="leave one of them out",
+            code="option.contradiction",
+        )
+    return options if scales else {"num_replicas": replicas, **options}
 
 
 def _check_packages() -> None:
