@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,45 @@ def test_the_older_kernel_is_chosen_for_one_session_only(captioner: Bundle, monk
     got, want = (one.decode(embeds, mask, positions)[0] for one in (old, new))
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert seen == [None, "1", None]
+    assert sessions.NO_FLASH not in os.environ
+
+
+def test_no_other_session_opens_while_one_opens_with_the_older_kernel(
+    captioner: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any order: ONNX Runtime reads the variable of the process when a session opens."""
+    seen: list[tuple[str, str | None]] = []
+    begun = {kernel: threading.Event() for kernel in ("older", "newer")}
+    inner = sessions.ort.InferenceSession
+
+    def opened(*args: Any, **options: Any) -> Any:
+        name = threading.current_thread().name
+        begun[name].set()
+        begun["older" if name == "newer" else "newer"].wait(0.3)  # lets the other one begin too
+        seen.append((name, os.environ.get(sessions.NO_FLASH)))
+        return inner(*args, **options)
+
+    monkeypatch.delenv(sessions.NO_FLASH, raising=False)
+    monkeypatch.setattr(sessions.ort, "InferenceSession", opened)
+    path = captioner.path("onnx/embed_tokens.onnx")
+    for first, second in (("older", "newer"), ("newer", "older")):
+        threads = [
+            threading.Thread(
+                target=sessions.open_session,
+                args=(path,),
+                kwargs={"threads": 1, "older_attention": name == "older"},
+                name=name,
+            )
+            for name in (first, second)
+        ]
+        threads[0].start()
+        assert begun[first].wait(20)
+        threads[1].start()
+        for thread in threads:
+            thread.join(20)
+        for event in begun.values():
+            event.clear()
+    assert sorted(seen) == [("newer", None)] * 2 + [("older", "1")] * 2
     assert sessions.NO_FLASH not in os.environ
 
 

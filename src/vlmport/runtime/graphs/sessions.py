@@ -64,7 +64,9 @@ OUT_OF_MEMORY = re.compile(
 )
 
 NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_opening_older = threading.Lock()
+_kernel = threading.Condition()
+_opening = {False: 0, True: 0}  # older kernel? → number of sessions that open with it now
+_setting_variable = threading.Lock()
 
 # The name of the node that failed, as graph/refusal.py writes it.
 REFUSED = re.compile(r"Name:'(?:[^']*/)?refused: (?P<reason>.*?) \| (?P<hint>.*?)' Status Message")
@@ -120,14 +122,27 @@ def open_session(
 
 @contextlib.contextmanager
 def _attention_kernel(*, older: bool) -> Iterator[None]:
-    """Choose the kernel of grouped-query attention for the sessions that open within.
+    """Choose the kernel of grouped-query attention for the session that opens within.
 
-    ONNX Runtime reads the variable when a session opens, so no other may open at the same time.
+    ONNX Runtime reads the variable of the process when a session opens. So while one opens with
+    the older kernel, the others wait; those without it may open at the same time.
     """
-    if not older:
-        yield
-        return
-    with _opening_older:
+    with _kernel:
+        _kernel.wait_for(lambda: not _opening[not older])
+        _opening[older] += 1
+    try:
+        with _older_kernel() if older else contextlib.nullcontext():
+            yield
+    finally:
+        with _kernel:
+            _opening[older] -= 1
+            _kernel.notify_all()
+
+
+@contextlib.contextmanager
+def _older_kernel() -> Iterator[None]:
+    """Set the variable of the process, for one session at a time."""
+    with _setting_variable:
         before = os.environ.get(NO_FLASH)
         os.environ[NO_FLASH] = "1"
         try:
