@@ -242,6 +242,48 @@ def test_a_time_limit_gives_the_answer_so_far(scheduler: Scheduler, gate: Gate) 
     check_pieces(job)
 
 
+@pytest.mark.parametrize("steps", [1, 6, 7, 8])
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        ("KEa", {}),  # after "KK" the second K may become it
+        ("theG", {"do_sample": True, "seed": 1, "temperature": 3.0}),  # in the token " the"
+        ("bns<", {"do_sample": True, "seed": 1, "num_return_sequences": 2}),
+    ],
+)
+def test_an_early_end_gives_the_text_that_was_held_back(
+    model: VLM,
+    scheduler: Scheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    stop: str,
+    options: dict[str, Any],
+) -> None:
+    """Text that may become a stop string is not streamed until it can't."""
+    options = {**options, "max_new_tokens": LONG, "min_new_tokens": LONG}
+    assert stop in model.generate(question(), **options).text
+    count, original, submitted = 0, KeyValueCache.step, threading.Event()
+
+    def step(self: KeyValueCache, embeds: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == steps:
+            assert submitted.wait(WAIT)
+            job.cancel()
+        return original(self, embeds)
+
+    monkeypatch.setattr(KeyValueCache, "step", step)
+    job = scheduler.submit(question(), stop_strings=[f"{stop}#"], **options)
+    submitted.set()
+    *events, last = job.events(WAIT)
+    assert isinstance(last, Finished)
+    assert last.response is not None
+    for n, answer in enumerate((last.response, *last.response.alternatives)):
+        own = [one for one in events if isinstance(one, Piece) and one.sequence == n]
+        assert "".join(piece.text for piece in own) == answer.text
+        assert sum((piece.token_ids for piece in own), ()) == answer.token_ids
+
+
 def test_a_time_limit_in_the_queue(model: VLM, gate: Gate) -> None:
     with Scheduler(model, max_running=1) as scheduler:
         first = scheduler.submit(question(), max_new_tokens=3)

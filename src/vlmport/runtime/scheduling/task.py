@@ -92,8 +92,10 @@ class Task:
             response = preparer.response(self.prepared, seconds)
             for n, answer in enumerate((response, *response.alternatives)):
                 sent = self._of(n, preparer)
-                if sent.tokens < len(answer.token_ids):  # beams, or an early end
-                    rest = answer.text[len(sent.text.given) :]
+                # Beams are sent at the end. An early end leaves text that was held back: what may
+                # have become a stop string, and half of a character.
+                rest = answer.text[len(sent.text.given) :]
+                if rest or sent.tokens < len(answer.token_ids):
                     self._emit(n, rest, answer, time.monotonic())
         if reason == "finished":
             self.job.emit(Finished(reason, response))
