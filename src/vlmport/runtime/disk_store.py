@@ -1,8 +1,9 @@
 """A folder of computed arrays that outlives the process: one safetensors file for each value.
 
-Files are in a subfolder for what the numbers depend on: bundle, precision, device, and the version
-of ONNX Runtime. Each names its key and the hash of its contents. A file that is damaged, or that is
-none of ours, is ignored with a warning. One thread writes, so that nobody waits for the disk.
+Files are in a subfolder for what the numbers depend on: bundle, precision, device, and the versions
+of ONNX Runtime and its plugins. Each names its key and the hash of its contents. A file that is
+damaged, or that is none of ours, is ignored with a warning. One thread writes, so that nobody waits
+for the disk.
 
 Traps:
 - Several processes may share a folder: files appear in one step (rename), and may vanish.
@@ -160,12 +161,15 @@ class DiskStore:
 
 def namespace_of(components: Components) -> str:
     """Name what numbers depend on besides the content: bundle, precision, device and library."""
-    listed = components.manifest.files
+    listed, engines = components.manifest.files, components.engines.values()
+    plugins = {one.name: one.plugin.version() for one in engines if one.plugin is not None}
     facts = [
         FORMAT,
         sorted((name, entry.sha256) for name, entry in listed.items()),
         sorted(components.choice.items()),
-        str(components.device),
+        components.device,
+        components.older_attention,
+        sorted(plugins.items()),
         ort.__version__,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -18,6 +18,7 @@ from vlmport.errors import CacheWarning, OptionError
 from vlmport.runtime import disk_store
 from vlmport.runtime.content_store import ContentStore
 from vlmport.runtime.graphs.cache import CHUNK
+from vlmport.runtime.graphs.components import Components
 from vlmport.runtime.images.features import FeatureCache
 from vlmport.runtime.model import VLM
 from vlmport.runtime.scheduling import Scheduler
@@ -214,6 +215,8 @@ def test_a_namespace_is_of_bundle_precision_and_device(built_in: Callable[[str],
     assert len(names) == 3
     again = VLM.open(bundle, precision="fp32").components
     assert disk_store.namespace_of(again) in names
+    older = Components.open(bundle, precision="fp32", older_attention=True)
+    assert disk_store.namespace_of(older) not in names
 
 
 def damage(path: Path) -> None:
