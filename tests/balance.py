@@ -42,6 +42,8 @@ LONG = (
     "tests/runtime/scheduling/test_prefixes.py",
     "tests/runtime/scheduling/test_load.py",
     "tests/checkpoint/test_source.py",
+    "tests/runtime/test_engines.py",
+    "tests/runtime/test_tuning.py",
     "tests/test_loading.py",
     "tests/exporter/test_packing.py",
     "tests/exporter/test_memory.py",
