@@ -1,7 +1,13 @@
 import * as common from 'onnxruntime-common';
 import { expect, test } from 'vitest';
 import type { Ort, Session, Tensor } from '../../src/runtime/graphs/sessions.js';
-import { firstOfAxis, joinedTensors, scalar, slices } from '../../src/runtime/graphs/slices.js';
+import {
+  firstOfAxis,
+  gathered,
+  joinedTensors,
+  scalar,
+  slices,
+} from '../../src/runtime/graphs/slices.js';
 
 const ort = common as unknown as Ort;
 
@@ -87,4 +93,15 @@ test('grids of several images are joined, and are empty without images', () => {
   });
   expect(() => joinedTensors(ort, input, [{}])).toThrow(error);
   expect(() => joinedTensors(ort, input, [{ grid: counting(1, 3) }])).toThrow(error);
+});
+
+test('rows are gathered in any order, and the source stays', () => {
+  const tensor = counting(3, 1, 2);
+  const rows = gathered(ort, tensor, [2, 0, 2, 2]);
+  expect(rows.dims).toEqual([4, 1, 2]);
+  expect([...(rows.data as Float32Array)]).toEqual([4, 5, 0, 1, 4, 5, 4, 5]);
+  (rows.data as Float32Array)[0] = 9;
+  expect((tensor.data as Float32Array)[4]).toBe(4);
+  const half = new ort.Tensor('float16', Uint16Array.of(1, 2), [2, 1]);
+  expect([...(gathered(ort, half, [1]).data as unknown as Uint16Array)]).toEqual([2]);
 });
