@@ -16,7 +16,6 @@ SPREAD = ("tests/web/test_web.py",)
 # Files that take 5 seconds of a core and more, longest first. `make test-fast` leaves them out.
 LONG = (
     "tests/web/test_web.py",
-    "tests/app/test_app.py",
     "tests/serve/test_clients.py",
     "tests/parity/test_idefics3.py",
     "tests/training/test_shapes_qwen_trained.py",

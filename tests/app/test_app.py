@@ -268,6 +268,7 @@ def test_without_gradio_it_says_what_to_install(tmp_path: Path, model: VLM) -> N
     here.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_the_page_answers_in_chromium_and_calls_nobody(
     tmp_path: Path, gradio: Path, node: str, built_in: Callable[[str], Bundle], model: VLM
