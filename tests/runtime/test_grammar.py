@@ -208,6 +208,14 @@ def test_a_long_schema_is_not_said_in_full():
     assert "…" in str(caught.value)
 
 
+def test_a_schema_that_is_nested_too_deeply():
+    schema: dict = {"type": "string"}
+    for _ in range(90):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    with raises(OptionError, "grammar.invalid", "json_schema"):
+        grammars_of("shapes").of(GenerationOptions(json_schema=schema))
+
+
 def test_a_tokenizer_that_llguidance_cannot_read():
     with raises(OptionError, "option.not-for-this-model", "llguidance", "Metaspace") as caught:
         Grammars(metaspace(), 6, (0,)).of(GenerationOptions(regex="a"))

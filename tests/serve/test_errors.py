@@ -84,7 +84,7 @@ def test_an_unknown_model(server: Running) -> None:
         server.openai().chat.completions.create(**asked)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null"])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 30_000, b"null"])
 def test_a_body_that_is_no_json_object(server: Running, body: bytes) -> None:
     code = "server.wrong-value" if body == b"null" else "server.not-json"
     refused(server, body, 400, code)

@@ -50,6 +50,8 @@ TYPES: Mapping[int, str] = {
     429: "rate_limit_error",
 }
 
+MANY = 100  # problems of one body that are looked at
+
 # Values of the field `type`, by which pydantic names the alternatives.
 TAGS = (
     "function", "image_url", "input_image", "input_text", "json_object", "json_schema",
@@ -146,11 +148,19 @@ def of_validation(error: ValidationError) -> RequestError:
     """Make one error of what pydantic found, with the place of the field.
 
     Of several problems an unknown field counts first: it is often the misspelled name of one that
-    is missing. Then the deepest, because pydantic lists those of every alternative of a union.
+    is missing. Then the deepest, because pydantic lists those of every alternative of a union; of
+    equally deep ones that of the alternative which has the value's type.
     """
+    if error.error_count() > MANY:  # describing each takes minutes
+        return RequestError(
+            f"the body has {error.error_count()} unknown fields and wrong values",
+            hint="docs/serving.md describes the fields",
+            code="server.wrong-value",
+        )
     problems = error.errors(include_url=False, include_context=False)
     unknown = [one for one in problems if one["type"] == "extra_forbidden"]
-    problem = (unknown or sorted(problems, key=lambda one: -len(one["loc"])))[0]
+    order = sorted(problems, key=lambda one: (-len(one["loc"]), one["type"].endswith("_type")))
+    problem = (unknown or order)[0]
     param = path_of(problem["loc"])
     if problem["type"] == "json_invalid":
         return RequestError(
@@ -198,7 +208,8 @@ def path_of(place: tuple[int | str, ...]) -> str:
 
 
 def _is_alternative(name: str) -> bool:
-    return name in ("str", "int", "float", "bool") or not name[:1].islower() or "[" in name
+    is_type = name in ("str", "int", "float", "bool") or name.startswith("constrained-")
+    return is_type or not name[:1].islower() or "[" in name
 
 
 def _is_tagged(before: int | str) -> bool:

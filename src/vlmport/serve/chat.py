@@ -15,7 +15,7 @@ from vlmport.runtime.scheduling import Event, Finished, Job, Piece
 from vlmport.serve import tools
 from vlmport.serve.api_errors import body_of, defect
 from vlmport.serve.chat_messages import prompt_of
-from vlmport.serve.chat_options import generation_options
+from vlmport.serve.chat_options import generation_options, other_characters
 from vlmport.serve.models import OpenModel
 from vlmport.serve.schemas import ChatRequest
 from vlmport.serve.service import Service, new_id
@@ -67,6 +67,7 @@ async def start(body: ChatRequest, service: Service) -> Started:
         prompt = await prompt_of(
             body.messages,
             offer,
+            other_characters=other_characters(body),
             image_options=model.image_options,
             settings=service.settings,
             fetcher=service.fetcher,

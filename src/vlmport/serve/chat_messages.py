@@ -36,6 +36,7 @@ async def prompt_of(
     messages: Sequence[Message],
     offer: tools.Offer,
     *,
+    other_characters: int = 0,
     image_options: Mapping[str, Any],
     settings: Settings,
     fetcher: Fetcher,
@@ -43,6 +44,7 @@ async def prompt_of(
     """Translate messages, and read the images in them.
 
     Args:
+        other_characters: length of the request's other texts, such as a schema.
         image_options: the bundle's options of the image processor, with their defaults.
 
     Raises RequestError where a limit is exceeded, ImageError for an image that can't be had.
@@ -51,7 +53,7 @@ async def prompt_of(
     translated = [_translated(message, image_options, parts) for message in messages]
     if offer:
         translated = _with_system(translated, tools.described(offer))
-    check_limits(translated, len(parts), settings)
+    check_limits(translated, len(parts), other_characters, settings)
     images = await read_images([part.image_url.url for part in parts], settings, fetcher)
     return Prompt(translated, images)
 
@@ -114,7 +116,9 @@ def detail_options(detail: str, image_options: Mapping[str, Any]) -> dict[str, A
     return options
 
 
-def check_limits(messages: Sequence[Mapping[str, Any]], images: int, settings: Settings) -> None:
+def check_limits(
+    messages: Sequence[Mapping[str, Any]], images: int, other_characters: int, settings: Settings
+) -> None:
     """Raise RequestError for too many images or characters."""
     if images > settings.max_images:
         raise RequestError(
@@ -123,7 +127,8 @@ def check_limits(messages: Sequence[Mapping[str, Any]], images: int, settings: S
             code="server.too-many-images",
             param="messages",
         )
-    length = sum(len(part.get("text", "")) for one in messages for part in one["content"])
+    length = other_characters
+    length += sum(len(part.get("text", "")) for one in messages for part in one["content"])
     if length > settings.max_characters:
         raise RequestError(
             f"{length} characters of text, this server takes at most {settings.max_characters}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +91,15 @@ def sampling(
     if request.seed is not None:
         options["seed"] = request.seed % SEEDS
     return options
+
+
+def other_characters(request: ChatRequest) -> int:
+    """Count the characters of the texts that are not in messages; tools are in the system's."""
+    form = request.response_format
+    schema = form.json_schema.json_schema if isinstance(form, JsonSchemaFormat) else None
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
+    texts = (request.regex or "", "" if schema is None else json.dumps(schema), *stops)
+    return sum(map(len, texts))
 
 
 def answer_length(request: ChatRequest) -> int | None:

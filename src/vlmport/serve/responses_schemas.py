@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from vlmport.serve.schemas import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
     Body,
     Finite,
     Function,
@@ -63,7 +66,7 @@ class InputMessage(Body):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Content]
+    content: str | Annotated[list[Content], Field(max_length=MAX_PARTS, fail_fast=True)]
     type: Literal["message"] = "message"
     id: str | None = None
     status: str | None = None
@@ -86,7 +89,7 @@ class InputCallOutput(Body):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Annotated[list[InputText], Field(max_length=MAX_PARTS, fail_fast=True)]
     id: str | None = None
     status: str | None = None
 
@@ -140,7 +143,13 @@ class ResponsesRequest(OwnOptions, NoEffect):
     """
 
     model: str
-    input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1)]
+    input: (
+        str
+        | Annotated[
+            list[InputMessage | InputCall | InputCallOutput],
+            Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True),  # and instructions
+        ]
+    )
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
@@ -149,10 +158,12 @@ class ResponsesRequest(OwnOptions, NoEffect):
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     text: TextOptions | None = None
-    tools: list[FlatTool] | None = None
+    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None
+    ) = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     previous_response_id: None = None

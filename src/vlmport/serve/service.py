@@ -17,7 +17,8 @@ from vlmport.serve.models import Models
 from vlmport.serve.settings import Settings
 
 Body = TypeVar("Body", bound=BaseModel)
-LARGE = 100_000  # bytes of a body that is parsed in a thread
+LARGE = 10_000  # bytes of a body that is parsed in a thread
+MAX_OBJECTS = 20_000  # JSON objects and arrays in a body; more where long texts are allowed
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,36 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     """
     check_json(request)
     raw = await request.body()
+    longest = request.app.state.service.settings.max_characters
+    if len(raw) > LARGE:
+        return await asyncio.to_thread(_parsed, raw, kind, longest)
+    return _parsed(raw, kind, longest)
+
+
+def _parsed(raw: bytes, kind: type[Body], max_characters: int) -> Body:
+    """Parse a body. Raises RequestError; an error may take as long as a valid body."""
+    _check_structure(raw, max_characters)
     try:
-        if len(raw) > LARGE:
-            return await asyncio.to_thread(kind.model_validate_json, raw)
         return kind.model_validate_json(raw)
     except ValidationError as error:
         raise of_validation(error) from None
+
+
+def _check_structure(raw: bytes, max_characters: int) -> None:
+    """Raise RequestError for a body of very many values.
+
+    Parsing holds Python's lock, and takes memory for each value. Images have no comma and no
+    brace; those in texts are counted as well, which is why long texts may have more.
+    """
+    objects, limit = raw.count(b"{") + raw.count(b"["), MAX_OBJECTS + max_characters // 20
+    commas, most = raw.count(b","), MAX_OBJECTS + max_characters
+    if objects > limit or commas > most:
+        raise RequestError(
+            f"the body has {objects} objects and arrays and {commas} commas, "
+            f"this server takes at most {limit} and {most}",
+            hint="send fewer messages, or start the server with a larger --max-characters",
+            code="server.too-many-values",
+        )
 
 
 def content_type(request: Request) -> str:

@@ -6,9 +6,10 @@ chosen. Stop tokens are allowed where the text may end, and nothing else where i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +67,8 @@ class Grammar:
         library = _library()
         limits = library.LLParserLimits(verbose_errors=False)
         self._said, self._vocab_size = said, tokenizer.vocab_size
-        first = library.LLMatcher(tokenizer.native, source, log_level=0, limits=limits)
+        with _errors_of(said):
+            first = library.LLMatcher(tokenizer.native, source, log_level=0, limits=limits)
         if first.is_error():
             raise OptionError(
                 f"{said}: {_reason(first)}",
@@ -149,9 +151,10 @@ class Grammars:
         library = _library()
         if options.json_schema is not None:
             said = f"json_schema={cut(options.json_schema, 80)}"
-            source = library.LLMatcher.grammar_from_json_schema(
-                options.json_schema, overrides=JSON_LAYOUT
-            )
+            with _errors_of(said):
+                source = library.LLMatcher.grammar_from_json_schema(
+                    options.json_schema, overrides=JSON_LAYOUT
+                )
         elif options.lark_grammar is not None:
             said = f"lark_grammar={quoted(options.lark_grammar, 80)}"
             source = library.LLMatcher.grammar_from_lark(options.lark_grammar)
@@ -174,6 +177,19 @@ def _library() -> Any:
             code="dependency.missing",
         ) from error
     return llguidance
+
+
+@contextlib.contextmanager
+def _errors_of(said: str) -> Iterator[None]:
+    """Raise OptionError where llguidance raises: it does for JSON that is nested too deeply."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(
+            f"{said}: {cut(str(error))}",
+            hint="nest it less deeply",
+            code="grammar.invalid",
+        ) from error
 
 
 def _reason(matcher: Any) -> str:
