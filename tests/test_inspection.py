@@ -99,7 +99,7 @@ def test_accuracy_is_shown_by_precision(own_bundle_folder: Path) -> None:
         "limits": {"q4": 3},
     }
     lines = shown(edit(own_bundle_folder, lambda raw: raw.update(accuracy=[entry])))
-    at = lines.index("accuracy         cats [and dogs], 20 pictures, cpu: within its limits")
+    at = lines.index("accuracy         cats [and dogs], 20 images, cpu: within its limits")
     assert lines[at + 1 :] == [
         "  fp32           ROUGE-L 41.50, CIDEr-D 90.00, of_tomorrow 1.00",
         "  q4             ROUGE-L 40.00",

@@ -90,9 +90,9 @@ def test_questions_go_into_the_card_beside_the_captions(shapes: Bundle, tmp_path
     assert second["pictures"] == 5
     assert "questions" not in second
     card = shapes.path("README.md").read_text()
-    assert "held-out questions about shapes, 8 questions about 10 pictures" in card
+    assert "held-out questions about shapes, 8 questions about 10 images" in card
     shown = CliRunner().invoke(cli.app, ["inspect", str(shapes.folder)], env={"COLUMNS": "200"})
-    assert "8 questions about 10 pictures, cpu: nothing compared" in shown.stdout
+    assert "8 questions about 10 images, cpu: nothing compared" in shown.stdout
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -150,7 +150,7 @@ def test_captions_are_those_of_the_runtime(shapes: Path) -> None:
     right = sum(t in one.references for t, one in zip(texts, data.examples, strict=True))
     assert report.figures == {"q4": {"exact_match": round(100 * right / 20, 2)}}
     points = f"{100 * right / 20:.2f}"
-    assert repr(report) == f"Report(passed: {SCENES}, 20 pictures: q4 exact_match {points})"
+    assert repr(report) == f"Report(passed: {SCENES}, 20 images: q4 exact_match {points})"
     assert f"<tr><td>q4</td><td>{points}</td><td></td><td></td></tr>" in report._repr_html_()
 
 
@@ -184,7 +184,7 @@ def test_pictures_with_captions(own: Path, pictures: Path, tmp_path: Path) -> No
     assert second["scores"]["fp32"]["exact_match"] == 0
     assert "rouge-score 0.1" in result["by"]
     assert (tmp_path / "own" / CARD).read_text().count("| `q8` | 87.50 | 9") == 1
-    assert "on my &#124; &lt;pictures&gt;, 8 pictures" in card(own)
+    assert "on my &#124; &lt;pictures&gt;, 8 images" in card(own)
 
 
 @pytest.mark.parametrize("mix", ["auto", "vision=q8,decoder=q4,embed=q4"])
@@ -221,7 +221,7 @@ def test_figures_stand_in_the_manifest_and_the_card(own: Path) -> None:
     after = contents(own)
     assert {name for name in after if after[name] != before.get(name)} == {CARD, MANIFEST}
     shown = CliRunner().invoke(cli.app, ["inspect", str(own)], env={"COLUMNS": "200"})
-    assert f"{SCENES}, 10 pictures, cpu: within its limits" in shown.stdout
+    assert f"{SCENES}, 10 images, cpu: within its limits" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_inspect_claims_no_limit_that_nothing_was_held_against(
 ) -> None:
     evaluate(own, limit=3, precisions=precisions, metrics=[metric])
     shown = CliRunner().invoke(cli.app, ["inspect", str(own)], env={"COLUMNS": "200"})
-    assert f"{SCENES}, 3 pictures, cpu: {said}" in shown.stdout
+    assert f"{SCENES}, 3 images, cpu: {said}" in shown.stdout
 
 
 def test_later_precisions_join_the_earlier_ones(own: Path, pictures: Path) -> None:
@@ -320,7 +320,7 @@ def test_pictures_that_cannot_be_read(own: Path, pictures: Path, tmp_path: Path)
     assert done.exit_code == 2
     assert done.stderr.count("red_square.png: not an image") == 1
     assert "error[evaluation.incomplete]: 1 of 8 " in done.stderr
-    assert "7 pictures" in done.stdout
+    assert "7 images" in done.stdout
     result = json.loads(out.read_text())
     assert result["examples"][0]["captions"] == {"fp32": None, "q8": None}
     assert result["figures"]["q8"] == {"rouge_l": 100}
@@ -368,4 +368,4 @@ def test_a_built_in_name_is_exported_first(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("VLMPORT_CACHE", str(tmp_path / "cache"))
     done = run("shapes", "--limit", 3, "-p", "q8,auto")
     assert done.exit_code == 0, done.output
-    assert "held-out scenes of shapes, 3 pictures" in done.stdout
+    assert "held-out scenes of shapes, 3 images" in done.stdout

@@ -10,10 +10,10 @@ from pathlib import Path
 
 # Name → what it does, for `vlmport models`.
 DESCRIPTIONS = {
-    "shapes": "captions pictures of circles, squares, triangles and stars (prefix)",
-    "shapes-smolvlm": "captions such pictures and answers questions about them (idefics3)",
-    "shapes-qwen2.5-vl": "the same, of pictures of many sizes (qwen2_5_vl)",
-    "shapes-qwen3-vl": "the same, of pictures of many sizes (qwen3_vl)",
+    "shapes": "captions images of circles, squares, triangles and stars (prefix)",
+    "shapes-smolvlm": "captions such images and answers questions about them (idefics3)",
+    "shapes-qwen2.5-vl": "the same, for images of many sizes (qwen2_5_vl)",
+    "shapes-qwen3-vl": "the same, for images of many sizes (qwen3_vl)",
 }
 
 # The ones that a command takes by default.

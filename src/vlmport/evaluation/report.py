@@ -268,9 +268,9 @@ def accuracy_markdown(accuracy: Sequence[Mapping[str, Any]]) -> str:
 
 
 def counted(entry: Mapping[str, Any]) -> str:
-    """Count the examples: '1,000 pictures', or '1,000 questions about 1,250 pictures'."""
+    """Count the examples: '1,000 images', or '1,000 questions about 1,250 images'."""
     asked = f"{entry['questions']:,} questions about " if "questions" in entry else ""
-    return f"{asked}{entry['pictures']:,} pictures"
+    return f"{asked}{entry['pictures']:,} images"
 
 
 def title_of(metric: str) -> str:
@@ -285,7 +285,7 @@ def _table(entry: Mapping[str, Any]) -> str:
     data = html.escape(entry["data"]).replace("|", "&#124;")
     lines = [
         f"`vlmport eval` on {data}, {counted(entry)}, by {entry['by']} on {entry['device']}. Each "
-        f"figure is the mean over the {'questions' if 'questions' in entry else 'pictures'}, times "
+        f"figure is the mean over the {'questions' if 'questions' in entry else 'images'}, times "
         "100.",
         "",
         "| precision | " + " | ".join(heads) + " | may lose to fp32 |",

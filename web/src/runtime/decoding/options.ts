@@ -317,7 +317,7 @@ function contradictions(o: GenerationOptions): [boolean, string, string][] {
     [
       !o.doSample && drawing.length > 0,
       `${drawing.join(' and ')} without doSample=true`,
-      'give doSample: true too, or leave it out: greedy and beam search draw nothing',
+      `add doSample: true, or leave out ${drawing.join(' and ')}: only sampling uses it`,
     ],
     [
       o.numBeams === 1 && ofBeams.length > 0,
@@ -327,7 +327,7 @@ function contradictions(o: GenerationOptions): [boolean, string, string][] {
     [
       o.numReturnSequences > o.numBeams && !(o.doSample && o.numBeams === 1),
       `numReturnSequences=${o.numReturnSequences} is more than numBeams=${o.numBeams}`,
-      'raise numBeams, or draw with doSample: true and no beams',
+      'raise numBeams, or sample with doSample: true and without beams',
     ],
     [
       o.doSample && o.numBeams > 1 && o.seed === null,
