@@ -1,14 +1,15 @@
 """A folder of computed arrays that outlives the process: one safetensors file for each value.
 
 Files are in a subfolder for what the numbers depend on: bundle, precision, device, and the versions
-of ONNX Runtime and its plugins. Each names its key and the hash of its contents. A file that is
-damaged, or that is none of ours, is ignored with a warning. One thread writes, so that nobody waits
-for the disk.
+of ONNX Runtime and its plugins, and the machine. Each names its key and the hash of its contents. A
+file that is damaged, or that is none of ours, is ignored with a warning, and replaced when its
+value is kept again. One thread writes, so that nobody waits for that.
 
 Traps:
 - Several processes may share a folder: files appear in one step (rename), and may vanish.
 - The time of the last use is the file's modification time.
 - After a write that fails, such as on a full disk, nothing more is written; reading goes on.
+- A process that is killed leaves the partial file that it wrote. Old ones are removed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -29,13 +31,16 @@ import onnxruntime as ort
 
 from vlmport.errors import CacheWarning, VlmportWarning, cut, quoted, warn
 from vlmport.runtime.content_store import Arrays, Kept
+from vlmport.runtime.engines.machine import environment, machine_key
 from vlmport.runtime.graphs.components import Components
 
 FORMAT = "1"
-SUFFIX = ".safetensors"
+SUFFIX, PARTIAL = ".safetensors", ".part"
+ABANDONED = 3600.0  # seconds after which nobody writes a partial file any more
 MAX_BYTES = 4 * 1024**3
 MAX_WAITING = 256  # values that wait to be written; more are not kept on disk
 MAX_HEADER = 1 << 20
+MAX_KNOWN = 1 << 16  # files that are known to be whole
 
 Value = TypeVar("Value", bound=Kept)
 
@@ -52,6 +57,7 @@ class DiskStore:
         self.folder, self.max_bytes = folder, max_bytes
         self._own = folder / namespace
         self._size: int | None = None  # of all files; None until the first write
+        self._whole: set[bytes] = set()  # keys of files that this process read or wrote
         self._warned = False
         self._writes = True
         self._waiting: queue.Queue[tuple[bytes, Kept] | None] = queue.Queue(MAX_WAITING)
@@ -71,6 +77,7 @@ class DiskStore:
             said = f"{path} is ignored: {cut(str(error))}"
             self._warn(CacheWarning(said, code="cache.file-ignored"))
             return None
+        self._whole.add(key)
         with contextlib.suppress(OSError):
             os.utime(path)
         return value
@@ -79,9 +86,10 @@ class DiskStore:
         """Write a value soon, unless too many wait; one that is there becomes the newest."""
         if not self._writes or value.nbytes > self.max_bytes:
             return
-        with contextlib.suppress(OSError):  # it is not there yet
-            os.utime(self._path(key))
-            return
+        if key in self._whole:
+            with contextlib.suppress(OSError):  # it is not there any more
+                os.utime(self._path(key))
+                return
         with self._starting:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="vlmport-disk", daemon=True)
@@ -106,23 +114,32 @@ class DiskStore:
                 continue
             try:
                 self._write(*task)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the thread goes on: `close` waits for it
                 self._writes = False
-                said = f"{self.folder} can't be written: {error.strerror or error}; "
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                said = f"{self.folder} can't be written: {cut(reason)}; "
                 said += "nothing more is kept there"
                 self._warn(CacheWarning(said, code="cache.unwritable"))
 
     def _write(self, key: bytes, value: Kept) -> None:
-        path, contents = self._path(key), _contents(key, value.arrays())
-        if path.exists():
-            return
+        path = self._path(key)
+        if len(self._whole) >= MAX_KNOWN:
+            self._whole.clear()
+        # Not there, or not whole.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if _digest(_arrays(path.read_bytes(), key)) == _digest(value.arrays()):
+                os.utime(path)
+                self._whole.add(key)
+                return
+        contents = _contents(key, value.arrays())
         self._make_room(len(contents))
         self._own.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".part", dir=self._own)
+        handle, name = tempfile.mkstemp(suffix=PARTIAL, dir=self._own)
         try:
             with open(handle, "wb") as file:
                 file.write(contents)
             os.replace(name, path)
+            self._whole.add(key)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -140,11 +157,15 @@ class DiskStore:
         self._size += needed
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """List the folder's files with their times and sizes."""
-        found = []
-        for path in self.folder.glob(f"*/*{SUFFIX}"):
+        """List the folder's files with their times and sizes; remove abandoned partial files."""
+        found, now = [], time.time()
+        for path in (*self.folder.glob(f"*/*{SUFFIX}"), *self.folder.glob(f"*/*{PARTIAL}")):
             try:
                 facts = path.stat()
+                if path.suffix == PARTIAL:
+                    if now - facts.st_mtime > ABANDONED:
+                        path.unlink()
+                    continue
             except OSError:  # another process removed it
                 continue
             found.append((facts.st_mtime, facts.st_size, path))
@@ -160,7 +181,10 @@ class DiskStore:
 
 
 def namespace_of(components: Components) -> str:
-    """Name what numbers depend on besides the content: bundle, precision, device and library."""
+    """Name what numbers depend on besides the content: bundle, precision, device, library, machine.
+
+    Another kind of CPU has other kernels, which round in other places.
+    """
     listed, engines = components.manifest.files, components.engines.values()
     plugins = {one.name: one.plugin.version() for one in engines if one.plugin is not None}
     facts = [
@@ -171,6 +195,9 @@ def namespace_of(components: Components) -> str:
         components.older_attention,
         sorted(plugins.items()),
         ort.__version__,
+        machine_key(),
+        environment(),
+        components.threads,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from vlmport.runtime import disk_store
 from vlmport.runtime.content_store import ContentStore
 from vlmport.runtime.graphs.cache import CHUNK
 from vlmport.runtime.graphs.components import Components
+from vlmport.runtime.graphs.decoder import Decoder
 from vlmport.runtime.images.features import FeatureCache
 from vlmport.runtime.model import VLM
 from vlmport.runtime.scheduling import Scheduler
@@ -151,6 +153,15 @@ def test_reuse_changes_no_number(built_in: Callable[[str], Bundle], precision: s
         assert all(tokens % CHUNK == 0 for tokens in cached)
 
 
+def test_another_device_than_the_cpu_reuses_no_prompt(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a token's numbers may depend on the chunk that it is in, at every precision."""
+    monkeypatch.setattr(Decoder, "on_host", False)
+    for _ in range(2):
+        assert ask(scheduler, question("or " * 40)).counts["cached_tokens"] == 0
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "kept"
@@ -208,13 +219,20 @@ def test_another_model_finds_nothing(
     assert len({path.parent for path in files(folder)}) == 2
 
 
-def test_a_namespace_is_of_bundle_precision_and_device(built_in: Callable[[str], Bundle]) -> None:
+def test_a_namespace_is_of_bundle_precision_device_and_machine(
+    built_in: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = built_in("shapes-smolvlm")
     models = [VLM.open(bundle, precision=one) for one in ("fp32", "q4", "vision=fp32,decoder=q4")]
     names = {disk_store.namespace_of(model.components) for model in models}
     assert len(names) == 3
     again = VLM.open(bundle, precision="fp32").components
     assert disk_store.namespace_of(again) in names
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert disk_store.namespace_of(again) not in names
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(disk_store, "machine_key", lambda: {"cpu": "another"})
+    assert disk_store.namespace_of(again) not in names
     older = Components.open(bundle, precision="fp32", older_attention=True)
     assert disk_store.namespace_of(older) not in names
 
@@ -276,6 +294,8 @@ def test_a_wrong_file_is_ignored(
     assert len(caught) == 1
     assert response.counts["cached_tokens"] == 0
     assert scheduler.stats().images_encoded == 1
+    again = ask(disk(), question("or", 1), [image])  # what was wrong is written again
+    assert again.counts["cached_tokens"] == whole_blocks(response.counts["prompt_tokens"]) > 0
 
 
 def ask_and_write(scheduler: Scheduler) -> None:
@@ -298,6 +318,40 @@ def test_a_full_disk_is_survived(
     ask(scheduler, question("a " * 30))
     scheduler._store.close()
     assert files(folder) == []
+
+
+def test_any_error_of_the_thread_that_writes_is_survived(
+    disk: Callable[..., Scheduler], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no safetensors")
+
+    monkeypatch.setattr(disk_store, "_contents", fails)
+    store = disk_store.DiskStore(folder, "name")
+    warned: list[CacheWarning] = []
+    monkeypatch.setattr(store, "_warn", warned.append)
+    for n in range(2 * disk_store.MAX_WAITING):
+        store.put(bytes([n % 256, n // 256]), Block((np.zeros(1, "f4"),)))
+    closing = threading.Thread(target=store.close, daemon=True)
+    closing.start()
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    assert [one.code for one in warned] == ["cache.unwritable"]
+    assert "RuntimeError: no safetensors" in str(warned[0])
+
+
+def test_partial_files_of_a_killed_process_are_removed(folder: Path) -> None:
+    own = folder / "name"
+    own.mkdir(parents=True)
+    old, fresh, foreign = own / "a.part", own / "b.part", own / "notes.txt"
+    for path in (old, fresh, foreign):
+        path.write_bytes(b"1234")
+    for path in (old, foreign):
+        os.utime(path, (1, 1))
+    store = disk_store.DiskStore(folder, "name")
+    store.put(b"key", Block((np.zeros(1, "f4"),)))
+    store.close()
+    assert {path.name for path in files(folder)} == {"b.part", "notes.txt", "6b6579.safetensors"}
 
 
 def test_a_folder_that_is_a_file(model: VLM, tmp_path: Path) -> None:

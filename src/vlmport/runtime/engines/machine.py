@@ -34,3 +34,12 @@ def machine_key() -> dict[str, Any]:
         "system": platform.system(),
         "release": platform.release(),
     }
+
+
+def environment() -> dict[str, str]:
+    """Return the environment's variables that engines read."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("ORT_", "ONEDNN_", "OV_", "CUDA_VISIBLE"))
+    }

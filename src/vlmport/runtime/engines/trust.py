@@ -28,7 +28,7 @@ import onnxruntime as ort
 from vlmport import __version__
 from vlmport.bundle.cache import cache_folder
 from vlmport.errors import DeviceError
-from vlmport.runtime.engines.machine import machine_key
+from vlmport.runtime.engines.machine import environment, machine_key
 from vlmport.runtime.graphs.base import BundleGraphs
 from vlmport.runtime.graphs.devices import HOST
 
@@ -175,11 +175,7 @@ def _record(graphs: BundleGraphs, component: str) -> Path:
         "machine": machine_key(),
         "versions": [ort.__version__, device.plugin.version() if device.plugin else ""],
         "provider": str(device),
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("ORT_", "ONEDNN_", "OV_", "CUDA_VISIBLE"))
-        },
+        "environment": environment(),
         "threads": graphs.threads,
         "files": files,
     }
