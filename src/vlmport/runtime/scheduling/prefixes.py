@@ -12,6 +12,7 @@ What is reused changes no token:
 - At q8 activations are scaled by chunk, and float16 rounds by it. There a block is a whole chunk
   of 192 tokens, and a prompt reuses it where it has a chunk of its own at that place. So all its
   chunks are those that it has alone. A last chunk of 96 to 287 tokens is always run.
+- On other devices than the CPU nothing is reused: their kernels depend on the size of a chunk.
 
 Only prompts are kept, not answers: their tokens were run one at a time, which differs in the last
 bits.
@@ -66,9 +67,11 @@ class PrefixCache:
 
     def _ends(self, length: int) -> list[int]:
         """Return where the blocks of a prompt end that a prompt of this length shares exactly."""
-        if not self._decoder.rounds_by_call:
-            return [*range(BLOCK, length + 1, BLOCK)]
-        return prompt_cuts(length)[1:-1] if self._decoder.on_host else []
+        if not self._decoder.on_host:
+            return []
+        if self._decoder.rounds_by_call:
+            return prompt_cuts(length)[1:-1]
+        return [*range(BLOCK, length + 1, BLOCK)]
 
     def find(
         self, ids: Int64[np.ndarray, " S"], image_rows: Sequence[bytes]
