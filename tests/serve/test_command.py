@@ -169,5 +169,8 @@ def test_names_of_models(tmp_path: Path) -> None:
         "org/name": "org/name",
         "mine": "org/other",
     }
+    for given in ("=shapes", "mine=", "="):
+        with raises(OptionError, "option.wrong-value", repr(given), "NAME=SRC"):
+            names_of([given])
     with raises(OptionError, "server.same-name", "shapes"):
         names_of(["shapes", "shapes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,9 +14,13 @@ import httpx
 import openai
 import pytest
 
+import vlmport
 from tests.serve.running import Running, running
 from tests.serve.test_chat import MODEL, question
+from vlmport.serve import app as app_module
 from vlmport.serve import server as server_module
+from vlmport.serve.models import Models
+from vlmport.serve.settings import Settings
 
 HI = [{"role": "user", "content": "hi"}]
 # An answer that goes on: the only token that ends it is made very unlikely.
@@ -101,6 +106,94 @@ def test_a_connection_without_a_request_is_closed(
             client.get("/health")
             time.sleep(2.5)
             assert client.get("/health").status_code == 200
+
+
+def test_a_second_request_without_its_end_is_closed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.5)
+    with running() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.")
+            while connection.recv(65536):
+                pass
+
+
+def test_a_client_that_stops_reading_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch, red_square: str
+) -> None:
+    monkeypatch.setattr(app_module, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(server_module, "LAST_SECONDS", 1.0)
+    many = {"n": 8, "temperature": 1, "logprobs": True, "top_logprobs": 20, **LONG}
+    asked = {"model": MODEL, "messages": question(red_square), "stream": True, **many}
+    body = json.dumps(asked).encode()
+    with running() as server, socket.socket() as connection:
+        host, port = server.url.removeprefix("http://").split(":")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect((host, int(port)))
+        connection.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        assert connection.recv(100)
+        state = server.server.server_state
+        assert state.connections
+        assert waited_for(lambda: not state.connections, 60)
+        assert scheduler(server).stats().ended["cancelled"] == 1
+
+
+def test_a_client_that_leaves_while_its_model_is_opened(red_square: str) -> None:
+    go = threading.Event()
+
+    def load(source: str) -> Any:
+        go.wait(30)
+        return vlmport.load(source, threads=1)
+
+    with running(load=load) as server, server.http() as client:
+        asked = {"model": MODEL, "messages": question(red_square)}
+        with pytest.raises(httpx.TimeoutException):
+            client.post("/v1/chat/completions", json=asked, timeout=0.3)
+        assert waited_for(lambda: '"status": 499' in server.log.getvalue())
+        go.set()
+        answer = client.post("/v1/chat/completions", json=asked)  # the model was opened once
+        assert answer.status_code == 200
+        assert scheduler(server).stats().ended["finished"] == 1
+        (model,) = server.server.app.state.service.models.open_models
+        assert waited_for(lambda: not model.in_use)
+
+
+def test_no_model_is_opened_after_the_shutdown_began() -> None:
+    go, opened = threading.Event(), []
+
+    def load(source: str) -> Any:
+        opened.append(source)
+        go.wait(30)
+        return vlmport.load("shapes", threads=1)
+
+    async def tried() -> list[Any]:
+        models = Models({"a": "a", "b": "b"}, Settings(), load=load)
+
+        async def asked(name: str) -> None:
+            async with models.lease(name):
+                raise AssertionError("the server shuts down")
+
+        waiting = [asyncio.create_task(asked(name)) for name in ("a", "b")]
+        while not opened:
+            await asyncio.sleep(0.01)
+        closing = asyncio.create_task(models.close(0))
+        await asyncio.sleep(0.05)
+        go.set()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        await closing
+        assert models.open_models == ()
+        return found
+
+    errors = asyncio.run(tried())
+    assert [error.code for error in errors] == ["server.draining"] * 2
+    assert opened == ["a"]
 
 
 def test_a_body_that_is_cut_off_is_no_defect() -> None:

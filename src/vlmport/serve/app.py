@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from vlmport import __version__
-from vlmport.errors import VlmportError
+from vlmport.errors import VlmportError, cut
 from vlmport.serve import caption, chat, responses
 from vlmport.serve.api_errors import ErrorBody, RequestError, response_of
 from vlmport.serve.caption import CaptionRequest
@@ -33,6 +33,7 @@ from vlmport.serve.responses_schemas import ResponsesRequest
 from vlmport.serve.schemas import ChatRequest
 from vlmport.serve.service import Service, read_json
 from vlmport.serve.settings import Settings
+from vlmport.serve.waiting import while_there
 
 SEND_SECONDS = 60.0  # a client that reads nothing for this time has left
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -137,11 +138,13 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """Tell that the process answers."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"])
     async def ready() -> Response:
         """Tell whether requests are taken: not while the server shuts down."""
@@ -186,8 +189,9 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         """Answer messages, with OpenAI's fields; as a stream of events with `stream`."""
         body = await read_json(request, ChatRequest)
-        request.state.logged = {"model": body.model, "stream": bool(body.stream)}
-        started = await chat.start(body, service)
+        request.state.logged = {"model": cut(body.model, 80), "stream": bool(body.stream)}
+        async with while_there(request):
+            started = await chat.start(body, service)
         request.state.job = started.job
         if body.stream:
             return event_stream(await chat.open_stream(started, request))
@@ -199,8 +203,9 @@ def _add_responses(app: FastAPI, service: Service) -> None:
     async def create_response(request: Request) -> Response:
         """Answer messages, with the fields of OpenAI's Responses API."""
         body = await read_json(request, ResponsesRequest)
-        request.state.logged = {"model": body.model, "stream": bool(body.stream)}
-        reply = await responses.start(body, service)
+        request.state.logged = {"model": cut(body.model, 80), "stream": bool(body.stream)}
+        async with while_there(request):
+            reply = await responses.start(body, service)
         request.state.job = reply.started.job
         if body.stream:
             return event_stream(await responses.open_stream(reply, request))

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from vlmport.errors import VlmportError
+from vlmport.errors import VlmportError, cut
 from vlmport.runtime.images.uris import from_base64, is_address
 from vlmport.runtime.scheduling import Job
 from vlmport.serve.api_errors import RequestError, body_of, of_validation
@@ -22,7 +22,7 @@ from vlmport.serve.chat_messages import check_image_size, read_image
 from vlmport.serve.models import OpenModel
 from vlmport.serve.schemas import Body, Finite
 from vlmport.serve.service import Service, content_type, read_json
-from vlmport.serve.waiting import responses
+from vlmport.serve.waiting import responses, while_there
 
 FORM = "multipart/form-data"
 RAW = ("application/octet-stream", "binary/octet-stream", "")
@@ -86,8 +86,8 @@ async def caption(request: Request, service: Service) -> dict[str, Any]:
             code="server.wrong-content-type",
         )
     name = options.model or service.models.default
-    request.state.logged = {"model": name}
-    async with service.models.lease(name) as model:
+    request.state.logged = {"model": cut(name, 80)}
+    async with while_there(request), service.models.lease(name) as model:
         job = request.state.job = await _submit(model, image, options)
     (found,) = await responses([job], request)
     if isinstance(found, VlmportError):
@@ -156,7 +156,7 @@ async def _several(
     files: Sequence[_File], name: str, options: CaptionOptions, request: Request, service: Service
 ) -> list[dict[str, Any]]:
     """Caption files, a few at a time; one that is bad has its error in place of a caption."""
-    request.state.logged = {"model": name, "files": len(files)}
+    request.state.logged = {"model": cut(name, 80), "files": len(files)}
     done: list[dict[str, Any]] = []
     async with service.models.lease(name) as model:
         for start in range(0, len(files), BATCH):

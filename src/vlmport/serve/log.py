@@ -55,16 +55,17 @@ class Log:
             pass
 
 
-class UvicornHandler(logging.Handler):
-    """Passes on what uvicorn logs, each as one line."""
+class LibraryHandler(logging.Handler):
+    """Passes on what a library logs, each record as one line."""
 
-    def __init__(self, log: Log):
+    def __init__(self, log: Log, name: str):
         super().__init__(logging.WARNING)
-        self._log = log
+        self._log, self._event = log, name
 
     def emit(self, record: logging.LogRecord) -> None:
         """Log a record, without the traceback in it."""
-        self._log.event("uvicorn", level=record.levelname.lower(), text=record.getMessage()[:300])
+        text = record.getMessage()[:300]
+        self._log.event(self._event, level=record.levelname.lower(), text=text)
 
 
 def _plain(value: Any) -> str:

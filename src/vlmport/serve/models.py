@@ -21,10 +21,11 @@ from typing import Any
 from vlmport import __version__
 from vlmport.builtin import builtin_folder, builtin_models
 from vlmport.bundle import MANIFEST
-from vlmport.errors import OptionError, ServerError, SourceError, did_you_mean, some_names
+from vlmport.errors import OptionError, ServerError, SourceError, did_you_mean, quoted, some_names
 from vlmport.loading import load as load_source
 from vlmport.runtime.model import VLM
 from vlmport.runtime.scheduling import Event, Finished, Job, Scheduler
+from vlmport.runtime.scheduling.job import draining
 from vlmport.serve.api_errors import RequestError
 from vlmport.serve.settings import Settings
 
@@ -97,16 +98,20 @@ class OpenModel:
         **options: Any,
     ) -> Job:
         """Put a request into the queue. Raises as `Scheduler.submit` does."""
-        job = await asyncio.to_thread(
-            functools.partial(
-                self.scheduler.submit,
-                messages,
-                images,
-                image_options=image_options,
-                time_limit=self._settings.time_limit,
-                **options,
-            )
+        submit = functools.partial(
+            self.scheduler.submit,
+            messages,
+            images,
+            image_options=image_options,
+            time_limit=self._settings.time_limit,
+            **options,
         )
+        submitting = asyncio.create_task(asyncio.to_thread(submit))
+        try:
+            job = await asyncio.shield(submitting)
+        except asyncio.CancelledError:  # the thread goes on
+            submitting.add_done_callback(_cancel_job)
+            raise
         self.hold()
         job.on_event(self._ended)
         if self._watch is not None:
@@ -121,6 +126,12 @@ class OpenModel:
         """End the requests, those that run after `grace` seconds, and release the memory."""
         self.scheduler.close(grace)
         self.vlm.close()
+
+
+def _cancel_job(submitting: asyncio.Task[Job]) -> None:
+    """Cancel a job that nobody waits for."""
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
 
 class Models:
@@ -188,21 +199,28 @@ class Models:
 
     async def _held(self, name: str) -> OpenModel:
         while True:
-            if self.draining:
-                raise ServerError(
-                    "the server is shutting down",
-                    hint="send the request to another server, or again after the restart",
-                    code="server.draining",
-                )
+            self._check_draining()
             if (model := self._open.pop(name, None)) is not None:
                 self._open[name] = model
                 model.hold()
                 return model
-            async with self._opening:
-                if name not in self._open:
-                    await self._make_room()
-                    vlm = await asyncio.to_thread(self._load, self.sources[name])
-                    self._open[name] = OpenModel(name, vlm, self._settings, self._watch)
+            # A client that leaves ends its wait; the model is opened, or others would wait again.
+            opening = asyncio.create_task(self._opened(name))
+            opening.add_done_callback(_heard)
+            await asyncio.shield(opening)
+
+    def _check_draining(self) -> None:
+        if self.draining:
+            raise draining()
+
+    async def _opened(self, name: str) -> None:
+        """Open a model, unless another request has opened it while this one waited."""
+        async with self._opening:
+            self._check_draining()
+            if name not in self._open:
+                await self._make_room()
+                vlm = await asyncio.to_thread(self._load, self.sources[name])
+                self._open[name] = OpenModel(name, vlm, self._settings, self._watch)
 
     async def _make_room(self) -> None:
         while len(self._open) >= self._settings.max_models:
@@ -232,10 +250,17 @@ class Models:
             await asyncio.gather(*(asyncio.to_thread(one.close, grace) for one in models))
 
 
+def _heard(task: asyncio.Task[None]) -> None:
+    """Take the error of a task that may have no reader, so that asyncio logs none."""
+    if not task.cancelled():
+        task.exception()
+
+
 def names_of(sources: Sequence[str]) -> dict[str, str]:
     """Name the models for the API: NAME=SRC, or the last part of a path, or the source itself.
 
-    Raises OptionError where two have the same name, SourceError for what can't be a model.
+    Raises OptionError for an empty name and where two have the same one, SourceError for what can't
+    be a model.
     """
     named: dict[str, str] = {}
     for given in sources:
@@ -243,6 +268,12 @@ def names_of(sources: Sequence[str]) -> dict[str, str]:
         if not is_named or Path(given).exists():
             source = given
             name = Path(given).resolve().name if Path(given).exists() else given
+        if not name or not source:
+            raise OptionError(
+                f"model {quoted(given)}: expected NAME=SRC",
+                hint="for example assistant=shapes-smolvlm",
+                code="option.wrong-value",
+            )
         _check_source(source)
         if name in named:
             raise OptionError(

@@ -17,7 +17,7 @@ from sse_starlette.sse import AppStatus
 from vlmport import signals
 from vlmport.errors import OptionError
 from vlmport.serve.app import create_app
-from vlmport.serve.log import Log, UvicornHandler
+from vlmport.serve.log import LibraryHandler, Log
 from vlmport.serve.models import Load
 from vlmport.serve.settings import Settings
 
@@ -56,7 +56,8 @@ class Server(uvicorn.Server):
             lifespan="on",
         )
         super().__init__(config)
-        self._silent: dict[Any, float] = {}  # connection → since when it has sent no request
+        self._silent: dict[Any, float] = {}  # connection → since when a request's head is due
+        self._closing: dict[Any, float] = {}  # connection → since when it is being closed
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -72,22 +73,27 @@ class Server(uvicorn.Server):
         Raises what `vlmport.load` raises where models are opened at the start.
         """
         AppStatus.disable_automatic_graceful_drain()  # streams end with their jobs, not before
-        logger = logging.getLogger("uvicorn")
-        handler = UvicornHandler(self.log)
-        logger.addHandler(handler)
-        logger.propagate = False
         try:
-            asyncio.run(self._run())
+            with _logged_by(self.log):
+                asyncio.run(self._run())
         finally:
-            logger.removeHandler(handler)
             self.socket.close()
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._log_defect)
         with signals.calling(self.drain):
             if self.settings.preload:
                 await self.app.state.service.models.preload()
             await self.serve(sockets=[self.socket])
+
+    def _log_defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error that no task has handled; asyncio itself prints a traceback."""
+        error = context.get("exception")
+        if isinstance(error, BaseException):
+            self.log.defect("", error)
+        else:
+            self.log.event("asyncio", text=str(context.get("message"))[:300])
 
     def drain(self, number: int | None = None) -> None:
         """Take no more requests, and end when the running ones have; from any thread.
@@ -110,23 +116,55 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Close connections that sent no whole head of a request in time; called ten times a
-        second. Uvicorn itself waits for a first request forever."""
+        """Close connections that don't send the head of a request, or don't read; called ten times
+        a second. Uvicorn itself waits for both forever."""
         if counter % 10 == 0:
-            now, waiting = time.monotonic(), {}
+            now, silent, closing = time.monotonic(), {}, {}
             for connection in self.server_state.connections:
-                if getattr(connection, "cycle", None) is None:
-                    waiting[connection] = self._silent.get(connection, now)
-            for connection, since in waiting.items():
-                if now - since > HEAD_SECONDS and (transport := connection.transport) is not None:
-                    transport.close()
-            self._silent = waiting
+                if (transport := connection.transport) is None:
+                    continue
+                if transport.is_closing():
+                    closing[connection] = self._closing.get(connection, now)
+                elif _owes_a_head(connection):
+                    silent[connection] = self._silent.get(connection, now)
+            for connection, since in silent.items():
+                if now - since > HEAD_SECONDS:
+                    connection.transport.close()
+            for connection, since in closing.items():
+                if now - since > LAST_SECONDS:  # what is left to send is not read
+                    connection.transport.abort()
+            self._silent, self._closing = silent, closing
         return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave signals to `signals.calling`."""
         yield
+
+
+@contextlib.contextmanager
+def _logged_by(log: Log) -> Generator[None, None, None]:
+    """Pass on what uvicorn and asyncio log; on stderr it would be no JSON, and have tracebacks."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn", "asyncio")]
+    before = [one.propagate for one in loggers]
+    handlers = [LibraryHandler(log, one.name) for one in loggers]
+    for logger, handler in zip(loggers, handlers, strict=True):
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, handler, propagates in zip(loggers, handlers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagates
+
+
+def _owes_a_head(connection: Any) -> bool:
+    """Whether a connection has begun to send a request, or has sent none since it was opened."""
+    cycle = getattr(connection, "cycle", None)
+    return cycle is None or (
+        cycle.response_complete and getattr(connection, "timeout_keep_alive_task", None) is None
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
