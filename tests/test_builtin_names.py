@@ -29,8 +29,11 @@ COMMANDS: dict[str, list[object]] = {
     "bench": [NAME, "--precision", "q4", *QUICK],
     "inspect": [NAME],
     "demo": ["--model", NAME, "--port", 0],
+    "serve": [NAME, "--port", 0, "--preload"],
+    "tune": [NAME, "--seconds", 1],
 }
 OTHERS = {"models"}  # take neither
+ELSEWHERE = {"app"}  # needs Gradio, and opens models as `caption` does
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def one_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `verify` and `demo` are given; neither of them runs."""
+    """What `verify`, `demo` and `serve` are given; none of them runs."""
     bundles: list[Any] = []
 
     class Report:
@@ -68,8 +71,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         bundles.append(bundle)
         return Server()
 
+    async def serve(server: Any, sockets: Any) -> None:  # --preload has opened the model
+        models = server.app.state.service.models
+        bundles.extend(one.vlm.components.bundle for one in models.open_models)
+        await models.close(0)
+
     monkeypatch.setattr("vlmport.parity.verify", verify)
     monkeypatch.setattr("vlmport.demo.make_server", make_server)
+    monkeypatch.setattr("vlmport.serve.server.Server.serve", serve)
     return bundles
 
 
@@ -81,7 +90,7 @@ def test_the_table_has_every_command() -> None:
     import typer
 
     group: Any = typer.main.get_command(cli.app)
-    assert set(COMMANDS) | OTHERS == set(group.commands)
+    assert set(COMMANDS) | OTHERS | ELSEWHERE == set(group.commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -89,7 +98,7 @@ def test_commands_take_a_builtin_name(command: str, tmp_path: Path, taken: list[
     arguments = [str(one).format(out=tmp_path / "out") for one in COMMANDS[command]]
     done = run(command, *arguments)
     assert done.exit_code == 0, done.stderr
-    if command in ("verify", "demo"):
+    if command in ("verify", "demo", "serve"):
         (bundle,) = taken
         assert isinstance(bundle, Bundle)
         assert bundle.manifest.name == NAME
