@@ -53,6 +53,7 @@ def test_auto_follows_the_device(tiny_bundle: Path) -> None:
         ("vison=q4", "no component 'vison' (did you mean 'vision'?)"),
         ("=", "no component ''"),
         ("vision=q4,decoder", "precision '' is not in this bundle"),
+        ("vision=q4,vision_encoder=q8", "vision_encoder is named twice"),
     ],
 )
 def test_what_is_not_there_is_not_chosen(asked: str, expected: str, tiny_bundle: Path) -> None:

@@ -88,8 +88,17 @@ def choose(
 
 
 def _parse_mix(components: Mapping[str, Mapping[str, Any]], text: str) -> dict[str, str]:
-    parts = (part.partition("=") for part in text.replace(" ", "").split(","))
-    mix = {SHORT_NAMES.get(name, name): canonical(value) for name, _, value in parts}
+    mix: dict[str, str] = {}
+    for part in text.replace(" ", "").split(","):
+        short, _, value = part.partition("=")
+        name = SHORT_NAMES.get(short, short)
+        if name in mix:
+            raise BundleError(
+                f"precision {quoted(text)}: {name} is named twice",
+                hint="give each component one precision",
+                code="precision.unknown",
+            )
+        mix[name] = canonical(value)
     for name in mix:
         if name not in components:
             raise BundleError(

@@ -183,14 +183,14 @@ def parse_engines(text: str, components: Iterable[str]) -> dict[str, Device]:
 
     In a mix, components that are not named run on the CPU.
 
-    Raises DeviceError for an unknown device, a component that the bundle lacks, or one that always
-    runs on the CPU.
+    Raises DeviceError for an unknown device, a component that the bundle lacks or that is named
+    twice, or one that always runs on the CPU.
     """
     components = list(components)
     if "=" not in text:
         device = Device.parse(text)
         return {one: HOST if one in ALWAYS_ON_CPU else device for one in components}
-    engines = dict.fromkeys(components, HOST)
+    engines: dict[str, Device] = {}
     for part in text.split(","):
         name, _, device = (piece.strip() for piece in part.partition("="))
         name = SHORT_NAMES.get(name, name)
@@ -209,8 +209,14 @@ def parse_engines(text: str, components: Iterable[str]) -> dict[str, Device]:
                 hint=f"components of this bundle: {', '.join(free)}",
                 code="device.wrong-component",
             )
+        if name in engines:
+            raise DeviceError(
+                f"device {quoted(text)}: {name} is named twice",
+                hint="give each component one device",
+                code="device.wrong-component",
+            )
         engines[name] = place
-    return engines
+    return dict.fromkeys(components, HOST) | engines
 
 
 def choose_forms(manifest: Manifest, precision: str, engines: Engines) -> dict[str, str]:
