@@ -71,6 +71,23 @@ def test_the_container() -> None:
     assert set(",".join(named).split(",")) <= extras["optional-dependencies"].keys()
 
 
+def test_the_image_holds_no_key() -> None:
+    """What is copied into an image stays in it, also where a later line removes it."""
+    docker = (FOLDER / "Dockerfile").read_text("utf-8")
+    copied = [name for line in re.findall(r"^(?:COPY|ADD) (.+)$", docker, re.MULTILINE)
+              for name in line.split()[:-1]]  # fmt: skip
+    assert sorted(copied) == ["LICENSE", "README.md", "pyproject.toml", "src"]
+    compose = yaml.safe_load((FOLDER / "compose.yaml").read_text("utf-8"))
+    (key,) = compose["secrets"].values()
+    assert not any((FOLDER / key["file"]).resolve().is_relative_to(ROOT / name) for name in copied)
+    user = re.search(r"useradd --uid (\d+)", docker)
+    assert user is not None
+    for path in (FOLDER / "compose.yaml", ROOT / "docs/how-to/run-a-server.md"):
+        text = path.read_text("utf-8")
+        assert f"install -o {user[1]} -m 400 /dev/stdin {Path(key['file']).name}" in text
+        assert "chmod" not in text
+
+
 def test_the_unit_starts_the_server() -> None:
     (start,) = re.findall(r"^ExecStart=(.+)$", UNIT.read_text("utf-8"), re.MULTILINE)
     words = shlex.split(start)
