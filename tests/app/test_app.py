@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.app.test_answering import PICTURE, QUESTION, asking
 from tests.errors import raises
@@ -21,6 +22,7 @@ from tests.overlays import overlay
 from tests.serve.running import running
 from tests.test_privacy import command_of, empty_home, files_below
 from tests.web.test_web import CHROMIUM, node
+from vlmport import cli
 from vlmport.app.answering import LocalAnswering, RemoteAnswering
 from vlmport.app.page import build, draw_examples
 from vlmport.app.server import open_server
@@ -97,6 +99,26 @@ def test_vlmport_serve_answers_as_the_model_here(model: VLM) -> None:
         with raises(ServerError, "server.refused", 400):
             list(there.answer(asking(QUESTION), [str(REQUIREMENTS)]))
         there.close()
+
+
+def test_the_key_file_is_read_as_the_server_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str | None] = []
+
+    def remote(url: str, model: str | None, key: str | None) -> None:
+        given.append(key)
+        raise ServerError("stop here", hint="", code="server.unreachable")
+
+    monkeypatch.setattr("vlmport.app.answering.RemoteAnswering", remote)
+    path = tmp_path / "keys"
+    command = ["app", "--server", "http://127.0.0.1:1", "--api-key-file", str(path)]
+    path.write_text("# of the page\n\n first-key-of-two \nsecond-key\n")
+    assert "error[server.unreachable]" in CliRunner().invoke(cli.app, command).stderr
+    assert given == ["first-key-of-two"]
+    path.write_text("# none yet\n")
+    assert "error[server.bad-key-file]" in CliRunner().invoke(cli.app, command).stderr
+    assert len(given) == 1
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path: Path, model: VLM) -> None:

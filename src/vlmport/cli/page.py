@@ -14,7 +14,7 @@ from vlmport.cli.app import SectionedCommand, app
 from vlmport.cli.arguments import Device, Precision, Threads
 from vlmport.cli.opening import open_model
 from vlmport.cli.output import show
-from vlmport.errors import DependencyError, OptionError
+from vlmport.errors import DependencyError
 
 
 @app.command("app", cls=SectionedCommand)
@@ -39,7 +39,7 @@ def page(
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File whose first line is the key for --server.", metavar="FILE"),
+        typer.Option(help="File whose first key is the one for --server.", metavar="FILE"),
     ] = None,
     precision: Precision = "auto",
     device: Device = "cpu",
@@ -49,6 +49,8 @@ def page(
 
     Serves a web page on this machine, for this machine only, until Ctrl-C.
     """
+    from vlmport.serve.settings import read_api_keys
+
     try:
         from vlmport.app.answering import LocalAnswering, RemoteAnswering
         from vlmport.app.server import open_server
@@ -66,7 +68,8 @@ def page(
             )
             answering = LocalAnswering(Path(source).name if Path(source).exists() else source, vlm)
         else:
-            answering = RemoteAnswering(server, model, _key(api_key_file))
+            key = None if api_key_file is None else read_api_keys(api_key_file)[0]
+            answering = RemoteAnswering(server, model, key)
         stack.callback(answering.close)
         opened = stack.enter_context(open_server(answering, port))
         show(opened.url)
@@ -74,23 +77,3 @@ def page(
             opened.serve_forever()
         except KeyboardInterrupt:  # Ctrl-C is the way to end it
             signals.heard()
-
-
-def _key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(
-            f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}",
-            hint="write the key into a file of one line",
-            code="option.wrong-value",
-        ) from error
-    if not lines:
-        raise OptionError(
-            f"{path}: no key in it",
-            hint="write the key into a file of one line",
-            code="option.wrong-value",
-        )
-    return lines[0]
