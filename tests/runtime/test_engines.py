@@ -86,6 +86,9 @@ def test_components_that_can_not_choose() -> None:
         parse_engines("visoin=openvino", NAMES)
     with raises(DeviceError, "device.unknown", "'abacus'"):
         parse_engines("vision=abacus", NAMES)
+    for mix in ("vision=cpu,vision=openvino", "vision=openvino,vision_encoder=openvino"):
+        with raises(DeviceError, "device.wrong-component", mix, f"{VISION} is named twice"):
+            parse_engines(mix, NAMES)
 
 
 @pytest.mark.usefixtures("plugin_is_here")
@@ -199,6 +202,19 @@ def test_each_fault_is_found(bundle, component, damage, said, monkeypatch) -> No
     assert said in verdict.problem
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_reference_that_is_not_finite_proves_nothing(value: float) -> None:
+    """NaN is neither above nor below a tolerance."""
+    expected, result = np.array([1.0, value], "f4"), np.array([1.0, 2.0], "f4")
+    for other in (expected, result):
+        _, problem = probing.compare([("a step", expected)], [("a step", other)], 0.01)
+        assert problem == "a step: 1 of 2 values of the CPU are not finite"
+    huge = np.array([3e38, -3e38], "f4")  # their spread is no float32
+    with np.errstate(all="ignore"):
+        _, problem = probing.compare([("a step", huge)], [("a step", -huge)], 0.01)
+    assert problem is not None
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_decoder_that_does_not_write_is_found_at_each_call(bundle, at, monkeypatch) -> None:
     """The prompt, tokens after a cache, a step, a step of two rows."""
@@ -243,6 +259,17 @@ def plugged(bundle: Bundle) -> Components:
     """The toy with its vision encoder on an engine."""
     whole = Components.open(bundle, threads=1)
     return Components(bundle, whole.choice, {**whole.engines, VISION: FAKE}, 1)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The toy with recorded results."""
+    bundle = toy.write_bundle(tmp_path_factory.mktemp("recorded"))
+    golden = bundle.manifest.golden
+    expected = {"fp32": record_golden(Components.open(bundle, threads=1), golden)}
+    golden = dataclasses.replace(golden, expected=expected)
+    write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, golden=golden))
+    return Bundle.open(bundle.folder)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, program: str) -> list[int]:
@@ -296,6 +323,32 @@ def test_a_kept_verdict_holds_for_what_was_tried(
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     trust.trust(plugged)
     assert len(starts) == 2
+
+
+def test_components_that_passed_apart_are_tested_together(
+    recorded: Bundle, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    name = probing.WHOLE
+    whole = f'say(begins="{name}")\nsay(component="{name}", engine="x", problem=None)\n'
+    starts = child(monkeypatch, GOOD.replace("say(done", f"{whole}say(done"))
+    opened = Components.open(recorded, precision="fp32", threads=1)
+
+    def mix(*names: str) -> Components:
+        engines = {**opened.engines, **dict.fromkeys(names, FAKE)}
+        return Components(recorded, opened.choice, engines, 1)
+
+    mixes = [(VISION,), (EMBED,), (VISION, EMBED)]
+    for started, names in zip([1, 2, 3, 3, 3, 3], [*mixes, *mixes], strict=True):
+        trust.trust(mix(*names))
+        assert len(starts) == started
+    assert len(list(cache.iterdir())) == 2 + 3
+    bad = whole.replace("None", '"the golden answer differs"')
+    child(monkeypatch, f"assert not request['components']\n{bad}say(done=True)")
+    for path in cache.glob(f"{probing.WHOLE}-*"):
+        path.unlink()
+    with raises(DeviceError, "device.wrong-numbers", "the golden answer differs") as caught:
+        trust.trust(mix(VISION, EMBED))
+    assert caught.value.hint == "--device cpu"
 
 
 def test_a_damaged_verdict_is_no_verdict(plugged: Components, monkeypatch, cache: Path) -> None:
@@ -365,17 +418,6 @@ def test_the_cpu_needs_no_probe(bundle: Bundle, monkeypatch) -> None:
 # OpenVINO's plugin itself
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The toy with recorded results."""
-    bundle = toy.write_bundle(tmp_path_factory.mktemp("recorded"))
-    golden = bundle.manifest.golden
-    expected = {"fp32": record_golden(Components.open(bundle, threads=1), golden)}
-    golden = dataclasses.replace(golden, expected=expected)
-    write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, golden=golden))
-    return Bundle.open(bundle.folder)
-
-
 @needs_openvino
 @pytest.mark.parametrize("device", ["vision=openvino", "vision=openvino:bf16,embed=openvino"])
 def test_openvino_runs_the_tower(built_in, device: str, picture: Path, cache: Path) -> None:
@@ -387,7 +429,8 @@ def test_openvino_runs_the_tower(built_in, device: str, picture: Path, cache: Pa
         caption = str(model.caption(picture))
     with VLM.open(bundle, precision="fp32", threads=1) as model:
         assert str(model.caption(picture)) == caption
-    assert len(list(cache.iterdir())) == device.count("openvino")
+    whole = "fp32" in bundle.manifest.golden.expected
+    assert len(list(cache.iterdir())) == device.count("openvino") + whole
 
 
 @needs_openvino

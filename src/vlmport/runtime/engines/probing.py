@@ -22,6 +22,7 @@ import numpy as np
 from vlmport.bundle import MANIFEST, Bundle, read_manifest
 from vlmport.errors import VlmportError
 from vlmport.runtime.engines.tolerance import coarseness, tolerance_of
+from vlmport.runtime.engines.trust import WHOLE
 from vlmport.runtime.graphs.cache import KeyValueCache
 from vlmport.runtime.graphs.components import DECODER, EMBED, VISION, Components
 from vlmport.runtime.graphs.devices import HOST, Device, Engines
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 SESSIONS, RUNS = 2, 2
 CHUNK = 40  # tokens that are read after a cache; more than 32, see operators of WebGPU
-WHOLE = "golden"  # in the place of a component: the whole bundle against its recorded results
 
 Trace = list[tuple[str, np.ndarray]]
 """What a component gave: a description of each result, and the result."""
@@ -140,13 +140,18 @@ def compare(want: Trace, got: Trace, tolerance: float) -> tuple[float, str | Non
         if expected.shape != result.shape:
             problem = problem or f"{what} has shape {result.shape}, expected {expected.shape}"
             continue
+        if bad := int((~np.isfinite(expected)).sum()):
+            problem = (
+                problem or f"{what}: {bad} of {expected.size} values of the CPU are not finite"
+            )
+            continue
         if bad := int((~np.isfinite(result)).sum()):
             problem = problem or f"{what}: {bad} of {result.size} values are not finite"
             continue
         spread = float(expected.std()) or 1.0
         error = float(np.abs(expected - result).max(initial=0.0)) / spread
         worst = max(worst, error)
-        if error > tolerance:
+        if not error <= tolerance:
             problem = problem or f"{what} is off by {error:.3g} standard deviations"
     return worst, problem
 

@@ -38,19 +38,27 @@ PROGRAM = (
     "from vlmport.runtime.engines.probing import main; main()"
 )
 SECONDS = 900  # a probe that takes longer has hung
-PROBE = 1  # raise it when the probe finds more than before
+WHOLE = "golden"  # in the place of a component: the whole bundle against its recorded results
+PROBE = 2  # raise it when the probe finds more than before
 LARGEST = 1 << 16  # bytes of a kept verdict
 
 
 def trust(graphs: BundleGraphs) -> None:
     """Test each component that does not run on ONNX Runtime's CPU kernels, unless it has passed.
 
+    Where the bundle has recorded results, all components are tested together too: each of them may
+    be right to within its tolerance, and the whole is not.
+
     Raises DeviceError where an engine computes a component wrongly, or crashes.
     """
-    records = {name: _record(graphs, name) for name in foreign(graphs)}
+    if not (names := foreign(graphs)):
+        return
+    records = {name: _record(graphs, [name]) for name in names}
+    if graphs.manifest.golden.expected.get(graphs.precision) is not None:
+        records[WHOLE] = _record(graphs, list(graphs.choice))
     if not (untried := [name for name, record in records.items() if not _has_passed(record)]):
         return
-    verdicts = run_probe(graphs, untried)
+    verdicts = run_probe(graphs, [name for name in untried if name != WHOLE])
     if bad := [one for one in verdicts if one["problem"] is not None]:
         raise _refusal(graphs, bad)
     for one in verdicts:
@@ -65,6 +73,8 @@ def foreign(graphs: BundleGraphs) -> list[str]:
 
 def run_probe(graphs: BundleGraphs, components: Sequence[str]) -> list[dict[str, Any]]:
     """Compare components with the CPU, in a process of its own; return a verdict for each.
+
+    Last comes a verdict on the whole bundle, where it has recorded results and the others are good.
 
     A crash is a verdict too: of the component that was running, and nothing is said of later ones.
 
@@ -161,26 +171,29 @@ def _refusal(graphs: BundleGraphs, bad: Sequence[Mapping[str, Any]]) -> DeviceEr
     )
 
 
-def _record(graphs: BundleGraphs, component: str) -> Path:
-    """The file of a component's verdict, named by all that it depends on."""
-    bundle, device = graphs.bundle, graphs.engines[component]
-    variant = bundle.variant(component, graphs.choice[component])
-    files = []
-    for name in (variant.model, *variant.data):
-        found = bundle.path(name).stat()
-        listed = bundle.manifest.files[name].sha256
-        files.append([name, listed, found.st_size, found.st_mtime_ns])
+def _record(graphs: BundleGraphs, components: Sequence[str]) -> Path:
+    """The file of a component's verdict, or of the whole bundle's, named by what it depends on."""
+    bundle, files, plugins = graphs.bundle, [], {}
+    for component in components:
+        variant = bundle.variant(component, graphs.choice[component])
+        for name in (variant.model, *variant.data):
+            found = bundle.path(name).stat()
+            listed = bundle.manifest.files[name].sha256
+            files.append([name, listed, found.st_size, found.st_mtime_ns])
+        if (plugin := graphs.engines[component].plugin) is not None:
+            plugins[plugin.package] = plugin.version()
     depends = {
         "probe": [PROBE, __version__],
         "machine": machine_key(),
-        "versions": [ort.__version__, device.plugin.version() if device.plugin else ""],
-        "provider": str(device),
+        "versions": [ort.__version__, plugins],
+        "providers": {name: str(graphs.engines[name]) for name in components},
         "environment": environment(),
         "threads": graphs.threads,
         "files": files,
     }
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    return cache_folder().parent / "engines" / f"{component}-{digest[:32]}.json"
+    name = components[0] if len(components) == 1 else WHOLE
+    return cache_folder().parent / "engines" / f"{name}-{digest[:32]}.json"
 
 
 def _has_passed(record: Path) -> bool:
