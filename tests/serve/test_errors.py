@@ -42,6 +42,9 @@ def refused(server: Running, body: Any, status: int, code: str, param: str | Non
         ({"n": 0}, "server.wrong-value", "n"),
         ({"n": 9}, "server.too-many-answers", "n"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "option.contradiction", "max_tokens"),
+        ({"temperature": 0.7, "do_sample": False}, "option.contradiction", "temperature"),
+        ({"top_p": 0.7, "do_sample": False}, "option.contradiction", "top_p"),
+        ({"temperature": 0, "do_sample": True}, "option.contradiction", "temperature"),
         ({"top_logprobs": 2}, "option.contradiction", "top_logprobs"),
         ({"logit_bias": {"red": 1}}, "server.wrong-value", "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "option.wrong-value", None),
@@ -75,6 +78,19 @@ def test_a_request_that_is_wrong(
 ) -> None:
     message = refused(server, {"model": MODEL, "messages": HI, **change}, 400, code, param)
     assert "hint: " in message
+
+
+def test_the_most_likely_token_needs_no_options_of_sampling(
+    server: Running, red_square: str
+) -> None:
+    asked = {"model": MODEL, "messages": question(red_square), "temperature": 0}
+    shapes = {"top_p": 0.5, "top_k": 5, "min_p": 0.1, "typical_p": 0.5, "seed": 3}
+    with server.http() as client:
+        answers = [
+            client.post("/v1/chat/completions", json=body).json()["choices"]
+            for body in (asked, {**asked, **shapes})
+        ]
+    assert answers[0] == answers[1]
 
 
 def test_an_unknown_model(server: Running) -> None:

@@ -15,10 +15,16 @@ import openai
 import pytest
 
 import vlmport
+from tests.errors import raises
+from tests.serve.conftest import RED_SQUARE
 from tests.serve.running import Running, running
 from tests.serve.test_chat import MODEL, question
+from vlmport.errors import ImageError
+from vlmport.runtime.scheduling import Job
 from vlmport.serve import app as app_module
 from vlmport.serve import server as server_module
+from vlmport.serve.api_errors import RequestError
+from vlmport.serve.chat_messages import read_images
 from vlmport.serve.models import Models
 from vlmport.serve.settings import Settings
 
@@ -275,14 +281,80 @@ def test_a_client_that_leaves_frees_its_row(red_square: str, stream: bool) -> No
         assert scheduler(server).stats().ended["cancelled"] == 1
 
 
-def test_a_time_limit_ends_the_answer(red_square: str) -> None:
-    with running(time_limit=60) as server, server.http() as client:
-        client.post("/v1/chat/completions", json={"model": MODEL, "messages": HI})
-        model = server.server.app.state.service.models.open_models[0]
-        model._settings = type(model._settings)(time_limit=0.05)
+def test_a_time_limit_before_the_first_token_is_not_repeated() -> None:
+    with running(time_limit=0.0001) as server:
+        client = server.openai().with_options(max_retries=3)
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.chat.completions.create(model=MODEL, messages=HI)  # type: ignore[arg-type]
+        assert (caught.value.status_code, caught.value.code) == (408, "server.time-limit")
+        assert waited_for(lambda: "/v1/chat" in server.log.getvalue())
+        assert server.log.getvalue().count("/v1/chat/completions") == 1
+
+
+def test_a_time_limit_cuts_the_answer(monkeypatch: pytest.MonkeyPatch, red_square: str) -> None:
+    def ends_now(job: Job, now: float) -> str | None:
+        first = job.times.first_token
+        return "time-limit" if first is not None and now > first + 0.02 else None
+
+    monkeypatch.setattr(Job, "ends_now", ends_now)
+    with running() as server, server.http() as http:
         asked = {"model": MODEL, "messages": question(red_square), **LONG}
-        whole = client.post("/v1/chat/completions", json=asked)
-        assert error_of(whole) == (408, "server.time-limit")
+        whole = http.post("/v1/chat/completions", json=asked).json()
+        assert whole["choices"][0]["finish_reason"] == "length"
+        assert 0 < whole["usage"]["completion_tokens"] < 400
+        assert whole["choices"][0]["message"]["content"]
+        streamed = http.post("/v1/chat/completions", json={**asked, "stream": True}).text
+        assert '"finish_reason": "length"' in streamed
+        assert '"error"' not in streamed
+        options = {"min_new_tokens": 400, "max_output_tokens": 400}
+        response = http.post("/v1/responses", json={"model": MODEL, "input": "hi", **options})
+        assert response.json()["status"] == "incomplete"
+        path = "/caption?min_new_tokens=400&max_new_tokens=400"
+        caption = http.post(path, content=RED_SQUARE.read_bytes())
+        assert error_of(caption) == (408, "server.time-limit")
+
+
+def test_a_form_of_more_files_than_the_queue_takes() -> None:
+    image = RED_SQUARE.read_bytes()
+    with running({"shapes": "shapes"}, max_running=2, max_queue=1) as server:
+        files = [("images", (f"{n}.png", image)) for n in range(6)]
+        with server.http() as http:
+            found = http.post("/caption", files=files).json()["captions"]
+    assert [one["file"] for one in found] == [f"{n}.png" for n in range(6)]
+    assert {one["caption"] for one in found} == {"a red square on a white background"}
+
+
+class Images:
+    """Fetches images of 400 bytes, but for two names."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+
+    async def fetch(self, url: str) -> bytes:
+        if "bad" in url:
+            raise ImageError("no image", code="image.not-fetched")
+        if "slow" in url:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled.append(url)
+                raise
+        return b"a" * 400
+
+
+def test_the_first_bad_image_ends_the_other_fetches() -> None:
+    images, urls = Images(), ["http://a/slow", "http://a/bad"]
+    with raises(ImageError, "image.not-fetched"):
+        asyncio.run(read_images(urls, Settings(), images))
+    assert images.cancelled == ["http://a/slow"]
+
+
+def test_fetched_images_count_together() -> None:
+    settings = Settings(max_body_bytes=1000)
+    two = asyncio.run(read_images(["http://a/1"] * 2, settings, Images()))
+    assert two == [b"a" * 400] * 2
+    with raises(RequestError, "server.body-too-large", "1,000"):
+        asyncio.run(read_images(["http://a/1"] * 3, settings, Images()))
 
 
 def test_models_are_closed_when_others_are_needed() -> None:
@@ -303,8 +375,6 @@ def test_models_are_closed_when_others_are_needed() -> None:
         ):
             with server.http() as http:
                 path = f"/caption?model={name}"
-                from tests.serve.conftest import RED_SQUARE
-
                 response = http.post(path, content=RED_SQUARE.read_bytes())
             assert response.status_code == 200, response.text
             assert names() == expected

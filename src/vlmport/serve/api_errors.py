@@ -124,6 +124,8 @@ def response_of(error: VlmportError) -> JSONResponse:
     retry = getattr(error, "retry_after", None)
     if retry is not None or status in (429, 503):
         headers["Retry-After"] = str(max(1, round(retry or 1)))
+    if error.code == "server.time-limit":  # openai's clients repeat a request after 408
+        headers["X-Should-Retry"] = "false"
     if status in (408, 413):  # the rest of the body is not read
         headers["Connection"] = "close"
     return JSONResponse(body_of(error), status, headers)

@@ -14,8 +14,9 @@ from pydantic import ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from vlmport.errors import VlmportError, cut
+from vlmport.errors import ServerError, VlmportError, cut
 from vlmport.runtime.images.uris import from_base64, is_address
+from vlmport.runtime.response import Response
 from vlmport.runtime.scheduling import Job
 from vlmport.serve.api_errors import RequestError, body_of, of_validation
 from vlmport.serve.chat_messages import check_image_size, read_image
@@ -90,9 +91,20 @@ async def caption(request: Request, service: Service) -> dict[str, Any]:
     async with while_there(request), service.models.lease(name) as model:
         job = request.state.job = await _submit(model, image, options)
     (found,) = await responses([job], request)
-    if isinstance(found, VlmportError):
+    if isinstance(found := _whole(job, found), VlmportError):
         raise found
     return {"caption": found.text.strip()}
+
+
+def _whole(job: Job, found: Response | VlmportError) -> Response | VlmportError:
+    """Return an error for a caption that the time limit cut: nothing in the answer could say so."""
+    if isinstance(found, VlmportError) or job.reason != "time-limit":
+        return found
+    return ServerError(
+        "the time limit passed before the caption was complete",
+        hint="ask for fewer tokens, or start the server with a larger --time-limit",
+        code="server.time-limit",
+    )
 
 
 def _options(request: Request) -> CaptionOptions:
@@ -119,7 +131,7 @@ async def _named_image(text: str, service: Service) -> bytes:
 
 
 async def _form(request: Request, service: Service) -> tuple[list[_File], dict[str, str]]:
-    """Read the files and the fields of a form. A field `image` may hold base64 or an address."""
+    """Read the files and the fields of a form."""
     settings = service.settings
     files: list[_File] = []
     fields: dict[str, str] = {}
@@ -159,24 +171,38 @@ async def _several(
     request.state.logged = {"model": cut(name, 80), "files": len(files)}
     done: list[dict[str, Any]] = []
     async with service.models.lease(name) as model:
-        for start in range(0, len(files), BATCH):
-            batch = files[start : start + BATCH]
-            jobs: list[Job | VlmportError] = []
-            try:
-                for file in batch:
-                    image = file.image
-                    is_bad = isinstance(image, VlmportError)
-                    jobs.append(image if is_bad else await _submit(model, image, options))
-            except BaseException:  # the queue is full, or the options are wrong
-                for job in jobs:
-                    if isinstance(job, Job):
-                        job.cancel()
-                raise
+        while len(done) < len(files):
+            batch = files[len(done) : len(done) + BATCH]
+            jobs = await _submitted(model, batch, options)
             found = iter(await responses([j for j in jobs if isinstance(j, Job)], request))
-            for file, job in zip(batch, jobs, strict=True):
-                result = next(found) if isinstance(job, Job) else job
+            for file, job in zip(batch, jobs, strict=False):  # the queue may have been full
+                result = _whole(job, next(found)) if isinstance(job, Job) else job
                 if isinstance(result, VlmportError):
                     done.append({"file": file.name, **body_of(result)})
                 else:
                     done.append({"file": file.name, "caption": result.text.strip()})
     return done
+
+
+async def _submitted(
+    model: OpenModel, files: Sequence[_File], options: CaptionOptions
+) -> list[Job | VlmportError]:
+    """Submit files, as many of them as the queue takes; a bad file is its error.
+
+    Raises ServerError where the queue takes none.
+    """
+    jobs: list[Job | VlmportError] = []
+    try:
+        for file in files:
+            image = file.image
+            is_bad = isinstance(image, VlmportError)
+            jobs.append(image if is_bad else await _submit(model, image, options))
+    except BaseException as error:
+        is_full = isinstance(error, ServerError) and error.code == "server.queue-full"
+        if is_full and jobs:
+            return jobs
+        for job in jobs:
+            if isinstance(job, Job):
+                job.cancel()
+        raise
+    return jobs

@@ -139,8 +139,32 @@ def check_limits(
 
 
 async def read_images(urls: Sequence[str], settings: Settings, fetcher: Fetcher) -> list[bytes]:
-    """Read images, all at the same time; the first that can't be read is an error."""
-    return list(await asyncio.gather(*(read_image(url, settings, fetcher) for url in urls)))
+    """Read images, all at the same time; the first that can't be read is an error.
+
+    Raises ImageError or RequestError; the other images are not fetched any further then.
+    """
+    total = 0
+
+    async def read(url: str) -> bytes:
+        nonlocal total
+        image = await read_image(url, settings, fetcher)
+        total += len(image)
+        if total > settings.max_body_bytes:  # those of URLs are not in the body
+            raise RequestError(
+                f"the images have more than {settings.max_body_bytes:,} bytes together",
+                hint="send fewer or smaller images, or start the server with a larger "
+                "--max-body-mb",
+                code="server.body-too-large",
+                param="messages",
+            )
+        return image
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(read(url)) for url in urls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [one.result() for one in tasks]
 
 
 async def read_image(url: str, settings: Settings, fetcher: Fetcher) -> bytes:

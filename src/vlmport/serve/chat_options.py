@@ -13,6 +13,7 @@ from vlmport.serve.settings import Settings
 OWN = tuple(name for name in OwnOptions.model_fields if name not in ("image_options", "regex"))
 ANY_OBJECT = {"type": "object"}
 SEEDS = 2**32
+SHAPES = ("top_k", "min_p", "typical_p")
 
 
 def generation_options(
@@ -32,6 +33,8 @@ def generation_options(
         name: getattr(request, name) for name in OWN if getattr(request, name) is not None
     }
     options |= sampling(request, defaults, options)
+    if request.temperature == 0:
+        options = {name: value for name, value in options.items() if name not in SHAPES}
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(request, name):
             options[name] = getattr(request, name)
@@ -58,10 +61,13 @@ def generation_options(
 def sampling(
     request: ChatRequest, defaults: Mapping[str, Any], own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the options that decide between the most likely tokens and sampled ones."""
+    """Return the options that decide between the most likely tokens and sampled ones.
+
+    temperature=0 takes the most likely token, whatever top_p, top_k, min_p and typical_p say.
+    """
     options: dict[str, Any] = {}
     warms = request.temperature not in (None, 0)
-    shapes = (request.top_p or 1) < 1 or own.keys() & {"top_k", "min_p", "typical_p"}
+    shapes = (request.top_p or 1) < 1 or own.keys() & set(SHAPES)
     do_sample = own.get("do_sample")
     if do_sample is None:
         if request.temperature == 0:
@@ -76,6 +82,14 @@ def sampling(
             hint="leave one of them out",
             code="option.contradiction",
             param="temperature",
+        )
+    elif not do_sample and (warms or (request.top_p or 1) < 1):
+        field = "temperature" if warms else "top_p"
+        raise RequestError(
+            f"{field}={getattr(request, field):g} and do_sample=false contradict each other",
+            hint="leave one of them out",
+            code="option.contradiction",
+            param=field,
         )
     options["do_sample"] = do_sample
     if not do_sample:  # a seed and top_p choose nothing where the most likely token is taken

@@ -18,15 +18,13 @@ class ClientGoneError(Exception):
 
 
 def failure(ended: Finished) -> Exception | None:
-    """Return the error of a job that did not end by itself."""
+    """Return the error of a job that did not end by itself.
+
+    One that its time limit ended has no error where it has an answer so far: that is cut as
+    max_tokens cuts it. Nothing would be gained by the same request again.
+    """
     if ended.error is not None:
         return ended.error
-    if ended.reason == "time-limit":
-        return ServerError(
-            "the time limit passed before the answer was complete",
-            hint="ask for fewer tokens, or start the server with a larger --time-limit",
-            code="server.time-limit",
-        )
     if ended.reason == "shutdown":
         return ServerError(
             "the server was shut down before the answer was complete",
