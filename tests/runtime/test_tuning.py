@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def captioner(tiny_bundle: Path) -> Bundle:
-    return Bundle.open(tiny_bundle)
+    """A bundle, all of whose precisions have passed `vlmport verify`."""
+    bundle = Bundle.open(tiny_bundle)
+    forms = bundle.manifest.components[DECODER]
+    return with_parity(bundle, dict.fromkeys(forms, True))
+
+
+def with_parity(bundle: Bundle, passed: Mapping[str, bool]) -> Bundle:
+    """Give a bundle results of verify: two rungs for each precision, the second always right."""
+    rows = [
+        {"precision": name, "passed": one}
+        for name, first in passed.items()
+        for one in (first, True)
+    ]
+    parity = {"reference": "x", "passed": all(passed.values()), "rows": rows}
+    return Bundle(bundle.folder, dataclasses.replace(bundle.manifest, parity=parity))
 
 
 def paced(seconds: Callable[[Components], float]) -> Callable[[Any, Components], np.ndarray]:
@@ -102,14 +117,43 @@ def test_a_form_further_from_float32_than_auto_is_refused(captioner: Bundle, mon
     assert all("from float32" in one.note for one in refused)
 
 
-def test_a_form_that_verify_failed_is_not_tried(captioner: Bundle) -> None:
-    import dataclasses
-
-    parity = {"reference": "x", "passed": False, "rows": [{"precision": "q4", "passed": False}]}
-    manifest = dataclasses.replace(captioner.manifest, parity=parity)
-    tuner = Tuner(Bundle(captioner.folder, manifest), time.monotonic() + 60)
+@pytest.mark.parametrize("passed", [{"q8": True, "q4": False}, {"q8": True}])
+def test_a_form_that_verify_has_not_passed_is_not_tried(
+    captioner: Bundle, passed: Mapping[str, bool]
+) -> None:
+    """Neither one that failed, nor one that was not verified."""
     assert "q4" in Tuner(captioner, time.monotonic() + 60).forms(VISION)
+    tuner = Tuner(with_parity(captioner, passed), time.monotonic() + 60)
     assert "q4" not in tuner.forms(VISION)
+    (left_out,) = [one for one in tuner.vision() if one.form == "q4"]
+    assert left_out.seconds is None
+    assert "has not passed" in left_out.note
+    other = with_parity(captioner, {"q4": True, "fp32": True})
+    assert tuner.auto[DECODER] == "q4"
+    (left_out,) = [one for one in Tuner(other, 0).decoder() if one.form == "q8"]
+    assert "has not passed" in left_out.note
+
+
+def test_without_results_of_verify_no_number_changes(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast other forms, kernels and engines are."""
+    slow = paced(lambda one: 0.02 if one.threads is None else 0.001)
+    monkeypatch.setattr(Tuner, "_encode", slow)
+    monkeypatch.setattr(Tuner, "_answer", slow)
+    monkeypatch.setattr(tuning, "available_devices", lambda: ["cpu", "openvino"])
+    bundle = Bundle.open(tiny_bundle)
+    report = tune(with_parity(bundle, {}), seconds=60)
+    auto = bundle.manifest.choose("auto")
+    measured = [one for one in report.tried if one.seconds is not None]
+    assert {(one.component, one.form) for one in measured} == {
+        (name, auto[name]) for name in (VISION, DECODER)
+    }
+    assert not any(one.older_attention or one.device != Device("cpu") for one in measured)
+    assert report.tuning == Tuning(
+        tuning.precision_name(auto), "cpu", (os.cpu_count() or 1) // 2 or None
+    )
+    assert not report.verified
 
 
 def test_an_engine_that_fails_its_test_is_a_note(captioner: Bundle, monkeypatch) -> None:
@@ -139,8 +183,6 @@ def test_no_time_left(captioner: Bundle) -> None:
 def test_a_choice_holds_for_this_machine_and_bundle(
     captioner: Bundle, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     manifest = captioner.manifest
     keep_tuning(manifest, OLDER)
     assert find_tuning(manifest) == OLDER
@@ -207,6 +249,7 @@ def test_the_command(captioner: Bundle) -> None:
     said = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert said.exit_code == 0
     assert "chosen: precision " in said.stdout
+    assert "no results of `vlmport verify`" in said.stderr
     assert find_tuning(captioner.manifest) is not None
 
 

@@ -1,8 +1,10 @@
 """Find the fastest choices for a bundle on this machine: `vlmport tune`.
 
-Forms and engines are tried for the vision encoder and the decoder. A choice may change numbers, so
-one is only admitted where its results are no further from float32 than those of `auto`, and where
-`vlmport verify` has not failed the form. An engine has to pass its test first (engines/trust.py).
+Forms, engines and kernels are tried for the vision encoder and the decoder. They change numbers, so
+one is only admitted where `vlmport verify` has passed the form, and where its results are no
+further from float32 than those of `auto`. An engine has to pass its test first (engines/trust.py).
+Of a bundle without results of `vlmport verify`, only the number of threads is tried, which changes
+none.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ class Report:
         tuning: the choice that `load` takes from now on, where it is kept.
         tried: every choice, with its time or the reason why it has none. The first of each
             component is `auto`'s.
+        verified: whether the bundle holds results of `vlmport verify`; without them, only choices
+            that change no number are tried.
         path: the file that keeps it; None where the cache can't be written, or nothing could be
             measured in the time.
     """
@@ -94,6 +98,7 @@ class Report:
     tuning: Tuning
     tried: tuple[Choice, ...]
     path: Path | None
+    verified: bool
 
     def lines(self) -> list[str]:
         """Format a line for each choice: its time, and the share of the time of `auto`'s."""
@@ -141,7 +146,7 @@ def tune(
     threads, measured = tuner.threads(best)
     tuning = _tuning(tuner, best, threads)
     path = keep_tuning(opened.manifest, tuning) if best else None
-    return Report(opened.manifest.name, tuning, (*tried, *measured), path)
+    return Report(opened.manifest.name, tuning, (*tried, *measured), path, tuner.verified)
 
 
 def _best(tried: Sequence[Choice]) -> dict[str, Choice]:
@@ -176,10 +181,10 @@ class Tuner:
         self.bundle, self.deadline = bundle, deadline
         self.say: Progress = progress or (lambda what: None)
         self.auto = bundle.manifest.choose("auto")
-        with_parity = bundle.manifest.parity or {"rows": []}
-        self.failed = {
-            row.get("precision") for row in with_parity["rows"] if row.get("passed") is not True
-        }
+        rows = (bundle.manifest.parity or {"rows": []})["rows"]
+        failed = {row.get("precision") for row in rows if row.get("passed") is not True}
+        self.verified = bool(rows)
+        self.passed = {row.get("precision") for row in rows} - failed
         host = _open(bundle, self.auto, Choice(VISION, self.auto[VISION]))
         session, made = host.session(VISION), host.process_image(gradient()).inputs
         names = [one.name for one in session.get_inputs()]
@@ -188,11 +193,20 @@ class Tuner:
         host.close()
 
     def forms(self, component: str) -> list[str]:
-        """List auto's form first, then the others that may be tried: held, and not failed."""
+        """List auto's form first, then the others that may be tried: verified, and here."""
+        forms = self._forms_here(component)
+        return [forms[0], *(one for one in forms[1:] if one in self.passed)]
+
+    def _forms_here(self, component: str) -> list[str]:
         auto = self.auto[component]
-        forms = self.bundle.manifest.components[component]
-        others = [one for one in forms if one != auto and one not in self.failed]
+        others = [one for one in self.bundle.manifest.components[component] if one != auto]
         return [auto, *(one for one in others if self._is_here(component, one))]
+
+    def _left_out(self, component: str) -> Iterator[Choice]:
+        """Yield the forms that are not tried because `vlmport verify` has not passed them."""
+        for form in self._forms_here(component)[1:]:
+            if _is_small(form) and form not in self.passed:
+                yield Choice(component, form, note="not tried: `vlmport verify` has not passed it")
 
     def _is_here(self, component: str, form: str) -> bool:
         """Whether the form's files are on this machine: of a Hub bundle, not all are."""
@@ -204,7 +218,7 @@ class Tuner:
         forms = self.forms(VISION)
         choices = [Choice(VISION, form) for form in forms if form == forms[0] or _is_small(form)]
         for name, plugin in PLUGINS.items():
-            if name not in available_devices():
+            if not self.verified or name not in available_devices():
                 continue
             places = [
                 Device(name, 0, "" if n == 0 else kind) for n, kind in enumerate(plugin.arithmetic)
@@ -212,6 +226,7 @@ class Tuner:
             kept = [one for one in plugin.forms if one in forms] or forms[:1]
             choices += [Choice(VISION, kept[0], place) for place in places]
         yield from self._measured(choices, self._encode)
+        yield from self._left_out(VISION)
 
     def decoder(self) -> Iterator[Choice]:
         """Measure the decoder's forms, each with both kernels of attention."""
@@ -220,9 +235,10 @@ class Tuner:
             Choice(DECODER, form, HOST, older)
             for form in forms
             if form == forms[0] or _is_small(form)
-            for older in (False, True)
+            for older in ((False, True) if self.verified else (False,))
         ]
         yield from self._measured(choices, self._answer)
+        yield from self._left_out(DECODER)
 
     def threads(self, best: Mapping[str, Choice]) -> tuple[int | None, list[Choice]]:
         """Try half the threads for the slowest component; None is one thread a core."""
