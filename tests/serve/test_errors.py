@@ -47,7 +47,7 @@ def refused(server: Running, body: Any, status: int, code: str, param: str | Non
         ({"temperature": 0, "do_sample": True}, "option.contradiction", "temperature"),
         ({"top_logprobs": 2}, "option.contradiction", "top_logprobs"),
         ({"logit_bias": {"red": 1}}, "server.wrong-value", "logit_bias"),
-        ({"logit_bias": {"99999": 1}}, "option.wrong-value", None),
+        ({"logit_bias": {"99999": 1}}, "option.wrong-value", "logit_bias"),
         ({"messages": []}, "server.wrong-value", "messages"),
         ({"messages": [{"role": "boss"}]}, "server.wrong-value", "messages[0].role"),
         (
@@ -65,10 +65,12 @@ def refused(server: Running, body: Any, status: int, code: str, param: str | Non
         ({"messages": question("file:///etc/passwd")}, "image.url-invalid", None),
         ({"messages": question("/etc/passwd")}, "image.url-invalid", None),
         ({"messages": question("data:image/png;base64,aGk=")}, "image.not-a-picture", None),
-        ({"regex": "("}, "grammar.invalid", None),
+        ({"regex": "("}, "grammar.invalid", "regex"),
         ({"regex": "a", "response_format": JSON}, "option.contradiction", "regex"),
-        ({"num_beams": 99}, "option.wrong-value", None),
-        ({"image_options": {"size": 5}}, "option.unknown", None),
+        ({"num_beams": 99}, "option.wrong-value", "num_beams"),
+        ({"n": 8, "num_beams": 3}, "option.contradiction", "n"),
+        ({"max_tokens": 5, "min_new_tokens": 6}, "option.contradiction", "min_new_tokens"),
+        ({"image_options": {"size": 5}}, "option.unknown", "image_options"),
         ({"tool_choice": "required"}, "server.unknown-tool", "tool_choice"),
         ({"messages": [{"role": "user", "content": "red " * 9000}]}, "prompt.too-long", None),
     ],
@@ -78,6 +80,28 @@ def test_a_request_that_is_wrong(
 ) -> None:
     message = refused(server, {"model": MODEL, "messages": HI, **change}, 400, code, param)
     assert "hint: " in message
+
+
+def test_errors_name_the_fields_of_the_request(server: Running) -> None:
+    bad = {"type": "object", "properties": {"a": {"type": "nothing"}}}
+    function = {"name": "f", "parameters": bad}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": bad}}
+    for change, param in (
+        ({"tools": [{"type": "function", "function": function}]}, "tools"),
+        ({"response_format": form}, "response_format"),
+    ):
+        body = {"model": MODEL, "messages": HI, **change}
+        message = refused(server, body, 400, "grammar.invalid", param)
+        assert "lark" not in message
+        assert "json_schema=" not in message
+    with server.http() as client:
+        body = {
+            "model": MODEL,
+            "input": "hi",
+            "text": {"format": {**form["json_schema"], "type": "json_schema"}},
+        }  # type: ignore[dict-item]
+        error = client.post("/v1/responses", json=body).json()["error"]
+    assert error["param"] == "text.format"
 
 
 def test_the_most_likely_token_needs_no_options_of_sampling(

@@ -106,6 +106,24 @@ def test_a_tool_is_called_with_valid_arguments(
     assert not any(one.choices[0].delta.content for one in chunks)
 
 
+def test_json_has_the_rest_of_the_context(server: Running, red_square: str) -> None:
+    """A bundle's default length, 40 tokens here, would cut it."""
+    schema = {"type": "string", "minLength": 400, "maxLength": 400}
+    tool = {"name": "f", "parameters": {"properties": {"a": schema}, "required": ["a"]}}
+    form = {"name": "a", "schema": schema}
+    for change, reason in (
+        ({"response_format": {"type": "json_schema", "json_schema": form}}, "stop"),
+        (
+            {"tools": [{"type": "function", "function": tool}], "tool_choice": "required"},
+            "tool_calls",
+        ),
+        ({"regex": "[ab]{90}"}, "stop"),
+    ):
+        body = posted(server, messages=question(red_square), **change)
+        assert body["choices"][0]["finish_reason"] == reason
+        assert body["usage"]["completion_tokens"] > 40
+
+
 def test_auto_gives_a_text_or_a_call(server: Running, red_square: str) -> None:
     body = posted(server, messages=question(red_square), tools=TOOLS, max_tokens=120)
     choice = validated(ChatCompletion, body).choices[0]

@@ -10,12 +10,17 @@ from typing import Any
 from starlette.requests import Request
 
 from vlmport.errors import VlmportError
-from vlmport.runtime.response import Answer
+from vlmport.runtime.response import Answer, Response
 from vlmport.runtime.scheduling import Event, Finished, Job, Piece
 from vlmport.serve import tools
 from vlmport.serve.api_errors import body_of, defect
 from vlmport.serve.chat_messages import prompt_of
-from vlmport.serve.chat_options import generation_options, other_characters
+from vlmport.serve.chat_options import (
+    RENAMED,
+    generation_options,
+    named_as_fields,
+    other_characters,
+)
 from vlmport.serve.models import OpenModel
 from vlmport.serve.schemas import ChatRequest
 from vlmport.serve.service import Service, new_id
@@ -31,6 +36,8 @@ class Started:
     """A chat request whose job runs.
 
     Attributes:
+        options: those of `VLM.generate`.
+        renamed: option → field of the request, for errors.
         copies: how many choices each sequence of the job is; more than 1 where the most likely
             tokens are taken, so that all choices are the same.
     """
@@ -39,6 +46,8 @@ class Started:
     model: OpenModel
     job: Job
     offer: tools.Offer
+    options: Mapping[str, Any]
+    renamed: Mapping[str, str]
     copies: int
     id: str
     created: int
@@ -55,11 +64,18 @@ class Started:
         }
 
 
-async def start(body: ChatRequest, service: Service) -> Started:
-    """Check a request and submit its job. Raises errors of ours."""
+async def start(
+    body: ChatRequest, service: Service, renamed: Mapping[str, str] = RENAMED
+) -> Started:
+    """Check a request and submit its job. Raises errors of ours.
+
+    Args:
+        renamed: option of `VLM.generate` → field of the request, for errors.
+    """
     async with service.models.lease(body.model) as model:
         offer = tools.offer_of(body.tools, body.tool_choice)
-        options = generation_options(body, model.defaults, service.settings)
+        context = model.vlm.components.manifest.dims.context_length
+        options = generation_options(body, model.defaults, service.settings, context)
         if offer:
             tools.refuse_regex(body.regex)
             schema = options.pop("json_schema", None)
@@ -72,18 +88,28 @@ async def start(body: ChatRequest, service: Service) -> Started:
             settings=service.settings,
             fetcher=service.fetcher,
         )
-        job = await model.submit(
-            prompt.messages, prompt.images, image_options=body.image_options, **options
-        )
+        with named_as_fields(body, options, renamed):
+            job = await model.submit(
+                prompt.messages, prompt.images, image_options=body.image_options, **options
+            )
     copies = 1 if "num_return_sequences" in options else body.n or 1
-    return Started(body, model, job, offer, copies, new_id("chatcmpl"), int(time.time()))
+    return Started(
+        body, model, job, offer, options, renamed, copies, new_id("chatcmpl"), int(time.time())
+    )
+
+
+async def whole_answer(started: Started, request: Request) -> Response:
+    """Wait for the answer. Raises the error that ended the job."""
+    (found,) = await responses([started.job], request)
+    if isinstance(found, VlmportError):
+        with named_as_fields(started.body, started.options, started.renamed):
+            raise found
+    return found
 
 
 async def complete(started: Started, request: Request) -> dict[str, Any]:
     """Wait for the answer, and write the body of a `chat.completion`."""
-    (response,) = await responses([started.job], request)
-    if isinstance(response, VlmportError):
-        raise response
+    response = await whole_answer(started, request)
     answers: list[Answer] = [response, *response.alternatives] * started.copies
     return {
         "object": "chat.completion",
@@ -149,18 +175,23 @@ def usage(prompt: int, made: int, cached: int, image: int) -> dict[str, Any]:
 
 
 async def open_stream(started: Started, request: Request) -> AsyncIterator[Mapping[str, Any] | str]:
-    """Return the chunks of a stream, once the first event is there.
+    """Return the chunks of a stream, once the first event is there."""
+    return _chunks(started, *await first_of(started, request))
+
+
+async def first_of(started: Started, request: Request) -> tuple[Event, AsyncIterator[Event]]:
+    """Wait for the first event of a job, and return it with the further ones.
 
     Raises the error of a job that ended before its first piece, so that it has its own status.
     """
     events = started.job.stream()
     try:
-        async with while_there(request):
-            first = await first_event(events)
+        with named_as_fields(started.body, started.options, started.renamed):
+            async with while_there(request):
+                return await first_event(events), events
     except BaseException:
         started.job.cancel()
         raise
-    return _chunks(started, first, events)
 
 
 async def _chunks(

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vlmport.errors import OptionError, quoted
 from vlmport.serve.api_errors import RequestError
-from vlmport.serve.schemas import ChatRequest, JsonSchemaFormat, ObjectFormat, OwnOptions
+from vlmport.serve.schemas import (
+    ChatRequest,
+    JsonSchemaFormat,
+    ObjectFormat,
+    OwnOptions,
+    TextFormat,
+)
 from vlmport.serve.settings import Settings
 
 OWN = tuple(name for name in OwnOptions.model_fields if name not in ("image_options", "regex"))
 ANY_OBJECT = {"type": "object"}
 SEEDS = 2**32
+# Option of `VLM.generate` → field of a chat request.
+RENAMED: Mapping[str, str] = {
+    "num_return_sequences": "n",
+    "max_new_tokens": "max_completion_tokens",
+    "stop_strings": "stop",
+    "sequence_bias": "logit_bias",
+    "json_schema": "response_format",
+    "lark_grammar": "tools",
+}
 SHAPES = ("top_k", "min_p", "typical_p")
 
 
 def generation_options(
-    request: ChatRequest, defaults: Mapping[str, Any], settings: Settings
+    request: ChatRequest, defaults: Mapping[str, Any], settings: Settings, context: int
 ) -> dict[str, Any]:
     """Return keyword arguments for `VLM.generate`.
 
@@ -26,6 +44,7 @@ def generation_options(
 
     Args:
         defaults: the bundle's own options.
+        context: number of tokens of the model's context.
 
     Raises RequestError for fields that contradict each other, or exceed a limit.
     """
@@ -45,6 +64,9 @@ def generation_options(
     if request.logit_bias:
         options["sequence_bias"] = _biases(request.logit_bias)
     options |= _logprobs(request) | _grammar(request)
+    is_bound = request.response_format is not None or request.regex is not None or request.tools
+    if is_bound and not isinstance(request.response_format, TextFormat):
+        options.setdefault("max_new_tokens", context)  # a bundle's default cuts most JSON
     answers = request.n or 1
     if answers > settings.max_answers:
         raise RequestError(
@@ -105,6 +127,47 @@ def sampling(
     if request.seed is not None:
         options["seed"] = request.seed % SEEDS
     return options
+
+
+@contextlib.contextmanager
+def named_as_fields(
+    request: ChatRequest, options: Mapping[str, Any], renamed: Mapping[str, str] = RENAMED
+) -> Iterator[None]:
+    """Name the fields of the request in an OptionError, not the options that they became.
+
+    Args:
+        options: those of `VLM.generate`.
+        renamed: option → field, where their names differ.
+
+    Raises RequestError.
+    """
+    try:
+        yield
+    except OptionError as error:
+        names = dict(renamed)
+        if request.max_tokens is not None and names["max_new_tokens"] == RENAMED["max_new_tokens"]:
+            names["max_new_tokens"] = "max_tokens"
+        message = str(error)
+        if (grammar := options.get("lark_grammar")) is not None:  # made here, of the tools
+            message = message.replace(f"lark_grammar={quoted(grammar, 80)}", "tools")
+        words = re.compile(rf"\b({'|'.join(names)})\b")
+
+        def said(text: str) -> str:
+            return words.sub(lambda found: names[found[0]], text)
+
+        message, fields = said(message), {*options, *names.values()} - {*names}
+        at = {name: found.start() for name in fields if (found := _word(name).search(message))}
+        first = min(at, key=at.__getitem__, default=None)
+        raise RequestError(
+            message,
+            hint=None if error.hint is None else said(error.hint),
+            code=error.code,
+            param="image_options" if "image option" in message else first,
+        ) from error
+
+
+def _word(name: str) -> re.Pattern[str]:
+    return re.compile(rf"\b{re.escape(name)}\b")
 
 
 def other_characters(request: ChatRequest) -> int:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from vlmport.errors import VlmportError
 from vlmport.runtime.response import Answer
 from vlmport.runtime.scheduling import Event, Finished, Job, Piece
-from vlmport.serve import chat, tools
+from vlmport.serve import chat, chat_options, tools
 from vlmport.serve.api_errors import body_of, defect
 from vlmport.serve.responses_schemas import (
     FlatNamedTool,
@@ -27,9 +27,14 @@ from vlmport.serve.responses_schemas import (
 from vlmport.serve.schemas import ChatRequest, NoEffect, OwnOptions
 from vlmport.serve.service import Service, new_id
 from vlmport.serve.token_texts import logprobs_of
-from vlmport.serve.waiting import failure, first_event, responses, while_there
+from vlmport.serve.waiting import failure
 
 SAME = (*OwnOptions.model_fields, *NoEffect.model_fields, "temperature", "top_p", "seed", "stream")
+RENAMED = {
+    **chat_options.RENAMED,
+    "max_new_tokens": "max_output_tokens",
+    "json_schema": "text.format",
+}
 
 
 def chat_request(request: ResponsesRequest) -> ChatRequest:
@@ -178,15 +183,12 @@ def _usage(job: Job, made: int) -> dict[str, Any]:
 
 async def start(request: ResponsesRequest, service: Service) -> Reply:
     """Check a request and submit its job. Raises errors of ours."""
-    return Reply(request, await chat.start(chat_request(request), service))
+    return Reply(request, await chat.start(chat_request(request), service, RENAMED))
 
 
 async def complete(reply: Reply, request: Request) -> dict[str, Any]:
     """Wait for the answer, and write the whole response."""
-    (found,) = await responses([reply.started.job], request)
-    if isinstance(found, VlmportError):
-        raise found
-    return _ended(reply, found)
+    return _ended(reply, await chat.whole_answer(reply.started, request))
 
 
 def _ended(reply: Reply, answer: Answer) -> dict[str, Any]:
@@ -198,13 +200,7 @@ def _ended(reply: Reply, answer: Answer) -> dict[str, Any]:
 
 async def open_stream(reply: Reply, request: Request) -> AsyncIterator[Mapping[str, Any]]:
     """Return the events of a stream, once the first event of the job is there."""
-    events = reply.started.job.stream()
-    try:
-        async with while_there(request):
-            first = await first_event(events)
-    except BaseException:
-        reply.started.job.cancel()
-        raise
+    first, events = await chat.first_of(reply.started, request)
     return _numbered(_events(reply, first, events), reply.started.job)
 
 
