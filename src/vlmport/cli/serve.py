@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,12 +17,10 @@ from vlmport.cli.arguments import Device, Precision, Threads
 from vlmport.cli.console import say
 from vlmport.cli.output import show
 from vlmport.errors import DependencyError, OptionError
-
-if TYPE_CHECKING:
-    from vlmport.serve.settings import Settings
+from vlmport.serve.settings import MEGABYTE, Settings, check_exposure, read_api_keys
 
 LISTEN, ACCESS, LIMITS, CAPACITY, RAY = "Listen", "Access", "Limits", "Capacity", "Replicas"
-MEGABYTE = 1_000_000
+DEFAULTS = Settings()
 
 
 @app.command(cls=SectionedCommand)
@@ -39,11 +37,11 @@ def serve(
     host: Annotated[
         str,
         typer.Option(help="Address to listen on; 0.0.0.0 is all.", rich_help_panel=LISTEN),
-    ] = "127.0.0.1",
+    ] = DEFAULTS.host,
     port: Annotated[
         int,
         typer.Option(help="Port; 0 takes a free one.", min=0, max=65535, rich_help_panel=LISTEN),
-    ] = 8000,
+    ] = DEFAULTS.port,
     grace: Annotated[
         float,
         typer.Option(
@@ -51,7 +49,7 @@ def serve(
             min=0,
             rich_help_panel=LISTEN,
         ),
-    ] = 30.0,
+    ] = DEFAULTS.grace,
     log_json: Annotated[
         bool,
         typer.Option("--log-json", help="Log lines in JSON.", rich_help_panel=LISTEN),
@@ -100,24 +98,24 @@ def serve(
     max_body_mb: Annotated[
         float,
         typer.Option(help="Size of the body of a request.", min=0.001, rich_help_panel=LIMITS),
-    ] = 20.0,
+    ] = DEFAULTS.max_body_bytes / MEGABYTE,
     max_images: Annotated[
         int, typer.Option(help="Images in a request.", min=0, rich_help_panel=LIMITS)
-    ] = 16,
+    ] = DEFAULTS.max_images,
     max_image_mb: Annotated[
         float, typer.Option(help="Size of an image file.", min=0.001, rich_help_panel=LIMITS)
-    ] = 20.0,
+    ] = DEFAULTS.max_image_bytes / MEGABYTE,
     max_characters: Annotated[
         int,
         typer.Option(help="Characters of all texts in a request.", min=1, rich_help_panel=LIMITS),
-    ] = 400_000,
+    ] = DEFAULTS.max_characters,
     max_answers: Annotated[
         int, typer.Option(help="Answers to one request (n).", min=1, rich_help_panel=LIMITS)
-    ] = 8,
+    ] = DEFAULTS.max_answers,
     body_seconds: Annotated[
         float,
         typer.Option(help="Time to send the body of a request.", min=0.1, rich_help_panel=LIMITS),
-    ] = 30.0,
+    ] = DEFAULTS.body_seconds,
     time_limit: Annotated[
         float,
         typer.Option(
@@ -125,7 +123,7 @@ def serve(
             min=0.1,
             rich_help_panel=LIMITS,
         ),
-    ] = 300.0,
+    ] = DEFAULTS.time_limit,
     max_models: Annotated[
         int,
         typer.Option(
@@ -133,7 +131,7 @@ def serve(
             min=1,
             rich_help_panel=CAPACITY,
         ),
-    ] = 2,
+    ] = DEFAULTS.max_models,
     preload: Annotated[
         bool,
         typer.Option(
@@ -147,7 +145,7 @@ def serve(
         typer.Option(
             help="Answers that a model generates at a time.", min=1, rich_help_panel=CAPACITY
         ),
-    ] = 16,
+    ] = DEFAULTS.max_running,
     max_queue: Annotated[
         int,
         typer.Option(
@@ -155,13 +153,13 @@ def serve(
             min=0,
             rich_help_panel=CAPACITY,
         ),
-    ] = 64,
+    ] = DEFAULTS.max_queue,
     cache_mb: Annotated[
         float,
         typer.Option(
             help="Size of cached images and prompts of a model.", min=0, rich_help_panel=CAPACITY
         ),
-    ] = 256.0,
+    ] = DEFAULTS.cache_bytes / MEGABYTE,
     cache_dir: Annotated[
         Path | None,
         typer.Option(
@@ -173,7 +171,7 @@ def serve(
     cache_dir_mb: Annotated[
         float,
         typer.Option(help="Size of the folder of --cache-dir.", min=0, rich_help_panel=CAPACITY),
-    ] = 4000.0,
+    ] = DEFAULTS.cache_dir_bytes / MEGABYTE,
     ray: Annotated[
         bool,
         typer.Option(
@@ -207,7 +205,6 @@ def serve(
     from vlmport.serve.log import Log
     from vlmport.serve.models import names_of
     from vlmport.serve.server import Server
-    from vlmport.serve.settings import Settings, check_exposure, read_api_keys
 
     settings = Settings(
         host=host,
