@@ -22,8 +22,13 @@ def raises(kind: type[E], code: str, *facts: object) -> Iterator[pytest.Exceptio
     """
     with pytest.raises(kind) as caught:
         yield caught
-    message = str(caught.value)
-    assert caught.value.code == code, message
+    assert_error(caught.value, code, *facts)
+
+
+def assert_error(error: VlmportError, code: str, *facts: object) -> None:
+    """Fail unless `error` has this code, and its message holds all facts in this order."""
+    message = str(error)
+    assert error.code == code, message
     place = 0
     for fact in facts:
         found = message.find(str(fact), place)

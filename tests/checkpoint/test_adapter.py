@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.checkpoints import write_json, write_weights
-from tests.errors import raises
+from tests.errors import assert_error, raises
 from vlmport.checkpoint import LoraScale, Weights, lora, merged
 from vlmport.checkpoint.adapter import PATTERNS, Adapter
 from vlmport.errors import AdapterError, VlmportError
@@ -22,6 +22,7 @@ BASE = {f"{name}.weight": np.ones((3, 4), "f4") for name in LAYERS} | {
     "lm.norm.weight": np.ones(3, "f4"),
     "vision.q_proj.weight": np.ones((3, 4), "f4"),
 }
+NOT_PLAIN, WRONG = "adapter.not-plain-lora", "adapter.wrong-setting"
 
 
 def write_adapter(
@@ -98,17 +99,16 @@ def test_merging_one_weight_peaks_near_its_size(
 
 def test_every_pair_that_does_not_fit_is_named(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", LAYERS, shape=(3, 5))
-    text = str(failure(tmp_path))
-    assert "2 of 2 LoRA pairs don't fit" in text
-    for name in LAYERS:
-        got = "expected A [2, 4] and B [3, 2], got A [2, 5] and B [3, 2]"
-        assert f"'{name}.weight': {got}" in text
+    shapes = ("A [2, 4]", "B [3, 2]", "A [2, 5]", "B [3, 2]")
+    facts = [fact for name in LAYERS for fact in (f"'{name}.weight'", *shapes)]
+    assert_error(failure(tmp_path), "adapter.not-of-this-model", "2 of 2", *facts)
 
 
 def test_another_r_than_the_settings_say(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", LAYERS, rank=3)
     error = failure(tmp_path)
-    assert "expected A [2, 4] and B [3, 2], got A [3, 4] and B [3, 3]" in str(error)
+    facts = ("A [2, 4]", "B [3, 2]", "A [3, 4]", "B [3, 3]")
+    assert_error(error, "adapter.not-of-this-model", *facts)
     assert "another r" in (error.hint or "")
 
 
@@ -122,22 +122,21 @@ def test_many_misfits_are_cut(tmp_path: Path) -> None:
 
 def test_a_target_that_is_no_matrix(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", ["lm.norm"])
-    assert "'lm.norm.weight' is [3], expected a matrix" in str(failure(tmp_path))
+    facts = ("'lm.norm.weight'", "[3]", "matrix")
+    assert_error(failure(tmp_path), "adapter.not-of-this-model", *facts)
 
 
 def test_targets_absent_from_the_base_suggest_near_names(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", ["lm.layer.0.q_proj", "lm.layers.0.q_proj"])
-    text = str(failure(tmp_path))
-    assert "1 of 2 targets are not in the model: 'lm.layer.0.q_proj.weight'" in text
-    assert "did you mean 'lm.layers.0.q_proj.weight'" in text
+    facts = ("1 of 2", "'lm.layer.0.q_proj.weight'", "'lm.layers.0.q_proj.weight'")
+    assert_error(failure(tmp_path), "adapter.not-of-this-model", *facts)
 
 
 def test_half_a_pair(tmp_path: Path) -> None:
     extra = {"base_model.model.lm.layers.1.q_proj.lora_A.weight": np.ones((2, 4), "f4")}
     write_adapter(tmp_path / "adapter", LAYERS[:1], tensors=extra)
     error = failure(tmp_path)
-    assert error.code == "adapter.incomplete"
-    assert ": 1 LoRA tensors " in str(error)
+    assert_error(error, "adapter.incomplete", ": 1 ")
     assert str(error).endswith(": 'lm.layers.1.q_proj.lora_A'")
 
 
@@ -149,14 +148,15 @@ def test_a_prefix_finds_the_part_that_was_trained(tmp_path: Path) -> None:
 
 def test_several_fitting_prefixes_are_ambiguous(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", ["q_proj"])
-    text = str(failure(tmp_path, prefixes=["vision.", "lm.layers.0.", "vision."]))
-    assert "fits 2 parts of the model" in text
-    assert "'q_proj.weight' may be 'vision.q_proj.weight' or 'lm.layers.0.q_proj.weight'" in text
+    error = failure(tmp_path, prefixes=["vision.", "lm.layers.0.", "vision."])
+    facts = ("2", "'q_proj.weight'", "'vision.q_proj.weight'", "'lm.layers.0.q_proj.weight'")
+    assert_error(error, "adapter.ambiguous", *facts)
 
 
 def test_no_prefix_at_all_fits(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", ["other.q_proj"])
-    assert "1 of 1 targets are not in the model" in str(failure(tmp_path, prefixes=["a.", "b."]))
+    error = failure(tmp_path, prefixes=["a.", "b."])
+    assert_error(error, "adapter.not-of-this-model", "1 of 1", "'other.q_proj.weight'")
 
 
 def test_two_pairs_for_one_weight_after_renaming(tmp_path: Path) -> None:
@@ -172,8 +172,8 @@ def test_two_pairs_for_one_weight_after_renaming(tmp_path: Path) -> None:
 
 def test_a_layer_without_its_pair_means_an_incomplete_file(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", LAYERS[:1])
-    text = str(failure(tmp_path))
-    assert "no LoRA pair for 1 weights that target_modules names: 'lm.layers.1.q_proj" in text
+    facts = (" 1 ", "target_modules", ": 'lm.layers.1.q_proj")
+    assert_error(failure(tmp_path), "adapter.incomplete", *facts)
 
 
 @pytest.mark.parametrize(
@@ -212,78 +212,80 @@ def test_a_long_plain_pattern_takes_no_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "code", "facts"),
     [
-        ({"peft_type": "ADALORA"}, 'peft_type="ADALORA" (supported: "LORA")'),
-        ({"bias": "all"}, 'bias="all" (supported: "none")'),
-        ({"r": "8"}, 'r: expected an int of at least 1, got "8"'),
-        ({"r": 0}, "r: expected an int of at least 1, got 0"),
-        ({"lora_alpha": None}, "lora_alpha: expected a finite number, got null"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: 'q_proj': expected a number, got 0"),
-        ({"rank_pattern": {"q_proj": 2.0}}, "rank_pattern: 'q_proj': expected a number, got 2.0"),
-        ({"alpha_pattern": {"q_proj": "1"}}, "alpha_pattern: 'q_proj': expected a number, got '1'"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is not a regular expression"),
-        ({"rank_pattern": [1]}, "rank_pattern: expected an object or null"),
-        ({"use_dora": True}, "not plain LoRA: use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, "not plain LoRA: modules_to_save=['lm_head']"),
-        ({"target_parameters": ["w"]}, "target_parameters"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"invented_later": {"a": 1}, "use_bdlora": {}, "kasa_config": {"a": 1}},
-         "not plain LoRA: invented_later={'a': 1}, kasa_config={'a': 1}"),
-        ({"init_lora_weights": "pissa_niter_16"}, "'pissa_niter_16' changed the base weights"),
-        ({"init_lora_weights": "loftq"}, "'loftq' changed the base weights"),
-        ({"init_lora_weights": "new"}, "not plain LoRA: init_lora_weights='new'"),
-        ({"init_lora_weights": ["x"]}, "not plain LoRA: init_lora_weights=['x']"),
+        ({"peft_type": "ADALORA"}, NOT_PLAIN, 'peft_type="ADALORA" (supported: "LORA")'),
+        ({"bias": "all"}, NOT_PLAIN, 'bias="all" (supported: "none")'),
+        ({"r": "8"}, NOT_PLAIN, ("r:", "int", 1, '"8"')),
+        ({"r": 0}, NOT_PLAIN, ("r:", "int", 1, "got 0")),
+        ({"lora_alpha": None}, NOT_PLAIN, ("lora_alpha:", "finite", "null")),
+        ({"rank_pattern": {"q_proj": 0}}, WRONG, ("rank_pattern:", "'q_proj'", "number", 0)),
+        ({"rank_pattern": {"q_proj": 2.0}}, WRONG, ("rank_pattern:", "'q_proj'", "number", 2.0)),
+        ({"alpha_pattern": {"q_proj": "1"}}, WRONG, ("alpha_pattern:", "'q_proj'", "'1'")),
+        ({"rank_pattern": {"(": 2}}, WRONG, ("rank_pattern:", "'('", "regular expression")),
+        ({"rank_pattern": [1]}, NOT_PLAIN, ("rank_pattern:", "object", "null", [1])),
+        ({"use_dora": True}, NOT_PLAIN, "use_dora=True"),
+        ({"modules_to_save": ["lm_head"]}, NOT_PLAIN, "modules_to_save=['lm_head']"),
+        ({"target_parameters": ["w"]}, NOT_PLAIN, "target_parameters"),
+        ({"layer_replication": [[0, 1]]}, NOT_PLAIN, "layer_replication"),
+        ({"use_qalora": True}, NOT_PLAIN, "use_qalora"),
+        ({"invented_later": {"a": 1}, "use_bdlora": {}, "kasa_config": {"a": 1}}, NOT_PLAIN,
+         ": invented_later={'a': 1}, kasa_config={'a': 1}"),
+        ({"init_lora_weights": "pissa_niter_16"}, NOT_PLAIN, "'pissa_niter_16'"),
+        ({"init_lora_weights": "loftq"}, NOT_PLAIN, "'loftq'"),
+        ({"init_lora_weights": "new"}, NOT_PLAIN, "init_lora_weights='new'"),
+        ({"init_lora_weights": ["x"]}, NOT_PLAIN, "init_lora_weights=['x']"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_plain_lora_are_refused_by_name(
-    tmp_path: Path, settings: dict[str, Any], expected: str
+    tmp_path: Path, settings: dict[str, Any], code: str, facts: str | tuple[object, ...]
 ) -> None:
     folder = write_adapter(tmp_path / "adapter", LAYERS, **settings)
-    error = failure(tmp_path)
-    assert expected in str(error)
-    assert str(folder / "adapter_config.json") in str(error)
+    held = (facts,) if isinstance(facts, str) else facts
+    assert_error(failure(tmp_path), code, folder / "adapter_config.json", *held)
 
 
 def test_no_peft_type(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", LAYERS)
     write_json(folder / "adapter_config.json", {"r": 2})
-    assert "missing 'peft_type'" in str(failure(tmp_path))
+    assert_error(failure(tmp_path), NOT_PLAIN, "adapter_config.json", "'peft_type'")
 
 
 @pytest.mark.parametrize(
-    ("stored", "expected"),
+    ("stored", "code", "expected"),
     [
-        ({"base_model.model.merger.weight": 1}, "tensors that are not LoRA: 'merger.weight'"),
-        ({"base_model.model.lm_head.bias": 1}, "tensors that are not LoRA: 'lm_head.bias'"),
-        ({"base_model.model.lm_head.weight": 1}, "not in the model: 'lm_head.weight'"),
-        ({f"base_model.model.{LAYERS[0]}.lora_magnitude_vector": 1}, "lora_magnitude_vector"),
-        ({f"base_model.model.{LAYERS[0]}.lora_B.bias": 1}, "lora_B.bias"),
+        ({"base_model.model.merger.weight": 1}, "adapter.other-weights", ": 'merger.weight'"),
+        ({"base_model.model.lm_head.bias": 1}, "adapter.other-weights", ": 'lm_head.bias'"),
+        ({"base_model.model.lm_head.weight": 1}, "adapter.not-of-this-model", "'lm_head.weight'"),
+        ({f"base_model.model.{LAYERS[0]}.lora_magnitude_vector": 1}, NOT_PLAIN, "lora_magnitude_v"),
+        ({f"base_model.model.{LAYERS[0]}.lora_B.bias": 1}, NOT_PLAIN, "lora_B.bias"),
     ],
 )
-def test_tensors_that_are_not_pairs(tmp_path: Path, stored: dict[str, int], expected: str) -> None:
+def test_tensors_that_are_not_pairs(
+    tmp_path: Path, stored: dict[str, int], code: str, expected: str
+) -> None:
     tensors = {name: np.ones(3, "f4") for name in stored}
     write_adapter(tmp_path / "adapter", LAYERS, tensors=tensors)
-    assert expected in str(failure(tmp_path))
+    assert_error(failure(tmp_path), code, expected)
 
 
 def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
-    assert "adapter_config.json: no such file" in str(failure(tmp_path))
-    (folder / "adapter_config.json").write_text("{,}")
-    assert "adapter_config.json: not JSON at line 1" in str(failure(tmp_path))
-    write_json(folder / "adapter_config.json", SETTINGS)
-    assert "expected adapter_model.safetensors, found none" in str(failure(tmp_path))
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    assert_error(failure(tmp_path), "source.missing-file", settings)
+    settings.write_text("{,}")
+    assert_error(failure(tmp_path), "source.not-json", settings, "line 1")
+    write_json(settings, SETTINGS)
+    assert_error(failure(tmp_path), "adapter.no-weights", folder, "adapter_model.safetensors")
     (folder / "adapter_model.bin").write_bytes(b"x")
     error = failure(tmp_path)
-    assert "only adapter_model.bin (pickled)" in str(error)
+    assert_error(error, "adapter.pickled", "adapter_model.bin", "adapter_model.safetensors")
     assert "safe_serialization=True" in (error.hint or "")
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert "adapter_model.safetensors: empty (0 bytes)" in str(failure(tmp_path))
-    save_file({}, folder / "adapter_model.safetensors")
-    assert "no LoRA pairs" in str(failure(tmp_path))
+    weights.write_bytes(b"")
+    assert_error(failure(tmp_path), "weights.unreadable", weights, "0 bytes")
+    save_file({}, weights)
+    assert_error(failure(tmp_path), "adapter.incomplete", weights)
 
 
 def test_pairs_inside_without_a_scale(tmp_path: Path) -> None:

@@ -228,14 +228,14 @@ def test_an_adapter_on_top_of_pairs_inside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"use_dora": True}, "not plain LoRA pairs|use_dora=True"),
+        ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, r'bias="all" \(supported: "none"\)'),
-        ({"bias": "lora_only"}, r'bias="lora_only" \(supported: "none"\)'),
+        ({"bias": "all"}, 'bias="all" (supported: "none")'),
+        ({"bias": "lora_only"}, 'bias="lora_only" (supported: "none")'),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base weights"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changed the base weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
     ],
 )
@@ -246,7 +246,7 @@ def test_what_peft_saves_and_we_do_not_merge_is_refused_by_name(
     write_weights(tmp_path, arrays(model))
     peft = adapt(model, LoraConfig(r=4, target_modules=["q_proj"], **settings))
     peft.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=expected) as caught:
+    with raises(AdapterError, "adapter.not-plain-lora", expected) as caught:
         Adapter.open(tmp_path / "adapter")
     assert caught.value.hint
 
