@@ -3,12 +3,13 @@
 Traps:
 - Gradio sends analytics and loads fonts from elsewhere unless it is told not to, and reads the
   setting when it is imported.
-- Its image component writes pixels anew unless it is told to keep the file as it is.
+- Its image component encodes images again unless it is told to keep the file as it is.
 - It copies uploads into a temporary folder and leaves them there: server.py gives it one of ours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import random
@@ -221,19 +222,14 @@ def _growing(pieces: Iterator[str]) -> Iterator[str]:
             close()
 
 
-class _shown:  # noqa: N801, used as a function
+@contextlib.contextmanager
+def _shown(gr: Any) -> Iterator[None]:
     """Show an error of ours on the page, with its hint."""
-
-    def __init__(self, gr: Any):
-        self._gr = gr
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, VlmportError):
-            hint = f"\n{error.hint}" if error.hint else ""
-            raise self._gr.Error(f"{error}{hint}", title=error.code, print_exception=False)
+    try:
+        yield
+    except VlmportError as error:
+        hint = f"\n{error.hint}" if error.hint else ""
+        raise gr.Error(f"{error}{hint}", title=error.code, print_exception=False) from error
 
 
 def _as_turn(message: Any) -> dict[str, Any]:

@@ -47,8 +47,8 @@ VISION_SHARE = 0.45  # of the time; the rest is the decoder's
 GAIN = 0.95  # a choice is taken where it needs at most this share of the time
 EXACT = 1e-4  # standard deviations: two kernels that compute the same
 
-# what is measured
 Progress = Callable[[str], None]
+"""Called with what is measured."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class VLM:
             image_cache_bytes: maximum size in bytes of the cache of encoded images (default
                 256 MB, 0 = none). An image in it is not encoded again; the least recently used is
                 removed first.
-            tuning: what `vlmport tune` found; it stands for precision, device and threads.
+            tuning: what `vlmport tune` found; used instead of precision, device and threads.
 
         Returns:
             The model.

@@ -41,9 +41,7 @@ class ImageThread:
             error = None
             try:
                 self._encode(task)
-            except (
-                Exception
-            ) as caught:  # whatever it is, the request gets it and the thread goes on
+            except Exception as caught:  # the request gets it, and the thread goes on
                 error = caught
             self._ready(task, error)
             del task  # so that no pixels wait for the next request

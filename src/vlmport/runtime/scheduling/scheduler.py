@@ -189,7 +189,7 @@ class Scheduler:
         each = engine.counters.seconds / done if done else 1.0
         running = max(1, len(engine.running) + len(engine.prefilling))
         raise ServerError(
-            f"{self.max_queue} requests wait already",
+            f"the queue is full: the maximum is {self.max_queue}",
             hint="try again later",
             code="server.queue-full",
             retry_after=max(1.0, each * queued / running),
