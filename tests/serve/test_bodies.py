@@ -95,4 +95,4 @@ def test_a_schema_that_is_nested_too_deeply(server: Running) -> None:
         schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
     body = {"model": MODEL, "messages": HI, "response_format": form}
-    refused(server, body, 400, "grammar.invalid")
+    refused(server, body, 400, "grammar.invalid", "response_format")
