@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from tests.errors import raises
 from tests.graph.running import open_graph
 from vlmport.errors import ConfigError
 from vlmport.graph.builder import add_output, new_graph
@@ -108,11 +109,16 @@ def test_eight_bits_are_close() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"hidden_act": "quick_gelu"}, {"num_channels": 1}, {"patch_size": 0}, {"image_size": 7168}],
+    ("wrong", "code"),
+    [
+        ({"hidden_act": "quick_gelu"}, "config.unsupported-value"),
+        ({"num_channels": 1}, "config.unsupported-value"),
+        ({"patch_size": 0}, "config.wrong-value"),
+        ({"image_size": 7168}, "config.unsupported-value"),
+    ],
 )
-def test_towers_that_are_not_computed_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"config\.json: vision_config"):
+def test_towers_that_are_not_computed_are_refused(wrong: dict[str, Any], code: str) -> None:
+    with raises(ConfigError, code, "config.json: vision_config", next(iter(wrong))):
         SiglipVisionConfig.read({**BASE, **wrong}, "config.json: vision_config")
 
 
@@ -120,6 +126,7 @@ def test_towers_that_are_not_computed_are_refused(wrong: dict[str, Any]) -> None
     "wrong", [{"hidden_size": 30}, {"image_size": 5}], ids=["heads", "no patch"]
 )
 def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"config\.json: vision_config") as caught:
+    facts = ("config.json: vision_config", next(iter(wrong)))
+    with raises(ConfigError, "config.contradiction", *facts) as caught:
         SiglipVisionConfig.read({**BASE, **wrong}, "config.json: vision_config")
     assert caught.value.hint

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tests.checkpoints import write_json, write_prefix_checkpoint
 from tests.errors import raises
 from vlmport.checkpoint import Checkpoint
-from vlmport.errors import ConfigError, TokenizerError, VlmportError
+from vlmport.errors import ConfigError, TokenizerError
 from vlmport.families import FAMILIES, family_of
 from vlmport.families.prefix.family import CHAT_TEMPLATE, PrefixCaptioner
 from vlmport.graph.builder import to_model
@@ -86,42 +86,56 @@ def test_a_whole_siglip_config_is_read_too(folder: Path) -> None:
     assert family_of(checkpoint) == family_of(Checkpoint.open(folder))
 
 
-WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+WRONG = "config.wrong-value"
+WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str, list[object]]] = {
     "encoder": (
         {"vision": {"model_type": "clip_vision_model"}},
-        "vision_config.model_type='clip_vision_model' (supported: 'siglip_vision_model')",
+        "config.unsupported-value",
+        ["vision_config.model_type='clip_vision_model' (supported: 'siglip_vision_model')"],
     ),
     "decoder": (
         {"text": {"model_type": "gpt2"}},
-        "text_config.model_type='gpt2' (supported: 'llama')",
+        "config.unsupported-value",
+        ["text_config.model_type='gpt2' (supported: 'llama')"],
     ),
-    "no eos": ({"text": {"eos_token_id": None}}, "eos_token_id is None"),
-    "negative eos": ({"text": {"eos_token_id": -1}}, "eos_token_id is -1"),
-    "no eos in a list": ({"text": {"eos_token_id": []}}, "eos_token_id is []"),
-    "projection": ({"config": {"projection_type": "conv"}}, 'projection_type="conv"'),
-    "lora rank": ({"config": {"lora_r": 0}}, "lora_r: expected an int of at least 1, got 0"),
-    "no object": ({"config": {"vision_config": "siglip"}}, "vision_config: expected an object"),
+    "no eos": ({"text": {"eos_token_id": None}}, WRONG, ["eos_token_id", None]),
+    "negative eos": ({"text": {"eos_token_id": -1}}, WRONG, ["eos_token_id", -1]),
+    "no eos in a list": ({"text": {"eos_token_id": []}}, WRONG, ["eos_token_id", []]),
+    "projection": (
+        {"config": {"projection_type": "conv"}},
+        "config.unsupported-value",
+        ['projection_type="conv"'],
+    ),
+    "lora rank": ({"config": {"lora_r": 0}}, WRONG, ["lora_r:", "int", "1", "got 0"]),
+    "no object": (
+        {"config": {"vision_config": "siglip"}},
+        WRONG,
+        ["vision_config:", "object", '"siglip"'],
+    ),
     "no object inside": (
         {"vision": {"vision_config": [1]}},
-        "config.json: vision_config: vision_config: expected an object, got [1]",
+        WRONG,
+        [": vision_config: vision_config:", "object", [1]],
     ),
     "rope": (
         {"text": {"rope_scaling": "linear", "rope_parameters": None}},
-        "text_config: rope_scaling: expected an object",
+        WRONG,
+        ["text_config: rope_scaling:", "object", '"linear"'],
     ),
 }
 
 
-@pytest.mark.parametrize(("settings", "expected"), WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
-def test_wrong_configs_are_named(folder: Path, settings: dict[str, Any], expected: str) -> None:
+@pytest.mark.parametrize(("settings", "code", "facts"), WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
+def test_wrong_configs_are_named(
+    folder: Path, settings: dict[str, Any], code: str, facts: list[object]
+) -> None:
     write_prefix_checkpoint(folder)
     checkpoint = Checkpoint.open(folder)
     for key, changes in settings.items():
         section = checkpoint.config if key == "config" else checkpoint.config[f"{key}_config"]
         section |= changes
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError, code, "config.json", *facts) as caught:
         family_of(checkpoint)
-    assert expected in str(caught.value)
     assert caught.value.hint
 
 
@@ -227,25 +241,26 @@ def test_the_caption_prompt_is_the_picture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "code"),
     [
-        {"size": {"height": 31, "width": 30}},
-        {"size": {"shortest_edge": 30}},
-        {"size": 30},
-        {"do_normalize": False},
-        {"do_center_crop": True},
-        {"resample": 0},
-        {"image_mean": [0.5]},
-        {"image_std": ["a", 1, 1]},
+        ({"size": {"height": 31, "width": 30}}, "config.contradiction"),
+        ({"size": {"shortest_edge": 30}}, "config.contradiction"),
+        ({"size": 30}, "config.contradiction"),
+        ({"do_normalize": False}, "config.unsupported-value"),
+        ({"do_center_crop": True}, "config.unsupported-value"),
+        ({"resample": 0}, "config.unsupported-value"),
+        ({"image_mean": [0.5]}, WRONG),
+        ({"image_std": ["a", 1, 1]}, WRONG),
     ],
     ids=str,
 )
-def test_pixels_that_are_not_computed_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
+def test_pixels_that_are_not_computed_are_refused(
+    folder: Path, wrong: dict[str, Any], code: str
+) -> None:
     write_prefix_checkpoint(folder)
     write_json(folder / "preprocessor_config.json", wrong)
-    with pytest.raises(ConfigError, match=r"preprocessor_config\.json") as caught:
+    with raises(ConfigError, code, "preprocessor_config.json", next(iter(wrong))):
         family_of(Checkpoint.open(folder))
-    assert next(iter(wrong)) in str(caught.value)
 
 
 def test_pixel_settings_reach_the_graph(folder: Path) -> None:
@@ -327,8 +342,7 @@ def test_every_error_has_a_hint(folder: Path) -> None:
     write_prefix_checkpoint(folder)
     for name in ("generation_config.json", "preprocessor_config.json"):
         (folder / name).write_text("[]", encoding="utf-8")
-        with pytest.raises(VlmportError) as caught:
+        with raises(ConfigError, "source.not-json", folder / name, "object") as caught:
             family_of(Checkpoint.open(folder))
-        assert name in str(caught.value)
         assert caught.value.hint
         (folder / name).unlink()

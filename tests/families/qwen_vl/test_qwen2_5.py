@@ -15,6 +15,7 @@ import transformers
 from safetensors.numpy import save_file
 
 from tests.checkpoints import write_json
+from tests.errors import raises
 from tests.families.qwen_vl.test_qwen3 import wanted
 from tests.qwen_checkpoints import write_qwen2_5
 from tests.shared_testdata import shared_testdata
@@ -244,7 +245,8 @@ def test_the_image_processor_of_processor_config_counts_first(folder: Path) -> N
     write_json(folder / "processor_config.json", {"processor_class": "Qwen2_5_VLProcessor"})
     assert family_of(Checkpoint.open(folder)).image_options["max_pixels"] == 4000
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json, and no image_processor"):
+    facts = ("preprocessor_config.json", "image_processor")
+    with raises(ConfigError, "checkpoint.no-image-processor", *facts):
         family_of(Checkpoint.open(folder))
 
 

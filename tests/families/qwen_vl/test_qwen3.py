@@ -175,7 +175,8 @@ def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_lanes_than_layers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="1 are fewer than the 2 deepstack_visual_indexes"):
+    facts = ("num_hidden_layers 1", "2 deepstack_visual_indexes")
+    with raises(ConfigError, "config.contradiction", *facts):
         read(tmp_path / "model", text={"num_hidden_layers": 1})
 
 
