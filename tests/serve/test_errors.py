@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 import httpx
@@ -182,22 +181,6 @@ def test_probes_may_ask_for_the_head_only(server: Running) -> None:
 def test_the_log_has_the_beginning_of_a_long_name(server: Running) -> None:
     refused(server, {"model": "m" * 100_000, "messages": HI}, 404, "server.unknown-model", "model")
     assert max(map(len, server.log.getvalue().splitlines())) < 1000
-
-
-def test_what_asyncio_reports_is_a_line_of_the_log(capfd: pytest.CaptureFixture[str]) -> None:
-    def broken() -> None:
-        raise RuntimeError("a callback failed")
-
-    with running() as server:
-        assert server.server._loop is not None
-        server.server._loop.call_soon_threadsafe(broken)
-        logging.getLogger("asyncio").error("socket.send() raised\n%s", "second line")
-        with server.http() as client:
-            client.get("/health")
-    events = {one["event"]: one for one in map(json.loads, server.log.getvalue().splitlines())}
-    assert events["defect"]["type"] == "RuntimeError"
-    assert "socket.send()" in events["asyncio"]["text"]
-    assert "".join(capfd.readouterr()) == ""
 
 
 def test_an_error_after_the_stream_was_asked_for_has_its_status(server: Running) -> None:

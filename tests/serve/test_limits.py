@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -200,6 +201,22 @@ def test_no_model_is_opened_after_the_shutdown_began() -> None:
     errors = asyncio.run(tried())
     assert [error.code for error in errors] == ["server.draining"] * 2
     assert opened == ["a"]
+
+
+def test_what_asyncio_reports_is_a_line_of_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise RuntimeError("a callback failed")
+
+    with running() as server:
+        assert server.server._loop is not None
+        server.server._loop.call_soon_threadsafe(broken)
+        logging.getLogger("asyncio").error("socket.send() raised\n%s", "second line")
+        with server.http() as client:
+            client.get("/health")
+    events = {one["event"]: one for one in map(json.loads, server.log.getvalue().splitlines())}
+    assert events["defect"]["type"] == "RuntimeError"
+    assert "socket.send()" in events["asyncio"]["text"]
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_a_body_that_is_cut_off_is_no_defect() -> None:
