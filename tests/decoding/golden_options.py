@@ -11,7 +11,7 @@ from vlmport.errors import OptionError, OptionWarning
 from vlmport.runtime.decoding.options import CHECKS, DEFAULTS, GenerationOptions
 
 QWEN = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05}
-NOT_IN_WEB = ("json_schema", "regex")
+NOT_IN_WEB = ("json_schema", "lark_grammar", "regex")
 
 WRONG: dict[str, list[Any]] = {
     "max_new_tokens": [0, -1, 2.5, "5", True],

@@ -286,7 +286,7 @@ def test_auto_takes_the_fast_form_for_many_rows_and_for_one(four: Bundle) -> Non
 def test_an_unknown_layout(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with raises(ExportError, "layout.unknown", "'component'", "'comp") as e:
         export(tiny_checkpoint, tmp_path / "out", layout="component")
-    assert e.value.hint == "a model of the family 'prefix' has: hub, components"
+    assert "hub, components" in (e.value.hint or "")
 
 
 def test_the_runtime_says_which_layout_it_is(four: Bundle, tiny_bundle: Path) -> None:
