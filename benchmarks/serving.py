@@ -5,7 +5,7 @@
 
 A stream is a reader that asks, reads the answer, waits for a random time and asks again, so that
 requests arrive at random (Poisson arrivals, bounded by the number of streams). One request in four
-has an image; all images are different. Every answer has the same number of tokens.
+has an image (--image-every); all images are different. Every answer has the same number of tokens.
 
 For each number of streams: tokens a second of all streams, the time to the first token, and the
 time between two tokens (median and 99th percentile), and the same of the tokens that arrived while
@@ -66,11 +66,11 @@ class Answer:
     made: int = 0
 
 
-def question(number: int, side: int, repeat: int) -> tuple[list[dict[str, Any]], bool]:
-    """Return the messages of a request, and whether they have an image: one in four does."""
-    text = TEXTS[number % len(TEXTS)]
-    if number % 4 != 0:
-        return [{"role": "user", "content": f"{number}. {text * repeat}"}], False
+def question(number: int, settings: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """Return the messages of a request, and whether they have an image."""
+    text, side, every = TEXTS[number % len(TEXTS)], settings.side, settings.image_every
+    if not every or number % every != 0:
+        return [{"role": "user", "content": f"{number}. {text * settings.repeat}"}], False
     file = io.BytesIO()
     pixels = gradient(side * 4 // 3, side).copy()
     pixels[0, 0] = number % 256, number // 256 % 256, number // 65536  # no two are the same
@@ -89,7 +89,7 @@ async def chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 async def ask(client: httpx.AsyncClient, number: int, settings: argparse.Namespace) -> Answer:
     """Send one request, and read its stream."""
-    messages, with_image = question(number, settings.side, settings.repeat)
+    messages, with_image = question(number, settings)
     body = {
         "model": settings.model,
         "messages": messages,
@@ -161,6 +161,14 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def write_bundle(folder: Path, settings: argparse.Namespace) -> Path:
+    """Export a model of random weights."""
+    size = smolvlm.SMALL if settings.small else smolvlm.REAL
+    checkpoint = smolvlm.write_smolvlm(folder / "checkpoint", size, settings.tokenizer)
+    precisions = None if settings.precision == "auto" else settings.precision
+    return export(checkpoint, folder / "bundle", precisions=precisions).folder
+
+
 @contextlib.contextmanager
 def served(bundle: Path, precision: str, running: int) -> Iterator[str]:
     """Run `vlmport serve` on a free port, and yield its base URL."""
@@ -195,6 +203,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--side", type=int, default=480, help="pixels of an image's height")
     parser.add_argument("--repeat", type=int, default=4, help="how often a text is repeated")
+    parser.add_argument("--image-every", type=int, default=4, help="one request in N; 0: none")
+    parser.add_argument("--bundle", type=Path, help="a bundle, instead of SmolVLM's real size")
     parser.add_argument("--small", action="store_true", help="2 layers, to try the script out")
     parser.add_argument("--tokenizer", type=Path, help="a folder with SmolVLM's own tokenizer")
     parser.add_argument("--url", help="base URL of another server")
@@ -204,11 +214,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         url = settings.url
         if url is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            size = smolvlm.SMALL if settings.small else smolvlm.REAL
-            checkpoint = smolvlm.write_smolvlm(folder / "checkpoint", size, settings.tokenizer)
-            precisions = None if settings.precision == "auto" else settings.precision
-            bundle = export(checkpoint, folder / "bundle", precisions=precisions).folder
+            bundle = settings.bundle or write_bundle(
+                Path(stack.enter_context(tempfile.TemporaryDirectory())), settings
+            )
             url = stack.enter_context(served(bundle, settings.precision, max(counts)))
         url = url.rstrip("/") + "/"
         found = {}
@@ -218,7 +226,9 @@ def main() -> None:
             print(f"{streams} streams: {found[streams]}", file=sys.stderr)
     print_table(found)
     machine = describe_machine(os.cpu_count() or 1, PACKAGES)
-    kept = {name: value for name, value in vars(settings).items() if name != "tokenizer"}
+    kept = {
+        name: value for name, value in vars(settings).items() if name not in ("tokenizer", "bundle")
+    }
     print(
         json.dumps({"benchmark": "serving", "machine": machine, "settings": kept, "figures": found})
     )
